@@ -1,0 +1,390 @@
+"""Configuration: one frozen dataclass per component, strict in both directions.
+
+A config file returns an `ml_collections.ConfigDict` (start from `default_config()`), the command line overrides it, and
+`build` turns it into the frozen dataclasses below. Every default lives here and nowhere else. A bad value raises
+`ConfigError` before anything is compiled: the field, the value, the rule and the nearest valid choice.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration, in one line."""
+
+    def __init__(self, name: str, value: Any, rule: str, hint: str = ""):
+        self.name, self.value, self.rule, self.hint = name, value, rule, hint
+        super().__init__(f"config.{name}={value!r}: {rule}" + (f"; {hint}" if hint else ""))
+
+    def inside(self, prefix: str) -> "ConfigError":
+        return ConfigError(f"{prefix}.{self.name}", self.value, self.rule, self.hint)
+
+
+def _require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:
+    if not ok:
+        raise ConfigError(name, value, rule, hint)
+
+
+def _nearest_divisor(of: int, near: int) -> int:
+    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: abs(d - near))
+
+
+def _bounds(low: float, high: float = float("inf")) -> dict:
+    return {"low": low, "high": high}
+
+
+def _number(default, low, high=float("inf")):
+    """A numeric field with its closed range; the range is checked for every dataclass in `_Checked`."""
+    return field(default=default, metadata=_bounds(low, high))
+
+
+class _Checked:
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if "low" in f.metadata and isinstance(value, int | float):
+                low, high = f.metadata["low"], f.metadata["high"]
+                rule = f"must be ≥ {low}" if high == float("inf") else f"must be in [{low}, {high}]"
+                nearest = type(value)(min(max(value, low), high)) if value == value else low
+                _require(low <= value <= high, f.name, value, rule, f"nearest valid: {nearest}")
+        self.check()
+
+    def check(self) -> None:
+        """Rules between fields of this dataclass."""
+
+
+@dataclass(frozen=True)
+class MoEConfig(_Checked):
+    """Routing and experts of one MoE layer."""
+
+    num_experts: int = _number(8, 1)
+    top_k: int = _number(2, 1)
+    d_expert: int = _number(256, 1)  # hidden width of one expert
+    num_shared_experts: int = _number(0, 0)  # always on; computed as one GLU of width num_shared_experts · d_expert
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    score_order: Literal["score_topk", "topk_score"] = "score_topk"  # softmax over all experts, or over the chosen K
+    renormalize: bool = False  # combine weights of a token sum to 1 (before routed_scaling)
+    routed_scaling: float = _number(1.0, 0.0)
+    num_groups: int = _number(1, 1)  # group-limited selection (DeepSeek-V2): experts in equal groups …
+    top_groups: int = _number(1, 1)  # … of which a token may use this many
+    selection_bias: bool = False  # a bias per expert added for selection only (`router_bias` of the train state)
+    compute: Literal["grouped", "dense", "capacity"] = "grouped"
+    capacity_factor: float = _number(1.25, 0.01)  # compute="capacity": an expert takes ⌈factor · K · T / E⌉ rows
+    exchange: Literal["ring"] = "ring"  # how tokens reach the experts of other devices
+    grouped_matmul: Literal["auto", "reference", "ragged_dot", "mosaic_gpu"] = "auto"
+
+    def check(self):
+        e, k = self.num_experts, self.top_k
+        _require(k <= e, "top_k", k, f"must be ≤ num_experts={e}", f"nearest valid: {e}")
+        g = self.num_groups
+        _require(e % g == 0, "num_groups", g, f"must divide num_experts={e}", f"nearest valid: {_nearest_divisor(e, g)}")
+        _require(self.top_groups <= g, "top_groups", self.top_groups, f"must be ≤ num_groups={g}", f"nearest valid: {g}")
+        room = self.top_groups * (e // g)
+        _require(k <= room, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {room}", f"nearest valid: {room}")
+        _require(
+            not (self.score == "sigmoid" and self.score_order == "topk_score"),
+            "score_order", self.score_order, "needs score='softmax' (a sigmoid does not depend on the other experts)",
+            "nearest valid: 'score_topk'",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Checked):
+    """A pre-norm decoder: `num_dense_layers` dense blocks, then MoE blocks, `num_layers` in all."""
+
+    vocab_size: int = _number(512, 2)
+    d_model: int = _number(128, 2)
+    num_layers: int = _number(4, 1)
+    num_dense_layers: int = _number(0, 0)
+    d_ff: int = _number(512, 1)  # hidden width of the leading dense blocks
+    num_heads: int = _number(4, 1)
+    num_kv_heads: int = _number(4, 1)
+    head_dim: int = _number(32, 2)
+    qk_norm: bool = False
+    rope_theta: float = _number(10_000.0, 1.0)
+    norm_eps: float = _number(1e-6, 0.0, 1.0)
+    tie_embeddings: bool = False
+    init_std: float = _number(0.02, 0.0)
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "none"  # what a layer recomputes: nothing, all but matmuls, everything
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    segment_mask: bool = True  # False: attention crosses the borders of documents packed in one row
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def check(self):
+        n, m = self.num_heads, self.num_kv_heads
+        _require(n % m == 0, "num_kv_heads", m, f"must divide num_heads={n}", f"nearest valid: {_nearest_divisor(n, m)}")
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)",
+                 f"nearest valid: {self.head_dim + 1}")  # fmt: skip
+        _require(self.num_dense_layers < self.num_layers, "num_dense_layers", self.num_dense_layers,
+                 f"must be < num_layers={self.num_layers} (at least one MoE layer)",
+                 f"nearest valid: {self.num_layers - 1}")  # fmt: skip
+        _require(not (self.attention == "cudnn" and self.segment_mask), "segment_mask", True,
+                 "cannot be honoured by attention='cudnn'", "set segment_mask=False or attention='xla'")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LossConfig(_Checked):
+    load_balance_coef: float = _number(0.01, 0.0)
+    # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
+    balance_batch: int | Literal["global"] = "global"
+    router_z_coef: float = _number(0.001, 0.0)
+
+    def check(self):
+        _require(self.balance_batch == "global" or self.balance_batch >= 1, "balance_batch", self.balance_batch,
+                 "must be ≥ 1 or 'global'", "nearest valid: 1")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimConfig(_Checked):
+    name: Literal["muon", "adamw"] = "muon"
+    lr: float = _number(1e-3, 0.0)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = _number(0, 0)
+    decay_fraction: float = _number(0.2, 0.0, 1.0)  # wsd: the share of steps spent decaying
+    final_lr_fraction: float = _number(0.1, 0.0, 1.0)
+    weight_decay: float = _number(0.1, 0.0)
+    clip_norm: float = _number(1.0, 0.0)  # global gradient norm; 0 switches clipping off
+    beta1: float = _number(0.9, 0.0, 1.0)  # AdamW
+    beta2: float = _number(0.95, 0.0, 1.0)
+    eps: float = _number(1e-8, 0.0)
+    momentum: float = _number(0.95, 0.0, 1.0)  # Muon
+    nesterov: bool = True
+    newton_schulz_steps: int = _number(5, 1, 20)
+    update_rms: float = _number(0.2, 0.0)  # Muon's update is scaled by update_rms · √max(m, n)
+    router: Literal["muon", "adamw"] = "muon"  # who updates the router; Moonlight's released code: Muon
+
+
+@dataclass(frozen=True)
+class SourceConfig(_Checked):
+    """One named source of documents."""
+
+    kind: Literal["tfds", "files"] = "tfds"
+    name: str = ""  # tfds: "stdlib_text", or any TFDS name such as "c4/en:3.0.1"
+    data_dir: str = ""  # tfds: where it is prepared; "" is <data.cache_dir>/tfds
+    path: str = ""  # files: a path or glob of .txt .jsonl .parquet .csv, also with .gz
+    text_field: str = "text"
+    domain: str = ""  # a constant label; "" takes domain_field, else the source's name
+    domain_field: str = ""
+    split: str = "train"
+    validation_split: str = "validation"
+    validation_fraction: float = _number(0.05, 0.0, 0.9)  # files: by a hash of the document, so the split is stable
+    weight: float = _number(1.0, 0.0)
+
+    def check(self):
+        _require(self.kind != "tfds" or self.name, "name", self.name, "is needed for kind='tfds'", "try 'stdlib_text'")
+        _require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(_Checked):
+    kind: Literal["bytes", "bpe", "huggingface", "sentencepiece"] = "bytes"
+    vocab_size: int = _number(4096, 257)  # bpe: trained on the corpus and kept in the run directory
+    train_bytes: int = _number(10_000_000, 1)  # bpe: at most this much text is used for training it
+    path: str = ""  # huggingface: a tokenizer.json; sentencepiece: a .model file
+    end_of_text: str = ""  # the token between documents; "" looks for the usual names
+
+    def check(self):
+        need = self.kind in ("huggingface", "sentencepiece")
+        _require(bool(self.path) or not need, "path", self.path, f"is needed for kind={self.kind!r}", "a tokenizer file")
+
+
+def _default_sources():
+    return {"stdlib": SourceConfig(kind="tfds", name="stdlib_text", domain_field="domain")}
+
+
+@dataclass(frozen=True)
+class DataConfig(_Checked):
+    batch_size: int = _number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
+    seq_len: int = _number(256, 2)
+    sources: dict[str, SourceConfig] = field(default_factory=_default_sources)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    num_workers: int = _number(0, 0, 256)  # reader processes; 0 reads in threads of this process
+    cache_dir: str = ""  # "" is $MOE_JAX_CACHE or ~/.cache/moe_jax
+
+    def check(self):
+        _require(bool(self.sources), "sources", {}, "must name at least one source", "see config.SourceConfig")
+        total = sum(s.weight for s in self.sources.values())
+        _require(total > 0, "sources", {k: s.weight for k, s in self.sources.items()}, "weights must not all be 0")
+
+
+@dataclass(frozen=True)
+class MeshConfig(_Checked):
+    """Sizes of the mesh axes; −1, at most once, takes the devices that are left."""
+
+    data: int = _number(-1, -1)
+    fsdp: int = _number(1, -1)
+    expert: int = _number(1, -1)
+
+    def check(self):
+        for name in ("data", "fsdp", "expert"):
+            _require(getattr(self, name) != 0, name, 0, "must be ≥ 1, or −1 for the devices that are left", "nearest: 1")
+        sizes = (self.data, self.fsdp, self.expert)
+        _require(sizes.count(-1) <= 1, "data", self.data, f"only one of data, fsdp, expert={sizes} may be −1", "use 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Checked):
+    steps: int = _number(1000, 1)
+    micro_batches: int = _number(1, 1)  # the batch is computed in this many parts; never changes the objective
+    log_every: int = _number(10, 1)
+    eval_every: int = _number(0, 0)  # 0: only at the end
+    eval_batches: int = _number(0, 0)  # 0: the whole held-out split
+    checkpoint_every: int = _number(200, 1)
+    keep_checkpoints: int = _number(2, 1)
+    tensorboard: bool = True
+    wandb_project: str = ""  # "" is off
+
+
+@dataclass(frozen=True)
+class SampleConfig(_Checked):
+    """The text written at the end of a run."""
+
+    prompt: str = "def "
+    tokens: int = _number(120, 0)
+    temperature: float = _number(0.8, 0.0)  # 0 is greedy
+    top_p: float = _number(0.95, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class RunConfig(_Checked):
+    seed: int = _number(0, 0, 2**31 - 1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def check(self):
+        b, a = self.data.batch_size, self.train.micro_batches
+        _require(b % a == 0, "train.micro_batches", a, f"must divide data.batch_size={b}",
+                 f"nearest valid: {_nearest_divisor(b, a)}")  # fmt: skip
+        g = self.loss.balance_batch
+        _require(g == "global" or b % g == 0, "loss.balance_batch", g, f"must divide data.batch_size={b} or be 'global'",
+                 f"nearest valid: {_nearest_divisor(b, g) if g != 'global' else g}")  # fmt: skip
+        t = self.data.tokenizer
+        need = {"bytes": 257, "bpe": t.vocab_size}.get(t.kind, 0)
+        _require(self.model.vocab_size >= need, "model.vocab_size", self.model.vocab_size,
+                 f"must hold the tokenizer's {need} tokens", f"nearest valid: {need}")  # fmt: skip
+        _require(self.optim.warmup_steps < self.train.steps, "optim.warmup_steps", self.optim.warmup_steps,
+                 f"must be < train.steps={self.train.steps}", f"nearest valid: {self.train.steps - 1}")  # fmt: skip
+
+    @property
+    def balance_groups(self) -> int:
+        """G: how many balance groups an optimizer batch has."""
+        return 1 if self.loss.balance_batch == "global" else self.data.batch_size // self.loss.balance_batch
+
+
+def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: str = "") -> tuple[int, int, int]:
+    """Rules that need the machine: the mesh's final shape, or a ConfigError."""
+    names = ("data", "fsdp", "expert")
+    sizes = [getattr(cfg.mesh, n) for n in names]
+    known = 1
+    for s in sizes:
+        known *= max(s, 1)
+    if -1 in sizes:
+        i = sizes.index(-1)
+        _require(num_devices % known == 0, f"mesh.{names[i]}", -1, f"{num_devices} devices are not divisible by the other axes' {known}",
+                 f"nearest valid product: {_nearest_divisor(num_devices, known)}")  # fmt: skip
+        sizes[i] = num_devices // known
+    else:
+        _require(known == num_devices, "mesh", tuple(sizes), f"must multiply to the {num_devices} devices present", "use −1 for one axis")
+    shape = tuple(sizes)
+    moe, b, a = cfg.model.moe, cfg.data.batch_size, cfg.train.micro_batches
+    _require(moe.num_experts % shape[2] == 0, "mesh.expert", shape[2], f"must divide model.moe.num_experts={moe.num_experts}",
+             f"nearest valid: {_nearest_divisor(moe.num_experts, shape[2])}")  # fmt: skip
+    unit = num_devices * a
+    _require(b % unit == 0, "data.batch_size", b, f"must be divisible by devices × train.micro_batches = {num_devices} × {a} = {unit}",
+             f"nearest valid: {max(unit, round(b / unit) * unit)}")  # fmt: skip
+    hopper = platform == "gpu" and ("H100" in device_kind or "H200" in device_kind or "H800" in device_kind)
+    _require(moe.grouped_matmul != "mosaic_gpu" or hopper, "model.moe.grouped_matmul", "mosaic_gpu",
+             f"needs a Hopper GPU, this is {device_kind or platform}", "use 'auto'")  # fmt: skip
+    _require(cfg.model.attention != "cudnn" or platform == "gpu", "model.attention", "cudnn", f"needs a GPU, this is {platform}", "use 'auto'")
+    return shape
+
+
+# --- ConfigDict ⇄ dataclasses ----------------------------------------------------------------------------------------
+
+
+def _build(cls: type, values: Any):
+    """A dataclass from a mapping, with unknown names, wrong types and broken rules refused."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1, 0.0)
+            raise ConfigError(name, values[name], "is not a field", f"nearest valid name: {close[0]}")
+    made = {}
+    for name, value in values.items():
+        made[name] = _convert(hints[name], value, name)
+    return cls(**made)
+
+
+def _build_inside(cls: type, values: Any, name: str):
+    try:
+        return _build(cls, dict(values.items()))
+    except ConfigError as e:
+        raise e.inside(name) from None
+
+
+def _convert(hint: Any, value: Any, name: str):
+    if dataclasses.is_dataclass(hint):
+        _require(hasattr(value, "items"), name, value, f"must be a group of {hint.__name__} fields")
+        return _build_inside(hint, value, name)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        try:
+            return {key: _convert(args[1], item, key) for key, item in value.items()}
+        except ConfigError as e:
+            raise e.inside(name) from None
+    if origin is Literal:
+        close = difflib.get_close_matches(str(value), args, 1, 0.0)
+        _require(value in args, name, value, f"must be one of {', '.join(args)}", f"nearest valid: {close[0] if close else args[0]!r}")
+        return value
+    if origin in (types.UnionType, typing.Union):  # int | Literal["global"], kept as text in a ConfigDict
+        if isinstance(value, str) and value.lstrip("-").isdigit():
+            value = int(value)
+        literals = [a for h in args for a in typing.get_args(h)]
+        ok = value in literals or (isinstance(value, int) and not isinstance(value, bool))
+        _require(ok, name, value, f"must be an integer or one of {', '.join(literals)}", f"nearest valid: {literals[0]!r}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    _require(ok, name, value, f"must be of type {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def build(config: ml_collections.ConfigDict | dict) -> RunConfig:
+    """The validated dataclasses of a ConfigDict. Raises ConfigError."""
+    return _build(RunConfig, dict(config.items()))
+
+
+def to_dict(cfg: Any) -> dict:
+    """Plain nested dict, JSON-ready; `build(to_dict(cfg)) == cfg`."""
+    out = dataclasses.asdict(cfg)
+    if isinstance(cfg, RunConfig):
+        out["loss"]["balance_batch"] = str(out["loss"]["balance_batch"])
+    return out
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field with its default, locked: a misspelt name in a config file raises at once."""
+    config = ml_collections.ConfigDict(to_dict(RunConfig()))
+    config.lock()
+    return config
+
+
+def source(**fields) -> ml_collections.ConfigDict:
+    """A source for `config.data.sources`, all fields present so that the command line can override each."""
+    made = ml_collections.ConfigDict(to_dict(_build(SourceConfig, fields)))
+    made.lock()
+    return made

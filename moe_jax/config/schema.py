@@ -1,18 +1,9 @@
-"""Configuration: one frozen dataclass per component, strict in both directions.
-
-A config file returns an `ml_collections.ConfigDict` (start from `default_config()`), the command line overrides it, and
-`build` turns it into the frozen dataclasses below. Every default lives here and nowhere else. A bad value raises
-`ConfigError` before anything is compiled: the field, the value, the rule and the nearest valid choice.
-"""
+"""The schema: one frozen dataclass per component, with its ranges and rules. Every default lives here."""
 
 import dataclasses
-import difflib
-import types
-import typing
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import ml_collections
 
 
 class ConfigError(ValueError):
@@ -26,12 +17,12 @@ class ConfigError(ValueError):
         return ConfigError(f"{prefix}.{self.name}", self.value, self.rule, self.hint)
 
 
-def _require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:
+def require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:
     if not ok:
         raise ConfigError(name, value, rule, hint)
 
 
-def _nearest_divisor(of: int, near: int) -> int:
+def nearest_divisor(of: int, near: int) -> int:
     return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: abs(d - near))
 
 
@@ -51,8 +42,10 @@ class _Checked:
             if "low" in f.metadata and isinstance(value, int | float):
                 low, high = f.metadata["low"], f.metadata["high"]
                 rule = f"must be ≥ {low}" if high == float("inf") else f"must be in [{low}, {high}]"
-                nearest = type(value)(min(max(value, low), high)) if value == value else low
-                _require(low <= value <= high, f.name, value, rule, f"nearest valid: {nearest}")
+                finite = isinstance(value, int) or math.isfinite(value)
+                require(finite, f.name, value, f"must be finite and {rule[8:]}", f"nearest valid: {low}")
+                nearest = type(value)(min(max(value, low), high))
+                require(low <= value <= high, f.name, value, rule, f"nearest valid: {nearest}")
         self.check()
 
     def check(self) -> None:
@@ -81,13 +74,15 @@ class MoEConfig(_Checked):
 
     def check(self):
         e, k = self.num_experts, self.top_k
-        _require(k <= e, "top_k", k, f"must be ≤ num_experts={e}", f"nearest valid: {e}")
+        require(k <= e, "top_k", k, f"must be ≤ num_experts={e}", f"nearest valid: {e}")
         g = self.num_groups
-        _require(e % g == 0, "num_groups", g, f"must divide num_experts={e}", f"nearest valid: {_nearest_divisor(e, g)}")
-        _require(self.top_groups <= g, "top_groups", self.top_groups, f"must be ≤ num_groups={g}", f"nearest valid: {g}")
+        require(e % g == 0, "num_groups", g, f"must divide num_experts={e}", f"nearest valid: {nearest_divisor(e, g)}")
+        require(self.top_groups <= g, "top_groups", self.top_groups, f"must be ≤ num_groups={g}", f"nearest valid: {g}")
         room = self.top_groups * (e // g)
-        _require(k <= room, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {room}", f"nearest valid: {room}")
-        _require(
+        require(
+            k <= room, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {room}", f"nearest valid: {room}"
+        )
+        require(
             not (self.score == "sigmoid" and self.score_order == "topk_score"),
             "score_order", self.score_order, "needs score='softmax' (a sigmoid does not depend on the other experts)",
             "nearest valid: 'score_topk'",
@@ -119,13 +114,13 @@ class ModelConfig(_Checked):
 
     def check(self):
         n, m = self.num_heads, self.num_kv_heads
-        _require(n % m == 0, "num_kv_heads", m, f"must divide num_heads={n}", f"nearest valid: {_nearest_divisor(n, m)}")
-        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)",
+        require(n % m == 0, "num_kv_heads", m, f"must divide num_heads={n}", f"nearest valid: {nearest_divisor(n, m)}")
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)",
                  f"nearest valid: {self.head_dim + 1}")  # fmt: skip
-        _require(self.num_dense_layers < self.num_layers, "num_dense_layers", self.num_dense_layers,
+        require(self.num_dense_layers < self.num_layers, "num_dense_layers", self.num_dense_layers,
                  f"must be < num_layers={self.num_layers} (at least one MoE layer)",
                  f"nearest valid: {self.num_layers - 1}")  # fmt: skip
-        _require(not (self.attention == "cudnn" and self.segment_mask), "segment_mask", True,
+        require(not (self.attention == "cudnn" and self.segment_mask), "segment_mask", True,
                  "cannot be honoured by attention='cudnn'", "set segment_mask=False or attention='xla'")  # fmt: skip
 
 
@@ -135,9 +130,10 @@ class LossConfig(_Checked):
     # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
     balance_batch: int | Literal["global"] = "global"
     router_z_coef: float = _number(0.001, 0.0)
+    bias_update_rate: float = _number(0.001, 0.0)  # model.moe.selection_bias: the step of each sign update
 
     def check(self):
-        _require(self.balance_batch == "global" or self.balance_batch >= 1, "balance_batch", self.balance_batch,
+        require(self.balance_batch == "global" or self.balance_batch >= 1, "balance_batch", self.balance_batch,
                  "must be ≥ 1 or 'global'", "nearest valid: 1")  # fmt: skip
 
 
@@ -157,6 +153,7 @@ class OptimConfig(_Checked):
     momentum: float = _number(0.95, 0.0, 1.0)  # Muon
     nesterov: bool = True
     newton_schulz_steps: int = _number(5, 1, 20)
+    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     update_rms: float = _number(0.2, 0.0)  # Muon's update is scaled by update_rms · √max(m, n)
     router: Literal["muon", "adamw"] = "muon"  # who updates the router; Moonlight's released code: Muon
 
@@ -178,8 +175,8 @@ class SourceConfig(_Checked):
     weight: float = _number(1.0, 0.0)
 
     def check(self):
-        _require(self.kind != "tfds" or self.name, "name", self.name, "is needed for kind='tfds'", "try 'stdlib_text'")
-        _require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
+        require(self.kind != "tfds" or self.name, "name", self.name, "is needed for kind='tfds'", "try 'stdlib_text'")
+        require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,7 @@ class TokenizerConfig(_Checked):
 
     def check(self):
         need = self.kind in ("huggingface", "sentencepiece")
-        _require(bool(self.path) or not need, "path", self.path, f"is needed for kind={self.kind!r}", "a tokenizer file")
+        require(bool(self.path) or not need, "path", self.path, f"is needed for kind={self.kind!r}", "a tokenizer file")
 
 
 def _default_sources():
@@ -209,9 +206,9 @@ class DataConfig(_Checked):
     cache_dir: str = ""  # "" is $MOE_JAX_CACHE or ~/.cache/moe_jax
 
     def check(self):
-        _require(bool(self.sources), "sources", {}, "must name at least one source", "see config.SourceConfig")
+        require(bool(self.sources), "sources", {}, "must name at least one source", "see config.SourceConfig")
         total = sum(s.weight for s in self.sources.values())
-        _require(total > 0, "sources", {k: s.weight for k, s in self.sources.items()}, "weights must not all be 0")
+        require(total > 0, "sources", {k: s.weight for k, s in self.sources.items()}, "weights must not all be 0")
 
 
 @dataclass(frozen=True)
@@ -224,9 +221,10 @@ class MeshConfig(_Checked):
 
     def check(self):
         for name in ("data", "fsdp", "expert"):
-            _require(getattr(self, name) != 0, name, 0, "must be ≥ 1, or −1 for the devices that are left", "nearest: 1")
+            require(getattr(self, name) != 0, name, 0, "must be ≥ 1, or −1 for the devices that are left",
+                    "nearest valid: 1")  # fmt: skip
         sizes = (self.data, self.fsdp, self.expert)
-        _require(sizes.count(-1) <= 1, "data", self.data, f"only one of data, fsdp, expert={sizes} may be −1", "use 1")
+        require(sizes.count(-1) <= 1, "data", self.data, f"only one of data, fsdp, expert={sizes} may be −1", "use 1")
 
 
 @dataclass(frozen=True)
@@ -265,126 +263,20 @@ class RunConfig(_Checked):
 
     def check(self):
         b, a = self.data.batch_size, self.train.micro_batches
-        _require(b % a == 0, "train.micro_batches", a, f"must divide data.batch_size={b}",
-                 f"nearest valid: {_nearest_divisor(b, a)}")  # fmt: skip
+        require(b % a == 0, "train.micro_batches", a, f"must divide data.batch_size={b}",
+                 f"nearest valid: {nearest_divisor(b, a)}")  # fmt: skip
         g = self.loss.balance_batch
-        _require(g == "global" or b % g == 0, "loss.balance_batch", g, f"must divide data.batch_size={b} or be 'global'",
-                 f"nearest valid: {_nearest_divisor(b, g) if g != 'global' else g}")  # fmt: skip
+        near = nearest_divisor(b, g) if g != "global" else g
+        rule = f"must divide data.batch_size={b} or be 'global'"
+        require(g == "global" or b % g == 0, "loss.balance_batch", g, rule, f"nearest valid: {near}")
         t = self.data.tokenizer
         need = {"bytes": 257, "bpe": t.vocab_size}.get(t.kind, 0)
-        _require(self.model.vocab_size >= need, "model.vocab_size", self.model.vocab_size,
+        require(self.model.vocab_size >= need, "model.vocab_size", self.model.vocab_size,
                  f"must hold the tokenizer's {need} tokens", f"nearest valid: {need}")  # fmt: skip
-        _require(self.optim.warmup_steps < self.train.steps, "optim.warmup_steps", self.optim.warmup_steps,
+        require(self.optim.warmup_steps < self.train.steps, "optim.warmup_steps", self.optim.warmup_steps,
                  f"must be < train.steps={self.train.steps}", f"nearest valid: {self.train.steps - 1}")  # fmt: skip
 
     @property
     def balance_groups(self) -> int:
         """G: how many balance groups an optimizer batch has."""
         return 1 if self.loss.balance_batch == "global" else self.data.batch_size // self.loss.balance_batch
-
-
-def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: str = "") -> tuple[int, int, int]:
-    """Rules that need the machine: the mesh's final shape, or a ConfigError."""
-    names = ("data", "fsdp", "expert")
-    sizes = [getattr(cfg.mesh, n) for n in names]
-    known = 1
-    for s in sizes:
-        known *= max(s, 1)
-    if -1 in sizes:
-        i = sizes.index(-1)
-        _require(num_devices % known == 0, f"mesh.{names[i]}", -1, f"{num_devices} devices are not divisible by the other axes' {known}",
-                 f"nearest valid product: {_nearest_divisor(num_devices, known)}")  # fmt: skip
-        sizes[i] = num_devices // known
-    else:
-        _require(known == num_devices, "mesh", tuple(sizes), f"must multiply to the {num_devices} devices present", "use −1 for one axis")
-    shape = tuple(sizes)
-    moe, b, a = cfg.model.moe, cfg.data.batch_size, cfg.train.micro_batches
-    _require(moe.num_experts % shape[2] == 0, "mesh.expert", shape[2], f"must divide model.moe.num_experts={moe.num_experts}",
-             f"nearest valid: {_nearest_divisor(moe.num_experts, shape[2])}")  # fmt: skip
-    unit = num_devices * a
-    _require(b % unit == 0, "data.batch_size", b, f"must be divisible by devices × train.micro_batches = {num_devices} × {a} = {unit}",
-             f"nearest valid: {max(unit, round(b / unit) * unit)}")  # fmt: skip
-    hopper = platform == "gpu" and ("H100" in device_kind or "H200" in device_kind or "H800" in device_kind)
-    _require(moe.grouped_matmul != "mosaic_gpu" or hopper, "model.moe.grouped_matmul", "mosaic_gpu",
-             f"needs a Hopper GPU, this is {device_kind or platform}", "use 'auto'")  # fmt: skip
-    _require(cfg.model.attention != "cudnn" or platform == "gpu", "model.attention", "cudnn", f"needs a GPU, this is {platform}", "use 'auto'")
-    return shape
-
-
-# --- ConfigDict ⇄ dataclasses ----------------------------------------------------------------------------------------
-
-
-def _build(cls: type, values: Any):
-    """A dataclass from a mapping, with unknown names, wrong types and broken rules refused."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1, 0.0)
-            raise ConfigError(name, values[name], "is not a field", f"nearest valid name: {close[0]}")
-    made = {}
-    for name, value in values.items():
-        made[name] = _convert(hints[name], value, name)
-    return cls(**made)
-
-
-def _build_inside(cls: type, values: Any, name: str):
-    try:
-        return _build(cls, dict(values.items()))
-    except ConfigError as e:
-        raise e.inside(name) from None
-
-
-def _convert(hint: Any, value: Any, name: str):
-    if dataclasses.is_dataclass(hint):
-        _require(hasattr(value, "items"), name, value, f"must be a group of {hint.__name__} fields")
-        return _build_inside(hint, value, name)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is dict:
-        try:
-            return {key: _convert(args[1], item, key) for key, item in value.items()}
-        except ConfigError as e:
-            raise e.inside(name) from None
-    if origin is Literal:
-        close = difflib.get_close_matches(str(value), args, 1, 0.0)
-        _require(value in args, name, value, f"must be one of {', '.join(args)}", f"nearest valid: {close[0] if close else args[0]!r}")
-        return value
-    if origin in (types.UnionType, typing.Union):  # int | Literal["global"], kept as text in a ConfigDict
-        if isinstance(value, str) and value.lstrip("-").isdigit():
-            value = int(value)
-        literals = [a for h in args for a in typing.get_args(h)]
-        ok = value in literals or (isinstance(value, int) and not isinstance(value, bool))
-        _require(ok, name, value, f"must be an integer or one of {', '.join(literals)}", f"nearest valid: {literals[0]!r}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    _require(ok, name, value, f"must be of type {hint.__name__}, not {type(value).__name__}")
-    return value
-
-
-def build(config: ml_collections.ConfigDict | dict) -> RunConfig:
-    """The validated dataclasses of a ConfigDict. Raises ConfigError."""
-    return _build(RunConfig, dict(config.items()))
-
-
-def to_dict(cfg: Any) -> dict:
-    """Plain nested dict, JSON-ready; `build(to_dict(cfg)) == cfg`."""
-    out = dataclasses.asdict(cfg)
-    if isinstance(cfg, RunConfig):
-        out["loss"]["balance_batch"] = str(out["loss"]["balance_batch"])
-    return out
-
-
-def default_config() -> ml_collections.ConfigDict:
-    """Every field with its default, locked: a misspelt name in a config file raises at once."""
-    config = ml_collections.ConfigDict(to_dict(RunConfig()))
-    config.lock()
-    return config
-
-
-def source(**fields) -> ml_collections.ConfigDict:
-    """A source for `config.data.sources`, all fields present so that the command line can override each."""
-    made = ml_collections.ConfigDict(to_dict(_build(SourceConfig, fields)))
-    made.lock()
-    return made

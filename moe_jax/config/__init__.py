@@ -1,0 +1,45 @@
+"""Configuration: frozen dataclasses, strict in both directions.
+
+A config file returns an `ml_collections.ConfigDict` (start from `default_config()`), the command line overrides it, and
+`build` turns it into frozen dataclasses. A bad value raises `ConfigError` before anything is compiled: the field, the
+value, the rule and the nearest valid choice.
+"""
+
+from moe_jax.config.convert import build, default_config, source, to_dict
+from moe_jax.config.machine import check_devices, check_vocabulary, for_evaluation
+from moe_jax.config.schema import (
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "LossConfig",
+    "MeshConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SampleConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "build",
+    "check_devices",
+    "check_vocabulary",
+    "default_config",
+    "for_evaluation",
+    "source",
+    "to_dict",
+]

@@ -1,0 +1,97 @@
+"""`ml_collections.ConfigDict` ⇄ the dataclasses of the schema, strict in both directions."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+import ml_collections
+
+from moe_jax.config.schema import ConfigError, RunConfig, SourceConfig, require
+
+
+def _build(cls: type, values: Any):
+    """A dataclass from a mapping, with unknown names, wrong types and broken rules refused."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1, 0.0)
+            raise ConfigError(name, values[name], "is not a field", f"nearest valid name: {close[0]}")
+    made = {}
+    for name, value in values.items():
+        made[name] = _convert(hints[name], value, name)
+    return cls(**made)
+
+
+def _build_inside(cls: type, values: Any, name: str):
+    try:
+        return _build(cls, dict(values.items()))
+    except ConfigError as e:
+        raise e.inside(name) from None
+
+
+def _convert(hint: Any, value: Any, name: str):
+    if dataclasses.is_dataclass(hint):
+        require(hasattr(value, "items"), name, value, f"must be a group of {hint.__name__} fields")
+        return _build_inside(hint, value, name)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        try:
+            return {key: _convert(args[1], item, key) for key, item in value.items()}
+        except ConfigError as e:
+            raise e.inside(name) from None
+    if origin is Literal:
+        close = difflib.get_close_matches(str(value), args, 1, 0.0)
+        require(
+            value in args,
+            name,
+            value,
+            f"must be one of {', '.join(args)}",
+            f"nearest valid: {close[0] if close else args[0]!r}",
+        )
+        return value
+    if origin in (types.UnionType, typing.Union):  # int | Literal["global"], kept as text in a ConfigDict
+        if isinstance(value, str) and value.lstrip("-").isdigit():
+            value = int(value)
+        literals = [a for h in args for a in typing.get_args(h)]
+        ok = value in literals or (isinstance(value, int) and not isinstance(value, bool))
+        require(
+            ok, name, value, f"must be an integer or one of {', '.join(literals)}", f"nearest valid: {literals[0]!r}"
+        )
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    require(ok, name, value, f"must be of type {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def build(config: ml_collections.ConfigDict | dict) -> RunConfig:
+    """The validated dataclasses of a ConfigDict. Raises ConfigError."""
+    if not hasattr(config, "items"):
+        raise ConfigError("*", config, "must be a group of RunConfig fields")
+    return _build(RunConfig, dict(config.items()))
+
+
+def to_dict(cfg: Any) -> dict:
+    """Plain nested dict, JSON-ready; `build(to_dict(cfg)) == cfg`."""
+    out = dataclasses.asdict(cfg)
+    if isinstance(cfg, RunConfig):
+        out["loss"]["balance_batch"] = str(out["loss"]["balance_batch"])
+    return out
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field with its default, locked: a misspelt name in a config file raises at once."""
+    config = ml_collections.ConfigDict(to_dict(RunConfig()))
+    config.lock()
+    return config
+
+
+def source(**fields) -> ml_collections.ConfigDict:
+    """A source for `config.data.sources`, all fields present so that the command line can override each."""
+    made = ml_collections.ConfigDict(to_dict(_build(SourceConfig, fields)))
+    made.lock()
+    return made

@@ -1,0 +1,78 @@
+"""Rules that need more than the config: the devices that are here, the tokenizer that was built."""
+
+import dataclasses
+import math
+
+from moe_jax.config.schema import RunConfig, nearest_divisor, require
+
+
+def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: str = "") -> tuple[int, int, int]:
+    """The mesh's final shape, or a ConfigError: everything that can be wrong between a config and a machine."""
+    shape = _mesh_shape(cfg, num_devices)
+    moe, b, a = cfg.model.moe, cfg.data.batch_size, cfg.train.micro_batches
+    require(
+        moe.num_experts % shape[2] == 0,
+        "mesh.expert",
+        shape[2],
+        f"must divide model.moe.num_experts={moe.num_experts}",
+        f"nearest valid: {nearest_divisor(moe.num_experts, shape[2])}",
+    )
+    unit = num_devices * a
+    require(
+        b % unit == 0,
+        "data.batch_size",
+        b,
+        f"must be divisible by devices × train.micro_batches = {num_devices} × {a} = {unit}",
+        f"nearest valid: {max(unit, round(b / unit) * unit)}",
+    )
+    hopper = platform == "gpu" and any(name in device_kind for name in ("H100", "H200", "H800", "GH200"))
+    here = device_kind or platform
+    require(
+        moe.grouped_matmul != "mosaic_gpu" or hopper,
+        "model.moe.grouped_matmul",
+        "mosaic_gpu",
+        f"needs a Hopper GPU, this is {here}",
+        "use 'auto'",
+    )
+    require(
+        cfg.model.attention != "cudnn" or platform == "gpu",
+        "model.attention",
+        "cudnn",
+        f"needs a GPU, this is {here}",
+        "use 'auto'",
+    )
+    return shape
+
+
+def _mesh_shape(cfg: RunConfig, num_devices: int) -> tuple[int, int, int]:
+    names = ("data", "fsdp", "expert")
+    sizes = [getattr(cfg.mesh, name) for name in names]
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes:
+        rest = sizes.index(-1)
+        require(
+            num_devices % known == 0,
+            f"mesh.{names[rest]}",
+            -1,
+            f"the other axes' {known} must divide the {num_devices} devices present",
+            f"nearest valid product: {nearest_divisor(num_devices, known)}",
+        )
+        sizes[rest] = num_devices // known
+    rule = f"must multiply to the {num_devices} devices present"
+    require(math.prod(sizes) == num_devices, "mesh", tuple(sizes), rule, "use -1 for one axis")
+    return tuple(sizes)
+
+
+def check_vocabulary(cfg: RunConfig, tokens: int) -> None:
+    require(cfg.model.vocab_size >= tokens, "model.vocab_size", cfg.model.vocab_size,
+             f"must hold the tokenizer's {tokens} tokens", f"nearest valid: {tokens}")  # fmt: skip
+
+
+def for_evaluation(cfg: RunConfig, num_devices: int) -> tuple[RunConfig, tuple[int, int, int]]:
+    """A run's config on whatever devices are here: a mesh of data × expert, the batch rounded up to the devices."""
+    expert = math.gcd(cfg.model.moe.num_experts, num_devices)
+    b = -(-cfg.data.batch_size // num_devices) * num_devices
+    data = dataclasses.replace(cfg.data, batch_size=b)
+    loss = dataclasses.replace(cfg.loss, balance_batch="global")
+    train = dataclasses.replace(cfg.train, micro_batches=1)
+    return dataclasses.replace(cfg, data=data, loss=loss, train=train), (num_devices // expert, 1, expert)

@@ -1,0 +1,150 @@
+"""Grouped matmul: every group of rows times its own matrix. Letters: R rows, E groups (experts), D in, F out.
+
+| back end     | platform   | what it does                                                                      |
+|--------------|------------|-----------------------------------------------------------------------------------|
+| `reference`  | any        | a loop over blocks of one group each; work follows the rows in use, not R·E       |
+| `ragged_dot` | TPU        | `jax.lax.ragged_dot` (expands densely over E on CPU and GPU: never chosen there)  |
+| `mosaic_gpu` | Hopper GPU | JAX's example Pallas Mosaic-GPU kernels, bf16                                     |
+"""
+
+import functools
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax.kernels import mosaic
+
+BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of each other on 2 CPU cores
+
+
+class Backend(Protocol):
+    def rows(self, x: Array, w: Array, sizes: Array, transpose: bool) -> Array: ...
+    def weights(self, x: Array, dy: Array, sizes: Array) -> Array: ...
+
+
+def choose_backend(name: str, platform: str, device_kind: str = "") -> tuple[str, str]:
+    """The back end for a platform, and why: printed once at start-up. `name` other than "auto" is taken as it is."""
+    if name != "auto":
+        return name, "set in the config"
+    if platform == "tpu":
+        return "ragged_dot", "TPU"
+    if platform in ("gpu", "cuda") and mosaic.supports(device_kind):
+        return "mosaic_gpu", device_kind
+    if platform in ("gpu", "cuda"):
+        return "reference", f"slow: no grouped-matmul kernel for {device_kind} yet"
+    return "reference", platform
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(
+    x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"], backend: str
+) -> Float[Array, "R F"]:
+    """y[r] = x[r] · w[e] for the rows r of group e; rows are sorted by group, `sizes` says how many each has.
+
+    Rows past sum(sizes) give zeros and cost nothing. Empty groups and any sizes are allowed; sum(sizes) ≤ R.
+    Inside a `shard_map`, x, w and sizes must vary over the same mesh axes.
+    Differentiable in x and w.
+    """
+    return _forward(x, w, sizes, backend)[0]
+
+
+def _forward(x, w, sizes, backend):
+    y = _varying(BACKENDS[backend].rows(x, w, sizes, False), x, w, sizes)
+    return _mask_tail(y, sizes), (x, w, sizes)
+
+
+def _backward(backend, saved, dy):
+    x, w, sizes = saved
+    dy = _mask_tail(dy, sizes)
+    dx = _mask_tail(_varying(BACKENDS[backend].rows(dy, w, sizes, True), dy, w, sizes), sizes)
+    dw = _varying(BACKENDS[backend].weights(x, dy, sizes), x, dy, sizes)
+    return dx.astype(x.dtype), dw.astype(w.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _mask_tail(y: Array, sizes: Array) -> Array:
+    """Zeros past the last group: kernels leave those rows as they find them."""
+    return jnp.where((jnp.arange(y.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
+
+
+class _Blocks(NamedTuple):
+    """Every group cut into blocks of BLOCK rows; the last block of a group may reach into the next group."""
+
+    count: Array  # blocks in use
+    ends_E: Array  # block number at which each group ends
+    row_E: Array  # first row of each group
+    size_E: Array
+
+    @classmethod
+    def of(cls, sizes: Array) -> "_Blocks":
+        ends_E = jnp.cumsum(-(-sizes // BLOCK))
+        return cls(ends_E[-1], ends_E, jnp.cumsum(sizes) - sizes, sizes)
+
+    def at(self, i: Array) -> tuple[Array, Array, Array]:
+        """Group, first row, and which of its rows belong to block i."""
+        e = jnp.sum(self.ends_E <= i)
+        first = self.ends_E[e] - -(-self.size_E[e] // BLOCK)
+        offset = (i - first) * BLOCK
+        return e, self.row_E[e] + offset, offset + jnp.arange(BLOCK) < self.size_E[e]
+
+
+def _varying(y: Array, *like: Array) -> Array:
+    """y, marked as varying over the mesh axes of `like`: loop carries start and kernels end without the mark."""
+    axes = {a: None for x in like for a in jax.typeof(x).manual_axis_type.varying}
+    missing = tuple(a for a in axes if a not in jax.typeof(y).manual_axis_type.varying)
+    return jax.lax.pcast(y, missing, to="varying") if missing else y
+
+
+class _Reference:
+    """Obviously right, and honest in cost: one small matmul per block in use. A loop, so that no weight is copied."""
+
+    def rows(self, x, w, sizes, transpose):
+        blocks = _Blocks.of(sizes)
+        width = w.shape[1] if transpose else w.shape[2]
+        padded = jnp.pad(x, ((0, BLOCK), (0, 0)))
+
+        def body(i, out):
+            e, row, _ = blocks.at(i)
+            w_e = jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
+            y = jax.lax.dynamic_slice_in_dim(padded, row, BLOCK) @ (w_e.T if transpose else w_e)
+            # Blocks come in row order, so rows that belong to the next group are overwritten by its own block.
+            return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+        out = _varying(jnp.zeros((padded.shape[0], width), x.dtype), x, w, sizes)
+        return jax.lax.fori_loop(0, blocks.count, body, out)[: x.shape[0]]
+
+    def weights(self, x, dy, sizes):
+        blocks = _Blocks.of(sizes)
+        x_padded, dy_padded = (jnp.pad(a, ((0, BLOCK), (0, 0))) for a in (x, dy))
+
+        def body(i, dw):
+            e, row, mine = blocks.at(i)
+            x_b = jnp.where(mine[:, None], jax.lax.dynamic_slice_in_dim(x_padded, row, BLOCK), 0)
+            dy_b = jax.lax.dynamic_slice_in_dim(dy_padded, row, BLOCK)
+            dw_b = jnp.einsum("rd,rf->df", x_b, dy_b, preferred_element_type=jnp.float32)
+            return dw.at[e].add(dw_b)
+
+        dw = _varying(jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32), x, dy, sizes)
+        return jax.lax.fori_loop(0, blocks.count, body, dw)
+
+
+class _RaggedDot:
+    def rows(self, x, w, sizes, transpose):
+        return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2) if transpose else w, sizes)
+
+    def weights(self, x, dy, sizes):
+        contract_rows = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+        )
+        return jax.lax.ragged_dot_general(x, dy, sizes, contract_rows, preferred_element_type=jnp.float32)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": _Reference(),
+    "ragged_dot": _RaggedDot(),
+    "mosaic_gpu": mosaic.MosaicGPU(),
+}

@@ -1,0 +1,85 @@
+"""Initialisers, RMSNorm, RoPE, and the gated linear unit. Axis letters: CONTRIBUTING.md."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from moe_jax import sharding
+
+
+class Init:
+    """Declares weights: value, shape and logical axes on one line, born sharded when a mesh is set.
+
+    With `layers=L` every weight gets a leading `[L]` axis: the stack that `jax.lax.scan` runs over.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, std: float, layers: int | None = None):
+        self.rngs, self.std, self.layers = rngs, std, layers
+
+    def stack(self, layers: int) -> "Init":
+        return Init(self.rngs, self.std, layers)
+
+    def _axes(self, shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[str, ...], PartitionSpec | None]:
+        names = tuple(axes.split())
+        if self.layers is not None:
+            shape, names = (self.layers, *shape), ("layers", *names)
+        sizes = sharding.current_sizes()
+        return shape, names, sharding.weight_spec(names, shape, sizes) if sizes else None
+
+    def normal(self, shape: tuple[int, ...], axes: str, std: float | None = None) -> nnx.Param:
+        """Normal with standard deviation `std` (default: the model's `init_std`), cut off at 3 standard deviations."""
+        shape, names, spec = self._axes(shape, axes)
+        x = _normal(self.rngs.params(), self.std if std is None else std, shape, spec)
+        return nnx.Param(x, axes=names)
+
+    def ones(self, shape: tuple[int, ...], axes: str) -> nnx.Param:
+        shape, names, spec = self._axes(shape, axes)
+        return nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=spec), axes=names)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """A replicated array that is not a weight (no axes, no optimizer)."""
+        return jnp.zeros(self._axes(shape, " ".join(["norm"] * len(shape)))[0], jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))  # compiled once per shape, not once per weight
+def _normal(key, std, shape, spec):
+    return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec)
+
+
+def weight(w: nnx.Param, dtype) -> Array:
+    """A weight as it enters a matmul: cast first, so that the gather over the mesh moves the smaller type."""
+    return sharding.replicate(w[...].astype(dtype))
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """x / √(mean x² + eps) · scale, computed in float32. Source: arXiv:1910.07467, eq. 4."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def rope(x: Float[Array, "B S N H"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S N H"]:
+    """Rotary position embedding (arXiv:2104.09864), halves layout: component i pairs with component i + H/2."""
+    half = x.shape[-1] // 2
+    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None].astype(jnp.float32) * freq[None, None, :]
+    cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class GLU(nnx.Module):
+    """SwiGLU: (silu(x · w_gate) ⊙ (x · w_up)) · w_down. Source: arXiv:2002.05202."""
+
+    def __init__(self, d_model: int, d_ff: int, init: Init, out_std: float):
+        self.w_gate = init.normal((d_model, d_ff), "embed mlp")
+        self.w_up = init.normal((d_model, d_ff), "embed mlp")
+        self.w_down = init.normal((d_ff, d_model), "mlp embed", out_std)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        h = jax.nn.silu(x @ weight(self.w_gate, x.dtype)) * (x @ weight(self.w_up, x.dtype))
+        return h @ weight(self.w_down, x.dtype)

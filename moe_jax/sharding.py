@@ -1,0 +1,87 @@
+"""Mesh construction and the table from logical axes to mesh axes.
+
+The mesh always has the axes of `AXES`, all Explicit; an axis of size 1 is kept. The batch is split over all three.
+
+| tensor                       | spec                                                         |
+|------------------------------|--------------------------------------------------------------|
+| activations `[B, S, D]`      | `(data, fsdp, expert), None, None`                           |
+| expert weights `[L, E, D, F]`| `None, expert, fsdp, None`                                   |
+| other matrices               | `(fsdp, expert)` on the first of `FSDP_ORDER` that divides   |
+| router, norms                | replicated                                                   |
+| optimizer moments            | as their parameter (their type carries it)                   |
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "expert")
+BATCH = PartitionSpec(AXES)  # the leading (batch) dimension of activations and data
+
+# Logical axes of weights: what may be sharded, in the order in which it is tried, and what never is.
+FSDP_ORDER = ("vocab", "embed", "mlp", "heads")
+REPLICATED = ("layers", "norm", "router_embed", "router_experts")
+
+
+def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:
+    """The mesh of `(data, fsdp, expert)` sizes over `devices` (default: all)."""
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def weight_spec(axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """The spec of a weight with logical `axes` on a mesh with axis `sizes`. Total: an unknown axis is a ValueError."""
+    for name in axes:
+        if name not in (*FSDP_ORDER, *REPLICATED, "experts"):
+            raise ValueError(f"no sharding rule for the logical axis {name!r} of a weight with axes {axes}")
+    spec: list = [None] * len(axes)
+    wanted = [("fsdp", "expert"), ("fsdp",), ("expert",)]
+    if "experts" in axes:
+        spec[axes.index("experts")] = "expert"
+        wanted = [("fsdp",)]
+    # A matrix that no axis divides stays replicated: right, only larger. `train.py` prints the bytes per device.
+    for mesh_axes in wanted:
+        parts = math.prod(sizes[a] for a in mesh_axes)
+        for name in FSDP_ORDER:
+            if name in axes and shape[axes.index(name)] % parts == 0:
+                spec[axes.index(name)] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
+                return PartitionSpec(*spec)
+    return PartitionSpec(*spec)
+
+
+def current_sizes() -> dict[str, int]:
+    """Axis sizes of the mesh in use (`jax.set_mesh`); empty outside one."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` gathered to every device: how a sharded weight is read. Its gradient is reduced and scattered back."""
+    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if current_sizes() else x
+
+
+def reshape_tail(x: jax.Array, keep: int, *tail: int) -> jax.Array:
+    """`x` with all but its first `keep` dimensions reshaped to `tail`; those `keep` stay sharded as they are.
+
+    Said explicitly, because a reshape forgets the sharding of a dimension of size 1 (one row, one new token).
+    """
+    if not current_sizes():
+        return x.reshape(*x.shape[:keep], *tail)
+    spec = [*jax.typeof(x).sharding.spec[:keep], *[None] * len(tail)]
+    return x.reshape(*x.shape[:keep], *tail, out_sharding=PartitionSpec(*spec))
+
+
+def per_device(fn: Callable, split: int, whole: int = 0) -> Callable:
+    """fn on each device's own sequences: `split` arguments cut along the batch, then `whole` ones replicated.
+
+    For functions of one sequence at a time: nothing is communicated going forward, and the gradient of a `whole`
+    argument is summed over the mesh once.
+    """
+    if not current_sizes():
+        return fn
+    specs = (BATCH,) * split + (PartitionSpec(),) * whole
+    return jax.shard_map(fn, in_specs=specs, out_specs=BATCH, check_vma=True)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, BATCH)

@@ -1,0 +1,149 @@
+"""(x, Routing, expert weights) → y: how tokens reach their experts and what is computed there.
+
+Two independent choices. *Compute* is what a device does with the tokens it holds and its own experts: `dense` (every
+expert on every token: the oracle), `grouped` (dropless: rows sorted by expert, grouped matmul), `capacity` (a fixed
+number of rows an expert; the rest is dropped and counted). *Exchange* is how tokens of other devices get there: `ring`.
+
+Everything here runs inside the `shard_map` of moe.py. Lower-case letters are local: t tokens of this device, e experts
+of this device; T tokens and R = T·K rows after the exchange.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.config import MoEConfig
+from moe_jax.kernels import grouped_matmul
+from moe_jax.routing import Routing
+
+
+class ExpertWeights(NamedTuple):
+    gate: Float[Array, "e D F"]
+    up: Float[Array, "e D F"]
+    down: Float[Array, "e F D"]
+
+
+class Compute(Protocol):
+    def __call__(
+        self, x: Array, routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str
+    ) -> tuple[Float[Array, "T D"], Bool[Array, "T K"]]:
+        """y in float32 (sums over this device's experts) and which valid slots were computed (False: dropped)."""
+
+
+# --- exchange --------------------------------------------------------------------------------------------------------
+
+
+def ring(
+    x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str
+) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
+    """All-gather the tokens of an `expert` row of the mesh, compute local experts, reduce-scatter the sums back."""
+    local = w.gate.shape[0]
+    gather = lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True)
+    x_TD, everywhere = gather(x), Routing(*map(gather, routing))
+    experts = everywhere.experts - jax.lax.axis_index("expert") * local
+    mine = everywhere.valid & (experts >= 0) & (experts < local)
+    here = Routing(jnp.where(mine, experts, 0), everywhere.weights, mine)
+    y_TD, kept = COMPUTE[cfg.compute](x_TD, here, w, cfg, backend)
+    scatter = lambda a: jax.lax.psum_scatter(a, "expert", scatter_dimension=0, tiled=True)
+    lost = scatter((mine & ~kept).astype(jnp.int32))
+    return scatter(y_TD).astype(x.dtype), lost == 0
+
+
+# --- compute ---------------------------------------------------------------------------------------------------------
+
+
+def dense(x, routing, w, cfg, backend):
+    """The oracle: y = Σ_e weight[t, e] · GLU_e(x), every expert on every token. Cost follows E, not K."""
+    one_hot = jax.nn.one_hot(routing.experts, w.gate.shape[0], dtype=jnp.float32)
+    combine_Te = jnp.einsum("tke,tk->te", one_hot, jnp.where(routing.valid, routing.weights, 0.0))
+    h = jax.nn.silu(jnp.einsum("td,edf->etf", x, w.gate)) * jnp.einsum("td,edf->etf", x, w.up)
+    y_eTD = jnp.einsum("etf,efd->etd", h, w.down)
+    return jnp.einsum("etd,te->td", y_eTD.astype(jnp.float32), combine_Te), routing.valid
+
+
+class RowPlan(NamedTuple):
+    """Slots (t, k) sorted by expert, slots that do nothing last. Both index arrays are permutations of 0 … R−1."""
+
+    slot_R: Int[Array, " R"]  # sorted row → slot t·K + k
+    row_R: Int[Array, " R"]  # slot → sorted row
+    sizes_e: Int[Array, " e"]
+
+
+def plan_rows(routing: Routing, num_experts: int) -> RowPlan:
+    key = jnp.where(routing.valid, routing.experts, num_experts).reshape(-1)
+    slot_R = jnp.argsort(key, stable=True)
+    row_R = jnp.zeros_like(slot_R).at[slot_R].set(jnp.arange(slot_R.shape[0]), unique_indices=True)
+    sizes_e = jnp.sum(key[:, None] == jnp.arange(num_experts)[None, :], axis=0, dtype=jnp.int32)
+    return RowPlan(slot_R, row_R, sizes_e)
+
+
+@jax.custom_vjp
+def permute(x: Float[Array, "R D"], to: Int[Array, " R"], back: Int[Array, " R"]) -> Float[Array, "R D"]:
+    """x[to] for a permutation `to` with inverse `back`. Its gradient gathers instead of scattering (deterministic)."""
+    return x[to]
+
+
+permute.defvjp(lambda x, to, back: (x[to], back), lambda back, dy: (dy[back], None, None))
+
+
+@jax.custom_vjp
+def dispatch(x: Float[Array, "T D"], plan: RowPlan) -> Float[Array, "R D"]:
+    """The token of every sorted row, without materialising K copies first."""
+    return x[plan.slot_R // (plan.slot_R.shape[0] // x.shape[0])]
+
+
+def _dispatch_backward(saved, dx_RD):
+    row_R, tokens = saved
+    per_slot = dx_RD[row_R].reshape(tokens, -1, dx_RD.shape[-1])
+    return jnp.sum(per_slot.astype(jnp.float32), axis=1).astype(dx_RD.dtype), None
+
+
+dispatch.defvjp(lambda x, plan: (dispatch(x, plan), (plan.row_R, x.shape[0])), _dispatch_backward)
+
+
+def combine(y_RD: Float[Array, "R D"], routing: Routing, plan: RowPlan) -> Float[Array, "T D"]:
+    """Σ_k weight[t, k] · y of slot (t, k), in float32."""
+    tokens, k = routing.experts.shape
+    y_TKD = permute(y_RD, plan.row_R, plan.slot_R).reshape(tokens, k, -1).astype(jnp.float32)
+    return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(routing.valid, routing.weights, 0.0))
+
+
+def grouped(x, routing, w, cfg, backend):
+    """Dropless: rows sorted by expert, three grouped matmuls. Cost follows the rows in use."""
+    plan = plan_rows(routing, w.gate.shape[0])
+    x_RD = dispatch(x, plan)
+    gmm = lambda a, m: grouped_matmul(a, m, plan.sizes_e, backend)
+    h_RF = jax.nn.silu(gmm(x_RD, w.gate)) * gmm(x_RD, w.up)
+    return combine(gmm(h_RF, w.down), routing, plan), routing.valid
+
+
+def capacity_rows(cfg: MoEConfig, tokens: int) -> int:
+    """C: the rows of one expert for `tokens` tokens after the exchange."""
+    return max(1, -int(-cfg.capacity_factor * cfg.top_k * tokens // cfg.num_experts))
+
+
+def capacity(x, routing, w, cfg, backend):
+    """GShard-style: an expert takes its first C rows in token order, later ones are dropped (their y is 0).
+
+    C counts tokens of one `expert` row of the mesh, so unlike the other paths the result depends on the mesh.
+    """
+    rows, experts = capacity_rows(cfg, x.shape[0]), w.gate.shape[0]
+    plan = plan_rows(routing, experts)
+    first_e = jnp.cumsum(plan.sizes_e) - plan.sizes_e
+    position = plan.row_R.reshape(routing.experts.shape) - first_e[routing.experts]
+    kept = routing.valid & (position < rows)
+    # Buffer [e, C]: the sorted row of each place; places past an expert's rows read a row that is masked out.
+    place_eC = first_e[:, None] + jnp.arange(rows)[None, :]
+    filled_eC = jnp.arange(rows)[None, :] < plan.sizes_e[:, None]
+    x_RD = dispatch(x, plan)
+    x_eCD = jnp.where(filled_eC[:, :, None], x_RD[jnp.minimum(place_eC, x_RD.shape[0] - 1)], 0)
+    h = jax.nn.silu(jnp.einsum("ecd,edf->ecf", x_eCD, w.gate)) * jnp.einsum("ecd,edf->ecf", x_eCD, w.up)
+    y_eCD = jnp.einsum("ecf,efd->ecd", h, w.down)
+    y_TKD = y_eCD[routing.experts, jnp.minimum(position, rows - 1)].astype(jnp.float32)
+    return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(kept, routing.weights, 0.0)), kept
+
+
+COMPUTE: dict[str, Compute] = {"dense": dense, "grouped": grouped, "capacity": capacity}
+EXCHANGE = {"ring": ring}

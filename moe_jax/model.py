@@ -1,0 +1,219 @@
+"""The decoder: blocks stacked and scanned, and what it counts: parameters and FLOPs.
+
+`Transformer` is an NNX module; NNX ends at the `jit` border. `abstract(cfg)` gives the graph and the shapes once,
+`init(cfg, seed)` the parameters as plain nested dicts, `bind(...)` puts them together inside a jitted function.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moe_jax import sharding
+from moe_jax.attention import Attention, KVCache, choose_attention
+from moe_jax.config import ModelConfig
+from moe_jax.kernels import choose_backend
+from moe_jax.layers import GLU, Init, rms_norm, weight
+from moe_jax.moe import MoE, RouterBias, TokenInfo
+from moe_jax.routing import RouterStats
+
+
+class Backends(NamedTuple):
+    """What runs where: chosen once per run and printed."""
+
+    attention: str
+    grouped_matmul: str
+
+    @classmethod
+    def choose(cls, cfg: ModelConfig, platform: str, device_kind: str = "") -> tuple["Backends", str]:
+        attention, why_a = choose_attention(cfg.attention, platform, cfg.segment_mask)
+        matmul, why_m = choose_backend(cfg.moe.grouped_matmul, platform, device_kind)
+        text = f"attention: {attention} ({why_a}); experts: {cfg.moe.compute}, {cfg.moe.exchange} exchange"
+        if cfg.moe.compute == "grouped":
+            text += f", grouped matmul: {matmul} ({why_m})"
+        return cls(attention, matmul), text
+
+
+class Inputs(NamedTuple):
+    """One (micro-)batch as the model sees it."""
+
+    tokens: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"] | None
+    info: TokenInfo
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a GLU or an MoE."""
+
+    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, num_groups: int, backends: Backends):
+        out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # residual branches add up over 2·L writes
+        self.eps = cfg.norm_eps
+        self.attention_norm = init.ones((cfg.d_model,), "norm")
+        self.attention = Attention(cfg, init, out_std, backends.attention)
+        self.mlp_norm = init.ones((cfg.d_model,), "norm")
+        if sparse:
+            self.moe = MoE(cfg.moe, cfg.d_model, init, out_std, num_groups, backends.grouped_matmul)
+        else:
+            self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std)
+
+    def __call__(self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Array | None):
+        y, cache = self.attention(
+            rms_norm(x, self.attention_norm[...], self.eps), inputs.positions, inputs.segments, cache, start
+        )
+        x = x + y
+        h = rms_norm(x, self.mlp_norm[...], self.eps)
+        y, stats = self.moe(h, inputs.info) if hasattr(self, "moe") else (self.mlp(h), None)
+        return x + y, stats, cache
+
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Transformer(nnx.Module):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, backends: Backends, num_groups: int = 1):
+        self.cfg = cfg
+        init = Init(rngs, cfg.init_std)
+        block = functools.partial(Block, cfg, num_groups=num_groups, backends=backends)
+        self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
+        if cfg.num_dense_layers:
+            self.dense_layers = block(init.stack(cfg.num_dense_layers), sparse=False)
+        self.layers = block(init.stack(cfg.num_layers - cfg.num_dense_layers), sparse=True)
+        self.final_norm = init.ones((cfg.d_model,), "norm")
+        if not cfg.tie_embeddings:
+            self.head = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
+
+    def __call__(
+        self, inputs: Inputs, cache: list[KVCache | None] | None = None, start: Int[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B S D"], RouterStats, list[KVCache | None]]:
+        """Final hidden states (after the last norm), statistics with a leading L of MoE layers, and the new cache."""
+        dtype = jnp.dtype(self.cfg.compute_dtype)
+        out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
+        x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
+        dense_cache, moe_cache = cache or (None, None)
+        if self.cfg.num_dense_layers:
+            x, (_, dense_cache) = self._scan(self.dense_layers, x, inputs, dense_cache, start)
+        x, (stats, moe_cache) = self._scan(self.layers, x, inputs, moe_cache, start)
+        return rms_norm(x, self.final_norm[...], self.cfg.norm_eps), stats, [dense_cache, moe_cache]
+
+    def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start):
+        graph, weights = nnx.split(blocks)
+
+        def body(x, layer):
+            w, layer_cache = layer
+            x, stats, layer_cache = nnx.merge(graph, w)(x, inputs, layer_cache, start)
+            return x, (stats, layer_cache)
+
+        policy = REMAT[self.cfg.remat]
+        if policy is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return jax.lax.scan(body, x, (weights, cache))
+
+    @property
+    def output_matrix(self) -> nnx.Param:
+        """`[V, D]`: maps hidden states to logits."""
+        return self.embed if self.cfg.tie_embeddings else self.head
+
+    def empty_cache(self, batch: int, length: int) -> list[KVCache | None]:
+        cfg = self.cfg
+        out = P(None, sharding.AXES, None, None, None) if sharding.current_sizes() else None
+
+        def of(layers):
+            shape = (layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
+            zeros = lambda: jnp.zeros(shape, cfg.compute_dtype, out_sharding=out)
+            return KVCache(zeros(), zeros()) if layers else None
+
+        return [of(cfg.num_dense_layers), of(cfg.num_layers - cfg.num_dense_layers)]
+
+
+class Graph(NamedTuple):
+    """A model without its weights."""
+
+    definition: Any
+    axes: dict  # logical axes of every parameter, in the tree of `params`
+    shapes: dict  # ShapeDtypeStruct of every parameter
+
+    def bind(self, params: dict, router_bias: dict) -> Transformer:
+        """The module with these weights, for use inside a traced function."""
+        return nnx.merge(self.definition, params, router_bias)
+
+
+def _split(model: Transformer):
+    definition, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    return definition, params, bias
+
+
+REFERENCE = Backends("xla", "reference")  # run anywhere
+
+
+def abstract(cfg: ModelConfig, backends: Backends = REFERENCE, num_groups: int = 1) -> Graph:
+    """The graph and shapes of a model; nothing is allocated."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), backends, num_groups))
+    definition, params, _ = _split(model)
+    axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
+    shapes = nnx.to_pure_dict(params)
+    return Graph(definition, _nest(axes), shapes)
+
+
+def _nest(flat: dict[tuple, Any]) -> dict:
+    out: dict = {}
+    for path, value in flat.items():
+        node = out
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = value
+    return out
+
+
+def init(cfg: ModelConfig, seed: Array) -> tuple[dict, dict]:
+    """Parameters and router biases as nested dicts, born sharded. The values do not depend on the mesh.
+
+    Not to be jitted as a whole: weights of one shape share one compilation.
+    """
+    model = Transformer(cfg, nnx.Rngs(params=seed), REFERENCE)
+    _, params, bias = _split(model)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters. Active: used for one token, that is without the routed experts it does not choose."""
+
+    total: int
+    active: int
+    active_no_embedding: int  # … and without the embedding and output tables
+
+
+def count_parameters(cfg: ModelConfig) -> Counts:
+    shapes = abstract(cfg).shapes
+    total = sum(x.size for x in jax.tree.leaves(shapes))
+    idle = (
+        (cfg.num_layers - cfg.num_dense_layers)
+        * (cfg.moe.num_experts - cfg.moe.top_k)
+        * 3
+        * cfg.d_model
+        * cfg.moe.d_expert
+    )
+    tables = cfg.vocab_size * cfg.d_model * (1 if cfg.tie_embeddings else 2)
+    return Counts(total, total - idle, total - idle - tables)
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Model FLOPs of one training token, forward and backward: 6 per active matmul weight, plus causal attention.
+
+    The embedding look-up is no matmul, the output matrix is. Attention: 2 products of S/2 keys on average, 6·S·N·H a
+    layer. Recomputation is not counted (this is MFU's numerator, not the hardware's).
+    """
+    matmul = count_parameters(cfg).active_no_embedding + cfg.vocab_size * cfg.d_model
+    norms = cfg.d_model * (2 * cfg.num_layers + 1) + cfg.qk_norm * 2 * cfg.head_dim * cfg.num_layers
+    return 6.0 * (matmul - norms) + 6.0 * cfg.num_layers * seq_len * cfg.num_heads * cfg.head_dim

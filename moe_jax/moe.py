@@ -1,0 +1,80 @@
+"""The MoE layer: router, routed experts, shared experts. Its only manual (shard_map) region is `_region`."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax import routing, sharding
+from moe_jax.config import MoEConfig
+from moe_jax.experts import EXCHANGE, ExpertWeights
+from moe_jax.layers import GLU, Init
+from moe_jax.routing import RouterStats
+
+
+class RouterBias(nnx.Variable):
+    """Selection bias per expert: part of the train state, updated from counts, never by an optimizer."""
+
+
+class TokenInfo(NamedTuple):
+    """What the MoE layer knows of its tokens besides their activations."""
+
+    counted: Bool[Array, "B S"]  # False: padding; uses no expert, enters no statistic
+    group: Int[Array, "B S"]  # balance group of each token
+
+
+class MoE(nnx.Module):
+    def __init__(self, cfg: MoEConfig, d_model: int, init: Init, out_std: float, num_groups: int, backend: str):
+        """`num_groups` G is the number of balance groups, `backend` that of the grouped matmul."""
+        self.cfg, self.num_groups, self.backend = cfg, num_groups, backend
+        e, d, f = cfg.num_experts, d_model, cfg.d_expert
+        self.w_router = init.normal((d, e), "router_embed router_experts")
+        self.w_gate = init.normal((e, d, f), "experts embed mlp")
+        self.w_up = init.normal((e, d, f), "experts embed mlp")
+        self.w_down = init.normal((e, f, d), "experts mlp embed", out_std)
+        self.shared = GLU(d, cfg.num_shared_experts * f, init, out_std) if cfg.num_shared_experts else None
+        self.router_bias = RouterBias(init.zeros((e,))) if cfg.selection_bias else None
+
+    def __call__(self, x: Float[Array, "B S D"], info: TokenInfo) -> tuple[Float[Array, "B S D"], RouterStats]:
+        """Routed plus shared experts, and the router statistics summed over the whole mesh."""
+        if not sharding.current_sizes():
+            raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
+        w = ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
+        bias = self.router_bias[...] if self.router_bias is not None else None
+        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
+        region = jax.shard_map(
+            functools.partial(self._region, specs),
+            in_specs=(sharding.BATCH, sharding.BATCH, P(), P(), specs),
+            out_specs=(sharding.BATCH, P()),
+            check_vma=True,
+        )
+        y, stats = region(x, info, self.w_router[...], bias, w)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, stats
+
+    def _region(self, specs, x_bSD, info, w_router, bias, w):
+        """Everything that depends on which token goes where, on one device: b = B / devices sequences."""
+        shape = x_bSD.shape
+        x = x_bSD.reshape(-1, shape[-1])
+        counted, group = info.counted.reshape(-1), info.group.reshape(-1)
+        # float32 and HIGHEST: a router rounded to bf16 picks other experts.
+        logits = jnp.einsum("td,de->te", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST)
+        plan, probs = routing.route(logits, bias, counted, self.cfg)
+        w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
+        y, kept = EXCHANGE[self.cfg.exchange](x, plan, w, self.cfg, self.backend)
+        stats = routing.router_stats(logits, probs, plan, kept, counted, group, self.num_groups)
+        # The sums of all devices: G·(2E+3) numbers a layer. This psum is what makes the balance global.
+        return y.reshape(shape), jax.lax.psum(stats, sharding.AXES)
+
+
+def _own_experts(dtype, w: Array, spec: P) -> Array:
+    """This device's experts, whole, in the compute dtype. Going back, gradients are summed over replicas in float32
+    and reduce-scattered over `fsdp`."""
+    missing = tuple(a for a in sharding.AXES if a not in spec)
+    w = jax.lax.pcast(w, missing, to="varying").astype(dtype)
+    return jax.lax.all_gather(w, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else w

@@ -1,0 +1,119 @@
+"""Router logits → which experts each token uses, and the statistics of that choice. Pure functions, no parameters.
+
+Letters: T tokens, E experts, K experts per token, G balance groups, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.config import MoEConfig
+
+
+class Routing(NamedTuple):
+    """What the experts need."""
+
+    experts: Int[Array, "T K"]  # expert ids
+    weights: Float[Array, "T K"]  # combine weights, float32
+    valid: Bool[Array, "T K"]  # False: this slot does nothing and costs nothing
+
+
+class RouterStats(NamedTuple):
+    """What everybody else needs: SUMS over counted tokens, per balance group; the layer scan adds a leading L."""
+
+    tokens: Float[Array, "*L G"]
+    tokens_per_expert: Float[Array, "*L G E"]  # assignments; sums to K · tokens
+    prob_per_expert: Float[Array, "*L G E"]  # Σ_t router probability; carries gradient
+    z_sq: Float[Array, "*L G"]  # Σ_t logsumexp(logits)²; carries gradient
+    dropped: Float[Array, "*L G"]  # assignments lost to capacity; 0 if dropless
+
+
+def route(
+    logits: Float[Array, "T E"], bias: Float[Array, " E"] | None, mask: Bool[Array, " T"], cfg: MoEConfig
+) -> tuple[Routing, Float[Array, "T E"]]:
+    """Token choice: every token takes its K best experts.
+
+    `bias` moves the selection only, never the weights (DeepSeek-V3's loss-free balancing, arXiv:2408.15664).
+    Group-limited selection ranks a group by the sum of its best min(2, K) scores and keeps `top_groups` groups
+    (arXiv:2412.19437). Ties go to the lower expert id.
+
+    Returns the routing and the router probabilities over *all* experts, each row summing to 1: the softmax of the
+    logits, or sigmoid scores divided by their sum. They feed the load-balancing loss.
+    """
+    logits = logits.astype(jnp.float32)
+    if cfg.score == "softmax":
+        probs = jax.nn.softmax(logits, axis=-1)
+        scores = probs
+    else:
+        scores = jax.nn.sigmoid(logits)
+        probs = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    # Softmax over the chosen K sees the logits; a selection bias adds to what is ranked.
+    ranked = logits if cfg.score_order == "topk_score" else scores
+    ranked = jax.lax.stop_gradient(ranked)
+    if bias is not None:
+        ranked = ranked + jax.lax.stop_gradient(bias.astype(jnp.float32))[None, :]
+    if cfg.top_groups < cfg.num_groups:
+        ranked = _limit_groups(ranked, cfg)
+    _, experts = jax.lax.top_k(ranked, cfg.top_k)
+    if cfg.score_order == "topk_score":
+        weights = jax.nn.softmax(_pick(logits, experts), axis=-1)
+    else:
+        weights = _pick(scores, experts)
+    if cfg.renormalize:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    valid = jnp.broadcast_to(mask[:, None], experts.shape)
+    return Routing(experts, weights * cfg.routed_scaling, valid), probs
+
+
+def _pick(values: Float[Array, "T E"], experts: Int[Array, "T K"]) -> Float[Array, "T K"]:
+    return jnp.take_along_axis(values, experts, axis=-1)
+
+
+def _limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T E"]:
+    tokens, experts = ranked.shape
+    grouped = ranked.reshape(tokens, cfg.num_groups, experts // cfg.num_groups)
+    best, _ = jax.lax.top_k(grouped, min(2, cfg.top_k, grouped.shape[-1]))
+    _, groups = jax.lax.top_k(jnp.sum(best, axis=-1), cfg.top_groups)
+    kept = jnp.any(jax.nn.one_hot(groups, cfg.num_groups, dtype=bool), axis=1)
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
+
+
+def router_stats(
+    logits: Float[Array, "T E"],
+    probs: Float[Array, "T E"],
+    routing: Routing,
+    kept: Bool[Array, "T K"],
+    mask: Bool[Array, " T"],
+    group: Int[Array, " T"],
+    num_groups: int,
+) -> RouterStats:
+    """Sums over the tokens at hand, by balance group. `kept` is False where a valid slot was dropped."""
+    one_hot_EK = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
+    valid = routing.valid.astype(jnp.float32)
+    counts_TE = jnp.einsum("tke,tk->te", one_hot_EK, valid)
+    live = mask.astype(jnp.float32)
+    z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+    member_TG = jax.nn.one_hot(group, num_groups, dtype=jnp.float32) * live[:, None]
+    dropped = jnp.sum(valid * (1.0 - kept.astype(jnp.float32)), axis=-1)
+    # HIGHEST: on accelerators the default would round these sums to bf16 or tf32.
+    total = lambda x: jnp.einsum("tg,t...->g...", member_TG, x, precision=jax.lax.Precision.HIGHEST)
+    return RouterStats(
+        tokens=jnp.sum(member_TG, axis=0),
+        tokens_per_expert=total(counts_TE),
+        prob_per_expert=total(probs),
+        z_sq=total(jnp.square(z)),
+        dropped=total(dropped),
+    )
+
+
+def update_bias(
+    bias: Float[Array, "*L E"], tokens_per_expert: Float[Array, "*L E"], rate: float
+) -> Float[Array, "*L E"]:
+    """Loss-free balancing: b_e + rate · sign(mean load − load_e), from counts over the whole optimizer batch.
+
+    Source: arXiv:2408.15664, algorithm 1.
+    """
+    mean = jnp.mean(tokens_per_expert, axis=-1, keepdims=True)
+    return bias + rate * jnp.sign(mean - tokens_per_expert)

@@ -1,0 +1,212 @@
+"""The train state and the two jitted steps.
+
+The loss is defined on the optimizer batch. A micro-batch is a rematerialisation policy: its forward pass returns sums,
+the sums are added, the loss is evaluated once, and autodiff recomputes each micro-batch with the final sums in its
+cotangents. So loss and gradient are those of the whole batch for any number of micro-batches.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax import losses, model, optim, routing, sharding
+from moe_jax.config import RunConfig
+from moe_jax.layers import weight
+from moe_jax.losses import BatchSums
+from moe_jax.moe import TokenInfo
+from moe_jax.routing import RouterStats
+
+
+class TrainState(NamedTuple):
+    step: Int[Array, ""]
+    params: dict
+    router_bias: dict  # {} without model.moe.selection_bias
+    opt_state: Any
+
+
+class Batch(NamedTuple):
+    """One optimizer batch. Padding has segment 0 and weight 0."""
+
+    tokens: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    group: Int[Array, "B S"]  # statistics group: balance group in training, domain in evaluation
+
+
+class EvalSums(NamedTuple):
+    """Sums by domain (G = domains)."""
+
+    nll: Float[Array, " G"]
+    tokens: Float[Array, " G"]
+    router: RouterStats
+
+
+def _platform(mesh: Mesh) -> tuple[str, str]:
+    device = mesh.devices.flat[0]
+    return device.platform, device.device_kind
+
+
+def _graph(cfg: RunConfig, mesh: Mesh, num_groups: int) -> model.Graph:
+    backends, _ = model.Backends.choose(cfg.model, *_platform(mesh))
+    return model.abstract(cfg.model, backends, num_groups)
+
+
+def describe_backends(cfg: RunConfig, mesh: Mesh) -> str:
+    return model.Backends.choose(cfg.model, *_platform(mesh))[1]
+
+
+def _under(mesh: Mesh, fn: Callable) -> Callable:
+    @functools.wraps(fn)
+    def run(*args):
+        with jax.set_mesh(mesh):
+            return fn(*args)
+
+    run.lower = lambda *args: _under(mesh, fn.lower)(*args)
+    return run
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def init_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """A fresh state, born sharded: no device ever holds all of it."""
+    with jax.set_mesh(mesh):
+        return _init(cfg, jax.jit)
+
+
+def _init(cfg: RunConfig, jit: Callable) -> TrainState:
+    params, bias = model.init(cfg.model, jax.random.key(cfg.seed))
+    opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps).init)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, opt_state)
+
+
+def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+    abstract = _under(mesh, functools.partial(jax.eval_shape, functools.partial(_init, cfg, lambda f: f)))()
+    concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding is not None else P())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), abstract)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def put_batch(rows: dict, mesh: Mesh, cfg: RunConfig, *, by_domain: bool = False) -> Batch:
+    """This process's rows of a batch (numpy, from the data pipeline) → the global arrays.
+
+    `by_domain` groups statistics by the domain of each token instead of by balance group.
+    """
+    b = cfg.loss.balance_batch
+    group = rows["domain_ids"] if by_domain else rows["sequence_ids"] // (cfg.data.batch_size if b == "global" else b)
+    rows = {**rows, "group": group if by_domain else jnp.broadcast_to(group[:, None], rows["tokens"].shape)}
+    to_global = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+    return Batch(*(to_global(jax.device_get(rows[name])) for name in Batch._fields))
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process has to supply."""
+    indices = sharding.batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in indices for row in range(*rows.indices(batch_size))})
+
+
+def split_micro_batches(batch: Batch, count: int) -> Batch:
+    """`[B, S]` → `[A, B/A, S]`: sequence i goes to micro-batch i mod A, so no sequence changes device."""
+    out = P(sharding.AXES, None, None)
+
+    def split(x):
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:], out_sharding=out)
+        return jnp.swapaxes(x, 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
+    """Negative log-likelihood of every token and the router statistics."""
+    net = graph.bind(params, bias)
+    counted: Bool[Array, "B S"] = batch.segment_ids > 0
+    inputs = model.Inputs(
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids if cfg.model.segment_mask else None,
+        TokenInfo(counted, batch.group),
+    )
+    hidden, stats, _ = net(inputs)
+    return losses.token_nll(hidden, weight(net.output_matrix, hidden.dtype), batch.targets), stats
+
+
+def make_loss(cfg: RunConfig, graph: model.Graph) -> Callable:
+    """(params, router_bias, batch) → (loss, (parts, sums)) of the whole optimizer batch."""
+
+    def sums_of(params, bias, batch) -> BatchSums:
+        nll, stats = _forward(graph, cfg, params, bias, batch)
+        return BatchSums(jnp.sum(nll * batch.weights), jnp.sum(batch.weights), stats)
+
+    def loss(params, bias, batch):
+        if cfg.train.micro_batches == 1:
+            sums = sums_of(params, bias, batch)
+        else:
+            micro = split_micro_batches(batch, cfg.train.micro_batches)
+            first = jax.tree.map(lambda x: x[0], micro)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, params, bias, first))
+            one = jax.checkpoint(functools.partial(sums_of, params, bias), prevent_cse=False)
+            sums, _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, one(part)), None), zeros, micro)
+        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k)
+        return value, (parts, sums)
+
+    return loss
+
+
+def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
+    """(params, router_bias, batch) → ((loss, (parts, sums)), gradients): the invariance tests hold on to this."""
+    return jax.value_and_grad(make_loss(cfg, _graph(cfg, mesh, cfg.balance_groups)), has_aux=True)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """Jitted (state, batch) → (new state, what metrics.py names). The old state's buffers are donated."""
+    gradients = make_gradients(cfg, mesh)
+    optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
+    lr = optim.schedule(cfg.optim, cfg.train.steps)
+
+    def train_step(state: TrainState, batch: Batch):
+        (loss, (parts, sums)), grads = gradients(state.params, state.router_bias, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        counts = jnp.sum(sums.router.tokens_per_expert, axis=1)
+        bias = jax.tree.map(lambda b: routing.update_bias(b, counts, cfg.loss.bias_update_rate), state.router_bias)
+        aux = {
+            "loss": loss,
+            **parts._asdict(),
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(lr(state.step), jnp.float32),
+            "tokens": sums.tokens,
+            "router": sums.router,
+        }
+        return TrainState(state.step + 1, params, bias, opt_state), aux
+
+    return _under(mesh, jax.jit(train_step, donate_argnums=0))
+
+
+def make_eval_step(cfg: RunConfig, mesh: Mesh, num_domains: int) -> Callable[[dict, dict, Batch], EvalSums]:
+    """Jitted (params, router_bias, batch grouped by domain) → sums by domain."""
+    graph = _graph(cfg, mesh, num_domains)
+
+    def eval_step(params, bias, batch) -> EvalSums:
+        nll, stats = _forward(graph, cfg, params, bias, batch)
+        member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
+        return EvalSums(jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), stats)
+
+    return _under(mesh, jax.jit(eval_step))

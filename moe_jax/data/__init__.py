@@ -1,0 +1,19 @@
+"""Text in, batches out: sources (TFDS, local files), tokenizers, packed rows, one Grain pipeline."""
+
+from moe_jax.data.corpus import PackedRows, TokenStore
+from moe_jax.data.pipeline import Batch, Corpus, TrainIterator, prepare
+from moe_jax.data.sources import check_sources
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers import load as load_tokenizer
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "PackedRows",
+    "TokenStore",
+    "Tokenizer",
+    "TrainIterator",
+    "check_sources",
+    "load_tokenizer",
+    "prepare",
+]

@@ -1,0 +1,279 @@
+"""From a `DataConfig` to batches: prepared stores, one Grain pipeline, an iterator whose state is a count.
+
+Batch s of the optimizer consists of elements s·B … s·B+B−1 of one infinite sequence that depends on (config, seed)
+alone: per source the rows of `corpus.PackedRows`, shuffled anew each epoch, mixed by weight. A process asks for its
+`rows` of each batch and reads only these; neither this split nor `num_workers` changes what a batch holds.
+
+A batch is the dict of `PackedRows`, stacked to [n, S], and `sequence_ids` [n] int32, the index of each row in the
+optimizer batch; `n` rows of this process, `S` tokens of a row.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from absl import flags
+
+from moe_jax.config import ConfigError, DataConfig
+from moe_jax.data import tokenizers
+from moe_jax.data.corpus import PackedRows, TokenStore, padding_row, permutation, prepare_store, store_folder
+from moe_jax.data.sources import SPLITS, Source, Split, cache_folder, check_sources, open_source
+
+Batch = dict[str, np.ndarray]
+
+
+def prepare(cfg: DataConfig, *, workdir: str | Path, seed: int, progress: bool = True) -> "Corpus":
+    """Builds, or finds prepared, the data sets, the tokenizer (kept in `workdir`) and the token stores.
+
+    seed: decides the order of the training data; the prepared data does not depend on it.
+    Raises: ConfigError for a user's mistake.
+    """
+    cache = cache_folder(cfg)
+    sources = {name: open_source(name, source, cache, progress) for name, source in cfg.sources.items()}
+    tokenizer = tokenizers.load_or_make(cfg.tokenizer, workdir, lambda: _training_text(cfg, sources))
+    stores = {}
+    for name, source in sources.items():
+        for split in SPLITS:
+            if _is_read(cfg, name, split):
+                folder = store_folder(cache, source.identity(split), tokenizer)
+                read = lambda source=source, split=split: source.documents(split)
+                stores[name, split] = prepare_store(folder, read, tokenizer, f"{name}/{split}", progress)
+    return Corpus(cfg, sources, tokenizer, stores, seed)
+
+
+def _is_read(cfg: DataConfig, name: str, split: Split) -> bool:
+    source = cfg.sources[name]
+    if split == "train":
+        return source.weight > 0
+    return bool(source.validation_split) if source.kind == "tfds" else source.validation_fraction > 0
+
+
+def _training_text(cfg: DataConfig, sources: dict[str, Source]) -> Iterator[str]:
+    """Training documents for the tokenizer: whole ones in a fixed random order, sources in proportion to their weights,
+    `train_bytes` of UTF-8 in all. What a small source does not use is left to the ones after it."""
+    left, weight_left = cfg.tokenizer.train_bytes, sum(s.weight for s in cfg.sources.values())
+    for name, source in cfg.sources.items():
+        if source.weight == 0:
+            continue
+        share = budget = round(left * source.weight / weight_left)
+        documents = sources[name].documents("train")
+        for index in permutation(len(documents), "tokenizer", name):
+            if share <= 0:
+                break
+            raw = documents[int(index)]["text"].encode("utf-8")
+            yield raw[:share].decode("utf-8", "ignore")
+            share -= len(raw[:share])
+        left, weight_left = left - (budget - share), weight_left - source.weight
+
+
+# --- random access ---------------------------------------------------------------------------------------------------
+
+
+class _Share(grain.MapDataset):
+    """Element k is row `rows[k mod n]` of batch `first + k div n`: what one process reads, one row at a time."""
+
+    def __init__(self, elements: grain.MapDataset, batch_size: int, rows: tuple[int, ...], first: int):
+        super().__init__(elements)
+        self._elements, self._batch_size, self._rows, self._first = elements, batch_size, rows, first
+
+    def __len__(self) -> int:
+        return (len(self._elements) // self._batch_size - self._first) * len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, i = divmod(index, len(self._rows))
+        row = self._rows[i]
+        element = self._elements[(self._first + batch) * self._batch_size + row]
+        return element | {"sequence_ids": np.int32(row)}
+
+
+class _ValidationRows:
+    """Chosen rows of all sources' validation splits, followed by rows of padding up to whole batches."""
+
+    def __init__(self, parts: Sequence[PackedRows], chosen: np.ndarray, length: int, padding: Batch):
+        self._parts, self._chosen, self._length, self._padding = parts, chosen, length, padding
+        self._starts = np.cumsum([0] + [len(p) for p in parts])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        if index >= len(self._chosen):
+            return dict(self._padding)
+        row = int(self._chosen[index])
+        part = int(np.searchsorted(self._starts, row, "right")) - 1
+        return self._parts[part][row - int(self._starts[part])]
+
+
+def _check_rows(rows: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    rows = tuple(int(r) for r in rows)
+    if not rows or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
+        raise ValueError(f"rows must be sorted, distinct and in range({batch_size}), at least one: {rows}")
+    return rows
+
+
+def _batches(
+    elements: grain.MapDataset, batch_size: int, rows: tuple[int, ...], first: int, num_workers: int
+) -> grain.IterDataset:
+    share = _Share(elements, batch_size, rows, first).batch(len(rows), drop_remainder=True)
+    threads = 1 if num_workers else 4
+    made = share.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own flags, for which the defaults will do
+            flags.FLAGS.mark_as_parsed()
+        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+    return made
+
+
+class TrainIterator:
+    """Endless training batches of one process. The state is the number of batches delivered: it fits any `rows`."""
+
+    def __init__(self, elements, batch_size: int, rows: Sequence[int], num_workers: int):
+        self._elements, self._batch_size, self._num_workers = elements, batch_size, num_workers
+        self._rows = _check_rows(rows, batch_size)
+        self._count = 0
+        self._iterator = None
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            made = _batches(self._elements, self._batch_size, self._rows, self._count, self._num_workers)
+            self._iterator = iter(made)
+        batch = next(self._iterator)
+        self._count += 1
+        # A reader process hands over shared memory, which would have to outlive every use of the batch.
+        return {k: np.array(v) for k, v in batch.items()} if self._num_workers else batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"batches": self._count}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues after `state["batches"]` batches, at once: nothing is replayed."""
+        self.close()
+        self._count = int(state["batches"])
+
+    def close(self) -> None:
+        """Ends reader threads and processes; the next batch starts new ones."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+
+# --- the corpus ------------------------------------------------------------------------------------------------------
+
+
+class Corpus:
+    """Prepared data of a run.
+
+    domains: names over all sources and splits, sorted; `domain_ids` of batches index it.
+    bytes_per_token: [domains] float64, UTF-8 bytes per predicted token of the validation split (of the training split
+        for a domain without validation documents): bits per byte = nats per token / ln 2 / bytes_per_token.
+    """
+
+    def __init__(self, cfg: DataConfig, sources: dict[str, Source], tokenizer, stores: dict, seed: int):
+        self._cfg, self._sources, self._seed = cfg, sources, seed
+        self.tokenizer: tokenizers.Tokenizer = tokenizer
+        self.stores: dict[tuple[str, Split], TokenStore] = stores
+        self.domains: tuple[str, ...] = tuple(sorted({d for store in stores.values() for d in store.domains}))
+        self._train, self._weights = [], []
+        for name, source in cfg.sources.items():
+            if source.weight > 0:
+                self._train.append(self._rows(name, "train"))
+                self._weights.append(source.weight)
+        self._validation = [self._rows(name, split) for name, split in stores if split == "validation"]
+        self.bytes_per_token = self._bytes_per_token()
+
+    def _rows(self, name: str, split: Split) -> PackedRows:
+        store, s = self.stores[name, split], self._cfg.seq_len
+        ids = [self.domains.index(d) for d in store.domains]
+        if split == "validation":
+            return PackedRows(store, s, None, partial=True, domain_ids=ids)
+        rows = PackedRows(store, s, self._seed, name=name, domain_ids=ids)
+        if len(rows) == 0:
+            targets = int(store.targets_per_document().sum())
+            rule = f"must be ≤ {targets}, the tokens in the training split of data.sources.{name}"
+            raise ConfigError("data.seq_len", s, rule, f"nearest valid: {targets}" if targets > 1 else "add documents")
+        return rows
+
+    def _bytes_per_token(self) -> np.ndarray:
+        sums = {split: np.zeros((2, len(self.domains))) for split in SPLITS}
+        for row in self.stats():
+            sums[row["split"]][:, self.domains.index(row["domain"])] += row["bytes"], row["tokens"]
+        size, tokens = np.where(sums["validation"][1] > 0, sums["validation"], sums["train"])
+        return size / tokens
+
+    def stats(self) -> list[dict]:
+        """One dict a (source, split, domain): documents, bytes of UTF-8 text, tokens (predicted in one epoch)."""
+        out = []
+        for (name, split), store in self.stores.items():
+            which, targets = store.document_domains, store.targets_per_document()
+            for i, domain in enumerate(store.domains):
+                mine = which == i
+                size, tokens = int(store.document_bytes[mine].sum()), int(targets[mine].sum())
+                counts = {"documents": int(mine.sum()), "bytes": size, "tokens": tokens}
+                out.append({"source": name, "split": split, "domain": domain, **counts})
+        return sorted(out, key=lambda row: (row["source"], row["split"], row["domain"]))
+
+    def table(self) -> str:
+        """`stats` as text, one line a row."""
+        rows = self.stats()
+        width = [max(len(c), *(len(r[c]) for r in rows), 1) for c in ("source", "split", "domain")]
+        line = "  ".join([f"{{:<{w}}}" for w in width] + ["{:>9}", "{:>13}", "{:>13}"])
+        head = line.format("source", "split", "domain", "documents", "bytes", "tokens")
+        numbers = ("documents", "bytes", "tokens")
+        body = [line.format(r["source"], r["split"], r["domain"], *(f"{r[c]:,}" for c in numbers)) for r in rows]
+        return "\n".join([head, *body])
+
+    def train_iterator(self, rows: Sequence[int]) -> TrainIterator:
+        """Endless batches. rows: sorted indices in range(batch_size) that this process produces."""
+        mixed = []
+        for name, packed in zip((n for n, s in self._cfg.sources.items() if s.weight > 0), self._train, strict=True):
+            key = hashlib.blake2b(repr(("rows", self._seed, name)).encode(), digest_size=4).digest()
+            mixed.append(grain.MapDataset.source(packed).shuffle(seed=int.from_bytes(key)).repeat())
+        elements = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, self._weights)
+        return TrainIterator(elements, self._cfg.batch_size, rows, self._cfg.num_workers)
+
+    def num_validation_batches(self, limit: int = 0) -> int:
+        total = sum(len(part) for part in self._validation)
+        batches = -(-total // self._cfg.batch_size)
+        return min(batches, limit) if limit else batches
+
+    def validation_batches(self, rows: Sequence[int], limit: int = 0) -> Iterator[Batch]:
+        """The held-out split once, sources one after another; every batch is full, the last filled with padding rows.
+
+        limit: at most this many batches, of rows spread evenly over the whole split; 0: all.
+        """
+        rows = _check_rows(rows, self._cfg.batch_size)
+        total, length = (
+            sum(len(part) for part in self._validation),
+            self.num_validation_batches(limit) * self._cfg.batch_size,
+        )
+        taken = min(total, length)
+        chosen = (
+            (2 * np.arange(taken, dtype=np.int64) + 1) * total // (2 * max(taken, 1))
+        )  # all of them if taken == total
+        padding = padding_row(self._cfg.seq_len, self.tokenizer.end_of_text)
+        return self._validate(_ValidationRows(self._validation, chosen, length, padding), rows)
+
+    def _validate(self, elements: _ValidationRows, rows: tuple[int, ...]) -> Iterator[Batch]:
+        if len(elements):
+            iterator = iter(_batches(grain.MapDataset.source(elements), self._cfg.batch_size, rows, 0, 0))
+            yield from iterator
+            iterator.close()
+
+    def validation_texts(self) -> Iterable[tuple[str, str]]:
+        """(domain, text) of every held-out document, in the order of the validation batches."""
+        for name, split in self.stores:
+            if split == "validation":
+                documents = self._sources[name].documents(split)
+                for i in range(len(documents)):
+                    if documents[i]["text"]:
+                        yield documents[i]["domain"], documents[i]["text"]
+
+
+__all__ = ["Batch", "Corpus", "TrainIterator", "check_sources", "prepare"]

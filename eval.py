@@ -1,0 +1,74 @@
+"""Evaluate a run on its held-out text: per-domain table, router statistics, figures, text samples.
+
+    python eval.py --workdir=runs/quickstart
+
+Writes eval.json, figures/expert_domain.png, figures/loss.png and sample.txt into the run directory.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from moe_jax import analysis, checkpoint, cli, config, data, evaluate, generate, sharding, step
+
+WORKDIR = flags.DEFINE_string("workdir", None, "run directory of train.py", required=True)
+STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
+LIMIT = flags.DEFINE_integer("batches", 0, "evaluate this many batches, spread over the held-out text; 0: all", 0)
+PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt to continue, may be repeated; default: config.sample.prompt")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first (pods, clusters)")
+
+
+def main(argv):
+    if argv[1:]:
+        raise cli.UserError(f"unexpected argument {argv[1]!r}; options start with --")
+    workdir = Path(WORKDIR.value)
+    if not workdir.is_dir():
+        raise cli.UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
+    cfg = checkpoint.load_config(workdir)
+    cli.check_writable(workdir)
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    say = print if jax.process_index() == 0 else lambda *_: None
+
+    # --- the run: any mesh will do, the checkpoint is restored onto this machine's ------------------------------------
+    cfg, shape = config.for_evaluation(cfg, jax.device_count())
+    mesh = sharding.make_mesh(shape)
+    terminal = jax.process_index() == 0 and sys.stderr.isatty()
+    corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
+    evaluate.check_held_out(corpus)
+    abstract = step.abstract_state(cfg, mesh)
+    skip = jax.tree.map(lambda _: checkpoint.PLACEHOLDER, abstract.opt_state)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        state, _ = checkpoints.restore(abstract._replace(opt_state=skip), STEP.value)
+    say(f"checkpoint of step {int(state.step)}, mesh {dict(mesh.shape)}")
+
+    # --- numbers ------------------------------------------------------------------------------------------------------
+    result = evaluate.evaluate(cfg, mesh, state.params, state.router_bias, corpus, limit=LIMIT.value)
+    baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
+    say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
+    say(evaluate.table(result, baselines))
+    say("\nrouter, over the same text")
+    say(analysis.layer_table(result.router, cfg.model.moe.top_k))
+
+    # --- samples ------------------------------------------------------------------------------------------------------
+    prompts = PROMPT.value or [cfg.sample.prompt]
+    texts = [generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer, p) for p in prompts]
+    for text in texts:
+        say(f"\nsample\n{text}")
+
+    # --- files --------------------------------------------------------------------------------------------------------
+    if jax.process_index() == 0:
+        figures = workdir / "figures"
+        figures.mkdir(exist_ok=True)
+        (workdir / "eval.json").write_text(evaluate.to_json(int(state.step), result, baselines))
+        (workdir / "sample.txt").write_text("\n\n".join(texts) + "\n")
+        heat = analysis.plot_expert_domain(result.router, result.domains, cfg.model.moe.top_k)
+        heat.savefig(figures / "expert_domain.png", dpi=160)
+        analysis.plot_training(workdir).savefig(figures / "loss.png", dpi=160)
+        say(f"\nwritten: {workdir}/eval.json, figures/expert_domain.png, figures/loss.png, sample.txt")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,277 @@
+"""Checkpoints: save, restore and the rule of resuming, with Orbax.
+
+A checkpoint is `<workdir>/checkpoints/<step>/`, committed as a whole or not at all, and holds exactly two items:
+
+- `state`: every leaf of `step.TrainState` (step, parameters, router bias, optimizer state), one named array each, in
+  its own dtype. The names are the paths through the pytree, so reading it needs no class from the past.
+- `data`: the iterator state of the input pipeline as JSON, one entry a process where processes differ.
+
+What the arrays mean is `<workdir>/config.json`, written once when the run begins. No pickle anywhere.
+
+Resuming is the same command again:
+    1. the newest complete checkpoint in the run directory, if there is one;
+    2. else what the configuration starts from (imported or upcycled weights);
+    3. else fresh weights.
+A changed configuration is refused by the caller, which shows the lines that `save_config` returns.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from moe_jax import config
+
+PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read as asked, in one line."""
+
+
+# --- config.json -----------------------------------------------------------------------------------------------------
+
+
+def _flatten(value: Any, name: str = "config") -> dict[str, Any]:
+    if not (isinstance(value, dict) and value):
+        return {name: value}
+    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{name}.{key}").items()}
+
+
+def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> list[str]:
+    """Writes `config.json`, atomically, unless there is one: then returns how `cfg` differs from the run's.
+
+    Returns: lines such as "config.optim.lr: 0.001 in the run, 0.002 now"; [] when written or equal. Never overwrites.
+    Every process calls this; only process 0 writes.
+    """
+    path = Path(workdir) / "config.json"
+    new = json.loads(json.dumps(config.to_dict(cfg), allow_nan=False))
+    if path.exists():
+        old, new = _flatten(_read_json(path)), _flatten(new)
+        names = [*old, *(name for name in new if name not in old)]
+        show = lambda values, name: json.dumps(values[name], ensure_ascii=False) if name in values else "absent"
+        return [f"{n}: {show(old, n)} in the run, {show(new, n)} now" for n in names if show(old, n) != show(new, n)]
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".json.tmp")
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(new, f, indent=2, ensure_ascii=False, allow_nan=False)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    return []
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: {path.parent} is not a run directory") from None
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not valid JSON: {e}") from None
+
+
+def load_config(workdir: str | os.PathLike) -> config.RunConfig:
+    """The configuration of a run. Raises CheckpointError without a readable file, ConfigError for a bad value."""
+    return config.build(_read_json(Path(workdir) / "config.json"))
+
+
+# What may change when a run goes on: nothing here changes what is computed, except how long and how it is watched.
+MAY_CHANGE = re.compile(
+    r"config\.(train|mesh|sample)\.|config\.data\.(num_workers|cache_dir)|config\.model\.(remat|attention|moe\.grouped_matmul)"
+)
+
+
+def check_resumable(differences: list[str]) -> None:
+    """Refuses, with CheckpointError, to go on with a run under another configuration. Takes `save_config`'s lines."""
+    refused = [line for line in differences if not MAY_CHANGE.match(line)]
+    if refused:
+        raise CheckpointError(
+            f"this run directory belongs to another configuration ({'; '.join(refused[:5])}); use another --workdir"
+        )
+
+
+# --- the two items ---------------------------------------------------------------------------------------------------
+
+
+def _key(entry: Any) -> str:
+    """One step of a path, the same for an attribute, a dictionary key and an index (Orbax stores records as dicts)."""
+    return str(next(getattr(entry, field) for field in ("name", "key", "idx") if hasattr(entry, field)))
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
+
+
+def _check_fits(abstract_state: Any, saved: Any, where: str) -> None:
+    """Raises CheckpointError for the first leaf that the checkpoint does not have exactly so."""
+    want, have = _leaves(abstract_state), _leaves(saved)
+    for name, leaf in want.items():
+        if name not in have:
+            raise CheckpointError(f"{where} has no {name}, which this model has; it was saved from another one")
+        if leaf is PLACEHOLDER:
+            continue
+        for field in ("shape", "dtype"):
+            if getattr(have[name], field) != getattr(leaf, field):
+                values = getattr(have[name], field), getattr(leaf, field)
+                raise CheckpointError(f"{where}: {name} has {field} {values[0]}, this model needs {values[1]}")
+        if leaf.sharding is None:
+            raise CheckpointError(f"abstract_state: {name} has no sharding, so there is nowhere to restore it to")
+    extra = [name for name in have if name not in want]
+    if extra:
+        raise CheckpointError(
+            f"{where} has {extra[0]}, which this model has not ({len(extra)} such); nothing is dropped silently"
+        )
+
+
+def _gather_json(value: Any) -> list[Any]:
+    """Every process's value, in order; one entry if all are equal."""
+    try:
+        text = json.dumps(value, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"the data state cannot be saved as JSON: {e}") from None
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(mine.size))).reshape(-1)
+    padded = np.pad(mine, (0, int(sizes.max()) - mine.size))
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    texts = [bytes(row[:size]).decode() for row, size in zip(rows.astype(np.uint8), sizes, strict=True)]
+    return [json.loads(t) for t in (texts[:1] if len(set(texts)) == 1 else texts)]
+
+
+def _own_json(values: list[Any], where: str) -> Any:
+    """This process's entry of what `_gather_json` returned."""
+    if len(values) == 1:
+        return values[0]
+    if len(values) != jax.process_count():
+        raise CheckpointError(
+            f"{where}: its data state is of {len(values)} processes that read different parts, this run has "
+            f"{jax.process_count()}; resume with {len(values)}"
+        )
+    return values[jax.process_index()]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+# --- save and restore ------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Every process makes one and calls the same methods in the same order.
+
+    keep: how many of the newest checkpoints stay. None opens the directory for reading only, beside a run that may be
+        writing to it: nothing is created, cleaned or deleted.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int | None = None):
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._keep = keep
+        self._at: int | None = None  # the step last saved or restored through this object
+        self._orbax: ocp.training.Checkpointer | None = None
+        if keep is not None or self.directory.is_dir():
+            self._open()
+
+    def _open(self) -> None:
+        registry = ocp.handlers.local_registry()
+        registry.add(
+            ocp.handlers.JsonHandler, checkpointable_name="data"
+        )  # the default stores a dict of numbers as arrays
+        context = ocp.Context()
+        context.checkpointables.registry = registry
+        policies = ocp.training.preservation_policies
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            context=context,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # when is the caller's say
+            preservation_policy=policies.PreserveAll() if self._keep is None else policies.LatestN(self._keep),
+            cleanup_tmp_directories=self._keep is not None,
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, after waiting for a save under way; None if there is none."""
+        if self._orbax is None and self.directory.is_dir():
+            self._open()
+        if self._orbax is None:
+            return None
+        self.wait()
+        if self._keep is None:
+            self._orbax.reload()  # another process may have written
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: Any, data_state: Any, *, wait: bool = False) -> None:
+        """Saves state and data state together; writes in the background, the arrays may be donated at once.
+
+        state: any pytree of `jax.Array`s. data_state: JSON-serialisable (a tuple comes back as a list).
+        A step this object has just saved or restored is not written again. A failure in the background is raised by
+        the next call. Raises CheckpointError for a step that is not after the newest one.
+        """
+        if self._keep is None:
+            raise CheckpointError(f"{self.directory} is open for reading only; give Checkpoints a keep=")
+        newest = self.latest()
+        if not step == newest == self._at:
+            if newest is not None and step <= newest:
+                raise CheckpointError(f"{self.directory} has step {newest} already; step {step} would rewrite the past")
+            items = {"state": state, "data": {"processes": _gather_json(data_state)}}
+            if self._orbax.save_checkpointables_async(step, items, force=True) is None:
+                raise CheckpointError(f"{self.directory}: Orbax refused to save step {step}")
+            self._at = step
+        if wait:
+            self.wait()
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, Any]:
+        """State and data state of a step (the newest by default), on any mesh.
+
+        abstract_state: the state's pytree of `jax.ShapeDtypeStruct`, each with the sharding to restore it to; a leaf
+            `...` is not read and comes back as `...` (an optimizer state that evaluation does not need).
+        Raises CheckpointError naming the first parameter whose presence, shape or dtype differs; nothing is cast.
+        """
+        newest = self.latest()
+        if newest is None:
+            raise CheckpointError(f"{self.directory} has no complete checkpoint")
+        step = newest if step is None else step
+        steps = [c.step for c in self._orbax.checkpoints]
+        if step not in steps:
+            raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, steps))}")
+        where = str(self.directory / str(step))
+        try:  # a process killed while deleting an old checkpoint leaves a part of it
+            saved = self._orbax.checkpointables_metadata(step).metadata["state"]
+        except Exception as e:
+            raise CheckpointError(f"{where} cannot be read: {_first_line(e)}") from e
+        if not _leaves(saved):
+            raise CheckpointError(f"{where} cannot be read: a part of its files is missing")
+        _check_fits(abstract_state, saved, where)
+        try:
+            items = self._orbax.load_checkpointables(step, {"state": abstract_state, "data": None})
+        except Exception as e:
+            raise CheckpointError(f"{where} cannot be read: {_first_line(e.__cause__ or e)}") from e
+        self._at = step
+        return items["state"], _own_json(items["data"]["processes"], where)
+
+    def wait(self) -> None:
+        """Returns when the save under way is complete, or raises what went wrong with it."""
+        if self._orbax is not None:
+            self._orbax.wait()
+
+    def close(self) -> None:
+        """Completes the save under way. Closing twice does nothing."""
+        orbax, self._orbax = self._orbax, None
+        if orbax is not None:
+            orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

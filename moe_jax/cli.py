@@ -1,0 +1,199 @@
+"""What train.py and eval.py share on the command line: user mistakes are one line and exit status 2, no traceback."""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+from ml_collections.config_flags import config_path
+
+from moe_jax.checkpoint import CheckpointError
+from moe_jax.config import ConfigError
+
+# What a value on the command line becomes, by the type of the field it replaces.
+_PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
+
+
+class UserError(Exception):
+    """A mistake of the user, in one line."""
+
+
+# --- the config file and its overrides -------------------------------------------------------------------------------
+
+
+def define_config() -> flags.FlagHolder:
+    try:
+        holder = config_flags.DEFINE_config_file("config", help_string="config file, e.g. configs/quickstart.py")
+    except flags.Error as e:  # it looks at the command line already
+        _stop(str(e).removeprefix("ERROR:: "))
+    flags.FLAGS["config"].parser = _ConfigParser()
+    return holder
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Loads a config file and checks the overrides of sys.argv against it, before ml_collections applies them."""
+
+    def parse(self, path: str) -> ml_collections.ConfigDict:
+        file, *argument = path.split(":", 1)
+        config = _load(file, argument)
+        argv = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+        for i, text in enumerate(argv):
+            if found := re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", text, re.DOTALL):
+                off, name, value = found.groups()
+                _check_override(config, name, None if off else value if value is not None else argv[i + 1 : i + 2])
+        config.lock()
+        return config
+
+
+def _load(file: str, argument: list[str]) -> ml_collections.ConfigDict:
+    """What get_config() of a file returns. Raises UserError."""
+    path = Path(file)
+    if not path.is_file():
+        folder = next((p for p in (path, path.parent, Path("configs")) if p.is_dir() and p != Path()), Path())
+        close = difflib.get_close_matches(file, [p.as_posix() for p in sorted(folder.glob("*.py"))], 1, 0.0)
+        rule = "is not a file" if path.is_dir() else "no such file"
+        raise UserError(f"--config={file}: {rule}; nearest valid: {close[0] if close else 'configs/quickstart.py'}")
+    module = sys.modules["config_file"] = types.ModuleType("config_file")
+    module.__file__ = file
+    try:
+        exec(compile(path.read_bytes(), file, "exec"), module.__dict__)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={file}: has no get_config(); see configs/debug.py")
+        config = module.get_config(*argument)
+    except SyntaxError as e:
+        text = (e.text or "").strip()
+        raise UserError(f"--config={e.filename}: line {e.lineno}, `{text}`: {e.msg}") from e
+    except UserError:
+        raise
+    except ConfigError as e:
+        raise UserError(f"--config={file}: {_line_of(file, e)}{e}") from e
+    except Exception as e:
+        raise UserError(f"--config={file}: {_line_of(file, e)}{_say(e)}") from e
+    if not isinstance(config, ml_collections.ConfigDict):
+        rule = f"get_config() must return a ConfigDict, not {type(config).__name__}"
+        raise UserError(f"--config={file}: {rule}; start from config.default_config()")
+    return config
+
+
+def _line_of(file: str, error: Exception) -> str:
+    """Where in the config file an exception comes from: its line number and source."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f"line {frames[-1].lineno}, `{frames[-1].line}`: " if frames else ""
+
+
+def _say(error: Exception) -> str:
+    """An exception of a config file in words; ml_collections refuses a misspelt or ill-typed assignment at length."""
+    text = str(error.args[0]) if error.args else str(error)
+    name = re.search(r"[\"'](\w+)\\*[\"']", text)
+    if isinstance(error, AttributeError | KeyError) and name:
+        for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+            holder = frame.f_locals.get("self")
+            if isinstance(holder, ml_collections.ConfigDict) and name[1] not in holder:
+                return f"is not a field; nearest valid name: {_nearest(holder, holder, name[1])}"
+    return f"{type(error).__name__}: {text}"
+
+
+def _check_override(config: ml_collections.ConfigDict, name: str, value: str | list[str] | None) -> None:
+    """`--config.name=value`: the name is a field, the value has its type. value: a list if it is the next argument."""
+    try:
+        parts = config_path.split(name)
+    except ValueError:
+        raise UserError(f"config.{name}: is not a field name") from None
+    held: Any = config
+    for i, part in enumerate(parts):
+        here = ".".join(map(str, ["config", *parts[:i]]))
+        if not isinstance(held, ml_collections.ConfigDict):
+            rule = f"{here} is a value of type {type(held).__name__} and has no fields"
+            raise UserError(f"{here}.{part}: is not a field; {rule}")
+        if part not in held:
+            raise UserError(f"{here}.{part}: is not a field; nearest valid name: {_nearest(config, held, str(part))}")
+        kind, held = held.get_type(part), held[part]
+    if isinstance(held, ml_collections.ConfigDict) and not str(value).startswith("{"):  # a dict literal may replace it
+        hint = f"nearest valid: --config.{name}.{next(iter(held), '')}=…"
+        raise UserError(ConfigError(name, value, "is a group of fields; set one of them", hint))
+    if kind in _PARSERS and not (kind is bool and not isinstance(value, str)):
+        text = value if isinstance(value, str) else value[0] if value else ""
+        try:
+            _PARSERS[kind].parse(text)
+        except (TypeError, ValueError):
+            raise UserError(ConfigError(name, text, f"must be of type {kind.__name__}")) from None
+
+
+def _nearest(config: ml_collections.ConfigDict, holder: ml_collections.ConfigDict, name: str) -> str:
+    """The field of `holder` most like `name`; failing a good match, the same name in another group, with its path."""
+    close = difflib.get_close_matches(name, list(holder), 1)
+    if not close:
+        close = [path for path in _paths(config) if path.rsplit(".")[-1] == name]
+    return (close or difflib.get_close_matches(name, list(holder), 1, 0.0) or ["none"])[0]
+
+
+def _paths(config: ml_collections.ConfigDict, prefix: str = "config") -> list[str]:
+    out = []
+    for name, value in config.items():
+        out.append(f"{prefix}.{name}")
+        if isinstance(value, ml_collections.ConfigDict):
+            out += _paths(value, f"{prefix}.{name}")
+    return out
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def check_writable(workdir: str | os.PathLike) -> Path:
+    """Makes the run directory; a UserError if that or writing into it is impossible."""
+    path = Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"--workdir={path}: is a file; name a new directory or one of an earlier run") from None
+    except OSError as e:
+        raise UserError(f"--workdir={path}: cannot be made ({e.strerror})") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={path}: is not writable")
+    return path
+
+
+def _stop(message: object) -> None:
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser with its errors (and those of the config file it loads) as one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as e:
+        if e.flagname.startswith("config.") and "config" in flags.FLAGS:
+            _stop(f"--{e.flagname} needs a config file before it, for example --config=configs/quickstart.py")
+        close = difflib.get_close_matches(e.flagname, list(flags.FLAGS), 1)
+        _stop(f"unknown flag --{e.flagname}" + (f"; nearest valid: --{close[0]}" if close else "; see --help"))
+    except flags.Error as e:
+        needed = re.fullmatch(r"flag --(\w+)=None: .* must have a value other than None\.", str(e))
+        _stop(f"--{needed[1]} is needed, for example --{needed[1]}=runs/a" if needed else e)
+    except (ConfigError, UserError) as e:
+        _stop(e)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:  # what ml_collections refuses by itself
+        names = [a.split("=")[0].removeprefix("--") for a in argv[1:] if re.match(r"--config\.", a)]
+        where = f" (from {', '.join(names)})" if names else ""
+        _stop(f"{type(e).__name__} in the config{where}: {str(e.args[0]) if e.args else e}")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """`app.run` for a main whose ConfigError, CheckpointError or UserError is the user's to mend."""
+
+    def guarded(argv):
+        try:
+            main(argv)
+        except (ConfigError, CheckpointError, UserError) as e:
+            _stop(e)
+
+    logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO
+    app.run(guarded, flags_parser=_parse)

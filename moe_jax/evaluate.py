@@ -1,0 +1,121 @@
+"""Held-out evaluation: perplexity and bits per byte per domain, and the router's choices per domain."""
+
+import gzip
+import json
+import lzma
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from moe_jax import step
+from moe_jax.config import ConfigError, RunConfig
+from moe_jax.data import Corpus
+from moe_jax.routing import RouterStats
+
+LN2 = math.log(2.0)
+
+
+class EvalResult(NamedTuple):
+    """Sums over the held-out split on the host. Letters: G domains, L MoE layers, E experts."""
+
+    domains: tuple[str, ...]
+    nll: np.ndarray  # [G] nats
+    tokens: np.ndarray  # [G]
+    bytes_per_token: np.ndarray  # [G]
+    router: RouterStats  # numpy, [L, G(, E)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a domain that has tokens, then all together: xent (nats per token), perplexity, bits_per_byte."""
+        seen = [g for g in range(len(self.domains)) if self.tokens[g] > 0]
+        groups = [(self.domains[g], [g]) for g in seen] + [("all", seen)]
+        return [self._row(name, ids) for name, ids in groups]
+
+    def _row(self, name: str, ids: list[int]) -> dict[str, Any]:
+        nll, tokens = float(self.nll[ids].sum()), float(self.tokens[ids].sum())
+        size = float((self.tokens[ids] * self.bytes_per_token[ids]).sum())
+        xent = nll / max(tokens, 1.0)
+        return {
+            "domain": name,
+            "tokens": int(tokens),
+            "xent": xent,
+            "perplexity": math.exp(min(xent, 700.0)),
+            "bits_per_byte": nll / LN2 / max(size, 1.0),
+        }
+
+
+def check_held_out(corpus: Corpus) -> None:
+    """Raises ConfigError if there is no held-out text, before a run is trained that could not be judged."""
+    if not corpus.num_validation_batches():
+        names = sorted({source for source, _ in corpus.stores})
+        rule = "hold no validation text"
+        raise ConfigError("data.sources", names, rule, "add documents or raise validation_fraction (files)")
+
+
+def evaluate(
+    cfg: RunConfig,
+    mesh: Mesh,
+    params: dict,
+    router_bias: dict,
+    corpus: Corpus,
+    *,
+    limit: int = 0,
+    progress: bool = True,
+) -> EvalResult:
+    """Evaluate on the held-out split; `limit` > 0 takes that many batches, spread over it. Sums stay on the device."""
+    run = step.make_eval_step(cfg, mesh, len(corpus.domains))
+    rows = step.process_rows(mesh, cfg.data.batch_size)
+    sums = None
+    batches = corpus.validation_batches(rows, limit)
+    total = corpus.num_validation_batches(limit)
+    for batch in tqdm(
+        batches, total=total, desc="evaluate", unit="batch", disable=None if progress else True, leave=False
+    ):
+        one = run(params, router_bias, step.put_batch(batch, mesh, cfg, by_domain=True))
+        sums = one if sums is None else jax.tree.map(jnp.add, sums, one)
+    host = jax.tree.map(np.asarray, jax.device_get(sums))
+    return EvalResult(corpus.domains, host.nll, host.tokens, np.asarray(corpus.bytes_per_token), host.router)
+
+
+def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """{"gzip -9": {domain: bits per byte, …, "all": …}, "xz -9": …} of the held-out text, one stream a domain."""
+    by_domain: dict[str, list[bytes]] = {}
+    for domain, text in texts:
+        by_domain.setdefault(domain, []).append(text.encode())
+    joined = {domain: b"".join(parts) for domain, parts in sorted(by_domain.items())}
+    joined["all"] = b"".join(joined.values())
+    tools = {"gzip -9": lambda b: gzip.compress(b, 9), "xz -9": lambda b: lzma.compress(b, preset=9)}
+    return {
+        name: {domain: 8 * len(compress(data)) / max(len(data), 1) for domain, data in joined.items()}
+        for name, compress in tools.items()
+    }
+
+
+def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
+    """The per-domain table as text: the model's bits per byte beside general-purpose compressors'."""
+    head = f"{'domain':<12} {'tokens':>10} {'xent':>7} {'perplexity':>10} {'bits/byte':>9}"
+    lines = [head + "".join(f" {name:>8}" for name in baselines)]
+    for r in result.rows():
+        line = f"{r['domain']:<12} {r['tokens']:>10,} {r['xent']:>7.3f} {r['perplexity']:>10.2f}"
+        line += f" {r['bits_per_byte']:>9.3f}"
+        lines.append(line + "".join(f" {b.get(r['domain'], math.nan):>8.3f}" for b in baselines.values()))
+    return "\n".join(lines)
+
+
+def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
+    """eval.json: the table, the baselines, and counts [L][domain][E] of expert assignments."""
+    stats = result.router
+    body = {
+        "step": step_number,
+        "domains": result.rows(),
+        "bits_per_byte_of": baselines,
+        "tokens_per_expert": stats.tokens_per_expert.astype(int).tolist(),
+        "tokens_per_layer_and_domain": stats.tokens.astype(int).tolist(),
+        "dropped": int(stats.dropped.sum()),
+    }
+    return json.dumps(body, indent=1)

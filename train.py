@@ -1,0 +1,131 @@
+"""Train a Mixture-of-Experts language model.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=200
+
+Running the same command again resumes. The run directory holds config.json, metrics.jsonl, TensorBoard events, the
+tokenizer, checkpoints/, and at the end eval.json and sample.txt.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from moe_jax import checkpoint, cli, config, data, evaluate, generate, metrics, model, optim, sharding, step
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not", required=True)
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first (pods, clusters)")
+
+
+def main(argv):
+    if argv[1:]:
+        raise cli.UserError(f"unexpected argument {argv[1]!r}; options start with --")
+    if CONFIG.value is None:
+        raise cli.UserError("--config is needed, for example --config=configs/quickstart.py")
+
+    # --- configuration: every rule is checked before anything is compiled ---------------------------------------------
+    cfg = config.build(CONFIG.value)
+    workdir = Path(WORKDIR.value)
+    if (workdir / "config.json").exists():
+        checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))
+    data.check_sources(cfg.data)
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    device = jax.devices()[0]
+    mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
+    cli.check_writable(workdir)
+    say = print if jax.process_index() == 0 else lambda *_: None
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+    terminal = jax.process_index() == 0 and sys.stderr.isatty()
+    corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
+    config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
+    evaluate.check_held_out(corpus)
+    batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
+    checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))  # a mistake above leaves the directory free
+    say(corpus.table())
+
+    # --- model --------------------------------------------------------------------------------------------------------
+    counts = model.count_parameters(cfg.model)
+    flops = model.flops_per_token(cfg.model, cfg.data.seq_len)
+    peak, peak_source = metrics.peak_flops(device)
+    say(f"devices: {mesh.size} × {device.device_kind}, mesh {dict(mesh.shape)}")
+    say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
+    say(f"parameters: {counts.total:,} total, {counts.active:,} active; {flops / 1e6:.2f} MFLOP a token")
+    say(step.describe_backends(cfg, mesh))
+    say(optim.describe(cfg.optim, model.abstract(cfg.model).shapes))
+
+    # --- state: the order is important --------------------------------------------------------------------------------
+    # 1. the newest complete checkpoint of this run directory; 2. fresh.
+    checkpoints = checkpoint.Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
+    start, tokens = 0, 0.0
+    if checkpoints.latest() is not None:
+        state, saved = checkpoints.restore(step.abstract_state(cfg, mesh))
+        batches.set_state(saved["batches"])
+        start, tokens = int(state.step), saved["tokens"]
+        say(f"resumed after step {start}")
+    else:
+        state = step.init_state(cfg, mesh)
+
+    # --- loop: metrics are read one step behind, so that reading never leaves the device idle -------------------------
+    steps, every = cfg.train.steps, cfg.train
+    train_step = step.make_train_step(cfg, mesh)
+    pending, clock = metrics.OneBehind(), metrics.Throughput(tokens)
+    writer = metrics.Writer(
+        workdir,
+        resume_step=start,
+        tensorboard=every.tensorboard,
+        wandb_project=every.wandb_project,
+        config=config.to_dict(cfg),
+    )
+    progress = metrics.Progress(steps, initial=start)
+
+    def record(done):
+        if done is None:
+            return
+        n, aux = done
+        clock.add(aux["tokens"])
+        log = n % every.log_every == 0 or n == steps
+        if log:
+            aux = metrics.train_metrics(n, aux, top_k=cfg.model.moe.top_k, **clock.read(),
+                                        flops_per_token=flops, peak=peak * mesh.size)  # fmt: skip
+            writer.write(n, aux)
+        progress.update(n, aux, log=log)
+
+    with checkpoints, writer, progress:
+        for n in range(start + 1, steps + 1):
+            state, aux = train_step(state, step.put_batch(next(batches), mesh, cfg))
+            record(pending.push(n, aux))
+            last = n == steps
+            if last or n % every.checkpoint_every == 0:
+                record(pending.flush())
+                with clock.paused():
+                    checkpoints.save(n, state, {"batches": batches.get_state(), "tokens": clock.tokens})
+            if every.eval_every and n % every.eval_every == 0 and not last:
+                record(pending.flush())
+                with clock.paused():
+                    result = evaluate.evaluate(
+                        cfg, mesh, state.params, state.router_bias, corpus, limit=every.eval_batches
+                    )
+                    writer.write(n, metrics.eval_metrics(result.rows()), kind="eval")
+        batches.close()
+        progress.close()
+
+        # --- the end: held-out text, and a sample ---------------------------------------------------------------------
+        result = evaluate.evaluate(cfg, mesh, state.params, state.router_bias, corpus, limit=every.eval_batches)
+        baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
+        writer.write(steps, metrics.eval_metrics(result.rows()), kind="eval")
+    say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
+    say(evaluate.table(result, baselines))
+    text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
+    say(f"\nsample\n{text}")
+    if jax.process_index() == 0:
+        (workdir / "eval.json").write_text(evaluate.to_json(steps, result, baselines))
+        (workdir / "sample.txt").write_text(text + "\n")
+    say(f"\nrun directory: {workdir}; next: python eval.py --workdir={workdir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,381 @@
+"""Checkpoints: round trip, other meshes, donation, a killed process, two processes, clear refusals."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moe_jax import config
+from moe_jax.checkpoint import CheckpointError, Checkpoints, load_config, save_config
+
+AXES = ("data", "fsdp", "expert")
+DATA = {"reader": {"position": 7, "files": ["a", "ü"], "order": None}, "fraction": 0.1}
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    router_bias: Any
+    opt_state: Any
+
+
+def mesh_of(*shape):
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def spec_of(leaf):
+    return PartitionSpec(None, "expert", "fsdp") if leaf.ndim == 3 else PartitionSpec()
+
+
+def make_state(mesh, seed=0):
+    rng = np.random.default_rng(seed)
+    params = {
+        "embed": jnp.asarray(rng.normal(size=(16, 8)), jnp.bfloat16),
+        "layers": {"w_up": jnp.asarray(rng.normal(size=(3, 8, 16)), jnp.float32), "norm": jnp.ones((3, 8))},
+    }
+    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    opt_state = chain.init(params)
+    opt_state = jax.tree.map(lambda x: x + jnp.asarray(rng.integers(1, 9, x.shape), x.dtype), opt_state)
+    state = State(jnp.int32(seed), params, None, opt_state)
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec_of(x))), state)
+
+
+def abstract(state, mesh):
+    leaf = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec_of(x)))
+    return jax.tree.map(leaf, state)
+
+
+def assert_equal(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def with_leaf(state, name, leaf):
+    return state._replace(params=state.params | {name: leaf})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory with steps 2 and 3 (keep=2 of three saves), saved on a (8, 1, 1) mesh."""
+    workdir = tmp_path_factory.mktemp("run")
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.latest() is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_state(mesh_of(8, 1, 1), step), DATA | {"step": step})
+        assert checkpoints.latest() == 3
+    return workdir
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_restores_on_any_mesh(saved, shape):
+    mesh, want = mesh_of(*shape), make_state(mesh_of(8, 1, 1), 3)
+    with Checkpoints(saved) as checkpoints:
+        state, data = checkpoints.restore(abstract(want, mesh))
+    assert_equal(state, want)
+    assert data == DATA | {"step": 3}
+    for leaf in jax.tree.leaves(state):
+        assert leaf.sharding == NamedSharding(mesh, spec_of(leaf))
+
+
+def test_keeps_the_newest_and_restores_an_older_one(saved):
+    assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["2", "3"]
+    with Checkpoints(saved) as checkpoints:
+        want = make_state(mesh_of(8, 1, 1), 2)
+        state, data = checkpoints.restore(abstract(want, mesh_of(8, 1, 1)), step=2)
+        assert_equal(state, want)
+        assert data["step"] == 2
+        with pytest.raises(CheckpointError, match=r"has no step 1; it has 2, 3"):
+            checkpoints.restore(abstract(want, mesh_of(8, 1, 1)), step=1)
+
+
+def test_holds_two_items_and_no_pickle(saved):
+    step = saved / "checkpoints" / "3"
+    assert sorted(p.name for p in step.iterdir() if p.is_dir()) == ["data", "state"]
+    [data] = [p for p in (step / "data").iterdir() if p.suffix == ".json"]
+    assert json.loads(data.read_text()) == {"processes": [DATA | {"step": 3}]}
+    for path in step.rglob("*"):
+        assert path.is_dir() or not path.read_bytes().startswith(b"\x80"), f"{path} looks like a pickle"
+
+
+def test_placeholder_leaves_are_not_read(saved):
+    want = make_state(mesh_of(8, 1, 1), 3)
+    target = abstract(want, mesh_of(2, 2, 2))
+    target = target._replace(opt_state=jax.tree.map(lambda _: ..., target.opt_state))
+    with Checkpoints(saved) as checkpoints:
+        state, _ = checkpoints.restore(target)
+    assert_equal(state.params, want.params)
+    assert all(leaf is ... for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_mismatches_name_the_parameter(saved):
+    mesh = mesh_of(8, 1, 1)
+    good = abstract(make_state(mesh), mesh)
+    embed = good.params["embed"]
+    leaf = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=embed.sharding)
+    fewer = good._replace(params={"embed": embed})
+    cases = {
+        r"3: params/embed has shape \(16, 8\), this model needs \(16, 4\)": with_leaf(
+            good, "embed", leaf((16, 4), jnp.bfloat16)
+        ),
+        r"params/embed has dtype bfloat16, this model needs float32": with_leaf(
+            good, "embed", leaf((16, 8), jnp.float32)
+        ),
+        r"has no params/head, which this model has": with_leaf(good, "head", embed),
+        r"has params/layers/norm, which this model has not \(2 such\)": fewer,
+        r"params/embed has no sharding": with_leaf(good, "embed", jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)),
+    }
+    with Checkpoints(saved) as checkpoints:
+        for message, target in cases.items():
+            with pytest.raises(CheckpointError, match=message) as e:
+                checkpoints.restore(target)
+            assert "\n" not in str(e.value)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'PyTreeHandler:RuntimeWarning")  # Orbax, when one of two items fails
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_half_deleted_checkpoint_is_refused_or_whole(saved, tmp_path):
+    """Whichever file is missing, `restore` returns what was saved or says that it cannot."""
+    want = make_state(mesh_of(8, 1, 1), 3)
+    target = abstract(want, mesh_of(8, 1, 1))
+    source, copy = saved / "checkpoints" / "3", tmp_path / "checkpoints" / "3"
+    refused = 0
+    for file in sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file()):
+        shutil.copytree(source, copy)
+        (copy / file).unlink()
+        with Checkpoints(tmp_path) as checkpoints:
+            try:
+                state, data = checkpoints.restore(target)
+            except CheckpointError as e:
+                assert re.search(r"3 cannot be read: .+", str(e)) and "\n" not in str(e)
+                refused += 1
+            else:
+                assert_equal(state, want)
+                assert data == DATA | {"step": 3}
+        shutil.rmtree(copy)
+    assert refused >= 4  # the arrays, their names and the data state
+
+
+def test_reading_only_changes_nothing(tmp_path):
+    state = make_state(mesh_of(8, 1, 1), 1)
+    target = abstract(state, mesh_of(8, 1, 1))
+    with Checkpoints(tmp_path) as reader:
+        assert reader.latest() is None
+        assert not (tmp_path / "checkpoints").exists()
+        with pytest.raises(CheckpointError, match="has no complete checkpoint"):
+            reader.restore(target)
+        with Checkpoints(tmp_path, keep=1) as writer:
+            writer.save(1, state, {})
+            writer.save(4, state, {}, wait=True)
+            assert reader.latest() == 4  # written by somebody else after the reader was opened
+        with pytest.raises(CheckpointError, match="reading only"):
+            reader.save(5, state, {})
+
+
+def test_the_past_is_not_rewritten(tmp_path):
+    state, other = make_state(mesh_of(8, 1, 1), 1), make_state(mesh_of(8, 1, 1), 2)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(5, state, {"n": 1})
+        checkpoints.save(5, state, {"n": 1}, wait=True)  # the last step of a run that also was a periodic one
+        with pytest.raises(CheckpointError, match="has step 5 already; step 4"):
+            checkpoints.save(4, other, {"n": 2})
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        with pytest.raises(CheckpointError, match="has step 5 already; step 5"):
+            checkpoints.save(5, other, {"n": 2})
+        assert checkpoints.restore(abstract(state, mesh_of(8, 1, 1)))[1] == {"n": 1}
+
+
+def test_a_step_whose_save_failed_is_saved_again(tmp_path, monkeypatch):
+    state = make_state(mesh_of(8, 1, 1), 1)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, state, {"n": 1})
+        with monkeypatch.context() as broken:
+            broken.setattr(type(checkpoints._orbax), "save_checkpointables_async", lambda *_, **__: object())
+            checkpoints.save(2, state, {"n": 2}, wait=True)
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, state, {"n": 2})
+        assert checkpoints.latest() == 2
+
+
+def test_data_state_must_be_json(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with pytest.raises(CheckpointError, match="data state cannot be saved as JSON"):
+            checkpoints.save(1, make_state(mesh_of(8, 1, 1)), {"rng": b"bytes"})
+        assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec()])
+def test_donation_right_after_save_does_not_reach_the_checkpoint(tmp_path, spec):
+    """Orbax holds or has copied the buffers when `save` returns, so that the next step cannot write there."""
+    sharding = NamedSharding(mesh_of(8, 1, 1), spec)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state = {f"w{i}": jax.device_put(jnp.zeros((512, 512)), sharding) for i in range(8)}
+    before = state["w0"]
+    state = step(state)
+    assert before.is_deleted(), "this platform ignores donation, so the test would prove nothing"
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for n in (1, 2, 3):
+            expected = {k: np.array(v) for k, v in state.items()}
+            checkpoints.save(n, state, {})
+            for _ in range(5):
+                state = step(state)
+            jax.block_until_ready(state)
+            got, _ = checkpoints.restore(target, n)
+            for name in expected:
+                np.testing.assert_array_equal(np.asarray(got[name]), expected[name])
+                assert not np.array_equal(np.asarray(state[name]), expected[name])
+
+
+def run_child(code, *argv, **kwargs):
+    root = str(Path(__file__).parents[1])
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    env.pop("XLA_FLAGS", None)
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+KILLED = """
+import os, signal, sys
+import jax, numpy as np
+from moe_jax.checkpoint import Checkpoints
+state = lambda seed: {"w": jax.device_put(np.random.default_rng(seed).normal(size=(4 << 20,)).astype(np.float32))}
+with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+    checkpoints.save(1, state(1), {"step": 1})
+    checkpoints.save(2, state(2), {"step": 2}, wait=True)
+    checkpoints.save(3, state(3), {"step": 3})
+    while not any(checkpoints.directory.glob("3.*/state*")):  # the name it has until it is complete
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_while_saving_leaves_the_checkpoint_before_usable(tmp_path):
+    child = run_child(KILLED, tmp_path)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL, errors
+    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert "2" in left and "3" not in left and len(left) > 1, f"not killed in the middle of a save: {left}"
+
+    value = lambda seed: np.random.default_rng(seed).normal(size=(4 << 20,)).astype(np.float32)
+    sharding = NamedSharding(mesh_of(8, 1, 1), PartitionSpec(AXES))
+    target = {"w": jax.ShapeDtypeStruct((4 << 20,), jnp.float32, sharding=sharding)}
+    with Checkpoints(tmp_path) as reader:
+        assert reader.latest() == 2
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == left  # reading cleans nothing
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        state, data = checkpoints.restore(target)
+        assert data == {"step": 2}
+        np.testing.assert_array_equal(np.asarray(state["w"]), value(2))
+        checkpoints.save(3, {"w": jax.device_put(value(3), sharding)}, {"step": 3}, wait=True)
+        state, data = checkpoints.restore(target)
+    assert data == {"step": 3}
+    np.testing.assert_array_equal(np.asarray(state["w"]), value(3))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from moe_jax import config
+from moe_jax.checkpoint import Checkpoints, save_config
+from moe_jax.metrics import OneBehind, Writer
+me = jax.process_index()
+mesh = jax.make_mesh((2, 2, 1), ("data", "fsdp", "expert"), axis_types=(AxisType.Explicit,) * 3)
+sharding = NamedSharding(mesh, P(("data", "fsdp")))
+full = np.arange(64, dtype=np.float32)
+state = {"w": jax.make_array_from_callback((64,), sharding, lambda index: full[index])}
+with jax.set_mesh(mesh), Checkpoints(sys.argv[1], keep=1) as checkpoints, Writer(sys.argv[1]) as writer:
+    assert save_config(sys.argv[1], config.RunConfig()) == []
+    checkpoints.save(1, state, {"process": me, "pad": "x" * 10 * me})
+    target = {"w": jax.ShapeDtypeStruct((64,), np.float32, sharding=NamedSharding(mesh, P("fsdp")))}
+    got, data = checkpoints.restore(target)
+    assert data == {"process": me, "pad": "x" * 10 * me}, data
+    for shard in got["w"].addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), full[shard.index])
+    behind = OneBehind()
+    total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))(state["w"])
+    assert behind.push(1, {"loss": total}) is None
+    step, aux = behind.flush()
+    writer.write(step, {"loss": aux["loss"]})
+    assert behind.push(2, state) is None
+    try:
+        behind.flush()
+    except ValueError as e:
+        assert "['w'] is spread over processes" in str(e), e
+    else:
+        raise AssertionError("a metric spread over processes was read")
+print("done", me)
+"""
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    children = [run_child(TWO_PROCESSES, tmp_path, port, i) for i in range(2)]
+    try:
+        results = [child.communicate(timeout=60) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for i, (out, errors) in enumerate(results):
+        assert children[i].returncode == 0 and out.endswith(f"done {i}\n"), errors[-4000:]
+    assert load_config(tmp_path) == config.RunConfig()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1, "loss": 2016.0}\n'
+    target = {"w": jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh_of(8, 1, 1), PartitionSpec()))}
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"of 2 processes .* resume with 2"):
+        checkpoints.restore(target)
+
+
+def test_config_is_written_once_and_compared(tmp_path):
+    cfg = config.RunConfig()
+    assert save_config(tmp_path / "run", cfg) == []
+    text = (tmp_path / "run" / "config.json").read_text()
+    assert load_config(tmp_path / "run") == cfg
+    assert save_config(tmp_path / "run", cfg) == []
+
+    changed = dataclasses.replace(cfg, seed=1, optim=dataclasses.replace(cfg.optim, lr=0.5, name="adamw"))
+    assert save_config(tmp_path / "run", changed) == [
+        "config.seed: 0 in the run, 1 now",
+        'config.optim.name: "muon" in the run, "adamw" now',
+        "config.optim.lr: 0.001 in the run, 0.5 now",
+    ]
+    no_sources = json.loads(text)
+    no_sources["data"]["sources"] = {}
+    no_sources["model"]["gone"] = 1
+    (tmp_path / "run" / "config.json").write_text(json.dumps(no_sources))
+    lines = save_config(tmp_path / "run", cfg)
+    assert "config.model.gone: 1 in the run, absent now" in lines
+    assert 'config.data.sources.stdlib.kind: absent in the run, "tfds" now' in lines
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == no_sources  # never overwritten
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+    with pytest.raises(config.ConfigError, match="gone"):
+        load_config(tmp_path / "run")
+
+
+def test_config_that_cannot_be_read(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a run directory"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        load_config(tmp_path)

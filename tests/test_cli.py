@@ -1,0 +1,368 @@
+"""User mistakes at train.py and eval.py: exit status 2, one line on stderr that says what to change, nothing compiled.
+
+Most cases run in children forked from a process that has already imported everything (`Server`): the real program from
+its first line on, with its real exit status and stderr, without the seconds of importing. Some run as users run them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import tokenizers
+
+from moe_jax import checkpoint, config, sharding, step
+
+REPO = Path(__file__).parents[1]
+LIMIT = 10.0  # seconds
+
+SERVER = """
+import gc, json, os, runpy, signal, sys, traceback
+import jax, tensorflow_datasets, tokenizers
+from moe_jax import analysis, checkpoint, cli, config, data, evaluate, generate, metrics, optim, sharding, step
+
+def record(event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+        with open(job["compiled"], "a") as file:
+            file.write(event + "\\n")
+
+jax.monitoring.register_event_duration_secs_listener(record)
+gc.freeze()
+print("ready", flush=True)
+while line := sys.stdin.readline():
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT, 0o644), number)
+        sys.argv, sys.path[0] = job["argv"], os.path.dirname(os.path.abspath(job["argv"][0]))
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+GOOD = """
+from moe_jax import config as config_lib
+
+
+def get_config():
+    config = config_lib.default_config()
+    config.data.sources = {"text": config_lib.source(kind="files", path="@/text/*.txt", validation_fraction=0.3)}
+    config.data.seq_len = 16
+    config.data.batch_size = 8
+    config.model.moe.num_experts = 4
+    @EDIT
+    return config
+"""
+
+
+class Server:
+    """Runs programs in forks of a process that holds the imports."""
+
+    def __init__(self, folder: Path, env: dict):
+        self.folder, self.count = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=REPO, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def __call__(self, *argv: str) -> tuple[int, str, str, str]:
+        """Exit status, stdout, stderr, and a line for every compilation."""
+        self.count += 1
+        paths = {name: self.folder / f"{self.count}.{name}" for name in ("stdout", "stderr", "compiled")}
+        job = {"argv": list(argv)} | {name: str(path) for name, path in paths.items()}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        status = int(self.process.stdout.readline())
+        return status, *(path.read_text() if path.exists() else "" for path in paths.values())
+
+
+def write_files(root: Path) -> None:
+    """Everything the cases name: texts, config files good and bad, run directories."""
+    for name in ("text", "configs", "empty", "out"):
+        (root / name).mkdir()
+    for i in range(20):
+        (root / "text" / f"{i}.txt").write_text(f"{i}: the quick brown fox jumps over the lazy dog\n" * 3)
+    (root / "rows.jsonl").write_text('{"txt": "a b c", "n": 1}\n' * 9)
+    (root / "notes.md").write_text("# no text we read\n")
+    (root / "broken.jsonl").write_text("{nonsense\n")
+    (root / "a_file").write_text("x")
+    edits = {
+        "good": "",
+        "unknown_field": "config.optim.lrr = 1e-3",
+        "unknown_group": "config.zzzzzz.lr = 1e-3",
+        "wrong_type": 'config.optim.lr = "fast"',
+        "bool_for_int": "config.data.sources.text = config_lib.source(kind='files', path='x', weight=True)",
+        "plain_dict": "config.data.sources = {'text': {'kind': 'files', 'pth': 'x'}}",
+        "not_a_group": "config.data.sources = {'text': 'x.txt'}",
+        "bad_source": "config.data.sources = {'text': config_lib.source(kind='files')}",
+        "no_sources": "config.data.sources = {}",
+        "bug": "config.optim.lr = 1 / 0",
+    }
+    for name, edit in edits.items():
+        (root / "configs" / f"{name}.py").write_text(GOOD.replace("@EDIT", edit).replace("@", str(root)))
+    (root / "configs" / "syntax.py").write_text("def get_config():\n    return (1,\n")
+    (root / "configs" / "no_function.py").write_text("config = 1\n")
+    (root / "configs" / "returns_none.py").write_text("def get_config():\n    pass\n")
+    (root / "configs" / "missing_import.py").write_text("import no_such_package\n")
+
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(599)} | {"</s>": 599}, "w0"))
+    made.save(str(root / "tokenizer.json"))
+    (root / "bad_tokenizer.json").write_text("{}")
+
+
+def write_runs(root: Path) -> None:
+    """Run directories for eval.py, and one of another configuration for train.py."""
+    text = config.SourceConfig(kind="files", path=f"{root}/text/*.txt", validation_fraction=0.3)
+    cfg = config.RunConfig(data=config.DataConfig(batch_size=8, seq_len=16, sources={"text": text}))
+    checkpoint.save_config(root / "run", cfg)
+    for name, body in {"broken_run": '{"seed": ', "odd_run": "[]", "old_run": '{"sed": 1}'}.items():
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(body)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    made = tmp_path_factory.mktemp("cli")
+    write_files(made)
+    write_runs(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def env(root):
+    changes = {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
+
+
+@pytest.fixture(scope="module")
+def server(root, env):
+    made = Server(root / "out", env)
+    yield made
+    made.process.stdin.close()
+    made.process.stdout.close()
+    made.process.wait(10)
+
+
+def check(status: int, stdout: str, stderr: str, says: list[str]) -> None:
+    assert status == 2, stderr
+    assert stdout == ""
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    assert len(stderr) < 600
+    for part in says:
+        assert part in stderr, f"{part!r} is not in {stderr!r}"
+
+
+# --- one override of a good configuration: what it says -------------------------------------------------------------
+
+OVERRIDES = {
+    # names
+    "optim.lrr=1": ["config.optim.lrr: is not a field; nearest valid name: lr"],
+    "optm.lr=1": ["config.optm: is not a field; nearest valid name: optim"],
+    "seq_len=64": ["config.seq_len: is not a field; nearest valid name: config.data.seq_len"],
+    "optim.lr.x=1": ["config.optim.lr.x: is not a field", "type float"],
+    "data.sources.txt.weight=1": ["config.data.sources.txt: is not a field; nearest valid name: text"],
+    "optim..lr=1": ["config.optim..lr", "is not a field"],
+    # types
+    "optim.lr=abc": ["config.optim.lr='abc': must be of type float"],
+    "optim.lr=": ["config.optim.lr='': must be of type float"],
+    "data.batch_size=2.5": ["config.data.batch_size='2.5': must be of type int"],
+    "train.tensorboard=maybe": ["config.train.tensorboard='maybe': must be of type bool"],
+    "optim=3": ["config.optim='3': is a group of fields; set one of them; nearest valid: --config.optim.beta1="],
+    # ranges
+    "optim.lr=-1": ["config.optim.lr=-1.0: must be ≥ 0", "nearest valid: 0"],
+    "optim.lr=nan": ["config.optim.lr=nan: must be finite and ≥ 0", "nearest valid: 0"],
+    "optim.clip_norm=inf": ["config.optim.clip_norm=inf: must be finite and ≥ 0", "nearest valid: 0"],
+    "optim.beta2=1.5": ["config.optim.beta2=1.5: must be in [0.0, 1.0]", "nearest valid: 1.0"],
+    "data.batch_size=0": ["config.data.batch_size=0: must be ≥ 1", "nearest valid: 1"],
+    "train.steps=0": ["config.train.steps=0: must be ≥ 1"],
+    "seed=-1": ["config.seed=-1: must be in [0, 2147483647]", "nearest valid: 0"],
+    # choices
+    "optim.name=moun": ["config.optim.name='moun': must be one of muon, adamw", "nearest valid: 'muon'"],
+    "model.moe.score=softmx": ["config.model.moe.score='softmx': must be one of", "nearest valid: 'softmax'"],
+    "model.compute_dtype=float16": ["config.model.compute_dtype='float16'", "nearest valid: "],
+    "loss.balance_batch=globl": ["config.loss.balance_batch='globl'", "integer or one of global", "'global'"],
+    # one field against another
+    "model.moe.top_k=5": ["config.model.moe.top_k=5: must be ≤ num_experts=4", "nearest valid: 4"],
+    "model.moe.num_groups=3": ["config.model.moe.num_groups=3: must divide num_experts=4", "nearest valid: "],
+    "model.moe.top_groups=2": ["config.model.moe.top_groups=2: must be ≤ num_groups=1", "nearest valid: 1"],
+    "model.num_kv_heads=3": ["config.model.num_kv_heads=3: must divide num_heads=4", "nearest valid: "],
+    "model.head_dim=15": ["config.model.head_dim=15: must be even", "nearest valid: 16"],
+    "model.num_dense_layers=4": ["config.model.num_dense_layers=4: must be < num_layers=4", "nearest valid: 3"],
+    "model.vocab_size=256": ["config.model.vocab_size=256: must hold the tokenizer's 257 tokens", "257"],
+    "train.micro_batches=3": ["config.train.micro_batches=3: must divide data.batch_size=8", "nearest valid: "],
+    "loss.balance_batch=3": ["config.loss.balance_batch=3: must divide data.batch_size=8", "nearest valid: "],
+    "loss.balance_batch=0": ["config.loss.balance_batch=0: must be ≥ 1 or 'global'", "nearest valid: 1"],
+    "optim.warmup_steps=1000": ["config.optim.warmup_steps=1000: must be < train.steps=1000", "nearest valid: 999"],
+    "model.moe.score_order=topk_score model.moe.score=sigmoid": ["score_order='topk_score': needs", "softmax"],
+    "model.attention=cudnn": ["config.model.segment_mask=True: cannot be honoured by attention='cudnn'", "'xla'"],
+    "data.sources.text.weight=0": ["config.data.sources={'text': 0.0}: weights must not all be 0"],
+    # the machine
+    "mesh.data=3": ["config.mesh=(3, 1, 1): must multiply to the 1 devices present", "-1"],
+    "mesh.fsdp=2": ["config.mesh.data=-1: the other axes' 2 must divide the 1 devices present", "nearest valid"],
+    "mesh.fsdp=-1": ["config.mesh.data=-1: only one of data, fsdp, expert=(-1, -1, 1) may be −1"],
+    "mesh.expert=0": ["config.mesh.expert=0: must be ≥ 1, or −1", "nearest valid: 1"],
+    "model.attention=cudnn model.segment_mask=false": ["config.model.attention='cudnn': needs a GPU, this is cpu"],
+    "model.moe.grouped_matmul=mosaic_gpu": ["config.model.moe.grouped_matmul='mosaic_gpu': needs a Hopper GPU", "cpu"],
+    # the data
+    "data.sources.text.path={d}/nothing/*.txt": ["config.data.sources.text.path='", "matches no file; nearest valid"],
+    "data.sources.text.path={d}/text": ["config.data.sources.text.path='", "is a folder; nearest valid", "*.txt"],
+    "data.sources.text.path={d}/notes.md": ["config.data.sources.text.path='", "none of .txt .jsonl .csv .parquet"],
+    "data.sources.text.path={d}/rows.jsonl": ["text.text_field='text': is not a field of rows.jsonl", "'txt'"],
+    "data.sources.text.path={d}/broken.jsonl": ["config.data.sources.text.path='", "cannot be read"],
+    "data.sources.text.domain_field=lang": ["config.data.sources.text.domain_field='lang'", "set domain instead"],
+    "data.sources.text.kind=tfds data.sources.text.name=mnistt": ["text.name='mnistt'", "TFDS", "'mnist'"],
+    "data.sources.text.kind=tfds": ["config.data.sources.text.name='': is needed for kind='tfds'", "'stdlib_text'"],
+    "data.sources.text.validation_fraction=0": ["config.data.sources=['text']", "no validation text"],
+    "data.tokenizer.kind=huggingface": ["config.data.tokenizer.path='': is needed for kind='huggingface'"],
+    "data.tokenizer.kind=huggingface data.tokenizer.path={d}/tokenizr.json": [
+        "config.data.tokenizer.path='", "is not a file; nearest valid: '", "/tokenizer.json'",
+    ],
+    "data.tokenizer.kind=huggingface data.tokenizer.path={d}/bad_tokenizer.json": [
+        "config.data.tokenizer.path='", "is no tokenizer.json",
+    ],
+    "data.tokenizer.kind=huggingface data.tokenizer.path={d}/tokenizer.json": [
+        "config.model.vocab_size=512: must hold the tokenizer's 600 tokens; nearest valid: 600",
+    ],
+    "data.seq_len=1000000": ["config.data.seq_len=1000000: must be ≤ ", "data.sources.text", "nearest valid: "],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES)
+def test_override(server, root, overrides):
+    changes = [f"--config.{text}" for text in overrides.replace("{d}", str(root)).split()]
+    began = time.perf_counter()
+    workdir = root / "runs" / str(server.count)
+    *result, compiled = server("train.py", f"--config={root}/configs/good.py", f"--workdir={workdir}", *changes)
+    check(*result, OVERRIDES[overrides])
+    assert result[-1].startswith("error: config.")
+    assert time.perf_counter() - began < LIMIT and compiled == ""
+    assert not (workdir / "config.json").exists()  # the directory is still free for the mended command
+
+
+def test_compilations_are_seen(server, root):
+    script = root / "compiles.py"
+    script.write_text("import jax\njax.jit(lambda x: x + 1)(1.0)\n")
+    status, _, stderr, compiled = server(str(script))
+    assert (status, stderr) == (0, "") and compiled
+
+
+# --- everything else: arguments, what it says -----------------------------------------------------------------------
+
+TRAIN = "train.py --config={d}/configs/good.py --workdir={d}/runs/x "
+OTHER = {
+    # config files
+    "train.py --config={d}/configs/godo.py --workdir={d}/runs/x": ["godo.py: no such file; nearest", "/good.py"],
+    "train.py --config=nowhere/debgu.py --workdir={d}/runs/x": ["nowhere/debgu.py: no such", "configs/debug.py"],
+    "train.py --config={d}/configs --workdir={d}/runs/x": ["/configs: is not a file; nearest valid: ", "/configs/"],
+    "train.py --config= --workdir={d}/runs/x": ["--config=: is not a file; nearest valid: configs/"],
+    "train.py --config={d}/configs/syntax.py --workdir={d}/runs/x": ["/syntax.py: line 2, `return (1,`: "],
+    "train.py --config={d}/configs/no_function.py --workdir={d}/runs/x": ["/no_function.py: has no get_config()"],
+    "train.py --config={d}/configs/returns_none.py --workdir={d}/runs/x": ["must return a ConfigDict, not NoneType"],
+    "train.py --config={d}/configs/missing_import.py --workdir={d}/runs/x": ["line 1", "no_such_package"],
+    "train.py --config={d}/configs/bug.py --workdir={d}/runs/x": ["line 11, `config.optim.lr = 1 / 0`: ZeroDivision"],
+    "train.py --config={d}/configs/unknown_field.py --workdir={d}/runs/x": [
+        "/unknown_field.py: line 11, `config.optim.lrr = 1e-3`: is not a field; nearest valid name: lr",
+    ],
+    "train.py --config={d}/configs/unknown_group.py --workdir={d}/runs/x": ["`config.zzzzzz.lr = 1e-3`: is not a "],
+    "train.py --config={d}/configs/wrong_type.py --workdir={d}/runs/x": ['`config.optim.lr = "fast"`: ', "float"],
+    "train.py --config={d}/configs/bool_for_int.py --workdir={d}/runs/x": ["config.weight=True: must be of type float"],
+    "train.py --config={d}/configs/plain_dict.py --workdir={d}/runs/x": [
+        "config.data.sources.text.pth='x': is not a field; nearest valid name: path",
+    ],
+    "train.py --config={d}/configs/not_a_group.py --workdir={d}/runs/x": ["sources.text='x.txt': must be a group"],
+    "train.py --config={d}/configs/bad_source.py --workdir={d}/runs/x": ["config.path='': is needed for kind='files'"],
+    "train.py --config={d}/configs/no_sources.py --workdir={d}/runs/x": ["config.data.sources={}: must name at least"],
+    # flags
+    "train.py": ["--workdir is needed"],
+    "train.py --config={d}/configs/good.py": ["--workdir is needed"],
+    "train.py --workdir={d}/runs/x": ["--config is needed, for example --config=configs/quickstart.py"],
+    "train.py --workdir={d}/runs/x --config.optim.lr=1": ["--config.optim.lr needs a config file before it"],
+    "train.py --config.optim.lr=1 --config={d}/configs/good.py --workdir={d}/runs/x": ["--config.optim.lr=1"],
+    TRAIN + "--wrkdir=x": ["unknown flag --wrkdir; nearest valid: --workdir"],
+    TRAIN + "--config.optim.lr": ["config.optim.lr='': must be of type float"],
+    TRAIN + "--config.optim.lr --config.seed=1": ["config.optim.lr='--config.seed=1': must be of type float"],
+    TRAIN + "--noconfig.optim.lr": ["config.optim.lr='': must be of type float"],
+    TRAIN + "--flagfile={d}/no_flags": ["error: Unable to open flagfile: ", "/no_flags"],
+    TRAIN + "--distributed=maybe": ["--distributed=maybe"],
+    TRAIN + "config.optim.lr=1": ["unexpected argument 'config.optim.lr=1'; options start with --"],
+    # the run directory
+    "train.py --config={d}/configs/good.py --workdir={d}/run": [
+        "belongs to another configuration (config.model.moe.num_experts: 8 in the run, 4 now)", "another --workdir",
+    ],
+    "train.py --config={d}/configs/good.py --workdir={d}/a_file": ["/a_file: is a file", "directory"],
+    "train.py --config={d}/configs/good.py --workdir={d}/a_file/run": ["/a_file/run: cannot be made"],
+    "train.py --config={d}/configs/good.py --workdir=/proc/run": ["--workdir=/proc/run: cannot be made"],
+    "train.py --config={d}/configs/good.py --workdir={d}/broken_run": ["/config.json is not valid JSON"],
+    # eval.py
+    "eval.py": ["--workdir is needed"],
+    "eval.py --workdir={d}/empty": ["/empty is not a run directory"],
+    "eval.py --workdir={d}/nowhere": ["/nowhere: no such directory"],
+    "eval.py --workdir={d}/a_file": ["/a_file: no such directory"],
+    "eval.py --workdir={d}/broken_run": ["/config.json is not valid JSON"],
+    "eval.py --workdir={d}/odd_run": ["must be a group of RunConfig fields"],
+    "eval.py --workdir={d}/old_run": ["config.sed=1: is not a field; nearest valid name: seed"],
+    "eval.py --workdir={d}/run": ["/checkpoints has no complete checkpoint"],
+    "eval.py --workdir={d}/run --step=first": ["--step=first"],
+    "eval.py --workdir={d}/run --batches=-1": ["--batches=-1"],
+    "eval.py --workdir={d}/run --config=x": ["unknown flag --config"],
+    "eval.py {d}/run": ["--workdir is needed"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OTHER)
+def test_command(server, root, command):
+    began = time.perf_counter()
+    *result, compiled = server(*command.replace("{d}", str(root)).split())
+    check(*result, OTHER[command])
+    assert time.perf_counter() - began < LIMIT and compiled == ""
+    assert not (root / "a_file").is_dir() and not (root / "runs" / "x" / "config.json").exists()
+
+
+# --- as users run them -----------------------------------------------------------------------------------------------
+
+REAL = [
+    (TRAIN + "--config.optim.lrr=1", ["config.optim.lrr: is not a field; nearest valid name: lr"]),
+    (TRAIN + "--config.optim.lr=abc", ["config.optim.lr='abc': must be of type float"]),
+    (TRAIN + "--config.mesh.data=7919", ["config.mesh=(7919, 1, 1): must multiply to the "]),
+    (TRAIN + "--config.data.seq_len=1000000", ["config.data.seq_len=1000000: must be ≤ "]),
+    ("train.py --config=configs/debgu.py --workdir={d}/runs/x", ["debgu.py: no such file", "configs/debug.py"]),
+    ("eval.py --workdir={d}/run", ["/checkpoints has no complete checkpoint"]),
+]
+
+
+@pytest.mark.parametrize(("command", "says"), REAL)
+def test_process(root, env, command, says):
+    """Under 10 s, interpreter and imports included; JAX chooses the platform, and is silent about it."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command.replace("{d}", str(root)).split()],
+        cwd=REPO, env={k: v for k, v in env.items() if k != "JAX_PLATFORMS"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    check(done.returncode, done.stdout, done.stderr, says)
+    assert time.perf_counter() - began < LIMIT
+
+
+def test_step_that_does_not_exist(server, root):
+    """A checkpoint of step 3, written here: eval.py names the steps there are."""
+    cfg = checkpoint.load_config(root / "run")
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    with checkpoint.Checkpoints(root / "run", keep=1) as checkpoints:
+        checkpoints.save(3, step.init_state(cfg, mesh), {"batches": {"batches": 3}, "tokens": 0.0})
+    *result, compiled = server("eval.py", f"--workdir={root}/run", "--step=4")
+    check(*result, ["/checkpoints has no step 4; it has 3"])
+    assert compiled == ""

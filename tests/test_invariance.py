@@ -1,0 +1,168 @@
+"""The invariance matrix: how a batch is computed never changes what is computed.
+
+For one tiny model and one batch, loss, every loss part, every gradient leaf, RouterStats and the parameters after one
+optimizer step are equal across meshes, micro-batches, rematerialisation, expert compute (with ring exchange wherever
+the mesh has an expert axis) and both with and without padding. The oracle is one device, one batch, every expert dense.
+"""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from moe_jax import config, losses, optim, sharding, step
+
+B, S, V = 32, 8, 48
+BIAS = np.linspace(-0.05, 0.05, 4, dtype=np.float32)
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
+MICRO, REMAT, COMPUTE, PADDING = [1, 2, 4], ["none", "full"], ["dense", "grouped"], [0.0, 0.25]
+EVERYTHING = list(itertools.product(MESHES, MICRO, REMAT, COMPUTE, PADDING))
+# The fast part: every mesh with every number of micro-batches, the other choices in turn.
+FAST = [(m, a, REMAT[(i + j) % 2], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 ^ i % 2])
+        for i, m in enumerate(MESHES) for j, a in enumerate(MICRO)]  # fmt: skip
+
+
+def run_config(micro=1, remat="none", compute="dense", balance_batch="8", lb_coef=0.5) -> config.RunConfig:
+    c = config.default_config()
+    c.model.update(vocab_size=V, d_model=16, num_layers=3, num_dense_layers=1, d_ff=24, num_heads=4, num_kv_heads=2,
+                   head_dim=4, qk_norm=True, compute_dtype="float32", remat=remat, init_std=0.3)  # fmt: skip
+    c.model.moe.update(num_experts=4, top_k=2, d_expert=8, num_shared_experts=1, compute=compute, selection_bias=True)
+    c.loss.update(load_balance_coef=lb_coef, router_z_coef=0.1, balance_batch=balance_batch)
+    # A large eps: AdamW's first step divides a gradient by itself, which would turn rounding into ±1.
+    c.optim.update(lr=0.02, newton_schulz_dtype="float32", newton_schulz_steps=2, eps=1e-3)
+    c.data.update(batch_size=B, seq_len=S)
+    c.data.tokenizer.kind = "huggingface"
+    c.data.tokenizer.path = "none"
+    c.train.micro_batches = micro
+    return config.build(c)
+
+
+def batch_rows(padding: float) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    # Sequences of unlike vocabulary, so that micro-batches and balance groups route differently.
+    low = rng.integers(0, V - 16, (B, 1))
+    tokens = (low + rng.integers(0, 16, (B, S + 1))).astype(np.int32)
+    segments = np.ones((B, S), np.int32)
+    segments[:, S // 2 :] = 2
+    kept = np.ones((B, S), bool)
+    kept[: B // 2, S - round(2 * padding * S) :] = False  # half the sequences carry all the padding
+    weights = np.where(kept, rng.random((B, S)) + 0.5, 0.0).astype(np.float32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": weights,
+        "segment_ids": np.where(kept, segments, 0).astype(np.int32),
+        "positions": np.tile(np.arange(S, dtype=np.int32) % (S // 2), (B, 1)),
+        "sequence_ids": np.arange(B, dtype=np.int32),
+    }
+
+
+@functools.cache
+def initial_state(mesh_shape) -> tuple:
+    """The mesh and a fresh state on it; the values are those of one device."""
+    mesh = sharding.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
+    if mesh.size == 1:
+        state = step.init_state(run_config(), mesh)
+        # A selection bias that is not zero, so that it takes part.
+        return mesh, state._replace(router_bias=jax.tree.map(lambda b: b + BIAS[None], state.router_bias))
+    shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state(run_config(), mesh))
+    return mesh, jax.device_put(jax.device_get(initial_state((1, 1, 1))[1]), shardings)
+
+
+def everything(cfg: config.RunConfig, mesh_shape, padding: float) -> dict:
+    """All that the matrix compares, on the host."""
+    mesh, state = initial_state(mesh_shape)
+    optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
+    gradients = step.make_gradients(cfg, mesh)
+
+    @jax.jit
+    def one(params, bias, opt_state, batch):
+        (loss, (parts, sums)), grads = gradients(params, bias, batch)
+        updates, _ = optimizer.update(grads, opt_state, params)
+        after = optax.apply_updates(params, updates)
+        return {"loss": loss, "parts": parts, "sums": sums, "grads": grads, "params": after}
+
+    with jax.set_mesh(mesh):
+        batch = step.put_batch(batch_rows(padding), mesh, cfg)
+        return jax.device_get(one(state.params, state.router_bias, state.opt_state, batch))
+
+
+@functools.cache
+def oracle(padding: float, balance_batch="8"):
+    return everything(run_config(balance_batch=balance_batch), (1, 1, 1), padding)
+
+
+def assert_same(got: dict, want: dict) -> None:
+    def same(path, a, b):
+        # Relative to the largest entry of the leaf: rounding of a sum does not shrink with a single entry.
+        scale = np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * scale + 1e-9, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(same, got, want)
+
+
+def check(mesh, micro, remat, compute, padding):
+    got = everything(run_config(micro, remat, compute), mesh, padding)
+    assert_same(got, oracle(padding))
+
+
+@pytest.mark.parametrize(("mesh", "micro", "remat", "compute", "padding"), FAST)
+def test_invariance(mesh, micro, remat, compute, padding):
+    check(mesh, micro, remat, compute, padding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "micro", "remat", "compute", "padding"), [c for c in EVERYTHING if c not in FAST])
+def test_invariance_full(mesh, micro, remat, compute, padding):
+    check(mesh, micro, remat, compute, padding)
+
+
+@pytest.mark.parametrize("balance_batch", ["1", "global"])
+def test_balance_scope_does_not_depend_on_mesh_or_micro_batches(balance_batch):
+    """Per sequence, and the whole optimizer batch; a micro-batch of 8 sequences is neither."""
+    got = everything(run_config(4, "none", "grouped", balance_batch), (2, 2, 2), 0.25)
+    assert_same(got, oracle(0.25, balance_batch))
+
+
+def test_scopes_differ():
+    """The same batch has another load-balancing loss in every scope: nothing above is equal by accident."""
+    values = [oracle(0.25, scope)["parts"].load_balance for scope in ("1", "8", "global")]
+    assert values[0] > 1.02 * values[1] > 1.02**2 * values[2]
+
+
+@pytest.fixture(scope="module")
+def router_gradient():
+    """The router's gradient from one term of the loss alone, with that term's coefficient."""
+    mesh, state = initial_state((2, 2, 2))
+
+    def of(term: str, lb_coef: float):
+        cfg = run_config(2, "none", "grouped", lb_coef=lb_coef)
+        loss = step.make_loss(cfg, step._graph(cfg, mesh, cfg.balance_groups))
+        pick = lambda p, b, x: getattr(loss(p, b, x)[1][0], term)
+        with jax.set_mesh(mesh):
+            batch = step.put_batch(batch_rows(0.25), mesh, cfg)
+            grads = jax.jit(jax.grad(pick))(state.params, state.router_bias, batch)
+        return np.asarray(grads["layers"]["moe"]["w_router"])
+
+    return of
+
+
+def test_load_balancing_gradient_reaches_every_router(router_gradient):
+    grads = router_gradient("load_balance", 0.5)
+    assert (np.abs(grads).max(axis=(1, 2)) > 1e-4).all()
+
+
+def test_coefficient_zero_is_exactly_zero(router_gradient):
+    assert (router_gradient("load_balance", 0.0) == 0).all()
+
+
+def test_dropping_the_group_dimension_is_another_loss():
+    """Guards the guard: stats summed over groups give the global loss, which the matrix' G = 4 is not."""
+    sums = oracle(0.25)["sums"]
+    merged = sums._replace(router=jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router))
+    cfg = run_config().loss
+    parts = [losses.total_loss(s, cfg, 2)[1].load_balance for s in (sums, merged)]
+    assert abs(parts[0] - parts[1]) > 1e-3

@@ -1,0 +1,227 @@
+"""Losses against closed forms in float64: values and gradients."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax import losses, routing, sharding
+from moe_jax.config import LossConfig, MoEConfig
+from moe_jax.losses import BatchSums, load_balancing_loss, router_z_loss, token_nll, total_loss
+from moe_jax.routing import RouterStats
+
+
+def stats_of(load_GE, prob_GE, top_k):
+    """Statistics of one layer from sums by group and expert."""
+    load_GE, prob_GE = jnp.asarray(load_GE, jnp.float32), jnp.asarray(prob_GE, jnp.float32)
+    tokens_G = load_GE.sum(-1) / top_k
+    return RouterStats(tokens_G, load_GE, prob_GE, jnp.zeros_like(tokens_G), jnp.zeros_like(tokens_G))
+
+
+@functools.partial(jax.jit, static_argnames=("num_groups", "cfg"))
+def route(logits, groups, num_groups, cfg):
+    mask = jnp.ones(len(logits), bool)
+    plan, probs = routing.route(logits, None, mask, cfg)
+    return routing.router_stats(logits, probs, plan, plan.valid, mask, jnp.asarray(groups), num_groups)
+
+
+def softmax(x):
+    x = np.asarray(x, np.float64)
+    p = np.exp(x - x.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+# --- load balancing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("experts", "k"), [(2, 1), (4, 1), (8, 2), (6, 6), (64, 8)])
+def test_one_at_uniform_and_e_over_k_at_collapse(experts, k):
+    uniform = stats_of(np.full((1, experts), 3.0 * k), np.full((1, experts), 3.0), k)
+    assert float(load_balancing_loss(uniform, k)) == pytest.approx(1.0, rel=1e-6)
+    few = np.zeros((1, experts))
+    few[:, :k] = 12.0
+    assert float(load_balancing_loss(stats_of(few, few / k, k), k)) == pytest.approx(experts / k, rel=1e-6)
+
+
+def test_domain_pure_groups_pay_where_the_whole_batch_does_not():
+    """Two domains use disjoint halves of the experts evenly: 2 per domain, 1 over both (arXiv:2501.11873)."""
+    half = np.float32([[6, 6, 0, 0], [0, 0, 6, 6]])
+    apart = stats_of(half, half / 2, top_k=2)
+    together = stats_of(half.sum(0, keepdims=True), half.sum(0, keepdims=True) / 2, top_k=2)
+    assert float(load_balancing_loss(apart, 2)) == pytest.approx(2.0, rel=1e-6)
+    assert float(load_balancing_loss(together, 2)) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_load_balancing_of_added_batches_is_that_of_the_whole(num_groups):
+    """Value and gradient from unequal parts added up = the closed form over all tokens; f carries no gradient."""
+    cfg, rng = MoEConfig(num_experts=5, top_k=2), np.random.default_rng(0)
+    logits, groups = rng.normal(size=(11, 5)).astype(np.float32), rng.integers(0, num_groups, 11)
+    if num_groups == 3:
+        groups[:] = np.where(groups == 1, 2, groups)  # group 1 stays empty: it is left out of the mean
+
+    def loss(logits):
+        parts = [route(logits[a:b], groups[a:b], num_groups, cfg) for a, b in ((0, 2), (2, 3), (3, 11))]
+        return load_balancing_loss(jax.tree.map(lambda *x: sum(x), *parts), cfg.top_k)
+
+    value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
+    p = softmax(logits)
+    chosen = np.zeros_like(p)
+    np.put_along_axis(chosen, np.argsort(-p, -1)[:, :2], 1.0, -1)
+    want, want_grad = [], np.zeros_like(p)
+    for g in np.unique(groups):
+        mine = groups == g
+        f = chosen[mine].mean(0) / 2
+        want.append(5 * f @ p[mine].mean(0))
+        want_grad[mine] = 5 / mine.sum() * p[mine] * (f[None] - (p[mine] @ f)[:, None])
+    assert len(want) == (1 if num_groups == 1 else 2)
+    np.testing.assert_allclose(value, np.mean(want), rtol=1e-6)
+    np.testing.assert_allclose(grad, want_grad / len(want), rtol=1e-5, atol=1e-7)
+    assert np.abs(want_grad).max() > 1e-2
+
+
+def test_gradient_goes_through_probabilities_only():
+    rng = np.random.default_rng(1)
+    stats = stats_of(rng.integers(1, 9, (2, 4)) * 2.0, rng.random((2, 4)), top_k=2)
+    grad = jax.grad(lambda s: load_balancing_loss(s, 2))(stats)
+    assert not np.any(grad.tokens_per_expert)
+    tokens, f = stats.tokens[:, None], stats.tokens_per_expert / (2 * stats.tokens[:, None])
+    np.testing.assert_allclose(grad.prob_per_expert, 4 * f / tokens / 2, rtol=1e-6)
+
+
+def test_layers_do_not_mix():
+    rng = np.random.default_rng(2)
+    layers = [stats_of(rng.integers(1, 9, (2, 4)) * 2.0, rng.random((2, 4)), top_k=2) for _ in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    np.testing.assert_allclose(load_balancing_loss(stacked, 2), [load_balancing_loss(s, 2) for s in layers], rtol=1e-6)
+    np.testing.assert_allclose(router_z_loss(stacked), [router_z_loss(s) for s in layers], rtol=1e-6)
+
+
+# --- router z-loss ---------------------------------------------------------------------------------------------------
+
+
+def test_router_z_loss():
+    """Constant logits c: (c + log E)². In general the mean of logsumexp², with gradient 2 · z · p / T."""
+    cfg = MoEConfig(num_experts=6, top_k=2)
+    groups = np.int32([0, 1, 0, 1, 1])
+    loss = lambda logits: router_z_loss(route(logits, groups, 2, cfg))
+    for c in (0.0, -3.0, 2.5):
+        np.testing.assert_allclose(loss(jnp.full((5, 6), c)), (c + np.log(6)) ** 2, rtol=1e-6)
+    logits = np.random.default_rng(3).normal(size=(5, 6)).astype(np.float32)
+    z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
+    np.testing.assert_allclose(value, np.mean(z**2), rtol=1e-6)
+    np.testing.assert_allclose(grad, 2 * z[:, None] * softmax(logits) / 5, rtol=1e-5)
+
+
+# --- cross-entropy ---------------------------------------------------------------------------------------------------
+
+
+def nll_by_hand(hidden, output, targets, cotangent):
+    """Negative log-likelihoods and the gradients of Σ cotangent · nll, in float64."""
+    h, w = np.asarray(hidden, np.float64), np.asarray(output, np.float64)
+    logits = h @ w.T
+    top = logits.max(-1, keepdims=True)
+    nll = (
+        np.log(np.exp(logits - top).sum(-1)) + top[..., 0] - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    )
+    d = (softmax(logits) - np.eye(len(w))[targets]) * cotangent[..., None]
+    return nll, d @ w, np.einsum("bsv,bsd->vd", d, h)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "scale"),
+    [(7, "float32", 1.0), (10, "float32", 1.0), (4, "float32", 3e3), (12, "bfloat16", 1.0)],
+)
+def test_token_nll(monkeypatch, length, dtype, scale):
+    """Two rows of lengths that CHUNK = 4 does not divide, logits of thousands, and bf16 with float32 logits."""
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    rng = np.random.default_rng(length)
+    hidden, output = rng.normal(size=(2, length, 5)) * scale, rng.normal(size=(13, 5))
+    hidden, output = jnp.asarray(hidden, dtype), jnp.asarray(output, dtype)
+    targets, c = rng.integers(0, 13, (2, length)), rng.random((2, length)).astype(np.float32)
+
+    def f(hidden, output):
+        nll = token_nll(hidden, output, jnp.asarray(targets))
+        return jnp.sum(c * nll), nll
+
+    both = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
+    jaxpr = str(jax.make_jaxpr(both)(hidden, output))
+    rows = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\[([\d,]+),13\]", jaxpr)]
+    assert 2 <= max(rows) <= 4  # never the logits of all tokens, neither forward nor backward
+    (_, nll), (dh, dw) = jax.jit(both)(hidden, output)
+    want, want_dh, want_dw = nll_by_hand(hidden, output, targets, c)
+    assert nll.dtype == jnp.float32
+    # Sums of terms as large as the largest logit: float32 rounds relative to that.
+    largest = np.abs(np.asarray(hidden, np.float64) @ np.asarray(output, np.float64).T).max()
+    np.testing.assert_allclose(nll, want, rtol=1e-6, atol=4e-7 * largest)
+    tolerance = {"float32": 2e-6, "bfloat16": 1e-2}[dtype] * max(1.0, largest * 0.1)
+    assert dh.dtype == dw.dtype == dtype
+    for got, exact in ((dh, want_dh), (dw, want_dw)):
+        np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=0, atol=tolerance * np.abs(exact).max())
+
+
+def test_token_nll_on_a_mesh(monkeypatch):
+    """Rows spread over 8 devices: the gradient of the shared output matrix is the sum over all of them."""
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    rng, mesh = np.random.default_rng(6), sharding.make_mesh((2, 2, 2))
+    hidden, output = rng.normal(size=(8, 6, 5)).astype(np.float32), rng.normal(size=(13, 5)).astype(np.float32)
+    targets, c = rng.integers(0, 13, (8, 6)), rng.random((8, 6)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        rows = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in (hidden, targets, c)]
+
+        def f(hidden, output, targets, c):
+            nll = token_nll(hidden, output, targets)
+            return jnp.sum(c * nll), nll
+
+        run = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
+        (_, nll), grads = run(rows[0], jax.device_put(output, NamedSharding(mesh, PartitionSpec())), *rows[1:])
+    for got, exact in zip((nll, *grads), nll_by_hand(hidden, output, targets, c), strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-5, atol=2e-6 * np.abs(exact).max())
+
+
+# --- the total -------------------------------------------------------------------------------------------------------
+
+
+def sums_of(logits, cfg):
+    """A batch of 6 tokens, two layers of the same router on scaled logits, weights that sum to 4."""
+    stats = [route(logits * s, np.int32([0, 0, 0, 1, 1, 1]), 2, cfg) for s in (1.0, 2.0)]
+    return BatchSums(jnp.float32(10.0), jnp.float32(4.0), jax.tree.map(lambda *x: jnp.stack(x), *stats))
+
+
+def test_logged_parts_add_up_to_the_loss():
+    moe, cfg = MoEConfig(num_experts=4, top_k=2), LossConfig(load_balance_coef=0.3, router_z_coef=0.07)
+    sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
+    loss, parts = total_loss(sums, cfg, moe.top_k)
+    np.testing.assert_allclose(loss, sum(parts), rtol=1e-7)
+    np.testing.assert_allclose(parts.xent, 2.5, rtol=1e-7)
+    np.testing.assert_allclose(parts.load_balance, 0.3 * np.mean(load_balancing_loss(sums.router, 2)), rtol=1e-6)
+    np.testing.assert_allclose(parts.router_z, 0.07 * np.mean(router_z_loss(sums.router)), rtol=1e-6)
+    assert all(float(p) > 0.05 for p in parts)
+
+
+def test_a_coefficient_of_zero_is_exactly_no_gradient():
+    moe = MoEConfig(num_experts=4, top_k=2)
+    logits = jnp.asarray(np.random.default_rng(5).normal(size=(6, 4)), jnp.float32)
+
+    def grad(lb, z):
+        cfg = LossConfig(load_balance_coef=lb, router_z_coef=z)
+        return np.asarray(jax.jit(jax.grad(lambda x: total_loss(sums_of(x, moe), cfg, 2)[0]))(logits))
+
+    assert not grad(0.0, 0.0).any()
+    assert np.abs(grad(0.1, 0.0)).max() > 1e-3
+    assert np.abs(grad(0.0, 0.1)).max() > 1e-3
+    np.testing.assert_allclose(grad(0.1, 0.1), grad(0.1, 0.0) + grad(0.0, 0.1), rtol=1e-4, atol=1e-7)
+
+
+def test_an_empty_batch_has_a_finite_loss_and_gradient():
+    """Nothing but padding: every mean is 0 and so is every gradient."""
+    stats = stats_of(np.zeros((1, 2)), np.zeros((1, 2)), top_k=1)
+    zeros = BatchSums(jnp.float32(0), jnp.float32(0), jax.tree.map(lambda x: x[None], stats))
+    value, grad = jax.jit(jax.value_and_grad(lambda s: total_loss(s, LossConfig(), 1)[0]))(zeros)
+    assert float(value) == 0.0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad))

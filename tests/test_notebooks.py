@@ -1,0 +1,35 @@
+"""Every notebook runs from top to bottom with the Python that runs the tests, and is stored without outputs."""
+
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_outputs(path):
+    nbformat = pytest.importorskip("nbformat")
+    for cell in nbformat.read(path, as_version=4).cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None, cell.source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_STEPS", "20")
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_WORKDIR", str(tmp_path / "run"))
+    notebook = nbformat.read(path, as_version=4)
+    # Without directories to search, "python3" is the running Python and not whatever kernel the user has installed.
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    resources = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(notebook, km=kernel, timeout=1200, resources=resources).execute()  # raises on an error
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

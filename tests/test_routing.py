@@ -1,0 +1,303 @@
+"""Routing against a loop in float64 (values and gradients), and the properties that every router must have.
+
+Letters: T tokens, E experts, K experts per token, G balance groups.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax import routing
+from moe_jax.config import MoEConfig
+
+GROUPS = 3
+# Each variant with its number of tokens: a few fixed shapes, so that every function here compiles once per variant.
+VARIANTS = {
+    "softmax": (7, MoEConfig(num_experts=6, top_k=2)),
+    "softmax_renormalized": (5, MoEConfig(num_experts=8, top_k=3, renormalize=True, routed_scaling=2.5)),
+    "softmax_of_chosen": (6, MoEConfig(num_experts=8, top_k=3, score_order="topk_score", routed_scaling=0.5)),
+    "sigmoid": (4, MoEConfig(num_experts=5, top_k=2, score="sigmoid")),
+    "sigmoid_renormalized": (
+        5,
+        MoEConfig(num_experts=6, top_k=4, score="sigmoid", renormalize=True, routed_scaling=2.446),
+    ),
+    "top_1": (5, MoEConfig(num_experts=4, top_k=1, renormalize=True)),
+    "all_experts": (4, MoEConfig(num_experts=5, top_k=5)),
+    "groups": (6, MoEConfig(num_experts=12, top_k=3, num_groups=4, top_groups=2)),
+    "groups_top_1": (6, MoEConfig(num_experts=6, top_k=1, num_groups=3, top_groups=1)),
+    "groups_sigmoid": (
+        5,
+        MoEConfig(num_experts=8, top_k=4, num_groups=4, top_groups=2, score="sigmoid", renormalize=True),
+    ),
+    "groups_of_chosen": (
+        6,
+        MoEConfig(num_experts=8, top_k=2, num_groups=2, top_groups=1, score_order="topk_score"),
+    ),
+}
+FIELDS = ("tokens", "tokens_per_expert", "prob_per_expert", "z_sq", "dropped")
+
+
+def prop(test):
+    names = st.sampled_from(sorted(VARIANTS))
+    # Repeatable: the same examples in every run.
+    return settings(derandomize=True, deadline=None, max_examples=33)(
+        given(name=names, seed=st.integers(0, 10**6))(test)
+    )
+
+
+def draw(name, seed):
+    """Random inputs of a variant. Logits of a token are distinct multiples of 1/16: no ties, and no near ties."""
+    t, cfg = VARIANTS[name]
+    rng = np.random.default_rng([seed, len(name)])
+    e, k = cfg.num_experts, cfg.top_k
+    logits = np.stack([rng.choice(np.arange(-64, 65), e, replace=False) / 16 for _ in range(t)]).astype(np.float32)
+    mask = rng.random(t) < 0.75
+    inputs = {
+        "logits": logits,
+        "bias": (rng.permutation(e) / 64).astype(np.float32),
+        "mask": mask,
+        "kept": rng.random((t, k)) < 0.8,
+        "group": rng.integers(0, GROUPS, t).astype(np.int32),
+    }
+    return cfg, inputs, rng
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def run(logits, bias, mask, kept, group, cfg):
+    plan, probs = routing.route(logits, bias, mask, cfg)
+    return plan, probs, routing.router_stats(logits, probs, plan, kept, mask, group, GROUPS)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def gradients(logits, bias, mask, kept, group, cotangents, cfg):
+    """Of Σ cotangent · output for weights, probabilities and each statistic by itself: (d logits, d bias) by name."""
+
+    def outputs(logits, bias):
+        plan, probs, stats = run(logits, bias, mask, kept, group, cfg)
+        return {"weights": plan.weights, "probs": probs, **stats._asdict()}
+
+    values, vjp = jax.vjp(outputs, logits, bias)
+    zeros = jax.tree.map(jnp.zeros_like, values)
+    return {name: vjp({**zeros, name: cotangent}) for name, cotangent in cotangents.items()}
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def softmax(x):
+    return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+
+def scores_of(row, cfg):
+    return softmax(row) if cfg.score == "softmax" else 1 / (1 + np.exp(-row))
+
+
+def select(row, bias, cfg):
+    """Expert ids of one token, best first, ties to the lower id."""
+    ranked = (row if cfg.score_order == "topk_score" else scores_of(row, cfg)) + bias
+    size = cfg.num_experts // cfg.num_groups
+    members = [range(g * size, (g + 1) * size) for g in range(cfg.num_groups)]
+    strength = [sum(sorted(ranked[list(m)])[-min(2, cfg.top_k) :]) for m in members]
+    best = sorted(range(cfg.num_groups), key=lambda g: (-strength[g], g))[: cfg.top_groups]
+    allowed = [e for g in best for e in members[g]]
+    return sorted(allowed, key=lambda e: (-ranked[e], e))[: cfg.top_k]
+
+
+def by_hand(inputs, cfg, logits=None, experts=None):
+    """Everything `run` returns, token by token in float64. `experts` holds a selection fixed, for differences."""
+    logits = inputs["logits"].astype(np.float64) if logits is None else logits
+    t, e = logits.shape
+    out = {"experts": [], "weights": [], "probs": []}
+    stats = {n: np.zeros((GROUPS, e) if "per_expert" in n else GROUPS) for n in FIELDS}
+    for i in range(t):
+        row = logits[i]
+        ids = select(row, inputs["bias"].astype(np.float64), cfg) if experts is None else list(experts[i])
+        scores = scores_of(row, cfg)
+        weights = softmax(row[ids]) if cfg.score_order == "topk_score" else scores[ids]
+        weights = weights / weights.sum() if cfg.renormalize else weights
+        out["experts"].append(ids)
+        out["weights"].append(weights * cfg.routed_scaling)
+        out["probs"].append(scores / scores.sum())
+        if inputs["mask"][i]:
+            g = inputs["group"][i]
+            stats["tokens"][g] += 1
+            stats["tokens_per_expert"][g, ids] += 1
+            stats["prob_per_expert"][g] += out["probs"][-1]
+            stats["z_sq"][g] += np.log(np.exp(row).sum()) ** 2
+            stats["dropped"][g] += (~inputs["kept"][i]).sum()
+    return {**{n: np.stack(v) for n, v in out.items()}, **stats}
+
+
+@prop
+def test_equals_a_loop_over_tokens(name, seed):
+    """Experts, weights, probabilities and every statistic, and the gradient of each by finite differences."""
+    cfg, inputs, rng = draw(name, seed)
+    plan, probs, stats = run(**inputs, cfg=cfg)
+    want = by_hand(inputs, cfg)
+    np.testing.assert_array_equal(plan.experts, want["experts"])
+    np.testing.assert_array_equal(plan.valid, np.repeat(inputs["mask"][:, None], cfg.top_k, 1))
+    assert plan.weights.dtype == probs.dtype == jnp.float32
+    got = {"weights": plan.weights, "probs": probs, **stats._asdict()}
+    for key, value in got.items():
+        np.testing.assert_allclose(value, want[key], rtol=2e-6, atol=1e-7, err_msg=key)
+    assert (np.asarray(stats.tokens_per_expert).sum(-1) == cfg.top_k * np.asarray(stats.tokens)).all()
+
+    cotangents = {key: rng.normal(size=np.shape(value)).astype(np.float32) for key, value in got.items()}
+    grads = gradients(**inputs, cotangents=cotangents, cfg=cfg)
+    trained = ("weights", "probs", "prob_per_expert", "z_sq")
+    numeric = {key: np.zeros(inputs["logits"].shape) for key in trained}
+    for at in np.ndindex(inputs["logits"].shape):
+        step = np.zeros(inputs["logits"].shape)
+        step[at] = 1e-5
+        above, below = (by_hand(inputs, cfg, inputs["logits"] + d, want["experts"]) for d in (step, -step))
+        for key in trained:
+            numeric[key][at] = np.sum((above[key] - below[key]) * cotangents[key]) / 2e-5
+    for key in trained:
+        np.testing.assert_allclose(grads[key][0], numeric[key], rtol=1e-4, atol=3e-6, err_msg=key)
+    for key in ("tokens", "tokens_per_expert", "dropped"):  # counts
+        assert not np.any(grads[key][0]), key
+    for key in grads:  # the selection bias is never trained
+        assert not np.any(grads[key][1]), key
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+
+@prop
+def test_renaming_experts_renames_choices_and_statistics(name, seed):
+    cfg, inputs, rng = draw(name, seed)
+    # With groups, whole groups change places and experts change places inside their group.
+    size = cfg.num_experts // cfg.num_groups
+    order = np.concatenate([g * size + rng.permutation(size) for g in rng.permutation(cfg.num_groups)])
+    plan, probs, stats = run(**inputs, cfg=cfg)
+    renamed = {**inputs, "logits": inputs["logits"][:, order], "bias": inputs["bias"][order]}
+    plan2, probs2, stats2 = run(**renamed, cfg=cfg)
+    np.testing.assert_array_equal(order[plan2.experts], plan.experts)
+    np.testing.assert_allclose(plan2.weights, plan.weights, rtol=1e-6)
+    np.testing.assert_allclose(probs2, probs[:, order], rtol=1e-6)
+    np.testing.assert_array_equal(stats2.tokens_per_expert, stats.tokens_per_expert[:, order])
+    np.testing.assert_allclose(stats2.prob_per_expert, stats.prob_per_expert[:, order], rtol=1e-6)
+
+
+@prop
+def test_order_of_tokens_does_not_matter(name, seed):
+    cfg, inputs, rng = draw(name, seed)
+    order = rng.permutation(len(inputs["mask"]))
+    plan, probs, stats = run(**inputs, cfg=cfg)
+    moved = {n: a if n == "bias" else a[order] for n, a in inputs.items()}
+    plan2, probs2, stats2 = run(**moved, cfg=cfg)
+    for a, b in zip((*plan2, probs2), (*plan, probs), strict=True):
+        np.testing.assert_array_equal(a, b[order])
+    for a, b in zip(stats2, stats, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@prop
+def test_padding_enters_no_statistic(name, seed):
+    """Whatever stands in padded tokens, the sums and their gradients are those of the counted tokens alone."""
+    cfg, inputs, rng = draw(name, seed)
+    mask = inputs["mask"]
+    padded = inputs["logits"].copy()
+    padded[~mask] = rng.normal(size=padded[~mask].shape) * 30
+    plan, _, stats = run(**{**inputs, "logits": padded}, cfg=cfg)
+    _, _, want = run(**inputs, cfg=cfg)
+    for a, b in zip(stats, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.asarray(plan.valid)[~mask].any()
+    assert stats.tokens.sum() == mask.sum()
+    cotangents = {n: np.ones_like(stats._asdict()[n]) for n in FIELDS}
+    cotangents["prob_per_expert"] = rng.normal(size=stats.prob_per_expert.shape).astype(np.float32)
+    for grad, _ in gradients(**{**inputs, "logits": padded}, cotangents=cotangents, cfg=cfg).values():
+        assert not np.asarray(grad)[~mask].any()
+
+
+@prop
+def test_statistics_of_groups_add_up(name, seed):
+    """Over groups, and over any split of the tokens into two batches."""
+    cfg, inputs, rng = draw(name, seed)
+    _, _, stats = run(**inputs, cfg=cfg)
+    _, _, whole = run(**{**inputs, "group": np.zeros_like(inputs["group"])}, cfg=cfg)
+    first = rng.random(len(inputs["mask"])) < 0.5
+    parts = [run(**{**inputs, "mask": inputs["mask"] & side}, cfg=cfg)[2] for side in (first, ~first)]
+    for total, by_group, a, b in zip(whole, stats, *parts, strict=True):
+        np.testing.assert_allclose(by_group.sum(0), total[0], rtol=1e-6)
+        np.testing.assert_allclose(a + b, by_group, rtol=1e-6)
+        assert not np.any(total[1:])
+
+
+@prop
+def test_bias_moves_the_selection_only(name, seed):
+    cfg, inputs, rng = draw(name, seed)
+    chosen = rng.permutation(cfg.num_experts)[: cfg.top_k]
+    if cfg.num_groups > 1:  # a selection that the group limit allows: the first experts of `top_groups` groups
+        size = cfg.num_experts // cfg.num_groups
+        groups = rng.permutation(cfg.num_groups)[: cfg.top_groups]
+        chosen = np.concatenate([g * size + np.arange(size) for g in groups])[: cfg.top_k]
+    bias = np.zeros(cfg.num_experts, np.float32)
+    bias[chosen] = 100.0
+    plan, probs, _ = run(**{**inputs, "bias": bias}, cfg=cfg)
+    _, free_probs, _ = run(**{**inputs, "bias": 0 * bias}, cfg=cfg)
+    np.testing.assert_array_equal(np.sort(plan.experts, -1), np.tile(np.sort(chosen), (len(probs), 1)))
+    np.testing.assert_array_equal(probs, free_probs)
+    want = by_hand(inputs, cfg, experts=np.asarray(plan.experts))["weights"]
+    np.testing.assert_allclose(plan.weights, want, rtol=2e-6)
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6))
+def test_two_orders_of_softmax_and_selection_agree(seed):
+    """Softmax over all, choose, renormalise = choose, softmax over the chosen. In values and gradients."""
+    _, inputs, rng = draw("softmax_renormalized", seed)
+    inputs["bias"] *= 0  # a bias adds to scores in one order and to logits in the other
+    first = MoEConfig(num_experts=8, top_k=3, renormalize=True)
+    second = MoEConfig(num_experts=8, top_k=3, score_order="topk_score")
+    plan, plan2 = run(**inputs, cfg=first)[0], run(**inputs, cfg=second)[0]
+    np.testing.assert_array_equal(plan.experts, plan2.experts)
+    np.testing.assert_allclose(plan.weights, plan2.weights, rtol=2e-6)
+    np.testing.assert_allclose(plan.weights.sum(-1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(plan2.weights.sum(-1), 1.0, rtol=1e-6)
+    c = {"weights": rng.normal(size=plan.weights.shape).astype(np.float32)}
+    grad, grad2 = (gradients(**inputs, cotangents=c, cfg=cfg)["weights"][0] for cfg in (first, second))
+    assert np.abs(grad).max() > 1e-3
+    np.testing.assert_allclose(grad, grad2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["softmax_renormalized", "sigmoid_renormalized", "groups_sigmoid", "top_1"])
+def test_renormalized_weights_sum_to_the_scale(name):
+    cfg, inputs, _ = draw(name, 0)
+    inputs["logits"] = inputs["logits"] * 8 - 40  # scores far below 1, sums far from 1
+    np.testing.assert_allclose(run(**inputs, cfg=cfg)[0].weights.sum(-1), cfg.routed_scaling, rtol=1e-5)
+
+
+def test_ties_go_to_the_lower_id():
+    logits = np.float32([[0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0], [0, 0, 1, 2, 1, 1]])
+    route = lambda **kw: np.asarray(
+        routing.route(jnp.asarray(logits), None, jnp.ones(3, bool), MoEConfig(num_experts=6, top_k=3, **kw))[0].experts
+    ).tolist()
+    want = [[0, 1, 2], [0, 2, 4], [3, 2, 4]]
+    assert route() == want
+    assert route(score="sigmoid") == want
+    assert route(score_order="topk_score") == want
+    # Equal groups: the first; in row 3 group 1 = {3, 4, 5} is the stronger.
+    assert route(num_groups=2, top_groups=1) == [[0, 1, 2], [0, 2, 1], [3, 4, 5]]
+
+
+def test_a_group_wins_by_its_two_best_not_by_its_best():
+    """Scores .50 + .01 lose against .30 + .25; with K = 1 the best alone decides."""
+    logits = jnp.log(jnp.asarray([[0.5, 0.01, 0.3, 0.25]], jnp.float32))
+    for k, want in ((1, {0}), (2, {2, 3})):
+        cfg = MoEConfig(num_experts=4, top_k=k, num_groups=2, top_groups=1)
+        assert set(np.asarray(routing.route(logits, None, jnp.ones(1, bool), cfg)[0].experts)[0].tolist()) == want
+
+
+def test_bias_update_follows_the_sign_of_the_missing_load():
+    counts = jnp.asarray([[4, 0, 2, 2], [1, 1, 1, 1], [9, 1, 1, 1]], jnp.float32)
+    bias = jnp.asarray([[0.5, 0.5, 0.5, 0.5], [1, 2, 3, 4], [0, 0, 0, 0]], jnp.float32)
+    want = np.asarray(bias) + 0.125 * np.float32([[-1, 1, 0, 0], [0, 0, 0, 0], [-1, 1, 1, 1]])
+    np.testing.assert_array_equal(routing.update_bias(bias, counts, 0.125), want)
+    np.testing.assert_array_equal(routing.update_bias(bias[0], counts[0], 0.125), want[0])

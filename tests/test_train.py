@@ -1,0 +1,138 @@
+"""train.py and eval.py as a user runs them, on two small domains of text: what they print, what they leave behind."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPO = Path(__file__).parents[1]
+STEPS = 6
+KEYS = {"step", "loss", "xent", "load_balance", "router_z", "tokens", "tokens_per_second", "mfu", "max_load"}
+
+CONFIG = """
+from moe_jax import config as config_lib
+
+
+def get_config():
+    config = config_lib.default_config()
+    files = lambda name: config_lib.source(kind="files", path=f"@/{name}/*.txt", validation_fraction=0.2)
+    config.data.sources = {name: files(name) for name in ("prose", "numbers")}
+    config.data.update(batch_size=16, seq_len=32)
+    config.model.update(vocab_size=257, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16)
+    config.model.moe.update(num_experts=4, d_expert=32)
+    config.optim.update(lr=1e-2, warmup_steps=2)
+    config.train.update(steps=6, log_every=1, checkpoint_every=4, eval_every=3, eval_batches=2)
+    config.sample.update(tokens=8, prompt="the ")
+    return config
+"""
+
+
+def write_text(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = {"prose": "the old river bends and the light is low".split(), "numbers": [str(n) for n in range(90, 110)]}
+    for name, choices in words.items():
+        (root / name).mkdir()
+        for i in range(40):
+            (root / name / f"{i}.txt").write_text(" ".join(rng.choice(choices, 60)) + "\n")
+    (root / "config.py").write_text(CONFIG.replace("@", str(root)))
+
+
+def run(root: Path, program: str, *flags: str, devices: int = 1) -> subprocess.CompletedProcess:
+    """The program in a process of its own; its output is no terminal. XLA optimises nothing: that takes longer."""
+    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "MOE_JAX_CACHE": str(root / "cache")}
+    done = subprocess.run(
+        [sys.executable, program, f"--workdir={root / 'run'}", *flags],
+        cwd=REPO, env=env | {"MPLBACKEND": "agg"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(root: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} <= {"train", "eval"}
+    return [line for line in lines if line["kind"] == kind]
+
+
+def check_output(done: subprocess.CompletedProcess) -> None:
+    """Plain lines: no progress bar, no log line of a library on stdout, no library at INFO, no warning of Python."""
+    for text in (done.stdout, done.stderr):
+        assert not any(bad in text for bad in ("\r", "\x1b", "it/s]", "batch/s]", "doc/s]", "INFO", "Traceback"))
+        assert not any(line.startswith(("I0", "I1")) for line in text.splitlines())
+    assert not any(bad in done.stdout for bad in ("WARNING", "Warning", "absl", "orbax", "tensorflow"))
+    assert "Warning" not in done.stderr
+
+
+def check_run(root: Path, tensorboard: bool) -> None:
+    train, evals = rows(root, "train"), rows(root, "eval")
+    assert [row["step"] for row in train] == list(range(1, STEPS + 1))
+    for row in train:
+        assert KEYS <= set(row)
+        assert math.isclose(row["loss"], row["xent"] + row["load_balance"] + row["router_z"], rel_tol=1e-5)
+        assert row["tokens"] == row["step"] * 16 * 32 and 0 < row["mfu"] < 1 and 1 <= row["max_load"] <= 2
+    assert train[-1]["loss"] < train[0]["loss"] and abs(train[0]["xent"] - math.log(257)) < 1
+    assert [row["step"] for row in evals] == [3, STEPS]
+    assert {"xent", "perplexity", "bits_per_byte", "prose/bits_per_byte", "numbers/bits_per_byte"} <= set(evals[-1])
+    for row in train + evals:
+        assert "nonfinite" not in row
+        assert all(isinstance(v, str) or math.isfinite(v) for v in row.values())
+    made = root / "run"
+    config = json.loads((made / "config.json").read_text())
+    assert config["data"]["seq_len"] == 32 and set(config["data"]["sources"]) == {"prose", "numbers"}
+    assert sorted(p.name for p in (made / "checkpoints").iterdir()) == ["4", "6"]
+    assert (made / "sample.txt").read_text().startswith("the ")
+    events = list((made / "tensorboard").glob("events.*")) if (made / "tensorboard").exists() else []
+    assert (sum(p.stat().st_size for p in events) > 1000) == tensorboard
+    body = json.loads((made / "eval.json").read_text())
+    assert body["step"] == STEPS and [d["domain"] for d in body["domains"]] == ["numbers", "prose", "all"]
+    assert 0 < body["bits_per_byte_of"]["xz -9"]["all"] < 8
+
+
+def check_evaluation(root: Path, devices: int) -> None:
+    """eval.py over all the text: the table adds up, and the numbers and figures are written."""
+    done = run(root, "eval.py", devices=devices)
+    check_output(done)
+    body = json.loads((root / "run" / "eval.json").read_text())
+    assert body["domains"][-1]["tokens"] == sum(d["tokens"] for d in body["domains"][:-1]) > 2 * 16 * 32
+    counts = np.asarray(body["tokens_per_expert"])  # [L, domain, E]
+    assert counts.shape == (2, 2, 4) and body["dropped"] == 0
+    np.testing.assert_array_equal(counts.sum(-1), 2 * np.asarray(body["tokens_per_layer_and_domain"]))
+    for name in ("expert_domain", "loss"):
+        data = (root / "run" / "figures" / f"{name}.png").read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    assert "bits/byte" in done.stdout and "sample" in done.stdout
+
+
+def train_twice(root: Path, *flags: str, devices: int) -> None:
+    first = run(root, "train.py", f"--config={root / 'config.py'}", *flags, devices=devices)
+    check_output(first)
+    assert f"devices: {devices} × cpu" in first.stdout and "bits/byte" in first.stdout
+    assert f"step {STEPS}/{STEPS}" in first.stderr
+    check_run(root, tensorboard="--config.train.tensorboard=false" not in flags)
+    before, params = rows(root, "train"), sorted((root / "run" / "checkpoints").rglob("*"))
+    again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, devices=devices)  # nothing is left to do
+    check_output(again)
+    assert f"resumed after step {STEPS}" in again.stdout
+    assert rows(root, "train") == before and sorted((root / "run" / "checkpoints").rglob("*")) == params
+    assert not (root / "run" / "metrics.dropped.jsonl").exists()
+
+
+def test_one_device(tmp_path):
+    write_text(tmp_path)
+    train_twice(tmp_path, devices=1)
+    check_evaluation(tmp_path, devices=1)
+
+
+@pytest.mark.slow
+def test_eight_devices(tmp_path):
+    """A mesh with all three axes, micro-batches and reader processes; evaluation on another number of devices."""
+    write_text(tmp_path)
+    flags = ["data.num_workers=2", "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", "train.micro_batches=2"]
+    train_twice(tmp_path, *(f"--config.{f}" for f in [*flags, "train.tensorboard=false"]), devices=8)
+    check_evaluation(tmp_path, devices=4)

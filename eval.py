@@ -17,7 +17,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "run directory of train.py", requ
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
 LIMIT = flags.DEFINE_integer("batches", 0, "evaluate this many batches, spread over the held-out text; 0: all", 0)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt to continue, may be repeated; default: config.sample.prompt")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first (pods, clusters)")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 
 
 def main(argv):
@@ -29,7 +29,7 @@ def main(argv):
     cfg = checkpoint.load_config(workdir)
     cli.check_writable(workdir)
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        cli.join_processes()
     say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- the run: any mesh will do, the checkpoint is restored onto this machine's ------------------------------------

@@ -16,7 +16,7 @@ from moe_jax import checkpoint, cli, config, data, evaluate, generate, metrics, 
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not", required=True)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first (pods, clusters)")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 
 
 def main(argv):
@@ -32,7 +32,7 @@ def main(argv):
         checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))
     data.check_sources(cfg.data)
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        cli.join_processes()
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     cli.check_writable(workdir)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -184,6 +185,20 @@ def _parse(argv: list[str]) -> list[str]:
         names = [a.split("=")[0].removeprefix("--") for a in argv[1:] if re.match(r"--config\.", a)]
         where = f" (from {', '.join(names)})" if names else ""
         _stop(f"{type(e).__name__} in the config{where}: {str(e.args[0]) if e.args else e}")
+
+
+def join_processes() -> None:
+    """`jax.distributed.initialize()`, which finds its peers by itself on TPU pods and under SLURM.
+
+    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
+    """
+    count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    try:
+        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+    except (ValueError, RuntimeError) as e:
+        raise UserError(
+            f"--distributed: {e}; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
 
 
 def run(main: Callable[[list[str]], None]) -> None:

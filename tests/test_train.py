@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,20 +43,32 @@ def write_text(root: Path) -> None:
     (root / "config.py").write_text(CONFIG.replace("@", str(root)))
 
 
-def run(root: Path, program: str, *flags: str, devices: int = 1) -> subprocess.CompletedProcess:
+def start(root: Path, program: str, *flags: str, devices: int = 1, workdir: str = "run", **extra) -> subprocess.Popen:
     """The program in a process of its own; its output is no terminal. XLA optimises nothing: that takes longer."""
     xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "MOE_JAX_CACHE": str(root / "cache")}
-    done = subprocess.run(
-        [sys.executable, program, f"--workdir={root / 'run'}", *flags],
-        cwd=REPO, env=env | {"MPLBACKEND": "agg"}, capture_output=True, text=True, timeout=300,
+    return subprocess.Popen(
+        [sys.executable, program, f"--workdir={root / workdir}", *flags],
+        cwd=REPO, env=env | {"MPLBACKEND": "agg"} | extra, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def rows(root: Path, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+def run(root: Path, program: str, *flags: str, **how) -> subprocess.CompletedProcess:
+    return finish(start(root, program, *flags, **how))
+
+
+def rows(root: Path, kind: str, workdir: str = "run") -> list[dict]:
+    lines = [json.loads(line) for line in (root / workdir / "metrics.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines} <= {"train", "eval"}
     return [line for line in lines if line["kind"] == kind]
 
@@ -136,3 +149,30 @@ def test_eight_devices(tmp_path):
     flags = ["data.num_workers=2", "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", "train.micro_batches=2"]
     train_twice(tmp_path, *(f"--config.{f}" for f in [*flags, "train.tensorboard=false"]), devices=8)
     check_evaluation(tmp_path, devices=4)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """2 processes × 4 devices give the numbers of 1 × 8: training, evaluation and the sample."""
+    write_text(tmp_path)
+    names = ["model.compute_dtype=float32", "optim.newton_schulz_dtype=float32", "train.tensorboard=false",
+             "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"]  # fmt: skip
+    flags = [f"--config={tmp_path / 'config.py'}", *(f"--config.{name}" for name in names)]
+    run(tmp_path, "train.py", *flags, devices=8)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    two = [
+        start(tmp_path, "train.py", "--distributed", *flags, devices=4, workdir="two",
+              JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
+        for i in range(2)
+    ]  # fmt: skip
+    outputs = [finish(process) for process in two]
+    assert "bits/byte" in outputs[0].stdout and "bits/byte" not in outputs[1].stdout  # written once
+    for kind in ("train", "eval"):
+        one, other = rows(tmp_path, kind), rows(tmp_path, kind, "two")
+        assert [row["step"] for row in one] == [row["step"] for row in other]
+        for a, b in zip(one, other, strict=True):
+            for name in set(a) - {"kind", "tokens_per_second", "mfu", "step_seconds"}:
+                np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=f"{kind} {a['step']} {name}")
+    assert (tmp_path / "two" / "sample.txt").read_text() == (tmp_path / "run" / "sample.txt").read_text()

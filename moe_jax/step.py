@@ -70,7 +70,6 @@ def _under(mesh: Mesh, fn: Callable) -> Callable:
         with jax.set_mesh(mesh):
             return fn(*args)
 
-    run.lower = lambda *args: _under(mesh, fn.lower)(*args)
     return run
 
 

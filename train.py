@@ -44,7 +44,9 @@ def main(argv):
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     evaluate.check_held_out(corpus)
     batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
-    checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))  # a mistake above leaves the directory free
+    changed = checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))  # late: a mistake above leaves no trace
+    for line in changed:
+        say(f"changed since the run began: {line}")
     say(corpus.table())
 
     # --- model --------------------------------------------------------------------------------------------------------
@@ -65,6 +67,7 @@ def main(argv):
         state, saved = checkpoints.restore(step.abstract_state(cfg, mesh))
         batches.set_state(saved["batches"])
         start, tokens = int(state.step), saved["tokens"]
+        config.check_steps(cfg, start)
         say(f"resumed after step {start}")
     else:
         state = step.init_state(cfg, mesh)

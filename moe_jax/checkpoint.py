@@ -83,19 +83,23 @@ def load_config(workdir: str | os.PathLike) -> config.RunConfig:
     return config.build(_read_json(Path(workdir) / "config.json"))
 
 
-# What may change when a run goes on: nothing here changes what is computed, except how long and how it is watched.
+# What may change when a run goes on: how long (the schedule stretches with it), where, and how it is watched.
 MAY_CHANGE = re.compile(
     r"config\.(train|mesh|sample)\.|config\.data\.(num_workers|cache_dir)|config\.model\.(remat|attention|moe\.grouped_matmul)"
 )
 
 
-def check_resumable(differences: list[str]) -> None:
-    """Refuses, with CheckpointError, to go on with a run under another configuration. Takes `save_config`'s lines."""
+def check_resumable(differences: list[str]) -> list[str]:
+    """Refuses, with CheckpointError, to go on with a run under another configuration; returns what may differ.
+
+    differences: `save_config`'s lines.
+    """
     refused = [line for line in differences if not MAY_CHANGE.match(line)]
     if refused:
         raise CheckpointError(
             f"this run directory belongs to another configuration ({'; '.join(refused[:5])}); use another --workdir"
         )
+    return differences
 
 
 # --- the two items ---------------------------------------------------------------------------------------------------

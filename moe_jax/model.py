@@ -32,7 +32,9 @@ class Backends(NamedTuple):
     @classmethod
     def choose(cls, cfg: ModelConfig, platform: str, device_kind: str = "") -> tuple["Backends", str]:
         attention, why_a = choose_attention(cfg.attention, platform, cfg.segment_mask)
-        matmul, why_m = choose_backend(cfg.moe.grouped_matmul, platform, device_kind)
+        matmul, why_m = choose_backend(
+            cfg.moe.grouped_matmul, platform, device_kind, cfg.d_model, cfg.moe.d_expert, cfg.compute_dtype
+        )
         text = f"attention: {attention} ({why_a}); experts: {cfg.moe.compute}, {cfg.moe.exchange} exchange"
         if cfg.moe.compute == "grouped":
             text += f", grouped matmul: {matmul} ({why_m})"

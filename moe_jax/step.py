@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -105,9 +106,10 @@ def put_batch(rows: dict, mesh: Mesh, cfg: RunConfig, *, by_domain: bool = False
     """
     b = cfg.loss.balance_batch
     group = rows["domain_ids"] if by_domain else rows["sequence_ids"] // (cfg.data.batch_size if b == "global" else b)
-    rows = {**rows, "group": group if by_domain else jnp.broadcast_to(group[:, None], rows["tokens"].shape)}
+    # numpy all the way: a detour over the device would wait for the step that is running there.
+    rows = {**rows, "group": group if by_domain else np.broadcast_to(group[:, None], rows["tokens"].shape)}
     to_global = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-    return Batch(*(to_global(jax.device_get(rows[name])) for name in Batch._fields))
+    return Batch(*(to_global(np.ascontiguousarray(rows[name])) for name in Batch._fields))
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> list[int]:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from moe_jax import experts, sharding
 from moe_jax.config import MoEConfig
 from moe_jax.experts import ExpertWeights
-from moe_jax.kernels import grouped_matmul
+from moe_jax.kernels import choose_backend, grouped_matmul
 from moe_jax.layers import Init
 from moe_jax.moe import MoE, TokenInfo
 from moe_jax.routing import Routing
@@ -380,3 +380,17 @@ def test_shared_experts_add_to_the_routed():
     np.testing.assert_allclose(both, shared + routed, rtol=1e-5, atol=1e-5)
     assert not np.asarray(routed)[~np.asarray(info.counted)].any()  # padding uses no routed expert
     assert np.abs(routed)[np.asarray(info.counted)].max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "dtype", "chosen"),
+    [
+        ("NVIDIA H200", 128, "bfloat16", "mosaic_gpu"),
+        ("NVIDIA H200", 96, "bfloat16", "reference"),
+        ("NVIDIA H200", 128, "float32", "reference"),
+        ("NVIDIA A100-SXM4-80GB", 128, "bfloat16", "reference"),
+    ],
+)
+def test_auto_takes_the_hopper_kernel_only_where_it_runs(kind, width, dtype, chosen):
+    backend, why = choose_backend("auto", "gpu", kind, 256, width, dtype)
+    assert backend == chosen and (chosen == "mosaic_gpu" or why.startswith("slow"))

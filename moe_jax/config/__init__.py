@@ -6,7 +6,7 @@ value, the rule and the nearest valid choice.
 """
 
 from moe_jax.config.convert import build, default_config, source, to_dict
-from moe_jax.config.machine import check_devices, check_vocabulary, for_evaluation
+from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
 from moe_jax.config.schema import (
     ConfigError,
     DataConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "build",
     "check_devices",
+    "check_steps",
     "check_vocabulary",
     "default_config",
     "for_evaluation",

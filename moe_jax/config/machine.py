@@ -34,6 +34,13 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         f"needs a Hopper GPU, this is {here}",
         "use 'auto'",
     )
+    if moe.grouped_matmul == "mosaic_gpu":
+        for name, width in (("model.d_model", cfg.model.d_model), ("model.moe.d_expert", moe.d_expert)):
+            rule = "must be a multiple of 128 for model.moe.grouped_matmul='mosaic_gpu'"
+            require(width % 128 == 0, name, width, rule, f"nearest valid: {max(128, round(width / 128) * 128)}")
+        dtype = cfg.model.compute_dtype
+        rule = "must be 'bfloat16' for model.moe.grouped_matmul='mosaic_gpu'"
+        require(dtype == "bfloat16", "model.compute_dtype", dtype, rule, "use 'auto'")
     require(
         cfg.model.attention != "cudnn" or platform == "gpu",
         "model.attention",
@@ -66,6 +73,11 @@ def _mesh_shape(cfg: RunConfig, num_devices: int) -> tuple[int, int, int]:
 def check_vocabulary(cfg: RunConfig, tokens: int) -> None:
     require(cfg.model.vocab_size >= tokens, "model.vocab_size", cfg.model.vocab_size,
              f"must hold the tokenizer's {tokens} tokens", f"nearest valid: {tokens}")  # fmt: skip
+
+
+def check_steps(cfg: RunConfig, done: int) -> None:
+    rule = f"the run has {done} steps behind it already"
+    require(cfg.train.steps >= done, "train.steps", cfg.train.steps, rule, f"nearest valid: {done}")
 
 
 def for_evaluation(cfg: RunConfig, num_devices: int) -> tuple[RunConfig, tuple[int, int, int]]:

@@ -24,14 +24,18 @@ class Backend(Protocol):
     def weights(self, x: Array, dy: Array, sizes: Array) -> Array: ...
 
 
-def choose_backend(name: str, platform: str, device_kind: str = "") -> tuple[str, str]:
+def choose_backend(
+    name: str, platform: str, device_kind: str, d_model: int, d_expert: int, dtype: str
+) -> tuple[str, str]:
     """The back end for a platform, and why: printed once at start-up. `name` other than "auto" is taken as it is."""
     if name != "auto":
         return name, "set in the config"
     if platform == "tpu":
         return "ragged_dot", "TPU"
     if platform in ("gpu", "cuda") and mosaic.supports(device_kind):
-        return "mosaic_gpu", device_kind
+        if dtype == "bfloat16" and mosaic.fits(d_model, d_expert):
+            return "mosaic_gpu", device_kind
+        return "reference", f"slow: the Hopper kernel needs bfloat16 and widths that are multiples of {mosaic.WIDTH}"
     if platform in ("gpu", "cuda"):
         return "reference", f"slow: no grouped-matmul kernel for {device_kind} yet"
     return "reference", platform

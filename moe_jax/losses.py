@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
-from moe_jax.config import LossConfig
+from moe_jax.config import LoadBalanceConfig, LossConfig
 from moe_jax.routing import RouterStats
 
 CHUNK = 1024  # tokens of a device whose logits exist at one time
@@ -25,8 +25,36 @@ class LossParts(NamedTuple):
     """Terms with their coefficients: they add up to the loss that was differentiated."""
 
     xent: Float[Array, ""]  # nats per token
-    load_balance: Float[Array, ""]
     router_z: Float[Array, ""]
+    load_balance: dict[str, Float[Array, ""]]  # by the names of `LossConfig.load_balance`
+
+    def total(self) -> Float[Array, ""]:
+        return self.xent + self.router_z + sum(self.load_balance.values())
+
+    def scalars(self) -> dict[str, Float[Array, ""]]:
+        """Every term by the name it is logged under."""
+        return {"xent": self.xent, **self.load_balance, "router_z": self.router_z}
+
+
+class Frame(NamedTuple):
+    """What the loss of a micro-batch takes from outside it.
+
+    Given a frame, the loss is linear in the micro-batch's sums: the parts of all micro-batches add up to those of the
+    optimizer batch.
+    """
+
+    weights: Float[Array, ""]  # Σ weight of the optimizer batch
+    counted: Float[Array, ""]  # counted tokens of the optimizer batch
+    load: Float[Array, "L G E"]  # assignments that f is taken from …
+    load_tokens: Float[Array, "L G"]  # … and the tokens they belong to
+    prob_tokens: Float[Array, "L G"]  # tokens that P is a mean over
+    share: float  # of this micro-batch in the mean over micro-batches: 1 if P is a mean over the optimizer batch
+
+
+def exact_frame(weights: Float[Array, ""], stats: RouterStats) -> Frame:
+    """The definition: both means over the optimizer batch, whose statistics these are."""
+    counted = jnp.sum(stats.tokens[0])  # every layer sees the same tokens
+    return Frame(weights, counted, stats.tokens_per_expert, stats.tokens, stats.tokens, 1.0)
 
 
 def token_nll(
@@ -94,23 +122,30 @@ def _chunked_nll_backward(saved, cotangents):
 _chunked_nll.defvjp(_chunked_nll_forward, _chunked_nll_backward)
 
 
-def load_balancing_loss(stats: RouterStats, top_k: int) -> Float[Array, " L"]:
+def load_balancing_loss(
+    stats: RouterStats, top_k: int, frequency: Float[Array, "*L G E"] | None = None
+) -> Float[Array, "*L"]:
     """Load-balancing loss of each layer: the mean over balance groups of E · Σ_e f_e · P_e.
 
     f_e = tokens_per_expert / (K · tokens), carries no gradient; P_e = mean router probability, does. Groups without a
-    counted token are left out of the mean.
+    counted token are left out of the mean. `frequency` puts another f in the place of that of `stats`.
 
     Value: 1.0 at uniform routing for every E and K; E/K when all tokens pick the same K experts with probability 1/K
-        each. HF transformers' formula gives K at uniform: its coefficient c is K·c here.
+        each. What other frameworks' coefficients are here: docs/balancing.md.
     Scope: the group of each token, see `LossConfig.balance_batch`; with one group, the whole optimizer batch.
     Source: arXiv:2501.11873, eqs. 2–6, with f divided by K.
     """
     num_experts = stats.prob_per_expert.shape[-1]
-    tokens = jnp.maximum(stats.tokens, 1.0)[..., None]
-    f = jax.lax.stop_gradient(stats.tokens_per_expert) / (top_k * tokens)
-    per_group = num_experts * jnp.sum(f * (stats.prob_per_expert / tokens), axis=-1)
+    f = expert_frequency(stats.tokens_per_expert, stats.tokens, top_k) if frequency is None else frequency
+    p = stats.prob_per_expert / jnp.maximum(stats.tokens, 1.0)[..., None]
+    per_group = num_experts * jnp.sum(jax.lax.stop_gradient(f) * p, axis=-1)
     counted = (stats.tokens > 0).astype(jnp.float32)
     return jnp.sum(per_group * counted, axis=-1) / jnp.maximum(jnp.sum(counted, axis=-1), 1.0)
+
+
+def expert_frequency(load: Float[Array, "*L G E"], tokens: Float[Array, "*L G"], top_k: int) -> Float[Array, "*L G E"]:
+    """f: each expert's share of the assignments, from 0 to 1/K; sums to 1."""
+    return load / (top_k * jnp.maximum(tokens, 1.0))[..., None]
 
 
 def router_z_loss(stats: RouterStats) -> Float[Array, " L"]:
@@ -118,11 +153,41 @@ def router_z_loss(stats: RouterStats) -> Float[Array, " L"]:
     return jnp.sum(stats.z_sq, axis=-1) / jnp.maximum(jnp.sum(stats.tokens, axis=-1), 1.0)
 
 
-def total_loss(sums: BatchSums, cfg: LossConfig, top_k: int) -> tuple[Float[Array, ""], LossParts]:
-    """The training loss of one optimizer batch: nats per token, plus both router losses averaged over layers."""
+def total_loss(
+    sums: BatchSums, cfg: LossConfig, top_k: int, step: Int[Array, ""] | int = 0, frame: Frame | None = None
+) -> tuple[Float[Array, ""], LossParts]:
+    """The training loss at `step`: nats per token, and the router losses averaged (or summed) over layers.
+
+    Of a whole optimizer batch; or, with a `frame`, the part that one micro-batch has in it.
+    """
+    frame = exact_frame(sums.tokens, sums.router) if frame is None else frame
+    over_layers = jnp.mean if cfg.router_loss_layers == "mean" else jnp.sum
+    z = over_layers(jnp.sum(sums.router.z_sq, axis=-1)) / jnp.maximum(frame.counted, 1.0)
     parts = LossParts(
-        xent=sums.nll / jnp.maximum(sums.tokens, 1.0),
-        load_balance=cfg.load_balance_coef * jnp.mean(load_balancing_loss(sums.router, top_k)),
-        router_z=cfg.router_z_coef * jnp.mean(router_z_loss(sums.router)),
+        xent=sums.nll / jnp.maximum(frame.weights, 1.0),
+        router_z=cfg.router_z_coef * z,
+        load_balance={
+            name: _coef(term, step) * over_layers(_in_frame(sums.router, frame, cfg, term, top_k))
+            for name, term in cfg.load_balance.items()
+        },
     )
-    return parts.xent + parts.load_balance + parts.router_z, parts
+    return parts.total(), parts
+
+
+def _coef(term: LoadBalanceConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
+    """The term's coefficient at a step, counted from 0."""
+    if term.start_step == term.stop_step == 0:
+        return term.coef
+    on = (step >= term.start_step) & ((term.stop_step == 0) | (step < term.stop_step))
+    return jnp.where(on, term.coef, 0.0)
+
+
+def _in_frame(
+    stats: RouterStats, frame: Frame, cfg: LossConfig, term: LoadBalanceConfig, top_k: int
+) -> Float[Array, " L"]:
+    fine = stats.tokens.shape[-1]
+    groups = 1 if term.balance_batch == "global" else fine * cfg.balance_unit // term.balance_batch
+    merge = lambda x: jnp.sum(x.reshape(x.shape[0], groups, fine // groups, *x.shape[2:]), axis=2)
+    stats = jax.tree.map(merge, stats._replace(tokens=frame.prob_tokens))
+    frequency = expert_frequency(merge(frame.load), merge(frame.load_tokens), top_k)
+    return frame.share * load_balancing_loss(stats, top_k, frequency)

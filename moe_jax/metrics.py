@@ -80,7 +80,8 @@ def train_metrics(
     flops_per_token: forward and backward by formula. peak: FLOP/s of all devices together; mfu is their ratio.
     """
     row = {"step": int(step)}
-    row |= {name: float(aux[name]) for name in ("loss", "xent", "load_balance", "router_z", "grad_norm", "lr")}
+    parts = [name for name in aux if name.split("/")[0] == "load_balance"]  # load_balance/<name> of further losses
+    row |= {name: float(aux[name]) for name in ("loss", "xent", *parts, "router_z", "grad_norm", "lr")}
     row |= {
         "tokens": float(tokens),
         "tokens_per_second": float(tokens_per_second),

@@ -109,11 +109,21 @@ def router_stats(
 
 
 def update_bias(
-    bias: Float[Array, "*L E"], tokens_per_expert: Float[Array, "*L E"], rate: float
+    bias: Float[Array, "*L E"],
+    tokens_per_expert: Float[Array, "*L E"],
+    rate: float,
+    form: str = "sign",
+    target: tuple[float, ...] = (),
 ) -> Float[Array, "*L E"]:
-    """Loss-free balancing: b_e + rate · sign(mean load − load_e), from counts over the whole optimizer batch.
+    """Loss-free balancing: b_e + rate · sign(target load − load_e), from counts over the whole optimizer batch.
 
-    Source: arXiv:2408.15664, algorithm 1.
+    form: "sign" (arXiv:2408.15664, algorithm 1) or "centred", which subtracts the mean of the signs, so that the biases
+        keep their mean (Moonlight, arXiv:2502.16982, appendix C); the selection is the same.
+    target: relative target load of each expert, () for all alike; it is scaled to the load there is.
     """
-    mean = jnp.mean(tokens_per_expert, axis=-1, keepdims=True)
-    return bias + rate * jnp.sign(mean - tokens_per_expert)
+    share = jnp.asarray(target or (1.0,) * bias.shape[-1], jnp.float32)
+    share = (share / jnp.sum(share)).reshape((1,) * (bias.ndim - 1) + share.shape)
+    direction = jnp.sign(jnp.sum(tokens_per_expert, axis=-1, keepdims=True) * share - tokens_per_expert)
+    if form == "centred":
+        direction -= jnp.mean(direction, axis=-1, keepdims=True)
+    return bias + rate * direction

@@ -1,8 +1,8 @@
 """The train state and the two jitted steps.
 
-The loss is defined on the optimizer batch. A micro-batch is a rematerialisation policy: its forward pass returns sums,
-the sums are added, the loss is evaluated once, and autodiff recomputes each micro-batch with the final sums in its
-cotangents. So loss and gradient are those of the whole batch for any number of micro-batches.
+The loss is defined on the optimizer batch. A micro-batch is a rematerialisation policy: a first pass through the layers
+sums the expert counts of all micro-batches, a second one computes each with the final frequencies in its loss, which is
+then linear in the micro-batch's sums. So loss and gradient are those of the whole batch for any number of them.
 """
 
 import functools
@@ -104,8 +104,7 @@ def put_batch(rows: dict, mesh: Mesh, cfg: RunConfig, *, by_domain: bool = False
 
     `by_domain` groups statistics by the domain of each token instead of by balance group.
     """
-    b = cfg.loss.balance_batch
-    group = rows["domain_ids"] if by_domain else rows["sequence_ids"] // (cfg.data.batch_size if b == "global" else b)
+    group = rows["domain_ids"] if by_domain else rows["sequence_ids"] // cfg.balance_unit
     # numpy all the way: a detour over the device would wait for the step that is running there.
     rows = {**rows, "group": group if by_domain else np.broadcast_to(group[:, None], rows["tokens"].shape)}
     to_global = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
@@ -132,8 +131,8 @@ def split_micro_batches(batch: Batch, count: int) -> Batch:
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _forward(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
-    """Negative log-likelihood of every token and the router statistics."""
+def _hidden(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
+    """Final hidden states and router statistics."""
     net = graph.bind(params, bias)
     counted: Bool[Array, "B S"] = batch.segment_ids > 0
     inputs = model.Inputs(
@@ -143,34 +142,73 @@ def _forward(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch
         TokenInfo(counted, batch.group),
     )
     hidden, stats, _ = net(inputs)
-    return losses.token_nll(hidden, weight(net.output_matrix, hidden.dtype), batch.targets), stats
+    return hidden, stats, net.output_matrix
 
 
-def make_loss(cfg: RunConfig, graph: model.Graph) -> Callable:
-    """(params, router_bias, batch) → (loss, (parts, sums)) of the whole optimizer batch."""
-
-    def sums_of(params, bias, batch) -> BatchSums:
-        nll, stats = _forward(graph, cfg, params, bias, batch)
-        return BatchSums(jnp.sum(nll * batch.weights), jnp.sum(batch.weights), stats)
-
-    def loss(params, bias, batch):
-        if cfg.train.micro_batches == 1:
-            sums = sums_of(params, bias, batch)
-        else:
-            micro = split_micro_batches(batch, cfg.train.micro_batches)
-            first = jax.tree.map(lambda x: x[0], micro)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, params, bias, first))
-            one = jax.checkpoint(functools.partial(sums_of, params, bias), prevent_cse=False)
-            sums, _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, one(part)), None), zeros, micro)
-        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k)
-        return value, (parts, sums)
-
-    return loss
+def _forward(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
+    """Negative log-likelihood of every token and the router statistics."""
+    hidden, stats, output = _hidden(graph, cfg, params, bias, batch)
+    return losses.token_nll(hidden, weight(output, hidden.dtype), batch.targets), stats
 
 
 def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
-    """(params, router_bias, batch) → ((loss, (parts, sums)), gradients): the invariance tests hold on to this."""
-    return jax.value_and_grad(make_loss(cfg, _graph(cfg, mesh, cfg.balance_groups)), has_aux=True)
+    """(params, router_bias, batch, step) → ((loss, (parts, sums)), gradients) of the optimizer batch."""
+    graph, count = _graph(cfg, mesh, cfg.balance_groups), cfg.train.micro_batches
+
+    def loss(params, bias, batch, step, frame_of: Callable):
+        """Of a (micro-)batch, in the frame that `frame_of` makes from its router statistics."""
+        nll, stats = _forward(graph, cfg, params, bias, batch)
+        sums = BatchSums(jnp.sum(nll * batch.weights), jnp.sum(batch.weights), stats)
+        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, frame_of(stats))
+        return value, (parts, sums)
+
+    value_and_gradients = jax.value_and_grad(loss, has_aux=True)
+
+    def exact(params, bias, micro, step, weights):
+        """First pass: the statistics of all micro-batches, without logits or gradients."""
+        stats_of = lambda part: _hidden(graph, cfg, params, bias, part)[1]
+        frame = losses.exact_frame(weights, _sum_over(lambda _, part: stats_of(part), micro))
+        return _sum_over(lambda _, part: value_and_gradients(params, bias, part, step, lambda stats: frame), micro)
+
+    def running(params, bias, micro, step, weights):
+        """arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch, a mean over micro-batches."""
+        counted = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
+
+        def one(so_far, part):
+            def frame_of(own):
+                before = jax.tree.map(jnp.zeros_like, own) if so_far is None else so_far[0][1][1].router
+                load = before.tokens_per_expert + own.tokens_per_expert
+                return losses.Frame(weights, counted, load, before.tokens + own.tokens, own.tokens, 1.0 / count)
+
+            return value_and_gradients(params, bias, part, step, frame_of)
+
+        return _sum_over(one, micro)
+
+    def gradients(params, bias, batch, step):
+        if cfg.loss.shuffle_tokens:
+            batch = batch._replace(group=_deal_tokens(cfg, batch.group.shape, step))
+        weights = jnp.sum(batch.weights)
+        if count == 1:
+            return value_and_gradients(params, bias, batch, step, functools.partial(losses.exact_frame, weights))
+        accumulate = exact if cfg.loss.accumulation == "exact" else running
+        return accumulate(params, bias, split_micro_batches(batch, count), step, weights)
+
+    return gradients
+
+
+def _sum_over(fn: Callable, micro: Batch) -> Any:
+    """Σ over micro-batches of fn(sum so far, micro-batch), any pytree; None stands for no sum, to learn its shape."""
+    first = jax.tree.map(lambda x: x[0], micro)
+    like = jax.eval_shape(lambda part: fn(None, part), first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), like)
+    return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, fn(acc, part)), None), zeros, micro)[0]
+
+
+def _deal_tokens(cfg: RunConfig, shape: tuple[int, int], step: Int[Array, ""]) -> Int[Array, "B S"]:
+    """`loss.shuffle_tokens`: a random balance group for each token, all of `balance_unit` sequences' size."""
+    key = jax.random.fold_in(jax.random.key(cfg.seed), step)
+    dealt = jax.random.permutation(key, shape[0] * shape[1]) // (cfg.balance_unit * shape[1])
+    return jax.sharding.reshard(dealt.astype(jnp.int32).reshape(shape), P(sharding.AXES, None))
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -183,14 +221,15 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
     lr = optim.schedule(cfg.optim, cfg.train.steps)
 
     def train_step(state: TrainState, batch: Batch):
-        (loss, (parts, sums)), grads = gradients(state.params, state.router_bias, batch)
+        (loss, (parts, sums)), grads = gradients(state.params, state.router_bias, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         counts = jnp.sum(sums.router.tokens_per_expert, axis=1)
-        bias = jax.tree.map(lambda b: routing.update_bias(b, counts, cfg.loss.bias_update_rate), state.router_bias)
+        update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
+        bias = jax.tree.map(lambda b: routing.update_bias(b, counts, *update), state.router_bias)
         aux = {
             "loss": loss,
-            **parts._asdict(),
+            **parts.scalars(),
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(lr(state.step), jnp.float32),
             "tokens": sums.tokens,

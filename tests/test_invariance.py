@@ -25,12 +25,12 @@ FAST = [(m, a, REMAT[(i + j) % 2], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 ^ i 
         for i, m in enumerate(MESHES) for j, a in enumerate(MICRO)]  # fmt: skip
 
 
-def run_config(micro=1, remat="none", compute="dense", balance_batch="8", lb_coef=0.5) -> config.RunConfig:
+def run_config(micro=1, remat="none", compute="dense", balance_batch="8", lb_coef=0.5, z_coef=0.1) -> config.RunConfig:
     c = config.default_config()
     c.model.update(vocab_size=V, d_model=16, num_layers=3, num_dense_layers=1, d_ff=24, num_heads=4, num_kv_heads=2,
                    head_dim=4, qk_norm=True, compute_dtype="float32", remat=remat, init_std=0.3)  # fmt: skip
     c.model.moe.update(num_experts=4, top_k=2, d_expert=8, num_shared_experts=1, compute=compute, selection_bias=True)
-    c.loss.update(load_balance_coef=lb_coef, router_z_coef=0.1, balance_batch=balance_batch)
+    c.loss.update(load_balance_coef=lb_coef, router_z_coef=z_coef, balance_batch=balance_batch)
     # A large eps: AdamW's first step divides a gradient by itself, which would turn rounding into ±1.
     c.optim.update(lr=0.02, newton_schulz_dtype="float32", newton_schulz_steps=2, eps=1e-3)
     c.data.update(batch_size=B, seq_len=S)
@@ -80,7 +80,7 @@ def everything(cfg: config.RunConfig, mesh_shape, padding: float) -> dict:
 
     @jax.jit
     def one(params, bias, opt_state, batch):
-        (loss, (parts, sums)), grads = gradients(params, bias, batch)
+        (loss, (parts, sums)), grads = gradients(params, bias, batch, 0)
         updates, _ = optimizer.update(grads, opt_state, params)
         after = optax.apply_updates(params, updates)
         return {"loss": loss, "parts": parts, "sums": sums, "grads": grads, "params": after}
@@ -129,34 +129,33 @@ def test_balance_scope_does_not_depend_on_mesh_or_micro_batches(balance_batch):
 
 def test_scopes_differ():
     """The same batch has another load-balancing loss in every scope: nothing above is equal by accident."""
-    values = [oracle(0.25, scope)["parts"].load_balance for scope in ("1", "8", "global")]
+    values = [oracle(0.25, scope)["parts"].load_balance["load_balance"] for scope in ("1", "8", "global")]
     assert values[0] > 1.02 * values[1] > 1.02**2 * values[2]
 
 
 @pytest.fixture(scope="module")
 def router_gradient():
-    """The router's gradient from one term of the loss alone, with that term's coefficient."""
+    """The router's gradient from the load-balancing loss alone: tokens weigh nothing, the z-loss is off."""
     mesh, state = initial_state((2, 2, 2))
 
-    def of(term: str, lb_coef: float):
-        cfg = run_config(2, "none", "grouped", lb_coef=lb_coef)
-        loss = step.make_loss(cfg, step._graph(cfg, mesh, cfg.balance_groups))
-        pick = lambda p, b, x: getattr(loss(p, b, x)[1][0], term)
+    def of(lb_coef: float):
+        cfg = run_config(2, "none", "grouped", lb_coef=lb_coef, z_coef=0.0)
+        rows = batch_rows(0.25)
         with jax.set_mesh(mesh):
-            batch = step.put_batch(batch_rows(0.25), mesh, cfg)
-            grads = jax.jit(jax.grad(pick))(state.params, state.router_bias, batch)
+            batch = step.put_batch(rows | {"weights": np.zeros_like(rows["weights"])}, mesh, cfg)
+            _, grads = jax.jit(step.make_gradients(cfg, mesh))(state.params, state.router_bias, batch, 0)
         return np.asarray(grads["layers"]["moe"]["w_router"])
 
     return of
 
 
 def test_load_balancing_gradient_reaches_every_router(router_gradient):
-    grads = router_gradient("load_balance", 0.5)
+    grads = router_gradient(0.5)
     assert (np.abs(grads).max(axis=(1, 2)) > 1e-4).all()
 
 
 def test_coefficient_zero_is_exactly_zero(router_gradient):
-    assert (router_gradient("load_balance", 0.0) == 0).all()
+    assert (router_gradient(0.0) == 0).all()
 
 
 def test_dropping_the_group_dimension_is_another_loss():
@@ -164,5 +163,5 @@ def test_dropping_the_group_dimension_is_another_loss():
     sums = oracle(0.25)["sums"]
     merged = sums._replace(router=jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router))
     cfg = run_config().loss
-    parts = [losses.total_loss(s, cfg, 2)[1].load_balance for s in (sums, merged)]
+    parts = [losses.total_loss(s, cfg, 2)[1].load_balance["load_balance"] for s in (sums, merged)]
     assert abs(parts[0] - parts[1]) > 1e-3

@@ -1,5 +1,6 @@
 """Losses against closed forms in float64: values and gradients."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import losses, routing, sharding
-from moe_jax.config import LossConfig, MoEConfig
+from moe_jax.config import LoadBalanceConfig, LossConfig, MoEConfig
 from moe_jax.losses import BatchSums, load_balancing_loss, router_z_loss, token_nll, total_loss
 from moe_jax.routing import RouterStats
 
@@ -194,14 +195,35 @@ def sums_of(logits, cfg):
 
 
 def test_logged_parts_add_up_to_the_loss():
-    moe, cfg = MoEConfig(num_experts=4, top_k=2), LossConfig(load_balance_coef=0.3, router_z_coef=0.07)
+    moe, cfg = MoEConfig(num_experts=4, top_k=2), LossConfig(load_balance_coef=0.3, router_z_coef=0.07, balance_batch=1)
     sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
     loss, parts = total_loss(sums, cfg, moe.top_k)
-    np.testing.assert_allclose(loss, sum(parts), rtol=1e-7)
-    np.testing.assert_allclose(parts.xent, 2.5, rtol=1e-7)
-    np.testing.assert_allclose(parts.load_balance, 0.3 * np.mean(load_balancing_loss(sums.router, 2)), rtol=1e-6)
-    np.testing.assert_allclose(parts.router_z, 0.07 * np.mean(router_z_loss(sums.router)), rtol=1e-6)
-    assert all(float(p) > 0.05 for p in parts)
+    named = parts.scalars()
+    np.testing.assert_allclose(loss, sum(named.values()), rtol=1e-7)
+    np.testing.assert_allclose(named["xent"], 2.5, rtol=1e-7)
+    np.testing.assert_allclose(named["load_balance"], 0.3 * np.mean(load_balancing_loss(sums.router, 2)), rtol=1e-6)
+    np.testing.assert_allclose(named["router_z"], 0.07 * np.mean(router_z_loss(sums.router)), rtol=1e-6)
+    assert all(float(p) > 0.05 for p in named.values())
+    summed, _ = total_loss(sums, dataclasses.replace(cfg, router_loss_layers="sum"), moe.top_k)
+    np.testing.assert_allclose(summed - named["xent"], 2 * (loss - named["xent"]), rtol=1e-6)  # two layers
+
+
+def test_losses_of_several_scopes_come_and_go_with_their_steps():
+    """Per sequence until step 3, global from step 3 on, and 1 % of per-sequence beside it from step 5 on."""
+    more = {"then": LoadBalanceConfig(0.3, "global", 3), "micro": LoadBalanceConfig(0.003, 1, 5)}
+    cfg = LossConfig(load_balance_coef=0.3, balance_batch=1, load_balance_stop=3, more_load_balance=more)
+    moe = MoEConfig(num_experts=4, top_k=2)
+    sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
+    each = 0.3 * np.mean(load_balancing_loss(sums.router, 2))
+    merged = jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router)
+    whole = 0.3 * np.mean(load_balancing_loss(merged, 2))
+    assert abs(each / whole - 1) > 1e-3
+    want = {0: (each, 0, 0), 2: (each, 0, 0), 3: (0, whole, 0), 4: (0, whole, 0), 5: (0, whole, each / 100)}
+    parts_at = jax.jit(lambda step: total_loss(sums, cfg, moe.top_k, step)[1].load_balance)
+    for step, values in want.items():
+        parts = parts_at(step)
+        names = ("load_balance", "load_balance/then", "load_balance/micro")
+        np.testing.assert_allclose([parts[n] for n in names], values, rtol=1e-6, err_msg=str(step))
 
 
 def test_a_coefficient_of_zero_is_exactly_no_gradient():

@@ -5,11 +5,12 @@ A config file returns an `ml_collections.ConfigDict` (start from `default_config
 value, the rule and the nearest valid choice.
 """
 
-from moe_jax.config.convert import build, default_config, source, to_dict
+from moe_jax.config.convert import build, default_config, load_balance, source, to_dict
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
 from moe_jax.config.schema import (
     ConfigError,
     DataConfig,
+    LoadBalanceConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -25,6 +26,7 @@ from moe_jax.config.schema import (
 __all__ = [
     "ConfigError",
     "DataConfig",
+    "LoadBalanceConfig",
     "LossConfig",
     "MeshConfig",
     "MoEConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "check_vocabulary",
     "default_config",
     "for_evaluation",
+    "load_balance",
     "source",
     "to_dict",
 ]

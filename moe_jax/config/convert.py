@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from moe_jax.config.schema import ConfigError, RunConfig, SourceConfig, require
+from moe_jax.config.schema import ConfigError, LoadBalanceConfig, RunConfig, SourceConfig, require
 
 
 def _build(cls: type, values: Any):
@@ -42,6 +42,10 @@ def _convert(hint: Any, value: Any, name: str):
             return {key: _convert(args[1], item, key) for key, item in value.items()}
         except ConfigError as e:
             raise e.inside(name) from None
+    if origin is tuple:
+        ok = isinstance(value, tuple | list)
+        require(ok, name, value, f"must be a tuple of {args[0].__name__} values", "nearest valid: ()")
+        return tuple(_convert(args[0], item, name) for item in value)
     if origin is Literal:
         close = difflib.get_close_matches(str(value), args, 1, 0.0)
         require(
@@ -77,10 +81,13 @@ def build(config: ml_collections.ConfigDict | dict) -> RunConfig:
 
 def to_dict(cfg: Any) -> dict:
     """Plain nested dict, JSON-ready; `build(to_dict(cfg)) == cfg`."""
-    out = dataclasses.asdict(cfg)
-    if isinstance(cfg, RunConfig):
-        out["loss"]["balance_batch"] = str(out["loss"]["balance_batch"])
-    return out
+    return _plain(dataclasses.asdict(cfg))
+
+
+def _plain(values: dict) -> dict:
+    """A scope is text in a ConfigDict, so that the command line can make it a number or a word."""
+    made = {k: _plain(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return made | ({"balance_batch": str(made["balance_batch"])} if "balance_batch" in made else {})
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -92,6 +99,15 @@ def default_config() -> ml_collections.ConfigDict:
 
 def source(**fields) -> ml_collections.ConfigDict:
     """A source for `config.data.sources`, all fields present so that the command line can override each."""
-    made = ml_collections.ConfigDict(to_dict(_build(SourceConfig, fields)))
+    return _locked(SourceConfig, fields)
+
+
+def load_balance(**fields) -> ml_collections.ConfigDict:
+    """A loss for `config.loss.more_load_balance`, all fields present so that the command line can override each."""
+    return _locked(LoadBalanceConfig, fields)
+
+
+def _locked(cls: type, fields: dict) -> ml_collections.ConfigDict:
+    made = ml_collections.ConfigDict(to_dict(_build(cls, fields)))
     made.lock()
     return made

@@ -124,17 +124,72 @@ class ModelConfig(_Checked):
                  "cannot be honoured by attention='cudnn'", "set segment_mask=False or attention='xla'")  # fmt: skip
 
 
+Scope = int | Literal["global"]  # sequences that are balanced together; "global": the whole optimizer batch
+
+
 @dataclass(frozen=True)
-class LossConfig(_Checked):
-    load_balance_coef: float = _number(0.01, 0.0)
-    # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
-    balance_batch: int | Literal["global"] = "global"
-    router_z_coef: float = _number(0.001, 0.0)
-    bias_update_rate: float = _number(0.001, 0.0)  # model.moe.selection_bias: the step of each sign update
+class LoadBalanceConfig(_Checked):
+    """One load-balancing loss: its weight, its scope, and the steps (from 0) at which it is on."""
+
+    coef: float = _number(0.0, 0.0)
+    balance_batch: Scope = "global"
+    start_step: int = _number(0, 0)
+    stop_step: int = _number(0, 0)  # the first step without it; 0: never
 
     def check(self):
-        require(self.balance_batch == "global" or self.balance_batch >= 1, "balance_batch", self.balance_batch,
-                 "must be ≥ 1 or 'global'", "nearest valid: 1")  # fmt: skip
+        _check_scope(self.balance_batch)
+        _check_steps(self.start_step, self.stop_step, "stop_step")
+
+
+@dataclass(frozen=True)
+class LossConfig(_Checked):
+    """Router losses. docs/balancing.md has the definitions and what other frameworks' coefficients are here."""
+
+    load_balance_coef: float = _number(0.01, 0.0)
+    # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
+    balance_batch: Scope = "global"
+    load_balance_stop: int = _number(0, 0)  # the first step without this loss (to switch the scope); 0: never
+    # More load-balancing losses, each with its own coefficient, scope and steps, logged as load_balance/<name>.
+    more_load_balance: dict[str, LoadBalanceConfig] = field(default_factory=dict)
+    # Ablation (arXiv:2501.11873, §5): tokens are dealt at random to groups as large as balance_batch sequences.
+    shuffle_tokens: bool = False
+    # "running": micro-batches see the expert counts so far (arXiv:2501.11873, algorithm 1). An approximation.
+    accumulation: Literal["exact", "running"] = "exact"
+    router_z_coef: float = _number(0.001, 0.0)
+    router_loss_layers: Literal["mean", "sum"] = "mean"  # over MoE layers, of both kinds of router loss
+    # model.moe.selection_bias: b += rate · sign(target − load); "centred" subtracts the mean of the signs (Moonlight).
+    bias_update: Literal["sign", "centred"] = "sign"
+    bias_update_rate: float = _number(0.001, 0.0)
+    bias_target: tuple[float, ...] = ()  # relative target load of each expert; (): all alike
+
+    def check(self):
+        _check_scope(self.balance_batch)
+        for name in self.more_load_balance:
+            require(name.isidentifier(), "more_load_balance", name, "names must be words of letters, digits and _",
+                    "nearest valid: 'micro'")  # fmt: skip
+        require(min(self.bias_target, default=1.0) >= 0 and sum(self.bias_target or (1.0,)) > 0, "bias_target",
+                self.bias_target, "must be ≥ 0 and not all 0", "nearest valid: ()")  # fmt: skip
+
+    @property
+    def load_balance(self) -> dict[str, LoadBalanceConfig]:
+        """All load-balancing losses by the name they are logged under."""
+        main = LoadBalanceConfig(self.load_balance_coef, self.balance_batch, 0, self.load_balance_stop)
+        return {"load_balance": main} | {f"load_balance/{name}": more for name, more in self.more_load_balance.items()}
+
+    @property
+    def balance_unit(self) -> int:
+        """Sequences of the finest balance group, of which every loss' groups are made up; 0: the optimizer batch."""
+        return math.gcd(*(b.balance_batch for b in self.load_balance.values() if b.balance_batch != "global"))
+
+
+def _check_scope(scope: int | str) -> None:
+    rule = "must be ≥ 1 or 'global'"
+    require(scope == "global" or scope >= 1, "balance_batch", scope, rule, "nearest valid: 1")
+
+
+def _check_steps(start: int, stop: int, name: str) -> None:
+    rule = f"must be > start_step={start}, or 0 for never"
+    require(stop == 0 or stop > start, name, stop, rule, f"nearest valid: {start + 1}")
 
 
 @dataclass(frozen=True)
@@ -265,10 +320,7 @@ class RunConfig(_Checked):
         b, a = self.data.batch_size, self.train.micro_batches
         require(b % a == 0, "train.micro_batches", a, f"must divide data.batch_size={b}",
                  f"nearest valid: {nearest_divisor(b, a)}")  # fmt: skip
-        g = self.loss.balance_batch
-        near = nearest_divisor(b, g) if g != "global" else g
-        rule = f"must divide data.batch_size={b} or be 'global'"
-        require(g == "global" or b % g == 0, "loss.balance_batch", g, rule, f"nearest valid: {near}")
+        self._check_loss(b)
         t = self.data.tokenizer
         need = {"bytes": 257, "bpe": t.vocab_size}.get(t.kind, 0)
         require(self.model.vocab_size >= need, "model.vocab_size", self.model.vocab_size,
@@ -276,7 +328,26 @@ class RunConfig(_Checked):
         require(self.optim.warmup_steps < self.train.steps, "optim.warmup_steps", self.optim.warmup_steps,
                  f"must be < train.steps={self.train.steps}", f"nearest valid: {self.train.steps - 1}")  # fmt: skip
 
+    def _check_loss(self, b: int) -> None:
+        more = self.loss.more_load_balance.items()
+        scopes = {"": self.loss.balance_batch} | {f"more_load_balance.{n}.": m.balance_batch for n, m in more}
+        for prefix, g in scopes.items():
+            near = nearest_divisor(b, g) if g != "global" else g
+            rule = f"must divide data.batch_size={b} or be 'global'"
+            name = f"loss.{prefix}balance_batch"
+            require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {near}")
+        e, target = self.model.moe.num_experts, self.loss.bias_target
+        require(not target or self.model.moe.selection_bias, "loss.bias_target", target,
+                 "needs model.moe.selection_bias=True", "nearest valid: ()")  # fmt: skip
+        rule = f"must have model.moe.num_experts={e} numbers, or none"
+        require(len(target) in (0, e), "loss.bias_target", target, rule, "nearest valid: ()")
+
+    @property
+    def balance_unit(self) -> int:
+        """Sequences of the finest balance group."""
+        return self.loss.balance_unit or self.data.batch_size
+
     @property
     def balance_groups(self) -> int:
-        """G: how many balance groups an optimizer batch has."""
-        return 1 if self.loss.balance_batch == "global" else self.data.batch_size // self.loss.balance_batch
+        """G: how many of the finest balance groups an optimizer batch has."""
+        return self.data.batch_size // self.balance_unit

@@ -15,7 +15,7 @@ import jax
 import pytest
 import tokenizers
 
-from moe_jax import checkpoint, config, sharding, step
+from moe_jax import checkpoint, cli, config, sharding, step
 
 REPO = Path(__file__).parents[1]
 LIMIT = 10.0  # seconds
@@ -23,7 +23,7 @@ LIMIT = 10.0  # seconds
 SERVER = """
 import gc, json, os, runpy, signal, sys, traceback
 import jax, tensorflow_datasets, tokenizers
-from moe_jax import analysis, checkpoint, cli, config, data, evaluate, generate, metrics, optim, sharding, step
+from moe_jax import analysis, checkpoint, cli, config, data, evaluate, figures, generate, metrics, optim, sharding, step
 
 def record(event, seconds, **_):
     if event.endswith("backend_compile_duration"):
@@ -205,6 +205,10 @@ OVERRIDES = {
     "model.vocab_size=256": ["config.model.vocab_size=256: must hold the tokenizer's 257 tokens", "257"],
     "train.micro_batches=3": ["config.train.micro_batches=3: must divide data.batch_size=8", "nearest valid: "],
     "loss.balance_batch=3": ["config.loss.balance_batch=3: must divide data.batch_size=8", "nearest valid: "],
+    "loss.accumulation=runing": ["config.loss.accumulation='runing'", "exact, running", "'running'"],
+    "loss.load_balance_stop=-1": ["config.loss.load_balance_stop=-1: must be ≥ 0", "nearest valid: 0"],
+    "loss.bias_target=(1.0,2.0)": ["config.loss.bias_target=(1.0, 2.0): needs model.moe.selection_bias=True", "()"],
+    "loss.bias_target=x": ["config.loss.bias_target"],
     "loss.balance_batch=0": ["config.loss.balance_batch=0: must be ≥ 1 or 'global'", "nearest valid: 1"],
     "optim.warmup_steps=1000": ["config.optim.warmup_steps=1000: must be < train.steps=1000", "nearest valid: 999"],
     "model.moe.score_order=topk_score model.moe.score=sigmoid": ["score_order='topk_score': needs", "softmax"],
@@ -366,3 +370,9 @@ def test_step_that_does_not_exist(server, root):
     *result, compiled = server("eval.py", f"--workdir={root}/run", "--step=4")
     check(*result, ["/checkpoints has no step 4; it has 3"])
     assert compiled == ""
+    *result, compiled = server("eval.py", f"--workdir={root}/run", "--earlier=3")
+    check(*result, ["--earlier=3: is not a checkpoint before the one evaluated; the run keeps no earlier one"])
+    assert compiled == ""
+    with pytest.raises(cli.UserError, match="nearest valid: 20;"):
+        cli.check_earlier(25, 30, [10, 20, 30, 40])
+    cli.check_earlier(20, 30, [10, 20, 30, 40])

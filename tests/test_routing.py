@@ -165,6 +165,18 @@ def test_equals_a_loop_over_tokens(name, seed):
         assert not np.any(grads[key][1]), key
 
 
+def test_choices_hold_the_probability_of_the_chosen():
+    """… of all K, valid or not, by the loop's numbers; the mask is for whoever sums."""
+    for name in VARIANTS:
+        cfg, inputs, _ = draw(name, 0)
+        plan, probs, _ = run(**inputs, cfg=cfg)
+        want, tokens = by_hand(inputs, cfg), len(inputs["mask"])
+        got = routing.choices(plan, probs, (1, tokens))
+        np.testing.assert_array_equal(got.experts, [want["experts"]])
+        picked = np.take_along_axis(want["probs"], want["experts"], 1).sum(1)
+        np.testing.assert_allclose(got.score, [picked], rtol=2e-6)
+
+
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
@@ -301,3 +313,16 @@ def test_bias_update_follows_the_sign_of_the_missing_load():
     want = np.asarray(bias) + 0.125 * np.float32([[-1, 1, 0, 0], [0, 0, 0, 0], [-1, 1, 1, 1]])
     np.testing.assert_array_equal(routing.update_bias(bias, counts, 0.125), want)
     np.testing.assert_array_equal(routing.update_bias(bias[0], counts[0], 0.125), want[0])
+
+
+def test_bias_update_centred_and_with_target_loads():
+    """Centred: the biases keep their mean (Moonlight). Targets: 2 : 1 : 1 of 8 assignments are 4, 2 and 2."""
+    counts = jnp.asarray([[4, 0, 2, 2], [9, 1, 1, 1]], jnp.float32)
+    bias = jnp.asarray([[0.5, 0.5, 0.5, 0.5], [0, 1, 0, 0]], jnp.float32)
+    got = routing.update_bias(bias, counts, 0.125, "centred")
+    want = np.asarray(bias) + 0.125 * np.float32([[-1, 1, 0, 0], [-1.5, 0.5, 0.5, 0.5]])
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(got.mean(-1), bias.mean(-1), rtol=1e-6)
+    counts = jnp.asarray([4, 1, 3], jnp.float32)
+    got = routing.update_bias(jnp.zeros(3), counts, 0.125, "sign", (2.0, 1.0, 1.0))
+    np.testing.assert_array_equal(got, np.float32([0, 0.125, -0.125]))

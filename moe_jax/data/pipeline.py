@@ -1,7 +1,8 @@
 """From a `DataConfig` to batches: prepared stores, one Grain pipeline, an iterator whose state is a count.
 
 Batch s of the optimizer consists of elements s·B … s·B+B−1 of one infinite sequence that depends on (config, seed)
-alone: per source the rows of `corpus.PackedRows`, shuffled anew each epoch, mixed by weight. A process asks for its
+alone: per source the rows of `corpus.PackedRows`, shuffled anew each epoch, mixed by weight, in random order within a
+batch. A process asks for its
 `rows` of each batch and reads only these; neither this split nor `num_workers` changes what a batch holds.
 
 A batch is the dict of `PackedRows`, stacked to [n, S], and `sequence_ids` [n] int32, the index of each row in the
@@ -106,6 +107,10 @@ class _ValidationRows:
         row = int(self._chosen[index])
         part = int(np.searchsorted(self._starts, row, "right")) - 1
         return self._parts[part][row - int(self._starts[part])]
+
+
+def _key(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
 
 
 def _check_rows(rows: Sequence[int], batch_size: int) -> tuple[int, ...]:
@@ -233,9 +238,15 @@ class Corpus:
         """Endless batches. rows: sorted indices in range(batch_size) that this process produces."""
         mixed = []
         for name, packed in zip((n for n, s in self._cfg.sources.items() if s.weight > 0), self._train, strict=True):
-            key = hashlib.blake2b(repr(("rows", self._seed, name)).encode(), digest_size=4).digest()
-            mixed.append(grain.MapDataset.source(packed).shuffle(seed=int.from_bytes(key)).repeat())
-        elements = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, self._weights)
+            mixed.append(grain.MapDataset.source(packed).shuffle(seed=_key("rows", self._seed, name)).repeat())
+        elements = mixed[0]
+        if len(mixed) > 1:
+            # `mix` deals sources out in turn, so any few neighbours would be a fair sample of the mixture: neither what
+            # training on shuffled documents meets, nor what a load-balancing loss over few sequences should see.
+            every = grain.MapDataset.mix(mixed, self._weights)
+            elements = grain.experimental.WindowShuffleMapDataset(
+                every, window_size=self._cfg.batch_size, seed=_key("batch", self._seed)
+            )
         return TrainIterator(elements, self._cfg.batch_size, rows, self._cfg.num_workers)
 
     def num_validation_batches(self, limit: int = 0) -> int:

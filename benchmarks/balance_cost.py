@@ -1,0 +1,93 @@
+"""What load balancing costs of a training step: variants of one config, timed in turns on one state.
+
+    python -m benchmarks.balance_cost --config=configs/olmoe_8l_bench.py --rounds=4 --steps=5
+
+At one micro-batch: no balancing (no statistics at all), statistics without a loss, and the global loss. At four
+micro-batches, each of the config's batch: no balancing, exact and running accumulation. The learning rate is 0, so that
+every variant meets the same router. One row a variant: median over rounds and the difference to no balancing.
+"""
+
+import statistics as stats_lib
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks.rows import random_rows
+from moe_jax import cli, config, metrics, routing, sharding, step
+
+CONFIG = cli.define_config()
+ROUNDS = flags.DEFINE_integer("rounds", 4, "times that every variant has its turn", 1)
+STEPS = flags.DEFINE_integer("steps", 5, "steps of a turn", 1)
+
+NONE = {"load_balance_coef": 0.0, "router_z_coef": 0.0}
+VARIANTS = {  # name: (micro-batches, fields of config.loss, statistics?)
+    "1 micro-batch, no balancing": (1, NONE, False),
+    "1 micro-batch, statistics, no loss": (1, NONE, True),
+    "1 micro-batch, global": (1, {"balance_batch": "global"}, True),
+    "4 micro-batches, no balancing": (4, NONE | {"accumulation": "running"}, False),
+    "4 micro-batches, global, running": (4, {"accumulation": "running"}, True),
+    "4 micro-batches, global, exact": (4, {"accumulation": "exact"}, True),
+}
+
+
+def no_statistics(logits, probs, plan, kept, mask, group, num_groups) -> routing.RouterStats:
+    """Zeros in the place of the sums: what a step costs that knows nothing of its router."""
+    g, ge = (num_groups,), (num_groups, logits.shape[-1])
+    zeros = lambda shape: jax.lax.pcast(jnp.zeros(shape), sharding.AXES, to="varying")
+    return routing.RouterStats(*(zeros(shape) for shape in (g, ge, ge, g, g)))
+
+
+real_statistics = routing.router_stats
+
+
+def build(micro_batches: int, loss: dict, counted: bool):
+    """One variant; its step is traced at the first call, which has to come before the next `build`."""
+    c = CONFIG.value.copy_and_resolve_references()
+    c.unlock()
+    c.loss.update({"load_balance_coef": 0.01, "router_z_coef": 0.001} | loss)
+    c.optim.lr = 0.0
+    c.data.batch_size *= micro_batches
+    c.train.micro_batches = micro_batches
+    cfg = config.build(c)
+    device = jax.devices()[0]
+    mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
+    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    routing.router_stats = real_statistics if counted else no_statistics
+    return cfg, mesh, step.make_train_step(cfg, mesh), batch
+
+
+def main(_):
+    seconds = {name: [] for name in VARIANTS}
+    state, made = None, {}
+    for round_ in range(ROUNDS.value + 1):  # the first compiles
+        for name, variant in VARIANTS.items():
+            if name not in made:
+                cfg, mesh, run, batch = build(*variant)
+                made[name] = (run, batch)
+                state = step.init_state(cfg, mesh) if state is None else state
+            run, batch = made[name]
+            state, aux = run(state, batch)
+            jax.block_until_ready(state)
+            if round_:
+                began = time.perf_counter()
+                for _ in range(STEPS.value):
+                    state, aux = run(state, batch)
+                jax.block_until_ready(state)
+                seconds[name].append((time.perf_counter() - began) / STEPS.value)
+            elif "global" in name:
+                load = metrics.router_metrics(metrics.to_host(aux["router"]), cfg.model.moe.top_k)["max_load"]
+                print(f"{name}: loss {float(aux['loss']):.3f}, max load {load:.2f}", flush=True)
+    for name, turns in seconds.items():
+        base = seconds[f"{name.split(',')[0]}, no balancing"]
+        median, spread = stats_lib.median(turns), max(turns) - min(turns)
+        print(
+            f"{name:<36} {median * 1e3:8.2f} ms  {median / stats_lib.median(base) - 1:+7.2%}  "
+            f"(spread {spread * 1e3:.2f} ms, {mesh.size} x {jax.devices()[0].device_kind}, jax {jax.__version__})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

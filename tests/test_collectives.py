@@ -1,0 +1,51 @@
+"""What a compiled training step sends for the sake of load balancing: the expert statistics, and nothing per token."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import config, sharding, step
+
+B, S, E, D, GROUPS = 32, 28, 10, 16, 4  # ten of nothing else: a dimension of 10 is the experts'
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(micro_batches: int, accumulation: str) -> list[tuple[str, list[tuple[int, ...]], str]]:
+    """(operation, shapes, JAX name) of every collective in the HLO of a step on 8 devices."""
+    c = config.default_config()
+    c.model.update(vocab_size=48, d_model=D, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4)
+    c.model.moe.update(num_experts=E, top_k=3, d_expert=12, selection_bias=True)
+    c.loss.update(balance_batch=str(B // GROUPS), accumulation=accumulation)
+    c.data.update(batch_size=B, seq_len=S)
+    c.data.tokenizer.update(kind="huggingface", path="none")
+    c.train.micro_batches = micro_batches
+    cfg, mesh = config.build(c), sharding.make_mesh((2, 2, 2))
+    like = lambda name: jax.ShapeDtypeStruct(
+        (B, S), np.float32 if name == "weights" else np.int32, sharding=sharding.batch_sharding(mesh)
+    )
+    batch = step.Batch(*(like(name) for name in step.Batch._fields))
+    with jax.set_mesh(mesh):
+        text = (
+            step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch).compile().as_text()
+        )
+    found = re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(.*?op_name=\"([^\"]*)\"", text)
+    dims = lambda shapes: [tuple(int(n) for n in s.split(",") if n) for s in re.findall(r"\w\d+\[([\d,]*)\]", shapes)]
+    return [(kind, dims(shapes), name) for shapes, kind, name in found]
+
+
+@pytest.mark.parametrize(("micro_batches", "accumulation"), [(1, "exact"), (2, "exact"), (2, "running")])
+def test_load_balancing_sends_the_expert_statistics_and_nothing_else(micro_batches, accumulation):
+    found = collectives(micro_batches, accumulation)
+    assert len(found) > 20
+    about_experts = [(kind, shapes, name) for kind, shapes, name in found if any(E in s for s in shapes)]
+    statistics = [(kind, shapes) for kind, shapes, name in about_experts if (GROUPS, E) in shapes]
+    # Assignments and probabilities [G, E], tokens and z [G], in the layer loop, so G·(2E + 2) numbers a layer (nothing
+    # was dropped for want of capacity, and XLA knows); under exact accumulation once more, in the first pass.
+    assert len(statistics) == (2 if accumulation == "exact" and micro_batches > 1 else 1)
+    for kind, shapes in statistics:
+        assert kind == "all-reduce"
+        assert set(shapes) <= {(GROUPS, E), (GROUPS,)} and shapes.count((GROUPS, E)) <= 2 and len(shapes) <= 5
+    # All else with an expert dimension is the gradient of the router's weights, one all-reduce for all uses.
+    assert {s for _, shapes, _ in about_experts for s in shapes if E in s} == {(GROUPS, E), (D, E)}

@@ -2,7 +2,7 @@
 
     python eval.py --workdir=runs/quickstart
 
-Writes eval.json, figures/expert_domain.png, figures/loss.png and sample.txt into the run directory.
+Writes eval.json, analysis.npz, figures/ and sample.txt into the run directory.
 """
 
 import sys
@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moe_jax import analysis, checkpoint, cli, config, data, evaluate, generate, sharding, step
+from moe_jax import analysis, checkpoint, cli, config, data, evaluate, figures, generate, sharding, step
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run directory of train.py", required=True)
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
+EARLIER = flags.DEFINE_integer("earlier", None, "earlier checkpoint of the run to compare the experts' choices with")
 LIMIT = flags.DEFINE_integer("batches", 0, "evaluate this many batches, spread over the held-out text; 0: all", 0)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt to continue, may be repeated; default: config.sample.prompt")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
@@ -40,17 +41,24 @@ def main(argv):
     evaluate.check_held_out(corpus)
     abstract = step.abstract_state(cfg, mesh)
     skip = jax.tree.map(lambda _: checkpoint.PLACEHOLDER, abstract.opt_state)
+    abstract = abstract._replace(opt_state=skip)
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        state, _ = checkpoints.restore(abstract._replace(opt_state=skip), STEP.value)
+        cli.check_earlier(EARLIER.value, STEP.value, checkpoints.steps())
+        state, _ = checkpoints.restore(abstract, STEP.value)
+        earlier = EARLIER.value and checkpoints.restore(abstract, EARLIER.value)[0]
     say(f"checkpoint of step {int(state.step)}, mesh {dict(mesh.shape)}")
 
     # --- numbers ------------------------------------------------------------------------------------------------------
-    result = evaluate.evaluate(cfg, mesh, state.params, state.router_bias, corpus, limit=LIMIT.value)
+    result = evaluate.evaluate(
+        cfg, mesh, state.params, state.router_bias, corpus, limit=LIMIT.value,
+        record=True, earlier=earlier and (earlier.params, earlier.router_bias),
+    )  # fmt: skip
     baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
     say(evaluate.table(result, baselines))
+    found = analysis.analyse(result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value)
     say("\nrouter, over the same text")
-    say(analysis.layer_table(result.router, cfg.model.moe.top_k))
+    say(analysis.layer_table(found))
 
     # --- samples ------------------------------------------------------------------------------------------------------
     prompts = PROMPT.value or [cfg.sample.prompt]
@@ -60,14 +68,14 @@ def main(argv):
 
     # --- files --------------------------------------------------------------------------------------------------------
     if jax.process_index() == 0:
-        figures = workdir / "figures"
-        figures.mkdir(exist_ok=True)
         (workdir / "eval.json").write_text(evaluate.to_json(int(state.step), result, baselines))
         (workdir / "sample.txt").write_text("\n\n".join(texts) + "\n")
-        heat = analysis.plot_expert_domain(result.router, result.domains, cfg.model.moe.top_k)
-        heat.savefig(figures / "expert_domain.png", dpi=160)
-        analysis.plot_training(workdir).savefig(figures / "loss.png", dpi=160)
-        say(f"\nwritten: {workdir}/eval.json, figures/expert_domain.png, figures/loss.png, sample.txt")
+        found.save(workdir / "analysis.npz")
+        drawn = [*figures.every(found), ("loss", figures.training(workdir))]
+        (workdir / "figures").mkdir(exist_ok=True)
+        for name, figure in drawn:
+            figure.savefig(workdir / "figures" / f"{name}.png", dpi=160)
+        say(f"\nwritten in {workdir}: eval.json, analysis.npz, sample.txt, figures/: {', '.join(n for n, _ in drawn)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from moe_jax import cli, config, metrics, routing, sharding, step
 CONFIG = cli.define_config()
 ROUNDS = flags.DEFINE_integer("rounds", 4, "times that every variant has its turn", 1)
 STEPS = flags.DEFINE_integer("steps", 5, "steps of a turn", 1)
+ONLY = flags.DEFINE_string("only", "", "variants whose name contains this")
 
 NONE = {"load_balance_coef": 0.0, "router_z_coef": 0.0}
 VARIANTS = {  # name: (micro-batches, fields of config.loss, statistics?)
@@ -59,10 +60,11 @@ def build(micro_batches: int, loss: dict, counted: bool):
 
 
 def main(_):
-    seconds = {name: [] for name in VARIANTS}
+    chosen = {name: variant for name, variant in VARIANTS.items() if ONLY.value in name}
+    seconds = {name: [] for name in chosen}
     state, made = None, {}
     for round_ in range(ROUNDS.value + 1):  # the first compiles
-        for name, variant in VARIANTS.items():
+        for name, variant in chosen.items():
             if name not in made:
                 cfg, mesh, run, batch = build(*variant)
                 made[name] = (run, batch)

@@ -1,34 +1,120 @@
-"""What the experts do: expert load per domain and the training curve, as arrays and figures.
+"""What the experts do on held-out text: measures of the router's choices, from sums, in numpy.
 
-Letters: L MoE layers, G domains, E experts, K experts per token.
+Letters: L MoE layers, G domains, E experts, K experts per token. A domain without tokens reads NaN.
 """
 
-import math
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import jax
 import numpy as np
-from jaxtyping import Float
-from matplotlib.figure import Figure
+from jaxtyping import Bool, Float, Int
 
-from moe_jax.metrics import read_metrics
-from moe_jax.routing import RouterStats
+from moe_jax.routing import ChoiceSums, RouterStats
 
-INK, QUIET = "#1f2430", "#8a90a0"
+INK, QUIET = "#1f2430", "#8a90a0"  # of every figure, here and in experiments/
+HIGH = 1.5  # how many times the uniform frequency makes an expert a high-frequency one
+
+
+class Analysis(NamedTuple):
+    """Everything below in one record: what `analysis.npz` holds, under these names."""
+
+    domains: tuple[str, ...]
+    top_k: int
+    tokens: Float[np.ndarray, " G"]
+    selection_frequency: Float[np.ndarray, "L G E"]
+    specialisation: Float[np.ndarray, " L"]
+    overlap: Float[np.ndarray, "L G G"]
+    dead_experts: Int[np.ndarray, " L"]
+    dead_experts_by_domain: Float[np.ndarray, "L G"]
+    max_violation: Float[np.ndarray, " L"]
+    dropped: Float[np.ndarray, " L"]
+    topk_score: Float[np.ndarray, "L G"]
+    coactivation: Float[np.ndarray, "L E E"]
+    saturation: Float[np.ndarray, "L G"] | None  # None without an earlier checkpoint
+    earlier_step: int | None
+
+    def save(self, path: Path | str) -> None:
+        np.savez_compressed(path, **{name: value for name, value in self._asdict().items() if value is not None})
+
+
+def analyse(
+    stats: RouterStats, choices: ChoiceSums, domains: tuple[str, ...], top_k: int, earlier_step: int | None = None
+) -> Analysis:
+    """All measures from the sums of `evaluate.evaluate(…, record=True)`."""
+    stats, choices = jax.tree.map(lambda x: np.asarray(x, np.float64), (stats, choices))
+    return Analysis(
+        domains=tuple(domains),
+        top_k=top_k,
+        tokens=stats.tokens[0],
+        selection_frequency=selection_frequency(stats),
+        specialisation=specialisation(stats, top_k),
+        overlap=overlap(high_frequency(selection_frequency(stats), top_k)),
+        dead_experts=dead_experts(stats.tokens_per_expert.sum(1)),
+        dead_experts_by_domain=np.where(stats.tokens > 0, dead_experts(stats.tokens_per_expert), np.nan),
+        max_violation=max_violation(stats),
+        dropped=stats.dropped.sum(1) / np.maximum(stats.tokens_per_expert.sum((1, 2)), 1.0),
+        topk_score=topk_score(choices, stats),
+        coactivation=coactivation(choices),
+        saturation=None if choices.kept is None else saturation(choices, stats, top_k),
+        earlier_step=earlier_step,
+    )
+
+
+def load(path: Path | str) -> Analysis:
+    """What `Analysis.save` wrote."""
+    with np.load(path) as arrays:
+        found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
+    number = lambda name: found[name] if found[name] is None else int(found[name])
+    names = tuple(found["domains"].tolist())
+    return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, NaN where b is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(b > 0, a / b, np.nan)
+
+
+# --- balance ---------------------------------------------------------------------------------------------------------
+
+
+def dead_experts(tokens_per_expert: Float[np.ndarray, "*L E"]) -> Int[np.ndarray, "*L"]:
+    """How many experts no token chose, 0 to E − K."""
+    return (np.asarray(tokens_per_expert) == 0).sum(-1)
+
+
+def max_violation(stats: RouterStats) -> Float[np.ndarray, " L"]:
+    """Largest expert load over the mean load, minus 1: 0 is perfect balance, E/K − 1 the worst.
+
+    MaxVio of arXiv:2408.15664, over all the text at once; the metric `max_load` is 1 more.
+    """
+    load = np.asarray(stats.tokens_per_expert, np.float64).sum(1)
+    return _ratio(load.max(-1), load.mean(-1)) - 1.0
+
+
+# --- domains ---------------------------------------------------------------------------------------------------------
 
 
 def selection_frequency(stats: RouterStats) -> Float[np.ndarray, "L G E"]:
-    """Share of a domain's tokens that use each expert; a row sums to K. NaN for a domain without tokens."""
-    tokens = np.asarray(stats.tokens, np.float64)[..., None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(tokens > 0, np.asarray(stats.tokens_per_expert) / tokens, np.nan)
+    """Share of a domain's tokens that choose each expert, 0 to 1; a row sums to K. Uniform routing: K/E.
+
+    Source: arXiv:2501.11873, §5.
+    """
+    return _ratio(np.asarray(stats.tokens_per_expert, np.float64), np.asarray(stats.tokens)[..., None])
+
+
+def topk_score(choices: ChoiceSums, stats: RouterStats) -> Float[np.ndarray, "L G"]:
+    """Mean over a domain's tokens of the router probability of their K experts together, 0 to 1.
+
+    K/E if all experts score alike: only the language-modelling loss raises it, the router losses push it down.
+    Source: arXiv:2501.11873, §5.
+    """
+    return _ratio(np.asarray(choices.score, np.float64), np.asarray(stats.tokens))
 
 
 def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
-    """Mutual information of expert and domain, in bits per assignment: 0 if every domain uses the experts alike.
+    """Mutual information of expert and domain, in bits per assignment, 0 to log₂ G: 0 if all domains choose alike.
 
     Domains are weighted equally, so a large domain does not hide the others.
     """
@@ -39,97 +125,61 @@ def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
         return np.nansum(np.where(p > 0, p * np.log2(p / mean), 0.0), axis=(1, 2)) / max(p.shape[1], 1)
 
 
-def layer_table(stats: RouterStats, top_k: int) -> str:
-    """Per layer: maximum load (1 is balanced), unused experts, dropped share, specialisation."""
-    counts = np.asarray(stats.tokens_per_expert).sum(1)
-    load = counts / np.maximum(counts.sum(-1, keepdims=True), 1) * counts.shape[-1]
-    bits = specialisation(stats, top_k)
-    dropped = np.asarray(stats.dropped).sum(1) / np.maximum(counts.sum(-1), 1)
-    lines = [f"{'layer':>5} {'max load':>9} {'unused':>7} {'dropped':>8} {'I(expert; domain)':>18}"]
-    for i in range(len(load)):
-        lines.append(
-            f"{i:>5} {load[i].max():>9.2f} {(counts[i] == 0).sum():>7} {dropped[i]:>8.2%} {bits[i]:>13.3f} bits"
-        )
-    return "\n".join(lines)
+def high_frequency(frequency: Float[np.ndarray, "*L G E"], top_k: int) -> Bool[np.ndarray, "*L G E"]:
+    """Experts that at least `HIGH` · K/E of a domain's tokens choose: HIGH times as many as under uniform routing."""
+    return frequency >= HIGH * top_k / frequency.shape[-1] * (1 - 1e-9)
 
 
-def plot_expert_domain(stats: RouterStats, domains: tuple[str, ...], top_k: int) -> Figure:
-    """One panel a layer: rows are domains, columns experts, colour the selection frequency.
+def overlap(high: Bool[np.ndarray, "L G E"]) -> Float[np.ndarray, "L G G"]:
+    """High-frequency experts that two domains share over those that either has (Jaccard), 0 to 1.
 
-    Experts are ordered by the domain that prefers them most over the others, so specialisation shows as a staircase.
-    The colour scale is centred on uniform routing (K/E).
+    NaN where neither has any. arXiv:2501.11873, §5, shows the overlap; the threshold and the ratio are ours.
     """
-    frequency = selection_frequency(stats)
-    layers, _, experts = frequency.shape
-    seen = [g for g in range(len(domains)) if not np.isnan(frequency[0, g]).any()]
-    frequency = frequency[:, seen]
-    uniform = top_k / experts
-    columns = min(layers, 4 if experts <= 32 else 2)
-    rows = math.ceil(layers / columns)
-    width = columns * min(max(3.0, 0.22 * experts), 7) + 1.6
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, rows * (0.42 * len(seen) + 0.9) + 0.8), squeeze=False, layout="constrained"
-    )
-    top = max(2 * uniform, float(np.nanquantile(frequency, 0.995)))
-    norm = matplotlib.colors.TwoSlopeNorm(uniform, 0.0, top)
-    image = None
-    for i, axis in enumerate(axes.flat):
-        if i >= layers:
-            axis.axis("off")
-            continue
-        f = frequency[i]
-        preference = f / np.maximum(f.mean(0), 1e-9)
-        order = np.lexsort((-preference.max(0), preference.argmax(0)))
-        image = axis.imshow(f[:, order], aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
-        axis.set_title(f"layer {i}", fontsize=9, color=INK, loc="left")
-        axis.set_yticks(range(len(seen)), [domains[g] for g in seen] if i % columns == 0 else [], fontsize=8)
-        axis.set_xticks(
-            range(experts) if experts <= 16 else [], order if experts <= 16 else [], fontsize=7, color=QUIET
-        )
-        axis.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
-        axis.set_yticks(np.arange(len(seen) + 1) - 0.5, minor=True)
-        axis.grid(which="minor", color="white", lw=1.5)
-        axis.tick_params(which="both", length=0)
-        axis.spines[:].set_visible(False)
-        if experts <= 10:
-            for g, e in np.ndindex(len(seen), experts):
-                value = f[g, order[e]]
-                ink = "white" if abs(norm(value) - 0.5) > 0.32 else INK
-                axis.annotate(f"{value:.0%}", (e, g), ha="center", va="center", fontsize=7, color=ink)
-    for axis in axes[-1]:
-        axis.set_xlabel("expert", fontsize=8, color=QUIET)
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
-    bar.set_ticks([0.0, uniform, top], labels=["0", f"{uniform:.2f} uniform", f"≥{top:.2f}"], fontsize=8)
-    bar.outline.set_visible(False)
-    figure.suptitle("Share of a domain's tokens sent to each expert (held-out text)", fontsize=11, color=INK)
-    return figure
+    h = np.asarray(high, np.float64)
+    both = np.einsum("lge,lhe->lgh", h, h)
+    each = h.sum(-1)
+    return _ratio(both, each[:, :, None] + each[:, None, :] - both)
 
 
-def _smooth(y: np.ndarray, decay: float = 0.8) -> np.ndarray:
-    """Exponential moving average without the bias of its start."""
-    out, total, weight = np.empty_like(y), 0.0, 0.0
-    for i, value in enumerate(y):
-        total, weight = decay * total + value, decay * weight + 1.0
-        out[i] = total / weight
-    return out
+# --- experts ---------------------------------------------------------------------------------------------------------
 
 
-def plot_training(workdir: Path | str) -> Figure:
-    """Cross-entropy and maximum expert load over the run in `workdir`."""
-    rows = read_metrics(workdir)
-    m = {k: np.array([np.nan if r[k] is None else r[k] for r in rows], float) for k in ("step", "xent", "max_load")}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, name, colour in ((left, "xent", "#2f6fb0"), (right, "max_load", "#c4572e")):
-        axis.plot(m["step"], m[name], color=colour, lw=0.8, alpha=0.35)
-        axis.plot(m["step"], _smooth(m[name]), color=colour, lw=1.8)
-    left.set_ylabel("cross-entropy, nats per token")
-    right.axhline(1.0, color=QUIET, lw=0.8, ls="--")
-    right.annotate(
-        "balanced", (m["step"][-1], 1.0), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8, color=QUIET
-    )
-    right.set_ylabel("largest expert load ÷ mean")
-    for axis in (left, right):
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e8e9ee", lw=0.7)
-    return figure
+def coactivation(choices: ChoiceSums) -> Float[np.ndarray, "L E E"]:
+    """[i, j]: share of the tokens that chose expert i which also chose j, 0 to 1; 1 on the diagonal.
+
+    Off it a row sums to K − 1; uniform routing gives (K − 1)/(E − 1). A row of a dead expert is NaN.
+    Source: arXiv:2409.02060 (OLMoE), expert co-activation.
+    """
+    pairs = np.asarray(choices.pairs, np.float64)
+    return _ratio(pairs, np.diagonal(pairs, axis1=1, axis2=2)[:, :, None])
+
+
+def saturation(choices: ChoiceSums, stats: RouterStats, top_k: int) -> Float[np.ndarray, "L G"]:
+    """Share of a token's K experts that the earlier checkpoint chose too, mean over tokens: 0 to 1, K/E by chance.
+
+    Source: arXiv:2409.02060 (OLMoE), router saturation, there against the end of training.
+    """
+    return _ratio(np.asarray(choices.kept, np.float64), top_k * np.asarray(stats.tokens))
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def layer_table(found: Analysis) -> str:
+    """Per layer: balance, and how far the domains differ; means over domains, each weighted alike."""
+    experts = found.selection_frequency.shape[-1]
+    score = np.nanmean(found.topk_score, axis=1) * experts / found.top_k
+    columns = {
+        "layer": [f"{i}" for i in range(len(score))],
+        "max violation": [f"{x:.2f}" for x in found.max_violation],
+        "dead experts": [f"{x}" for x in found.dead_experts],
+        "dropped": [f"{x:.2%}" for x in found.dropped],
+        "top-k score ÷ (K/E)": [f"{x:.2f}" for x in score],
+        "I(expert; domain)": [f"{x:.3f} bits" for x in found.specialisation],
+    }
+    if found.saturation is not None:
+        columns[f"as at step {found.earlier_step}"] = [f"{x:.1%}" for x in np.nanmean(found.saturation, axis=1)]
+    rows = zip(*columns.values(), strict=True)
+    wide = [max(len(name), *map(len, cells)) for name, cells in columns.items()]
+    line = lambda cells: "  ".join(cell.rjust(n) for cell, n in zip(cells, wide, strict=True))
+    return "\n".join([line(columns), *map(line, rows)])

@@ -214,6 +214,10 @@ class Checkpoints:
         newest = self._orbax.latest
         return None if newest is None else newest.step
 
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, rising."""
+        return [] if self.latest() is None else sorted(c.step for c in self._orbax.checkpoints)
+
     def save(self, step: int, state: Any, data_state: Any, *, wait: bool = False) -> None:
         """Saves state and data state together; writes in the background, the arrays may be donated at once.
 
@@ -245,7 +249,7 @@ class Checkpoints:
         if newest is None:
             raise CheckpointError(f"{self.directory} has no complete checkpoint")
         step = newest if step is None else step
-        steps = [c.step for c in self._orbax.checkpoints]
+        steps = self.steps()
         if step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, steps))}")
         where = str(self.directory / str(step))

@@ -162,6 +162,19 @@ def check_writable(workdir: str | os.PathLike) -> Path:
     return path
 
 
+def check_earlier(earlier: int | None, step: int | None, steps: list[int]) -> None:
+    """eval.py's --earlier is one of the run's checkpoints, before the one under evaluation; else a UserError."""
+    before = [s for s in steps if s < (steps[-1] if step is None else step)] if steps else []
+    if earlier is None or earlier in before:
+        return
+    valid = (
+        f"nearest valid: {min(before, key=lambda s: abs(s - earlier))}" if before else "the run keeps no earlier one"
+    )
+    raise UserError(
+        f"--earlier={earlier}: is not a checkpoint before the one evaluated; {valid}; see train.keep_checkpoints"
+    )
+
+
 def _stop(message: object) -> None:
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     sys.exit(2)

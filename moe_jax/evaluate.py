@@ -16,7 +16,7 @@ from tqdm import tqdm
 from moe_jax import step
 from moe_jax.config import ConfigError, RunConfig
 from moe_jax.data import Corpus
-from moe_jax.routing import RouterStats
+from moe_jax.routing import ChoiceSums, RouterStats
 
 LN2 = math.log(2.0)
 
@@ -29,6 +29,7 @@ class EvalResult(NamedTuple):
     tokens: np.ndarray  # [G]
     bytes_per_token: np.ndarray  # [G]
     router: RouterStats  # numpy, [L, G(, E)]
+    choices: ChoiceSums | None  # numpy, if recorded
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a domain that has tokens, then all together: xent (nats per token), perplexity, bits_per_byte."""
@@ -66,9 +67,14 @@ def evaluate(
     *,
     limit: int = 0,
     progress: bool = True,
+    record: bool = False,
+    earlier: tuple[dict, dict] | None = None,
 ) -> EvalResult:
-    """Evaluate on the held-out split; `limit` > 0 takes that many batches, spread over it. Sums stay on the device."""
-    run = step.make_eval_step(cfg, mesh, len(corpus.domains))
+    """Evaluate on the held-out split; `limit` > 0 takes that many batches, spread over it. Sums stay on the device.
+
+    `record` adds what `analysis` needs of the tokens' choices, compared with those of `earlier`: (params, router_bias).
+    """
+    run = step.make_eval_step(cfg, mesh, len(corpus.domains), record)
     rows = step.process_rows(mesh, cfg.data.batch_size)
     sums = None
     batches = corpus.validation_batches(rows, limit)
@@ -76,10 +82,11 @@ def evaluate(
     for batch in tqdm(
         batches, total=total, desc="evaluate", unit="batch", disable=None if progress else True, leave=False
     ):
-        one = run(params, router_bias, step.put_batch(batch, mesh, cfg, by_domain=True))
+        one = run(params, router_bias, step.put_batch(batch, mesh, cfg, by_domain=True), earlier)
         sums = one if sums is None else jax.tree.map(jnp.add, sums, one)
     host = jax.tree.map(np.asarray, jax.device_get(sums))
-    return EvalResult(corpus.domains, host.nll, host.tokens, np.asarray(corpus.bytes_per_token), host.router)
+    size = np.asarray(corpus.bytes_per_token)
+    return EvalResult(corpus.domains, host.nll, host.tokens, size, host.router, host.choices)
 
 
 def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:

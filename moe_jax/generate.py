@@ -87,9 +87,9 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
                 start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows
             )
             info = TokenInfo(ids >= 0, jnp.zeros_like(ids))
-            hidden, _, cache = net(model.Inputs(ids, positions, None, info), cache, start)
-            last = jnp.einsum("bd,vd->bv", hidden[:, -1], output, preferred_element_type=jnp.float32)
-            return sharding.replicate(last), cache
+            out = net(model.Inputs(ids, positions, None, info), cache, start)
+            last = jnp.einsum("bd,vd->bv", out.hidden[:, -1], output, preferred_element_type=jnp.float32)
+            return sharding.replicate(last), out.cache
 
         def place(table, logits, at):
             """Write the token at place `at`; rows whose prompt is longer keep it."""

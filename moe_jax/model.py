@@ -20,7 +20,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.kernels import choose_backend
 from moe_jax.layers import GLU, Init, rms_norm, weight
 from moe_jax.moe import MoE, RouterBias, TokenInfo
-from moe_jax.routing import RouterStats
+from moe_jax.routing import Choices, RouterStats
 
 
 class Backends(NamedTuple):
@@ -50,17 +50,26 @@ class Inputs(NamedTuple):
     info: TokenInfo
 
 
+class Output(NamedTuple):
+    """L: MoE layers."""
+
+    hidden: Float[Array, "B S D"]  # after the last norm
+    stats: RouterStats  # [L, G, …]
+    cache: list[KVCache | None]  # the new one: of the dense layers, of the MoE layers
+    choices: Choices | None  # [L, B, S, …] if the graph records them
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a GLU or an MoE."""
 
-    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, num_groups: int, backends: Backends):
+    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, num_groups: int, backends: Backends, record: bool):
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # residual branches add up over 2·L writes
         self.eps = cfg.norm_eps
         self.attention_norm = init.ones((cfg.d_model,), "norm")
         self.attention = Attention(cfg, init, out_std, backends.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
         if sparse:
-            self.moe = MoE(cfg.moe, cfg.d_model, init, out_std, num_groups, backends.grouped_matmul)
+            self.moe = MoE(cfg.moe, cfg.d_model, init, out_std, num_groups, backends.grouped_matmul, record)
         else:
             self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std)
 
@@ -70,8 +79,8 @@ class Block(nnx.Module):
         )
         x = x + y
         h = rms_norm(x, self.mlp_norm[...], self.eps)
-        y, stats = self.moe(h, inputs.info) if hasattr(self, "moe") else (self.mlp(h), None)
-        return x + y, stats, cache
+        y, stats, choices = self.moe(h, inputs.info) if hasattr(self, "moe") else (self.mlp(h), None, None)
+        return x + y, stats, cache, choices
 
 
 REMAT = {
@@ -82,10 +91,10 @@ REMAT = {
 
 
 class Transformer(nnx.Module):
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, backends: Backends, num_groups: int = 1):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, backends: Backends, num_groups: int = 1, record: bool = False):
         self.cfg = cfg
         init = Init(rngs, cfg.init_std)
-        block = functools.partial(Block, cfg, num_groups=num_groups, backends=backends)
+        block = functools.partial(Block, cfg, num_groups=num_groups, backends=backends, record=record)
         self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
         if cfg.num_dense_layers:
             self.dense_layers = block(init.stack(cfg.num_dense_layers), sparse=False)
@@ -96,24 +105,24 @@ class Transformer(nnx.Module):
 
     def __call__(
         self, inputs: Inputs, cache: list[KVCache | None] | None = None, start: Int[Array, ""] | None = None
-    ) -> tuple[Float[Array, "B S D"], RouterStats, list[KVCache | None]]:
-        """Final hidden states (after the last norm), statistics with a leading L of MoE layers, and the new cache."""
+    ) -> Output:
         dtype = jnp.dtype(self.cfg.compute_dtype)
         out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
         x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
         dense_cache, moe_cache = cache or (None, None)
         if self.cfg.num_dense_layers:
-            x, (_, dense_cache) = self._scan(self.dense_layers, x, inputs, dense_cache, start)
-        x, (stats, moe_cache) = self._scan(self.layers, x, inputs, moe_cache, start)
-        return rms_norm(x, self.final_norm[...], self.cfg.norm_eps), stats, [dense_cache, moe_cache]
+            x, (_, dense_cache, _) = self._scan(self.dense_layers, x, inputs, dense_cache, start)
+        x, (stats, moe_cache, choices) = self._scan(self.layers, x, inputs, moe_cache, start)
+        hidden = rms_norm(x, self.final_norm[...], self.cfg.norm_eps)
+        return Output(hidden, stats, [dense_cache, moe_cache], choices)
 
     def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start):
         graph, weights = nnx.split(blocks)
 
         def body(x, layer):
             w, layer_cache = layer
-            x, stats, layer_cache = nnx.merge(graph, w)(x, inputs, layer_cache, start)
-            return x, (stats, layer_cache)
+            x, *rest = nnx.merge(graph, w)(x, inputs, layer_cache, start)
+            return x, tuple(rest)
 
         policy = REMAT[self.cfg.remat]
         if policy is not None:
@@ -157,10 +166,10 @@ def _split(model: Transformer):
 REFERENCE = Backends("xla", "reference")  # run anywhere
 
 
-def abstract(cfg: ModelConfig, backends: Backends = REFERENCE, num_groups: int = 1) -> Graph:
-    """The graph and shapes of a model; nothing is allocated."""
+def abstract(cfg: ModelConfig, backends: Backends = REFERENCE, num_groups: int = 1, record: bool = False) -> Graph:
+    """The graph and shapes of a model; nothing is allocated. `record`: its output has every token's choices."""
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), backends, num_groups))
+        model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), backends, num_groups, record))
     definition, params, _ = _split(model)
     axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     shapes = nnx.to_pure_dict(params)

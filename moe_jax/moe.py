@@ -13,7 +13,7 @@ from moe_jax import routing, sharding
 from moe_jax.config import MoEConfig
 from moe_jax.experts import EXCHANGE, ExpertWeights
 from moe_jax.layers import GLU, Init
-from moe_jax.routing import RouterStats
+from moe_jax.routing import Choices, RouterStats
 
 
 class RouterBias(nnx.Variable):
@@ -28,9 +28,21 @@ class TokenInfo(NamedTuple):
 
 
 class MoE(nnx.Module):
-    def __init__(self, cfg: MoEConfig, d_model: int, init: Init, out_std: float, num_groups: int, backend: str):
-        """`num_groups` G is the number of balance groups, `backend` that of the grouped matmul."""
-        self.cfg, self.num_groups, self.backend = cfg, num_groups, backend
+    def __init__(
+        self,
+        cfg: MoEConfig,
+        d_model: int,
+        init: Init,
+        out_std: float,
+        num_groups: int,
+        backend: str,
+        record: bool = False,
+    ):
+        """`num_groups` G is the number of balance groups, `backend` that of the grouped matmul.
+
+        `record`: return every token's choices too (evaluation only: training pays nothing for it).
+        """
+        self.cfg, self.num_groups, self.backend, self.record = cfg, num_groups, backend, record
         e, d, f = cfg.num_experts, d_model, cfg.d_expert
         self.w_router = init.normal((d, e), "router_embed router_experts")
         self.w_gate = init.normal((e, d, f), "experts embed mlp")
@@ -39,8 +51,10 @@ class MoE(nnx.Module):
         self.shared = GLU(d, cfg.num_shared_experts * f, init, out_std) if cfg.num_shared_experts else None
         self.router_bias = RouterBias(init.zeros((e,))) if cfg.selection_bias else None
 
-    def __call__(self, x: Float[Array, "B S D"], info: TokenInfo) -> tuple[Float[Array, "B S D"], RouterStats]:
-        """Routed plus shared experts, and the router statistics summed over the whole mesh."""
+    def __call__(
+        self, x: Float[Array, "B S D"], info: TokenInfo
+    ) -> tuple[Float[Array, "B S D"], RouterStats, Choices | None]:
+        """Routed plus shared experts, the router statistics summed over the whole mesh, and what `record` asks for."""
         if not sharding.current_sizes():
             raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
         w = ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
@@ -49,13 +63,13 @@ class MoE(nnx.Module):
         region = jax.shard_map(
             functools.partial(self._region, specs),
             in_specs=(sharding.BATCH, sharding.BATCH, P(), P(), specs),
-            out_specs=(sharding.BATCH, P()),
+            out_specs=(sharding.BATCH, P(), sharding.BATCH),
             check_vma=True,
         )
-        y, stats = region(x, info, self.w_router[...], bias, w)
+        y, stats, choices = region(x, info, self.w_router[...], bias, w)
         if self.shared is not None:
             y = y + self.shared(x)
-        return y, stats
+        return y, stats, choices
 
     def _region(self, specs, x_bSD, info, w_router, bias, w):
         """Everything that depends on which token goes where, on one device: b = B / devices sequences."""
@@ -68,8 +82,9 @@ class MoE(nnx.Module):
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
         y, kept = EXCHANGE[self.cfg.exchange](x, plan, w, self.cfg, self.backend)
         stats = routing.router_stats(logits, probs, plan, kept, counted, group, self.num_groups)
+        choices = routing.choices(plan, probs, shape[:2]) if self.record else None
         # The sums of all devices: G·(2E+3) numbers a layer. This psum is what makes the balance global.
-        return y.reshape(shape), jax.lax.psum(stats, sharding.AXES)
+        return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
 
 
 def _own_experts(dtype, w: Array, spec: P) -> Array:

@@ -22,7 +22,7 @@ from moe_jax.config import RunConfig
 from moe_jax.layers import weight
 from moe_jax.losses import BatchSums
 from moe_jax.moe import TokenInfo
-from moe_jax.routing import RouterStats
+from moe_jax.routing import ChoiceSums, RouterStats
 
 
 class TrainState(NamedTuple):
@@ -49,6 +49,7 @@ class EvalSums(NamedTuple):
     nll: Float[Array, " G"]
     tokens: Float[Array, " G"]
     router: RouterStats
+    choices: ChoiceSums | None  # None unless recorded
 
 
 def _platform(mesh: Mesh) -> tuple[str, str]:
@@ -56,9 +57,9 @@ def _platform(mesh: Mesh) -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
-def _graph(cfg: RunConfig, mesh: Mesh, num_groups: int) -> model.Graph:
+def _graph(cfg: RunConfig, mesh: Mesh, num_groups: int, record: bool = False) -> model.Graph:
     backends, _ = model.Backends.choose(cfg.model, *_platform(mesh))
-    return model.abstract(cfg.model, backends, num_groups)
+    return model.abstract(cfg.model, backends, num_groups, record)
 
 
 def describe_backends(cfg: RunConfig, mesh: Mesh) -> str:
@@ -132,7 +133,7 @@ def split_micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def _hidden(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
-    """Final hidden states and router statistics."""
+    """All that the model returns, and the matrix from hidden states to logits."""
     net = graph.bind(params, bias)
     counted: Bool[Array, "B S"] = batch.segment_ids > 0
     inputs = model.Inputs(
@@ -141,14 +142,13 @@ def _hidden(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch:
         batch.segment_ids if cfg.model.segment_mask else None,
         TokenInfo(counted, batch.group),
     )
-    hidden, stats, _ = net(inputs)
-    return hidden, stats, net.output_matrix
+    return net(inputs), net.output_matrix
 
 
 def _forward(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
-    """Negative log-likelihood of every token and the router statistics."""
-    hidden, stats, output = _hidden(graph, cfg, params, bias, batch)
-    return losses.token_nll(hidden, weight(output, hidden.dtype), batch.targets), stats
+    """Negative log-likelihood of every token, and all that the model returns."""
+    out, matrix = _hidden(graph, cfg, params, bias, batch)
+    return losses.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets), out
 
 
 def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
@@ -157,16 +157,16 @@ def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
 
     def loss(params, bias, batch, step, frame_of: Callable):
         """Of a (micro-)batch, in the frame that `frame_of` makes from its router statistics."""
-        nll, stats = _forward(graph, cfg, params, bias, batch)
-        sums = BatchSums(jnp.sum(nll * batch.weights), jnp.sum(batch.weights), stats)
-        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, frame_of(stats))
+        nll, out = _forward(graph, cfg, params, bias, batch)
+        sums = BatchSums(jnp.sum(nll * batch.weights), jnp.sum(batch.weights), out.stats)
+        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, frame_of(out.stats))
         return value, (parts, sums)
 
     value_and_gradients = jax.value_and_grad(loss, has_aux=True)
 
     def exact(params, bias, micro, step, weights):
         """First pass: the statistics of all micro-batches, without logits or gradients."""
-        stats_of = lambda part: _hidden(graph, cfg, params, bias, part)[1]
+        stats_of = lambda part: _hidden(graph, cfg, params, bias, part)[0].stats
         frame = losses.exact_frame(weights, _sum_over(lambda _, part: stats_of(part), micro))
         return _sum_over(lambda _, part: value_and_gradients(params, bias, part, step, lambda stats: frame), micro)
 
@@ -240,13 +240,23 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
     return _under(mesh, jax.jit(train_step, donate_argnums=0))
 
 
-def make_eval_step(cfg: RunConfig, mesh: Mesh, num_domains: int) -> Callable[[dict, dict, Batch], EvalSums]:
-    """Jitted (params, router_bias, batch grouped by domain) → sums by domain."""
-    graph = _graph(cfg, mesh, num_domains)
+def make_eval_step(cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = False) -> Callable[..., EvalSums]:
+    """Jitted (params, router_bias, batch grouped by domain[, earlier]) → sums by domain.
 
-    def eval_step(params, bias, batch) -> EvalSums:
-        nll, stats = _forward(graph, cfg, params, bias, batch)
+    `record` adds `EvalSums.choices`, and `earlier`, (params, router_bias) of another checkpoint, `choices.kept`.
+    """
+    graph = _graph(cfg, mesh, num_domains, record)
+
+    def eval_step(params, bias, batch, earlier=None) -> EvalSums:
+        nll, out = _forward(graph, cfg, params, bias, batch)
         member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
-        return EvalSums(jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), stats)
+        choices = None
+        if record:
+            before = _hidden(graph, cfg, *earlier, batch)[0].choices if earlier else None
+            counted, experts = batch.segment_ids > 0, cfg.model.moe.num_experts
+            choices = routing.choice_sums(out.choices, before, counted, batch.group, num_domains, experts)
+        return EvalSums(
+            jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), out.stats, choices
+        )
 
     return _under(mesh, jax.jit(eval_step))

@@ -2,9 +2,11 @@
 
 import functools
 import importlib.util
+import inspect
 import json
 import math
 import re
+import tempfile
 from pathlib import Path
 
 import jax
@@ -29,7 +31,12 @@ def load(name: str) -> tuple[str, RunConfig]:
     spec = importlib.util.spec_from_file_location(f"configs_{name}", FILES[NAMES.index(name)])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.__doc__, config_lib.build(module.get_config())
+    if not inspect.signature(module.get_config).parameters:
+        return module.__doc__, config_lib.build(module.get_config())
+    with tempfile.TemporaryDirectory() as folder:  # a config of a folder of text
+        for domain in ("law", "prose"):
+            Path(folder, f"{domain}.txt").write_text(f"{domain}\n")
+        return module.__doc__, config_lib.build(module.get_config(folder))
 
 
 @functools.cache
@@ -54,7 +61,9 @@ def test_discovered():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring(name):
-    commands = re.findall(r"^ {4}python train\.py --config=(\S+) --workdir=\S+$", load(name)[0], re.MULTILINE)
+    commands = re.findall(
+        r"^ {4}python train\.py --config=([^\s:]+)(?::\S+)? --workdir=\S+$", load(name)[0], re.MULTILINE
+    )
     assert commands == [f"configs/{name}.py"]
     for key in ("Hardware", "Time", "Parameters", "Expect"):
         entry(name, key)

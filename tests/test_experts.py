@@ -300,7 +300,7 @@ def run_layer(shape, cfg):
         x, info, cotangent = put(layer_batch())
 
         def loss(params, x):
-            y, stats = nnx.merge(graph, params, rest)(x, info)
+            y, stats, _ = nnx.merge(graph, params, rest)(x, info)
             return jnp.sum(y * cotangent) + jnp.sum(jnp.sin(stats.prob_per_expert)) + 0.1 * jnp.sum(stats.z_sq), (
                 y,
                 stats,

@@ -109,17 +109,20 @@ def check_run(root: Path, tensorboard: bool) -> None:
 
 def check_evaluation(root: Path, devices: int) -> None:
     """eval.py over all the text: the table adds up, and the numbers and figures are written."""
-    done = run(root, "eval.py", devices=devices)
+    done = run(root, "eval.py", "--earlier=4", devices=devices)
     check_output(done)
     body = json.loads((root / "run" / "eval.json").read_text())
     assert body["domains"][-1]["tokens"] == sum(d["tokens"] for d in body["domains"][:-1]) > 2 * 16 * 32
     counts = np.asarray(body["tokens_per_expert"])  # [L, domain, E]
     assert counts.shape == (2, 2, 4) and body["dropped"] == 0
     np.testing.assert_array_equal(counts.sum(-1), 2 * np.asarray(body["tokens_per_layer_and_domain"]))
-    for name in ("expert_domain", "loss"):
+    with np.load(root / "run" / "analysis.npz") as arrays:
+        np.testing.assert_allclose(arrays["selection_frequency"].sum(-1), 2)
+        assert arrays["saturation"].shape == (2, 2) and (0.5 < arrays["saturation"]).all()
+    for name in ("expert_domain", "topk_score", "overlap", "coactivation", "saturation", "loss"):
         data = (root / "run" / "figures" / f"{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 10_000
-    assert "bits/byte" in done.stdout and "sample" in done.stdout
+    assert all(text in done.stdout for text in ("bits/byte", "as at step 4", "sample"))
 
 
 def train_twice(root: Path, *flags: str, devices: int) -> None:

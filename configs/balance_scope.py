@@ -1,0 +1,121 @@
+"""A small MoE on a corpus of several domains, for comparing scopes of the load-balancing loss (arXiv:2501.11873).
+
+    python train.py --config=configs/balance_scope.py:data/domains --workdir=runs/balance_scope
+
+Hardware: one GPU of 80 GB
+Time: not run here
+Parameters: 117,581,312 total, 29,500,928 active (21,112,320 without embedding and head)
+Expect: not run here
+
+The part after the colon is a folder with one domain an entry: a file `<domain>.parquet` (.txt, .jsonl and .csv too),
+or a subfolder of such files; `python -m experiments.multi_domain_text` makes one. 131M tokens.
+`python -m experiments.balance_scope` trains this config with each scope and compares them.
+"""
+
+import gzip
+import math
+from pathlib import Path
+
+import pyarrow.parquet
+
+from moe_jax import config as config_lib
+
+STEPS, BATCH, SEQ_LEN = 1000, 256, 512
+EXTENSIONS = (".txt", ".jsonl", ".csv", ".parquet", ".gz")
+BYTES_PER_TOKEN = 3.5  # about; decides only how often a small domain is repeated
+MAX_EPOCHS = 7.0
+HELD_OUT = 500_000  # bytes a domain …
+MAX_HELD_OUT = 0.25  # … but at most this share of its documents
+
+
+def text_bytes(path: Path) -> int:
+    """Bytes of a file's text, uncompressed."""
+    if path.suffix == ".parquet":
+        meta = pyarrow.parquet.read_metadata(path)
+        return sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            return file.seek(0, 2)
+    return path.stat().st_size
+
+
+def find_domains(folder: Path) -> dict[str, tuple[str, int]]:
+    """{domain: (path or glob, bytes of text)}, sorted by name."""
+    found = {}
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        files = [entry] if entry.is_file() else sorted(entry.iterdir())
+        size = sum(text_bytes(f) for f in files if f.suffix in EXTENSIONS)
+        if size:
+            name = entry.name.split(".")[0]
+            if name in found:
+                raise config_lib.ConfigError("data.sources", str(folder), f"has domain {name!r} twice")
+            found[name] = (str(entry) if entry.is_file() else f"{entry}/*", size)
+    if not found:
+        rule = f"holds no file of {' '.join(EXTENSIONS)}" if folder.is_dir() else "is not a folder"
+        hint = "name one after the config file's colon; `python -m experiments.multi_domain_text FOLDER` makes it"
+        raise config_lib.ConfigError("data.sources", str(folder), rule, hint)
+    return found
+
+
+def mixture(sizes: dict[str, int], tokens: float) -> dict[str, float]:
+    """Shares of training: proportional to √bytes, but no domain more than `MAX_EPOCHS` times over `tokens`."""
+    most = {name: MAX_EPOCHS * size / BYTES_PER_TOKEN / tokens for name, size in sizes.items()}
+    if sum(most.values()) <= 1.0:  # too little text for any choice: all are repeated equally often
+        return most
+    capped: dict[str, float] = {}
+    while True:
+        free = {name: math.sqrt(size) for name, size in sizes.items() if name not in capped}
+        scale = (1.0 - sum(capped.values())) / sum(free.values())
+        over = {name: most[name] for name, root in free.items() if scale * root > most[name]}
+        if not over:
+            return {name: capped.get(name, scale * free.get(name, 0.0)) for name in sizes}
+        capped |= over
+
+
+def get_config(data: str = "data/domains"):
+    config = config_lib.default_config()
+
+    model = config.model
+    model.vocab_size = 16_384
+    model.d_model = 512
+    model.num_layers = 8
+    model.num_heads = 8
+    model.num_kv_heads = 8
+    model.head_dim = 64
+    model.qk_norm = True
+    model.tie_embeddings = True
+    model.moe.num_experts = 32
+    model.moe.top_k = 4
+    model.moe.d_expert = 256
+
+    config.loss.load_balance_coef = 0.01
+    config.loss.balance_batch = "global"
+    config.loss.router_z_coef = 0.001
+
+    config.optim.name = "adamw"
+    config.optim.lr = 1e-3
+    config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 100
+    config.optim.clip_norm = 1.0
+
+    config.data.batch_size = BATCH
+    config.data.seq_len = SEQ_LEN
+    config.data.tokenizer.kind = "bpe"
+    config.data.tokenizer.vocab_size = 16_384
+    config.data.tokenizer.train_bytes = 40_000_000
+    domains = find_domains(Path(data).expanduser())
+    fractions = {name: min(MAX_HELD_OUT, HELD_OUT / size) for name, (_, size) in domains.items()}
+    train_bytes = {name: round(size * (1 - fractions[name])) for name, (_, size) in domains.items()}
+    weights = mixture(train_bytes, STEPS * BATCH * SEQ_LEN)
+    config.data.sources = {
+        name: config_lib.source(
+            kind="files", path=path, domain=name, weight=weights[name], validation_fraction=fractions[name]
+        )
+        for name, (path, _) in domains.items()
+    }
+
+    config.train.steps = STEPS
+    config.train.checkpoint_every = STEPS
+    config.train.keep_checkpoints = 1
+    config.train.tensorboard = False
+    return config

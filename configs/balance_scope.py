@@ -84,13 +84,16 @@ def get_config(data: str = "data/domains"):
     model.head_dim = 64
     model.qk_norm = True
     model.tie_embeddings = True
+    model.segment_mask = False  # flash attention on GPUs; a row's documents are of one domain and see each other
     model.moe.num_experts = 32
     model.moe.top_k = 4
     model.moe.d_expert = 256
 
-    config.loss.load_balance_coef = 0.01
+    # The paper's coefficient, added up over layers as Megatron does.
+    config.loss.load_balance_coef = 0.008
+    config.loss.router_loss_layers = "sum"
     config.loss.balance_batch = "global"
-    config.loss.router_z_coef = 0.001
+    config.loss.router_z_coef = 0.0001
 
     config.optim.name = "adamw"
     config.optim.lr = 1e-3
@@ -115,7 +118,6 @@ def get_config(data: str = "data/domains"):
     }
 
     config.train.steps = STEPS
-    config.train.checkpoint_every = STEPS
-    config.train.keep_checkpoints = 1
+    config.train.checkpoint_every = STEPS // 2
     config.train.tensorboard = False
     return config

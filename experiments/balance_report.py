@@ -20,7 +20,7 @@ from moe_jax.metrics import read_metrics
 from moe_jax.routing import RouterStats
 
 BLUE, ORANGE = "#2f6fb0", "#c4572e"
-OTHERS = ("#2e8b6f", "#8a5fb0", "#9a8a3a", "#6b7080")
+OTHERS = ("#2e8b6f", "#8a5fb0", "#9a8a3a", "#b0507f", "#6b7080")
 LAST = 0.05  # of the steps, over which training numbers are averaged
 
 # Column of table.md: the number's name, its heading, its format.
@@ -107,9 +107,9 @@ def load_run(folder: Path) -> Finished:
     return Finished(config["seed"], config, numbers, domains, frequency, bits)
 
 
-def _scope(config: dict[str, Any]) -> int | None:
+def _scope(name: str, config: dict[str, Any]) -> int | None:
     loss = config["loss"]
-    if loss["load_balance_coef"] == 0 or loss.get("shuffle_tokens"):
+    if name != "global" and not name.removeprefix("scope_").isdigit():
         return None
     return config["data"]["batch_size"] if loss["balance_batch"] == "global" else int(loss["balance_batch"])
 
@@ -121,7 +121,7 @@ def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, A
         folders = [out / name / f"seed{seed}" for seed in seeds]
         runs = [load_run(folder) for folder in folders if (folder / "eval.json").is_file()]
         if runs:
-            found[name] = Arm(label, _scope(runs[0].config), runs)
+            found[name] = Arm(label, _scope(name, runs[0].config), runs)
     return found
 
 

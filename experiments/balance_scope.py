@@ -51,11 +51,21 @@ ARMS = {
     "scope_32": _scope(32, "32 sequences"),
     "scope_128": _scope(128, "128 sequences"),
     "global": _scope("global", "the global batch", (0, 1, 2)),
+    "scope_1_weak": Arm("each sequence, coefficient ÷ 8", {"loss.balance_batch": "1", "loss.load_balance_coef": 0.001}),
     # As few tokens a group as in scope_2, but of as many domains as in global: is it the size or the diversity?
     "shuffled": Arm("2 sequences, tokens shuffled", {"loss.balance_batch": "2", "loss.shuffle_tokens": "true"}),
     "loss_free": Arm(
         "selection bias, no loss",
         {"loss.load_balance_coef": 0.0, "model.moe.selection_bias": "true", "loss.bias_update_rate": 0.001},
+    ),
+    "loss_free_sigmoid": Arm(
+        "selection bias, sigmoid scores",
+        {
+            "loss.load_balance_coef": 0.0,
+            "model.moe.selection_bias": "true",
+            "model.moe.score": "sigmoid",
+            "model.moe.renormalize": "true",
+        },
     ),
     "none": Arm("no balancing", {"loss.load_balance_coef": 0.0}),
 }

@@ -2,13 +2,13 @@
 
     python train.py --config=configs/balance_scope.py:data/domains --workdir=runs/balance_scope
 
-Hardware: one GPU of 80 GB
-Time: not run here
+Hardware: one H200 (tried; it took what memory there was)
+Time: 3:50, of which 3:05 are training (630k tokens/s, 12 % MFU)
 Parameters: 117,581,312 total, 29,500,928 active (21,112,320 without embedding and head)
-Expect: not run here
+Expect: held-out perplexity 12.94 with seed 0, 12.89 and 13.06 with two others; docs/results.md has the comparison
 
 The part after the colon is a folder with one domain an entry: a file `<domain>.parquet` (.txt, .jsonl and .csv too),
-or a subfolder of such files; `python -m experiments.multi_domain_text` makes one. 131M tokens.
+or a subfolder of such files; `python -m experiments.multi_domain_text` makes one. 118M tokens.
 `python -m experiments.balance_scope` trains this config with each scope and compares them.
 """
 
@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from moe_jax import config as config_lib
 
-STEPS, BATCH, SEQ_LEN = 1000, 256, 512
+STEPS, BATCH, SEQ_LEN = 900, 256, 512
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".parquet", ".gz")
 BYTES_PER_TOKEN = 3.5  # about; decides only how often a small domain is repeated
 MAX_EPOCHS = 7.0

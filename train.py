@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moe_jax import checkpoint, cli, config, data, evaluate, generate, metrics, model, optim, sharding, step
+from moe_jax import checkpoint, cli, config, data, evaluate, generate, losses, metrics, model, optim, sharding, step
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not", required=True)
@@ -57,6 +57,7 @@ def main(argv):
     say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
     say(f"parameters: {counts.total:,} total, {counts.active:,} active; {flops / 1e6:.2f} MFLOP a token")
     say(step.describe_backends(cfg, mesh))
+    say(losses.describe(cfg.loss, cfg.train.micro_batches))
     say(optim.describe(cfg.optim, model.abstract(cfg.model).shapes))
 
     # --- state: the order is important --------------------------------------------------------------------------------

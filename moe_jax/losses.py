@@ -191,3 +191,18 @@ def _in_frame(
     stats = jax.tree.map(merge, stats._replace(tokens=frame.prob_tokens))
     frequency = expert_frequency(merge(frame.load), merge(frame.load_tokens), top_k)
     return frame.share * load_balancing_loss(stats, top_k, frequency)
+
+
+def describe(cfg: LossConfig, micro_batches: int) -> str:
+    """One line: which load-balancing losses are on, and whether they are exact."""
+    over = lambda b: "the optimizer batch" if b == "global" else "each sequence" if b == 1 else f"{b} sequences"
+    dealt = " at random, token by token" if cfg.shuffle_tokens else ""
+    when = lambda t: (
+        (f" from step {t.start_step}" if t.start_step else "") + (f" until step {t.stop_step}" if t.stop_step else "")
+    )
+    terms = [f"{t.coef:g} over {over(t.balance_batch)}{dealt}{when(t)}" for t in cfg.load_balance.values() if t.coef]
+    if not terms:
+        return "load-balancing loss: none"
+    running = cfg.accumulation == "running" and micro_batches > 1
+    how = "running counts, an approximation (arXiv:2501.11873, algorithm 1)" if running else "exact"
+    return f"load-balancing loss, {cfg.router_loss_layers} over layers, {how}: {' + '.join(terms)}"

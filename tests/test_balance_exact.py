@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,14 +31,14 @@ LEAVES = ("embed", "layers/attention/w_k", "layers/attention/w_o", "layers/atten
           "layers/attention_norm", "layers/mlp_norm", "layers/moe/w_router")  # fmt: skip
 
 
-def run_config(micro=1, remat="none", accumulation="exact", scopes=tuple(SCOPES)) -> config.RunConfig:
+def run_config(micro=1, remat="none", accumulation="exact", scopes=tuple(SCOPES), shuffle=False) -> config.RunConfig:
     c = config.default_config()
     c.model.update(vocab_size=V, d_model=6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=HEAD,
                    compute_dtype="float32", remat=remat, init_std=0.6)  # fmt: skip
     c.model.moe.update(num_experts=E, top_k=K, d_expert=4)
     first, *more = scopes
     c.loss.update(load_balance_coef=COEFS[first], balance_batch=SCOPES[first], router_z_coef=0.0)
-    c.loss.update(accumulation=accumulation)
+    c.loss.update(accumulation=accumulation, shuffle_tokens=shuffle)
     c.loss.more_load_balance = {
         name.split("/")[1]: config.load_balance(coef=COEFS[name], balance_batch=SCOPES[name]) for name in more
     }
@@ -169,6 +170,28 @@ def test_running_is_algorithm_1(mesh, micro, padding):
     check(mesh, (micro, "none", "running", ("load_balance",)), padding, want)
     exact = expected(padding, ("load_balance",))[0]["load_balance"]
     assert (abs(want[0]["load_balance"] / exact - 1) > 1e-4) == (micro > 1)  # an approximation, seen as one
+
+
+@pytest.mark.parametrize(("mesh", "micro"), [((1, 1, 1), 1), ((2, 2, 2), 4)])
+def test_shuffled_tokens(mesh, micro):
+    """Every group gets as many random tokens as 8 sequences have, others at each step, whatever computes them."""
+    arguments = (micro, "none", "exact", ("load_balance/eight",), True)
+    cfg, device_mesh, _, _ = compiled(mesh, arguments)
+    with jax.set_mesh(device_mesh):
+        groups = [np.asarray(step._deal_tokens(cfg, (B, S), jnp.int32(n))) for n in (0, 1)]
+    assert (groups[0] != groups[1]).mean() > 0.5
+    assert all((np.bincount(g.ravel()) == 8 * S).all() for g in groups)
+    rows = batch_rows(True)
+    params = {name: leaf.astype(np.float64) for name, leaf in flatten(initial_params()).items() if name in LEAVES}
+    counted = rows["segment_ids"] > 0
+
+    def loss(p):
+        prob = reference.router_probabilities(p, rows["tokens"], rows["positions"], rows["segment_ids"], HEAD)
+        chosen = reference.choices(prob, K)
+        flat = lambda x: np.stack([x[groups[0] == g] for g in range(B // 8)])  # [groups, tokens of a group, …]
+        return COEFS["load_balance/eight"] * reference.loss_of_scope(flat(prob), flat(chosen), flat(counted), 1)
+
+    check(mesh, arguments, True, ({"load_balance": loss(params)}, reference.gradients(loss, params)))
 
 
 def test_scopes_differ():

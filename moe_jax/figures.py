@@ -152,6 +152,7 @@ def compare(runs: dict[str, Analysis], layer: int) -> Figure:
     experts = max(found.selection_frequency.shape[2] for found in runs.values())
     domains = max(len(_seen(found)) for found in runs.values())
     figure, axes = _grid(len(runs), len(runs), *_panel(experts, domains))
+    figure.get_layout_engine().set(wspace=0.08)  # a panel's two titles would run into the next one's
     norm = _around_uniform(
         [found.selection_frequency[layer] for found in runs.values()],
         min(found.top_k / found.selection_frequency.shape[2] for found in runs.values()),

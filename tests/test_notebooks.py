@@ -1,5 +1,9 @@
-"""Every notebook runs from top to bottom with the Python that runs the tests, and is stored without outputs."""
+"""Every notebook runs from top to bottom with the Python that runs the tests, and is stored without outputs.
 
+`pytest -m slow -rP tests/test_notebooks.py` also prints how long each takes.
+"""
+
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert NOTEBOOKS
+    assert {"quickstart", "specialisation"} <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -31,5 +35,7 @@ def test_runs(path, tmp_path, monkeypatch):
     # Without directories to search, "python3" is the running Python and not whatever kernel the user has installed.
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     resources = {"metadata": {"path": str(path.parent)}}
+    began = time.perf_counter()
     nbclient.NotebookClient(notebook, km=kernel, timeout=1200, resources=resources).execute()  # raises on an error
+    print(f"{path.name}: {time.perf_counter() - began:.0f} s")
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

@@ -39,6 +39,7 @@ def get_config():
     model.moe.d_expert = 640
 
     config.loss.load_balance_coef = 0.008
+    config.loss.router_loss_layers = "sum"  # as Megatron adds them; the paper does not say
     config.loss.balance_batch = "global"
     config.loss.router_z_coef = 0.001
 

@@ -58,7 +58,7 @@ def main(argv):
     say(f"parameters: {counts.total:,} total, {counts.active:,} active; {flops / 1e6:.2f} MFLOP a token")
     say(step.describe_backends(cfg, mesh))
     say(losses.describe(cfg.loss, cfg.train.micro_batches))
-    say(optim.describe(cfg.optim, model.abstract(cfg.model).shapes))
+    say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))
 
     # --- state: the order is important --------------------------------------------------------------------------------
     # 1. the newest complete checkpoint of this run directory; 2. fresh.

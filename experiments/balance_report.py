@@ -128,12 +128,12 @@ def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, A
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _cell(values: np.ndarray, form: str) -> str:
+def cell(values: np.ndarray, form: str) -> str:
     spread = f" ± {form.replace('+', '').format(values.std(ddof=1))}" if len(values) > 1 else ""
     return form.format(values.mean()) + spread
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -143,29 +143,29 @@ def _difference(arm: Arm, base: Arm | None) -> str:
     seeds = arm.seeds & base.seeds if base and base is not arm else set()
     if not seeds:
         return ""
-    return _cell(arm.values("perplexity", seeds) / base.values("perplexity", seeds) - 1, "{:+.2%}")
+    return cell(arm.values("perplexity", seeds) / base.values("perplexity", seeds) - 1, "{:+.2%}")
 
 
 def table(arms: dict[str, Arm]) -> str:
     """Markdown: one row an arm, then perplexity by domain with one column an arm."""
     rows = []
     for arm in arms.values():
-        first, *rest = (_cell(arm.values(name), form) for name, (_, form) in COLUMNS.items())
+        first, *rest = (cell(arm.values(name), form) for name, (_, form) in COLUMNS.items())
         rows.append([f"{arm.label} ({len(arm.runs)})", first, _difference(arm, arms.get("global")), *rest])
     first = next(iter(arms.values())).runs[0]
     moe, (layers, _, experts) = first.config["model"]["moe"], first.frequency.shape
     by_domain = [
-        [domain, *(_cell(np.array([run.domains[domain] for run in arm.runs]), "{:.2f}") for arm in arms.values())]
+        [domain, *(cell(np.array([run.domains[domain] for run in arm.runs]), "{:.2f}") for arm in arms.values())]
         for domain in first.domains
     ]
     first_heading, *headings = (heading for heading, _ in COLUMNS.values())
     return "\n".join(
         [
-            _markdown(["arm (seeds)", first_heading, "against global", *headings], rows),
+            markdown(["arm (seeds)", first_heading, "against global", *headings], rows),
             "",
             NOTES.format(uniform=moe["top_k"] / experts, pairs=layers * experts),
             "Held-out perplexity by domain:\n",
-            _markdown(["domain", *(arm.label for arm in arms.values())], by_domain),
+            markdown(["domain", *(arm.label for arm in arms.values())], by_domain),
             "",
         ]
     )

@@ -11,27 +11,19 @@ OUT/table.md, OUT/results.json, OUT/scope.png and OUT/specialisation.png; `--rep
 
 import argparse
 import functools
-import importlib.util
-import os
-import queue
-import shutil
-import subprocess
 import sys
-import types
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tqdm import tqdm
 
-from experiments import balance_report
-from moe_jax import config as config_lib
-from moe_jax import data
+from experiments import balance_report, pool
+from experiments.pool import Run
 
-REPO = Path(__file__).resolve().parents[1]
 CONFIG = "configs/balance_scope.py"
-MEMORY = 0.92  # of a GPU, for all its runs together
+
+config_module = functools.partial(pool.config_module, CONFIG)
+load_config = functools.partial(pool.load_config, CONFIG)
 
 
 class Arm(NamedTuple):
@@ -71,17 +63,6 @@ ARMS = {
 }
 
 
-class Run(NamedTuple):
-    arm: str
-    seed: int
-    folder: Path
-    overrides: dict[str, Any]
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "eval.json").is_file()
-
-
 def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
     """Every arm with its first seed, then the other seeds: whatever is finished can be compared."""
     pairs = sorted(((seed, name) for name in names for seed in ARMS[name].seeds), key=lambda pair: pair[0])
@@ -91,117 +72,18 @@ def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
     ]
 
 
-# --- configuration and data, once for all ----------------------------------------------------------------------------
-
-
-def config_module() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("balance_scope_config", REPO / CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def load_config(folder: str, overrides: dict[str, Any]) -> config_lib.RunConfig:
-    """What train.py makes of `--config=…:folder --config.name=value …`. Raises ValueError."""
-    config = config_module().get_config(folder)
-    for name, value in overrides.items():
-        *groups, field = name.split(".")
-        holder = functools.reduce(lambda held, group: held.get(group, {}), groups, config)
-        if field not in holder:
-            raise config_lib.ConfigError(name, value, "is not a field")
-        kind = type(holder[field])
-        holder[field] = str(value).lower() == "true" if kind is bool else kind(value)
-    return config_lib.build(config)
-
-
-def prepare(cfg: config_lib.RunConfig, out: Path, runs: list[Run]) -> None:
-    """The tokenizer and the token stores; each run directory gets the tokenizer, by which it finds the stores."""
-    first = out / "prepare"
-    corpus = data.prepare(cfg.data, workdir=first, seed=0, progress=sys.stderr.isatty())
-    print(corpus.table(), flush=True)
-    for run in runs:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        for file in first.glob("tokenizer*"):
-            shutil.copy(file, run.folder)
-
-
-# --- the pool --------------------------------------------------------------------------------------------------------
-
-
-def count_gpus() -> int:
-    """GPUs of this machine, without touching one: JAX would take their memory."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d])
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.splitlines())
-
-
-def devices(gpus: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES is for each GPU used."""
-    seen = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    return seen[:gpus] or [str(i) for i in range(gpus)]
-
-
-def train(run: Run, folder: str, device: str | None, share: float) -> int:
-    """One run of train.py on one device, its output in the run directory; the exit status."""
-    command = [sys.executable, "train.py", f"--config={CONFIG}:{folder}", f"--workdir={run.folder}"]
-    command += [f"--config.{name}={value}" for name, value in run.overrides.items()]
-    env = dict(os.environ)
-    if device is not None:
-        env |= {"CUDA_VISIBLE_DEVICES": device, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
-    with open(run.folder / "output.txt", "a") as output:
-        return subprocess.run(command, cwd=REPO, env=env, stdout=output, stderr=subprocess.STDOUT).returncode
-
-
-def train_all(runs: list[Run], folder: str, gpus: int, per_gpu: int) -> list[Run]:
-    """Trains what is not done yet; gives the runs that failed."""
-    slots: queue.Queue[str | None] = queue.Queue()
-    for device in devices(gpus) * per_gpu if gpus else [None]:
-        slots.put(device)
-    count, failed = slots.qsize(), []
-
-    def one(run: Run) -> int:
-        device = slots.get()
-        try:
-            return train(run, folder, device, MEMORY / per_gpu)
-        finally:
-            slots.put(device)
-
-    todo = [run for run in runs if not run.done]
-    with ThreadPoolExecutor(count) as pool, tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run") as bar:
-        futures = {pool.submit(one, run): run for run in todo}
-        for future in as_completed(futures):
-            run = futures[future]
-            if future.result() or not run.done:
-                failed.append(run)
-                bar.write(f"failed: {run.arm}, seed {run.seed}; see {run.folder / 'output.txt'}", file=sys.stderr)
-            bar.set_postfix_str(f"last: {run.arm} seed {run.seed}")
-            bar.update()
-    return failed
-
-
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/domains", help="folder of domains")
-    parser.add_argument("--out", type=Path, default=Path("runs/balance_scope"), help="folder of the runs")
     parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
-    parser.add_argument("--gpus", type=int, default=None, help="GPUs to use; default: all; 0: the CPU")
-    parser.add_argument("--per_gpu", type=int, default=1, help="runs at a time on each GPU")
-    parser.add_argument("--report_only", action="store_true", help="train nothing, compare what is finished")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a config field, for all arms")
+    pool.add_flags(parser, "runs/balance_scope")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
-    if bad := [pair for pair in arguments.set if "=" not in pair]:
-        parser.error(f"--set {bad[0]}: must be NAME=VALUE")
-    return arguments, names, dict(pair.split("=", 1) for pair in arguments.set)
+    return arguments, names, pool.extra_fields(parser, arguments)
 
 
 def main() -> int:
@@ -210,16 +92,14 @@ def main() -> int:
     if not arguments.report_only:
         folder = str(Path(arguments.data).resolve())
         runs = planned(out, names, extra)
-        try:
-            configs = {run.arm: load_config(folder, run.overrides) for run in runs}  # mistakes show before any run
-        except ValueError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        configs = pool.checked_configs(CONFIG, folder, runs)
+        if configs is None:
             return 2
         jax.config.update("jax_platforms", "cpu")  # of this process only
-        prepare(configs[names[0]], out, runs)
-        gpus = count_gpus() if arguments.gpus is None else arguments.gpus
-        print(f"{len(runs)} runs on " + (f"{gpus} GPUs, {arguments.per_gpu} at a time each" if gpus else "the CPU"))
-        failed = train_all(runs, folder, gpus, arguments.per_gpu)
+        pool.prepare(configs[names[0]], out)
+        pool.give_tokenizer(out, runs)
+        jobs = [pool.training(run, CONFIG, folder) for run in runs]
+        failed = pool.run_all(lambda: jobs, arguments.gpus, arguments.per_gpu)
     finished = balance_report.load(out, {name: (arm.label, arm.seeds) for name, arm in ARMS.items()})
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)

@@ -13,12 +13,19 @@ from moe_jax.routing import RouterStats
 CHUNK = 1024  # tokens of a device whose logits exist at one time
 
 
+class Maxima(NamedTuple):
+    """Of micro-batches, devices and hosts the largest counts, where everything else adds up."""
+
+    logit: dict[str, Float[Array, "L N"]]  # by stack of layers, see `attention.max_logits`
+
+
 class BatchSums(NamedTuple):
     """Everything the loss needs of a batch, as sums: micro-batches, devices and hosts add up."""
 
     nll: Float[Array, ""]  # Σ weight · negative log-likelihood, nats
     tokens: Float[Array, ""]  # Σ weight
     router: RouterStats
+    maxima: Maxima | None = None  # not for the loss: for QK-clip
 
 
 class LossParts(NamedTuple):

@@ -75,13 +75,14 @@ def train_metrics(
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
     aux: the step's result on the host: scalars loss, xent, load_balance, router_z (as `losses.total_loss` names its
-        parts), grad_norm, lr, and router: `RouterStats`.
+        parts), grad_norm, lr, with QK-clip max_logit and clipped_heads (above the threshold), router: `RouterStats`.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward by formula. peak: FLOP/s of all devices together; mfu is their ratio.
     """
-    row = {"step": int(step)}
     parts = [name for name in aux if name.split("/")[0] == "load_balance"]  # load_balance/<name> of further losses
-    row |= {name: float(aux[name]) for name in ("loss", "xent", *parts, "router_z", "grad_norm", "lr")}
+    names = ["loss", "xent", *parts, "router_z", "grad_norm", "lr"]
+    names += [name for name in ("max_logit", "clipped_heads") if name in aux]
+    row = {"step": int(step)} | {name: float(aux[name]) for name in names}
     row |= {
         "tokens": float(tokens),
         "tokens_per_second": float(tokens_per_second),
@@ -335,9 +336,8 @@ class Writer:
 
 def read_metrics(workdir: str | os.PathLike, kind: str = "train") -> list[dict[str, Any]]:
     """The rows of one kind in a run's `metrics.jsonl`; a last line still being written is left out."""
-    rows = []
-    for line in (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
-        rows.append(json.loads(line))
+    text = (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = map(json.loads, text.split("\n")[:-1])
     return [row for row in rows if row["kind"] == kind]
 
 

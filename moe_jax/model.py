@@ -57,14 +57,16 @@ class Output(NamedTuple):
     stats: RouterStats  # [L, G, …]
     cache: list[KVCache | None]  # the new one: of the dense layers, of the MoE layers
     choices: Choices | None  # [L, B, S, …] if the graph records them
+    max_logit: dict[str, Float[Array, "L N"]] | None  # by stack of layers as in the parameters, if the graph asks
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a GLU or an MoE."""
 
-    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, num_groups: int, backends: Backends, record: bool):
+    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, num_groups: int, backends: Backends, record: bool,
+                 max_logit: bool):  # fmt: skip
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # residual branches add up over 2·L writes
-        self.eps = cfg.norm_eps
+        self.eps, self.max_logit = cfg.norm_eps, max_logit
         self.attention_norm = init.ones((cfg.d_model,), "norm")
         self.attention = Attention(cfg, init, out_std, backends.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
@@ -74,13 +76,13 @@ class Block(nnx.Module):
             self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std)
 
     def __call__(self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Array | None):
-        y, cache = self.attention(
-            rms_norm(x, self.attention_norm[...], self.eps), inputs.positions, inputs.segments, cache, start
-        )
+        h = rms_norm(x, self.attention_norm[...], self.eps)
+        counted = inputs.info.counted if self.max_logit else None
+        y, cache, top = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
         x = x + y
         h = rms_norm(x, self.mlp_norm[...], self.eps)
         y, stats, choices = self.moe(h, inputs.info) if hasattr(self, "moe") else (self.mlp(h), None, None)
-        return x + y, stats, cache, choices
+        return x + y, stats, cache, choices, top
 
 
 REMAT = {
@@ -91,10 +93,12 @@ REMAT = {
 
 
 class Transformer(nnx.Module):
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, backends: Backends, num_groups: int = 1, record: bool = False):
-        self.cfg = cfg
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, backends: Backends, num_groups: int = 1, record: bool = False,
+                 max_logit: bool = False):  # fmt: skip
+        self.cfg, self.max_logit = cfg, max_logit
         init = Init(rngs, cfg.init_std)
-        block = functools.partial(Block, cfg, num_groups=num_groups, backends=backends, record=record)
+        block = functools.partial(Block, cfg, num_groups=num_groups, backends=backends, record=record,
+                                  max_logit=max_logit)  # fmt: skip
         self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
         if cfg.num_dense_layers:
             self.dense_layers = block(init.stack(cfg.num_dense_layers), sparse=False)
@@ -110,11 +114,13 @@ class Transformer(nnx.Module):
         out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
         x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
         dense_cache, moe_cache = cache or (None, None)
+        tops = {}
         if self.cfg.num_dense_layers:
-            x, (_, dense_cache, _) = self._scan(self.dense_layers, x, inputs, dense_cache, start)
-        x, (stats, moe_cache, choices) = self._scan(self.layers, x, inputs, moe_cache, start)
+            x, (_, dense_cache, _, tops["dense_layers"]) = self._scan(self.dense_layers, x, inputs, dense_cache, start)
+        x, (stats, moe_cache, choices, tops["layers"]) = self._scan(self.layers, x, inputs, moe_cache, start)
         hidden = rms_norm(x, self.final_norm[...], self.cfg.norm_eps)
-        return Output(hidden, stats, [dense_cache, moe_cache], choices)
+        max_logit = {name: jnp.max(top, axis=1) for name, top in tops.items()} if self.max_logit else None
+        return Output(hidden, stats, [dense_cache, moe_cache], choices, max_logit)
 
     def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start):
         graph, weights = nnx.split(blocks)
@@ -166,10 +172,14 @@ def _split(model: Transformer):
 REFERENCE = Backends("xla", "reference")  # run anywhere
 
 
-def abstract(cfg: ModelConfig, backends: Backends = REFERENCE, num_groups: int = 1, record: bool = False) -> Graph:
-    """The graph and shapes of a model; nothing is allocated. `record`: its output has every token's choices."""
+def abstract(cfg: ModelConfig, backends: Backends = REFERENCE, num_groups: int = 1, record: bool = False,
+             max_logit: bool = False) -> Graph:  # fmt: skip
+    """The graph and shapes of a model; nothing is allocated.
+
+    Its output has every token's choices with `record`, the largest attention logits of every head with `max_logit`.
+    """
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), backends, num_groups, record))
+        model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), backends, num_groups, record, max_logit))
     definition, params, _ = _split(model)
     axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     shapes = nnx.to_pure_dict(params)

@@ -1,129 +1,263 @@
 """Muon as an `optax.GradientTransformation`: orthogonalised momentum, RMS-matched, with decoupled weight decay.
 
-Usable alone: `optax.chain(optax.clip_by_global_norm(1.0), muon(3e-4))`. A leaf is a matrix or a batch of matrices; each
-matrix is orthogonalised on its own (each expert of each layer of an `[L, E, D, F]` leaf).
+Usable alone, in any optax chain: `optax.chain(optax.clip_by_global_norm(1.0), muon(3e-4))`. A leaf is a matrix or a
+batch of matrices; each matrix is orthogonalised on its own (each expert of each layer of an `[L, E, D, F]` leaf).
+
+On a mesh with Explicit axes no collective lies inside the iteration. Leaves whose matrices have one shape and are cut
+alike form a group, and a group moves once: one all-to-all makes its matrices whole and spreads them evenly over the
+devices, one brings the results back; where devices hold the same shards (`data` replicas), each takes a part of the
+matrices and one all-gather hands out the results. `plan` says what that costs. Without a mesh, under Auto axes and
+inside a `shard_map`, each leaf is one batched iteration on the matrices as they are seen there: right everywhere, but
+under Auto axes the partitioner may put collectives into the iteration.
 
 Sources: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon); arXiv:2502.16982, eqs. 1–4.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-JORDAN = (3.4445, -4.7750, 2.0315)
-
-
-def last_two_axes(path: str, leaf: Any) -> tuple[int, int]:
-    """The default rule: a 2-D leaf is one matrix. A leaf of any other rank needs a rule of its own."""
-    if leaf.ndim != 2:
-        raise ValueError(f"muon: no rule says which axes of {path} {leaf.shape} form a matrix; pass `matrix_axes`")
-    return (-2, -1)
+from moe_jax import newton_schulz
+from moe_jax.newton_schulz import Coefficients
+from moe_jax.spread import Group, Matrices, Rule, layout, one_matrix, placement
 
 
 class MuonState(NamedTuple):
-    momentum: optax.Updates
+    momentum: optax.Updates  # sharded like the parameters
 
 
 def muon(
     learning_rate: float | Callable[[Array], Array],
     *,
-    momentum: float = 0.95,
-    nesterov: bool = True,
     weight_decay: float = 0.1,
-    update_rms: float = 0.2,
-    steps: int = 5,
-    dtype: Any = jnp.bfloat16,
-    matrix_axes: Callable[[str, Any], tuple[int, int]] = last_two_axes,
+    cautious_decay: bool = False,
+    **direction: Any,
 ) -> optax.GradientTransformation:
-    """W ← W − η·(update_rms·√max(m, n)·O + λ·W), O = Newton–Schulz(G + μ·M) or (M) without Nesterov, M ← μ·M + G.
+    """W ← W − η·(scale·O + λ·W), O = Newton–Schulz(G + μ·M) or (M) without Nesterov, M ← μ·M + G.
 
     Args:
-        learning_rate: η, a number or an optax schedule. The factor update_rms·√max(m, n) gives every matrix an update
-            RMS of about `update_rms`, that of AdamW, so AdamW's η and λ carry over.
-        momentum: μ in [0, 1), in sum form.
+        learning_rate: η, a number or an optax schedule.
         weight_decay: λ, decoupled, multiplied by η.
-        steps: Newton–Schulz steps with Jordan's quintic; singular values end in about [0.7, 1.2].
-        dtype: of the iteration. The momentum stays in the gradient's dtype.
-        matrix_axes: (path, leaf) → the two axes of the leaf that form a matrix; all others are batch axes. Raise
-            ValueError for a leaf of unknown geometry.
+        cautious_decay: decay only the entries that the update shrinks too (arXiv:2510.12402).
+        direction: the arguments of `scale_by_muon`.
     """
-    scale = scale_by_muon(momentum, nesterov, update_rms, steps, dtype, matrix_axes)
-    return optax.chain(scale, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
+    decay = _cautious_decay(weight_decay) if cautious_decay else optax.add_decayed_weights(weight_decay)
+    return optax.chain(scale_by_muon(**direction), decay, optax.scale_by_learning_rate(learning_rate))
 
 
-def scale_by_muon(momentum, nesterov, update_rms, steps, dtype, matrix_axes) -> optax.GradientTransformation:
-    """The direction of `muon`: before weight decay and learning rate."""
+def scale_by_muon(
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    coefficients: str | Coefficients = "jordan",
+    scale: Literal["match_rms", "spectral"] = "match_rms",
+    update_rms: float = 0.2,
+    dtype: Any = jnp.bfloat16,
+    matrices: Rule = one_matrix,
+) -> optax.GradientTransformation:
+    """scale·O: the direction of `muon`, before weight decay and learning rate.
+
+    Args:
+        momentum: μ in [0, 1), in sum form.
+        coefficients: a name in `newton_schulz.SETS`, or Coefficients.
+        scale: "match_rms", update_rms·√max(m, n): every matrix gets an update RMS of about `update_rms`, that of AdamW,
+            so AdamW's η and λ carry over. "spectral", √max(1, n/m) for m inputs and n outputs. Of one head's m and n
+            where `matrices` says so.
+        dtype: of the iteration, and of what moves between devices. The momentum stays in the parameter's dtype.
+        matrices: which axes of a leaf form its matrices. Raises ValueError for a leaf of unknown geometry.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r}: must be one of {', '.join(SCALES)}")
+    chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
+    iterate = functools.partial(newton_schulz.orthogonalize, coefficients=chosen, dtype=dtype)
+    factor = lambda block: SCALES[scale](*block) * (update_rms if scale == "match_rms" else 1.0)
 
     def init(params):
-        jax.tree_util.tree_map_with_path(lambda path, p: matrix_axes(jax.tree_util.keystr(path), p), params)
+        layout(params, matrices)
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
     def update(grads, state, params=None):
         del params
-        m = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, grads)
-        direction = jax.tree.map(lambda m, g: g + momentum * m, m, grads) if nesterov else m
-
-        def one(path, x):
-            axes = matrix_axes(jax.tree_util.keystr(path), x)
-            matrices = jnp.moveaxis(x, axes, (-2, -1))
-            factor = update_rms * math.sqrt(max(matrices.shape[-2:]))
-            o = spread_over_mesh(functools.partial(orthogonalize, steps=steps, dtype=dtype), matrices)
-            return jnp.moveaxis(factor * o.astype(x.dtype), (-2, -1), axes)
-
-        return jax.tree_util.tree_map_with_path(one, direction), MuonState(m)
+        m = jax.tree.map(lambda m, g: (momentum * m + g).astype(m.dtype), state.momentum, grads)
+        direction = jax.tree.map(lambda m, g: (g + momentum * m).astype(g.dtype), m, grads) if nesterov else m
+        flat, tree = jax.tree.flatten(direction)
+        out: list = [None] * len(flat)
+        for group in layout(direction, matrices):
+            results = group.map(iterate, [flat[leaf.index].astype(dtype) for leaf in group.leaves])
+            for leaf, o in zip(group.leaves, results, strict=True):
+                x = flat[leaf.index]
+                out[leaf.index] = (factor(leaf.block) * o.astype(jnp.float32)).astype(x.dtype)
+        return jax.tree.unflatten(tree, out), MuonState(m)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalize(x: Float[Array, "*L m n"], steps: int = 5, dtype: Any = jnp.bfloat16) -> Float[Array, "*L m n"]:
-    """U·Vᵀ of each matrix, approximately: quintic Newton–Schulz from X / ‖X‖_F. A zero matrix stays zero.
+SCALES = {  # by (inputs, outputs) of one matrix
+    "match_rms": lambda m, n: math.sqrt(max(m, n)),
+    "spectral": lambda m, n: math.sqrt(max(1.0, n / m)),
+}
 
-    X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ, on the side where A is smaller. Source: arXiv:2502.16982, eq. 2.
+
+def _cautious_decay(weight_decay: float) -> optax.GradientTransformation:
+    # An update u moves W by −η·u: it shrinks the entries of its own sign.
+    decay = lambda u, w: u + weight_decay * jnp.where(u * w > 0, w, jnp.zeros_like(w)).astype(u.dtype)
+    return optax.stateless(lambda updates, params: jax.tree.map(decay, updates, params))
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+class PlanRow(NamedTuple):
+    """One group. FLOPs and bytes of one device and one step; bytes are those it sends, as many as it receives."""
+
+    leaves: tuple[str, ...]
+    shape: tuple[int, int]  # of one matrix
+    matrices: int
+    per_device: int  # matrices that every device gets, zeros included
+    padding: float  # the share of zeros among them
+    flops: int
+    bytes_in: int  # all-to-all that makes the matrices whole
+    bytes_out: int  # all-to-all of the results
+    bytes_gather: int  # all-gather of the results over devices that hold the same shards
+
+
+class Plan(NamedTuple):
+    """What the matrices of a parameter tree cost in each step, beside AdamW's traffic for the whole tree."""
+
+    devices: int
+    steps: int
+    dtype: str
+    rows: tuple[PlanRow, ...]
+    adamw_bytes: int  # sent by a device: gradients and parameters, see `plan`
+    state_bytes: int  # of a device: one momentum for matrices, AdamW's two for the rest
+    adamw_state_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """That Muon adds."""
+        return sum(row.bytes_in + row.bytes_out + row.bytes_gather for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """Traffic of a step with Muon against AdamW's."""
+        return 1.0 + (self.bytes / self.adamw_bytes if self.adamw_bytes else 0.0)
+
+    def __str__(self) -> str:
+        rows = [("matrices", "shape", "a device", "padding", "GFLOP", "MB in", "MB out", "MB gather")]
+        for r in self.rows:
+            sizes = (r.flops / 1e9, r.bytes_in / 1e6, r.bytes_out / 1e6, r.bytes_gather / 1e6)
+            shape = "×".join(map(str, r.shape))
+            rows.append((str(r.matrices), shape, str(r.per_device), f"{r.padding:.1%}", *map(_short, sizes)))
+        if self.devices == 1:  # nothing moves
+            rows = [row[:5] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        names = ["", *(_names(row.leaves) for row in self.rows)]
+        mb = lambda n: f"{_short(n / 1e6)} MB"
+        on = "1 device" if self.devices == 1 else f"each of {self.devices} devices"
+        traffic = (
+            f"; {mb(self.bytes)} sent, beside {mb(self.adamw_bytes)} of gradients and parameters: "
+            f"{self.ratio:.2f} of AdamW's traffic"
+        )
+        return "\n".join(
+            [
+                f"muon: {self.steps} steps in {self.dtype}; a step of {on}:",
+                *(f"  {line}  {name}".rstrip() for line, name in zip(lines, names, strict=True)),
+                f"  {_short(self.flops / 1e9)} GFLOP{traffic if self.devices > 1 else ''}",
+                f"  optimizer state {mb(self.state_bytes)}; AdamW's {mb(self.adamw_state_bytes)}",
+            ]
+        )
+
+
+def _short(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _names(paths: tuple[str, ...]) -> str:
+    """`layers/moe/w_down, w_gate, w_up`: a folder is named once."""
+    out, last = [], None
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        out.append(name if folder == last else path)
+        last = folder
+    return ", ".join(out)
+
+
+def plan(
+    params: Any,
+    matrices: Callable[[str, Any], Matrices | None],
+    *,
+    coefficients: str | Coefficients = "jordan",
+    dtype: Any = jnp.bfloat16,
+) -> Plan:
+    """The plan for all parameters: arrays, or ShapeDtypeStructs with a sharding (an abstract mesh will do).
+
+    `matrices` gives None for leaves that are AdamW's. AdamW's traffic, as in arXiv:2502.16982, §2.3: float32 gradients
+    are reduced and scattered over the mesh axes that shard a leaf, and its parameters gathered in their own type; over
+    the other mesh axes gradients are all-reduced. Mesh axes on batch axes of matrices (experts) are expert parallelism:
+    those weights stay in place.
     """
-    tall = x.shape[-2] > x.shape[-1]
-    norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
-    y = (x / (norm + 1e-7)).astype(dtype)
-    # HIGHEST matters for float32 only: accelerators would otherwise multiply in tf32 or bf16.
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
+    mine, adamw_bytes, state_bytes, adamw_state_bytes, devices = {}, 0, 0, 0, 1
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        placed, where = placement(x), matrices(name, x)
+        local = x.size // placed.parts(*placed.used)
+        states = 2 if where is None else 1
+        gathered = placed.used if where is None else [placed.used[a] for a in where.axes]
+        replicas = placed.parts(placed.idle)
+        adamw_bytes += local * (placed.parts(*gathered) - 1) * (4 + x.dtype.itemsize)
+        adamw_bytes += 2 * 4 * local * (replicas - 1) // replicas
+        state_bytes += states * local * x.dtype.itemsize
+        adamw_state_bytes += 2 * local * x.dtype.itemsize
+        devices = max(devices, math.prod(placed.sizes.values()))
+        if where is not None:
+            mine[name] = x
+    groups = layout(mine, matrices)
+    rows = _join(_row(group, devices, len(chosen.steps), jnp.dtype(dtype).itemsize) for group in groups)
+    return Plan(devices, len(chosen.steps), jnp.dtype(dtype).name, rows, adamw_bytes, state_bytes, adamw_state_bytes)
 
-    def step(y, coefficients):
-        a, b, c = coefficients  # float32: rounded to bf16, 3.4445 is 3.4375 and the error of the result doubles
-        gram = product("...mk,...nk->...mn", y, y)
-        polynomial = (b * gram + c * product("...mk,...kn->...mn", gram, gram)).astype(dtype)
-        return (a * y + product("...mk,...kn->...mn", polynomial, y)).astype(dtype), None
 
-    coefficients = jnp.tile(jnp.asarray(JORDAN, jnp.float32), (steps, 1))
-    y, _ = jax.lax.scan(step, jnp.swapaxes(y, -2, -1) if tall else y, coefficients)
-    return jnp.swapaxes(y, -2, -1) if tall else y
+def _join(rows: Iterable[PlanRow]) -> tuple[PlanRow, ...]:
+    """Groups of one shape that do not move, each a leaf of its own, in one row."""
+    out: dict[Any, PlanRow] = {}
+    for i, row in enumerate(rows):
+        key = i if row.bytes_in or row.bytes_gather else (row.shape, row.padding)
+        before = out.get(key)
+        if before is not None:
+            row = before._replace(
+                leaves=before.leaves + row.leaves,
+                matrices=before.matrices + row.matrices,
+                per_device=before.per_device + row.per_device,
+                flops=before.flops + row.flops,
+            )
+        out[key] = row
+    return tuple(out.values())
 
 
-def spread_over_mesh(fn: Callable[[Array], Array], x: Float[Array, "*L m n"]) -> Float[Array, "*L m n"]:
-    """fn(x) with every matrix whole on one device: one reshard in, one out, no collective in between.
-
-    The batch axes are spread over the mesh axes that divide them; a mesh axis that divides none repeats the work.
-    """
-    sharding = jax.typeof(x).sharding
-    sizes = dict(sharding.mesh.shape)
-    if not sizes:
-        return fn(x)
-    old = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-    as_tuple = lambda names: () if names is None else names if isinstance(names, tuple) else (names,)
-    new = [as_tuple(names) for names in old[:-2]]
-    used = {name for names in new for name in names}
-    # First the axes that cut the matrices (moving them is an all-to-all), then idle ones such as `data`.
-    cutting = [name for names in old[-2:] for name in as_tuple(names)]
-    for name in dict.fromkeys([*cutting, *sizes]):
-        for i, names in enumerate(new):
-            parts = math.prod(sizes[n] for n in names) * sizes[name]
-            if name not in used and x.shape[i] % parts == 0:
-                new[i] = (*names, name)
-                used.add(name)
-    y = fn(jax.sharding.reshard(x, PartitionSpec(*[n or None for n in new], None, None)))
-    return jax.sharding.reshard(y, PartitionSpec(*old))
+def _row(group: Group, devices: int, steps: int, itemsize: int) -> PlanRow:
+    parts, m, n = math.prod(group.parts), *group.shape
+    block = group.leaves[0].block
+    total = sum(math.prod(leaf.shape) for leaf in group.leaves) // (m * n)
+    exchanged = group.per_device * m * n * itemsize * (parts - 1) // parts
+    return PlanRow(
+        leaves=tuple(leaf.path for leaf in group.leaves),
+        shape=group.shape,
+        matrices=total,
+        per_device=group.per_device,
+        padding=1.0 - total / (group.per_device * devices),
+        flops=group.per_device * (m * n // math.prod(block)) * newton_schulz.flops(*block, steps),
+        bytes_in=exchanged,
+        bytes_out=exchanged,
+        bytes_gather=group.per_device * m * n * itemsize * (group.replicas - 1),
+    )

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import muon
+from moe_jax import muon, newton_schulz, sharding
 from moe_jax.config import OptimConfig
+from moe_jax.spread import Matrices
 
 # First match wins; `label_params` refuses a parameter without a rule and a rule without a parameter.
 # Every parameter decays, norms included: without it their scales and the output RMS grow (arXiv:2502.16982, app. D).
@@ -18,6 +19,17 @@ RULES = (
     (r"norm$", "adamw"),
     (r"/w_router$", "router"),
     (r"/w_(q|k|v|o|gate|up|down)$", "matrix"),
+)
+
+# Matrices of the leaves that are Muon's: the axes, of which the last two are input and output. Gate and up projections
+# are leaves of their own. The router is a matrix like the others: Moonlight's released code gives Muon every weight of
+# two or more dimensions but embedding and head, and the router spectra of its paper (§3.4) come from that.
+GEOMETRY = (
+    (r"/w_router$", "layers in out"),
+    (r"(^|/)attention/w_(q|k|v)$", "layers in heads"),
+    (r"(^|/)attention/w_o$", "layers heads out"),
+    (r"(^|/)moe/w_(gate|up|down)$", "layers experts in out"),
+    (r"(^|/)(mlp|shared)/w_(gate|up|down)$", "layers in out"),
 )
 
 
@@ -66,8 +78,24 @@ def schedule(cfg: OptimConfig, steps: int) -> Callable[[Any], Any]:
     return optax.join_schedules([warmup, body], [cfg.warmup_steps])
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW or Muon by label."""
+def matrices_of(cfg: OptimConfig, head_dim: int = 0) -> Callable[[str, Any], Matrices]:
+    """Muon's rule for the parameters here. It raises ValueError for one of unknown name or rank."""
+    if cfg.per_head and not head_dim:
+        raise ValueError("optim.per_head needs the model's head_dim")
+
+    def rule(path: str, leaf: Any) -> Matrices:
+        for pattern, axes in GEOMETRY:
+            names = axes.split()
+            if re.search(pattern, path) and leaf.ndim == len(names):
+                split = cfg.per_head and "heads" in names[-2:]
+                return Matrices(heads=(names[-2:].index("heads"), head_dim) if split else None)
+        raise ValueError(f"no matrices known for the parameter {path} {leaf.shape}; add a line to optim.GEOMETRY")
+
+    return rule
+
+
+def make_optimizer(cfg: OptimConfig, steps: int, head_dim: int = 0) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW or Muon by label. `head_dim` is needed for `cfg.per_head` only."""
     lr = schedule(cfg, steps)
     adamw = optax.adamw(lr, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay)
     if cfg.name == "adamw":
@@ -75,24 +103,51 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     else:
         matrix = muon.muon(
             lr,
+            weight_decay=cfg.weight_decay,
+            cautious_decay=cfg.cautious_decay,
             momentum=cfg.momentum,
             nesterov=cfg.nesterov,
-            weight_decay=cfg.weight_decay,
+            coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
+            scale=cfg.scale,
             update_rms=cfg.update_rms,
-            steps=cfg.newton_schulz_steps,
             dtype=jnp.dtype(cfg.newton_schulz_dtype),
-            matrix_axes=lambda path, leaf: (-2, -1),  # every weight is [..., in, out]; the label table let it in
+            matrices=matrices_of(cfg, head_dim),
         )
         by_label = {"adamw": adamw, "router": matrix if cfg.router == "muon" else adamw, "matrix": matrix}
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     return optax.chain(clip, optax.partition(by_label, label_params))
 
 
-def describe(cfg: OptimConfig, shapes: Any) -> str:
-    """One line per label: who updates how many parameters."""
-    labels = jax.tree.leaves(label_params(shapes))
-    who = {"adamw": "adamw", "router": cfg.router if cfg.name == "muon" else "adamw", "matrix": cfg.name}
+def owners(cfg: OptimConfig) -> dict[str, str]:
+    """Which optimizer updates the parameters of each label."""
+    return {"adamw": "adamw", "router": cfg.router if cfg.name == "muon" else "adamw", "matrix": cfg.name}
+
+
+def muon_plan(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int = 0) -> muon.Plan:
+    """What Muon costs for a `model.Graph`'s parameters on a mesh of these axis sizes; nothing is allocated."""
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit)
+
+    def placed(x, names):
+        spec = sharding.weight_spec(names, x.shape, sizes)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    who, rule = owners(cfg), matrices_of(cfg, head_dim)
+    labels = {path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(label_params(graph.shapes))}
+    return muon.plan(
+        jax.tree.map(placed, graph.shapes, graph.axes),
+        lambda path, leaf: rule(path, leaf) if who[labels[path]] == "muon" else None,
+        coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
+        dtype=jnp.dtype(cfg.newton_schulz_dtype),
+    )
+
+
+def describe(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int = 0) -> str:
+    """Who updates how many parameters of a `model.Graph`, and what Muon costs on a mesh of these axis sizes."""
+    labels = jax.tree.leaves(label_params(graph.shapes))
+    who = owners(cfg)
     sums = {label: 0 for label in who}
-    for label, x in zip(labels, jax.tree.leaves(shapes), strict=True):
+    for label, x in zip(labels, jax.tree.leaves(graph.shapes), strict=True):
         sums[label] += x.size
-    return "; ".join(f"{label}: {who[label]}, {n:,} parameters" for label, n in sums.items())
+    line = "; ".join(f"{label}: {who[label]}, {n:,} parameters" for label, n in sums.items())
+    return f"{line}\n{muon_plan(cfg, graph, sizes, head_dim)}" if "muon" in who.values() else line

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax import losses, model, optim, routing, sharding
+from moe_jax import attention, losses, model, optim, routing, sharding
 from moe_jax.config import RunConfig
 from moe_jax.layers import weight
-from moe_jax.losses import BatchSums
+from moe_jax.losses import BatchSums, Maxima
 from moe_jax.moe import TokenInfo
 from moe_jax.routing import ChoiceSums, RouterStats
 
@@ -57,9 +57,9 @@ def _platform(mesh: Mesh) -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
-def _graph(cfg: RunConfig, mesh: Mesh, num_groups: int, record: bool = False) -> model.Graph:
+def _graph(cfg: RunConfig, mesh: Mesh, num_groups: int, **outputs: bool) -> model.Graph:
     backends, _ = model.Backends.choose(cfg.model, *_platform(mesh))
-    return model.abstract(cfg.model, backends, num_groups, record)
+    return model.abstract(cfg.model, backends, num_groups, **outputs)
 
 
 def describe_backends(cfg: RunConfig, mesh: Mesh) -> str:
@@ -86,7 +86,7 @@ def init_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
 
 def _init(cfg: RunConfig, jit: Callable) -> TrainState:
     params, bias = model.init(cfg.model, jax.random.key(cfg.seed))
-    opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps).init)(params)
+    opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim).init)(params)
     return TrainState(jnp.zeros((), jnp.int32), params, bias, opt_state)
 
 
@@ -153,12 +153,14 @@ def _forward(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch
 
 def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
     """(params, router_bias, batch, step) → ((loss, (parts, sums)), gradients) of the optimizer batch."""
-    graph, count = _graph(cfg, mesh, cfg.balance_groups), cfg.train.micro_batches
+    first_pass, count = _graph(cfg, mesh, cfg.balance_groups), cfg.train.micro_batches
+    graph = _graph(cfg, mesh, cfg.balance_groups, max_logit=cfg.optim.qk_clip > 0)
 
     def loss(params, bias, batch, step, frame_of: Callable):
         """Of a (micro-)batch, in the frame that `frame_of` makes from its router statistics."""
         nll, out = _forward(graph, cfg, params, bias, batch)
-        sums = BatchSums(jnp.sum(nll * batch.weights), jnp.sum(batch.weights), out.stats)
+        maxima = Maxima(out.max_logit) if out.max_logit else None
+        sums = BatchSums(jnp.sum(nll * batch.weights), jnp.sum(batch.weights), out.stats, maxima)
         value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, frame_of(out.stats))
         return value, (parts, sums)
 
@@ -166,7 +168,7 @@ def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
 
     def exact(params, bias, micro, step, weights):
         """First pass: the statistics of all micro-batches, without logits or gradients."""
-        stats_of = lambda part: _hidden(graph, cfg, params, bias, part)[0].stats
+        stats_of = lambda part: _hidden(first_pass, cfg, params, bias, part)[0].stats
         frame = losses.exact_frame(weights, _sum_over(lambda _, part: stats_of(part), micro))
         return _sum_over(lambda _, part: value_and_gradients(params, bias, part, step, lambda stats: frame), micro)
 
@@ -197,11 +199,22 @@ def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
 
 
 def _sum_over(fn: Callable, micro: Batch) -> Any:
-    """Σ over micro-batches of fn(sum so far, micro-batch), any pytree; None stands for no sum, to learn its shape."""
+    """Σ over micro-batches of fn(sum so far, micro-batch), any pytree; None stands for no sum, to learn its shape.
+
+    Of `Maxima` in it, the largest instead.
+    """
+    is_max = lambda node: isinstance(node, Maxima)
+
+    def empty(node):
+        fill = -jnp.inf if is_max(node) else 0
+        return jax.tree.map(lambda x: jnp.full(x.shape, fill, x.dtype, out_sharding=x.sharding), node)
+
+    join = lambda a, b: jax.tree.map(jnp.maximum if is_max(a) else jnp.add, a, b)
     first = jax.tree.map(lambda x: x[0], micro)
     like = jax.eval_shape(lambda part: fn(None, part), first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), like)
-    return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, fn(acc, part)), None), zeros, micro)[0]
+    start = jax.tree.map(empty, like, is_leaf=is_max)
+    step = lambda acc, part: (jax.tree.map(join, acc, fn(acc, part), is_leaf=is_max), None)
+    return jax.lax.scan(step, start, micro)[0]
 
 
 def _deal_tokens(cfg: RunConfig, shape: tuple[int, int], step: Int[Array, ""]) -> Int[Array, "B S"]:
@@ -217,13 +230,13 @@ def _deal_tokens(cfg: RunConfig, shape: tuple[int, int], step: Int[Array, ""]) -
 def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """Jitted (state, batch) → (new state, what metrics.py names). The old state's buffers are donated."""
     gradients = make_gradients(cfg, mesh)
-    optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
+    optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
     lr = optim.schedule(cfg.optim, cfg.train.steps)
 
     def train_step(state: TrainState, batch: Batch):
         (loss, (parts, sums)), grads = gradients(state.params, state.router_bias, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, clipping = _clip_logits(optax.apply_updates(state.params, updates), sums.maxima, cfg.optim.qk_clip)
         counts = jnp.sum(sums.router.tokens_per_expert, axis=1)
         update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
         bias = jax.tree.map(lambda b: routing.update_bias(b, counts, *update), state.router_bias)
@@ -234,10 +247,21 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
             "lr": jnp.asarray(lr(state.step), jnp.float32),
             "tokens": sums.tokens,
             "router": sums.router,
+            **clipping,
         }
         return TrainState(state.step + 1, params, bias, opt_state), aux
 
     return _under(mesh, jax.jit(train_step, donate_argnums=0))
+
+
+def _clip_logits(params: dict, maxima: Maxima | None, threshold: float) -> tuple[dict, dict]:
+    """QK-clip of all layers, from the maxima of the step's own forward pass, and what is logged of it."""
+    if maxima is None:
+        return params, {}
+    clip = lambda name, top: {**params[name], "attention": attention.qk_clip(params[name]["attention"], top, threshold)}
+    tops = jnp.concatenate(list(maxima.logit.values()))
+    scalars = {"max_logit": jnp.max(tops), "clipped_heads": jnp.sum(tops > threshold).astype(jnp.float32)}
+    return {**params, **{name: clip(name, top) for name, top in maxima.logit.items()}}, scalars
 
 
 def make_eval_step(cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = False) -> Callable[..., EvalSums]:
@@ -245,7 +269,7 @@ def make_eval_step(cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = 
 
     `record` adds `EvalSums.choices`, and `earlier`, (params, router_bias) of another checkpoint, `choices.kept`.
     """
-    graph = _graph(cfg, mesh, num_domains, record)
+    graph = _graph(cfg, mesh, num_domains, record=record)
 
     def eval_step(params, bias, batch, earlier=None) -> EvalSums:
         nll, out = _forward(graph, cfg, params, bias, batch)

@@ -181,6 +181,45 @@ def test_experts():
     assert row.split() == ["0", "1.00", "1", "0.00%", "1.40", "0.000", "bits", "75.0%"]
 
 
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 12), (12, 5)])
+def test_svd_entropy_of_known_spectra(shape):
+    """Orthogonal rows: 1. Rank one: 0. Two equal values of n: log 2 / log n. Scale does not count."""
+    rng = np.random.default_rng(0)
+    n = min(shape)
+    u, _, vt = np.linalg.svd(rng.normal(size=(2, *shape)), full_matrices=False)
+    of = lambda values: analysis.svd_entropy(7.0 * (u * np.asarray(values, float)) @ vt)
+    np.testing.assert_allclose(of([1] * n), [1, 1], atol=1e-12)
+    np.testing.assert_allclose(of([1] + [0] * (n - 1)), [0, 0], atol=1e-12)
+    np.testing.assert_allclose(of([1, 1] + [0] * (n - 2)), [np.log(2) / np.log(n)] * 2, atol=1e-12)
+    sigma = rng.uniform(0.1, 3.0, n)
+    q = sigma**2 / np.sum(sigma**2)
+    np.testing.assert_allclose(of(sigma), [-(q * np.log(q)).sum() / np.log(n)] * 2, atol=1e-12)
+    assert np.isnan(analysis.svd_entropy(np.zeros(shape))) and np.isnan(analysis.svd_entropy(np.ones((1, 5))))
+
+
+def test_matrices_by_kind():
+    """Every parameter of a model with dense layers and shared experts has a kind; none is left out or twice."""
+    c = config.default_config()
+    c.model.update(num_layers=3, num_dense_layers=1, qk_norm=True)
+    c.model.moe.update(num_experts=8, num_shared_experts=1)
+    shapes = model.abstract(config.build(c).model).shapes
+    counter = iter(range(1000))
+    params = jax.tree.map(lambda x: np.full(x.shape, next(counter) + 1.0, np.float32), shapes)
+    found = analysis.matrices(params)
+    glu = {f"{kind} {x}" for kind in ("expert", "shared", "dense") for x in ("gate", "up", "down")}
+    assert set(found) == {"embedding", "head", "router", *(f"attention {x}" for x in "qkvo"), *glu}
+    assert found["embedding"].shape == (1, 512, 128) and found["expert down"].shape == (2, 8, 256, 128)
+    q = [params[name]["attention"]["w_q"].flat[0] for name in ("dense_layers", "layers")]
+    np.testing.assert_allclose(analysis.rms(found["attention q"]), [q[0], q[1], q[1]])
+    matrices_of = [x for x in jax.tree.leaves(params) if x.ndim > 2 or x.shape == (512, 128)]
+    assert sum(x.size for x in found.values()) == sum(x.size for x in matrices_of)
+    with pytest.raises(ValueError, match="no kind for the parameter layers/moe/w_new"):
+        analysis.matrices({"layers": {"moe": {"w_new": np.zeros((1, 2, 2))}}})
+
+
 # --- arrays and figures ----------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ def collectives(micro_batches: int, accumulation: str) -> list[tuple[str, list[t
     c.model.update(vocab_size=48, d_model=D, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4)
     c.model.moe.update(num_experts=E, top_k=3, d_expert=12, selection_bias=True)
     c.loss.update(balance_batch=str(B // GROUPS), accumulation=accumulation)
+    c.optim.name = "adamw"  # Muon exchanges the routers' momentum: tests/test_muon_mesh.py
     c.data.update(batch_size=B, seq_len=S)
     c.data.tokenizer.update(kind="huggingface", path="none")
     c.train.micro_batches = micro_batches

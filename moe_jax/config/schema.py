@@ -207,10 +207,22 @@ class OptimConfig(_Checked):
     eps: float = _number(1e-8, 0.0)
     momentum: float = _number(0.95, 0.0, 1.0)  # Muon
     nesterov: bool = True
+    # Polynomials of Newton–Schulz, with 5 steps but for deepseek_v4's 10; jordan's may be repeated any number of times.
+    coefficients: Literal["jordan", "you", "polar_express", "cans", "deepseek_v4"] = "jordan"
     newton_schulz_steps: int = _number(5, 1, 20)
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    update_rms: float = _number(0.2, 0.0)  # Muon's update is scaled by update_rms · √max(m, n)
+    scale: Literal["match_rms", "spectral"] = "match_rms"  # update_rms · √max(in, out), or √max(1, out/in)
+    update_rms: float = _number(0.2, 0.0)
+    per_head: bool = False  # each head of w_q, w_k, w_v and w_o is a matrix of its own
+    cautious_decay: bool = False  # Muon's matrices decay only where the update shrinks them too (arXiv:2510.12402)
     router: Literal["muon", "adamw"] = "muon"  # who updates the router; Moonlight's released code: Muon
+    qk_clip: float = _number(0.0, 0.0)  # attention logits above it shrink w_q and w_k (Kimi K2: 100); 0 is off
+
+    def check(self):
+        need = {"jordan": self.newton_schulz_steps, "deepseek_v4": 10}.get(self.coefficients, 5)
+        rule = f"must be {need} with coefficients={self.coefficients!r}"
+        steps = self.newton_schulz_steps
+        require(steps == need, "newton_schulz_steps", steps, rule, f"nearest valid: {need}")
 
 
 @dataclass(frozen=True)
@@ -327,6 +339,9 @@ class RunConfig(_Checked):
                  f"must hold the tokenizer's {need} tokens", f"nearest valid: {need}")  # fmt: skip
         require(self.optim.warmup_steps < self.train.steps, "optim.warmup_steps", self.optim.warmup_steps,
                  f"must be < train.steps={self.train.steps}", f"nearest valid: {self.train.steps - 1}")  # fmt: skip
+        require(not (self.optim.qk_clip and self.model.qk_norm), "optim.qk_clip", self.optim.qk_clip,
+                 "has no effect with model.qk_norm=True, which undoes any scale of w_q and w_k and bounds the logits",
+                 "nearest valid: 0.0")  # fmt: skip
 
     def _check_loss(self, b: int) -> None:
         more = self.loss.more_load_balance.items()

@@ -1,0 +1,83 @@
+"""Compile an optimizer update for TPU pod slices that are not here, and read what it does from the compiled program.
+
+    pip install "libtpu==0.0.42.*"    # the version that the installed jax asks for in its extra "tpu"
+    JAX_PLATFORMS=cpu python -m benchmarks.aot_optimizer --config=configs/demons_43b.py --config.optim.name=muon \\
+        --topology=v5p:2x4x8 --topology=v5p:4x8x8
+
+Needs no TPU. Prints, per chip: Newton–Schulz FLOPs of the plan, next to all matrices' FLOPs divided by the chips (1.00:
+no work is repeated and no chip idles) and to what XLA counts in the program (loops once, so a fifth of the iteration);
+bytes that collectives receive, next to the plan's; bytes of arguments and temporaries. Minutes to compile.
+"""
+
+import math
+import os
+import re
+import time
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+import jax
+from absl import flags
+from jax.experimental import topologies
+
+from moe_jax import cli, config, model, newton_schulz, optim, sharding, step
+
+CONFIG = cli.define_config()
+TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5p:2x4x8", "v5p:4x8x8"], "TPU topologies, 64 and 256 chips")
+MESH = flags.DEFINE_string("mesh", "", "data,fsdp,expert with one -1; default: the config's expert axis, fsdp the rest")
+
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
+COLLECTIVES = "all-to-all|all-gather|reduce-scatter|all-reduce|collective-permute|ragged-all-to-all"
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+def size_of(shapes: str) -> int:
+    """Bytes of the arrays in an HLO result type."""
+    one = lambda kind, dims: BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+    return sum(one(kind, dims) for kind, dims in SHAPE.findall(shapes))
+
+
+def received(text: str) -> dict[str, int]:
+    """Bytes of the results of each kind of collective in a compiled module; loops are counted once."""
+    out: dict[str, int] = {}
+    for result, kind in re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text):
+        out[kind] = out.get(kind, 0) + size_of(result.split(")")[0])
+    return out
+
+
+def shape_of(chips: int, cfg: config.RunConfig) -> tuple[int, int, int]:
+    if MESH.value:
+        sizes = [int(n) for n in MESH.value.split(",")]
+    else:
+        sizes = [max(cfg.mesh.data, 1), -1, max(cfg.mesh.expert, 1)]
+    rest = chips // math.prod(n for n in sizes if n != -1)
+    return tuple(rest if n == -1 else n for n in sizes)
+
+
+def main(_):
+    cfg = config.build(CONFIG.value)
+    optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
+    for name in TOPOLOGY.value:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        mesh = sharding.make_mesh(shape_of(len(devices), cfg), devices)
+        state = step.abstract_state(cfg, mesh)
+        began = time.time()
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(optimizer.update).lower(state.params, state.opt_state, state.params).compile()
+        memory, moved = compiled.memory_analysis(), received(compiled.as_text())
+        counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+        plan = optim.muon_plan(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim)
+        fair = sum(r.matrices * newton_schulz.flops(*r.shape, plan.steps) for r in plan.rows) / len(devices)
+        mib = lambda n: f"{n / 2**20:,.1f} MiB"
+        print(
+            f"{name}: {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}, {time.time() - began:.0f} s"
+        )
+        print(f"  GFLOP a chip: plan {plan.flops / 1e9:,.1f} = {plan.flops / fair:.2f} of an even share; "
+              f"XLA {counted / 1e9:,.1f}, loops once")  # fmt: skip
+        print(f"  plan: {mib(plan.bytes)} sent, {plan.ratio:.3f} of AdamW's traffic; "
+              f"program receives {({k: mib(v) for k, v in moved.items()})}")  # fmt: skip
+        arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        print(f"  arguments {mib(arguments)}, temporaries {mib(temporaries)}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

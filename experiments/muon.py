@@ -1,0 +1,224 @@
+"""AdamW against Muon on one model and one corpus: learning rates, tokens needed, update scale, weight decay, spectra.
+
+    python -m experiments.multi_domain_text data/domains --local=FOLDER
+    python -m experiments.muon --data=data/domains --out=runs/muon --part=a,b,c,d
+
+Every run is `configs/balance_scope.py` with the optimizer's fields changed; runs that share a seed share initial
+weights and every batch. First the learning rates are swept for both optimizers; where the best one is at an end of the
+sweep, the sweep goes on. At the best rates:
+
+    a   three seeds of both; Muon on 80 %, 65 % and 50 % of the tokens, each with a whole schedule of its own
+    b   Muon's update RMS from 0.05 to 0.8
+    c   both without weight decay; update and weight RMS of every kind of matrix
+    d   SVD entropy of every matrix: no further run
+
+Each GPU trains `--per_gpu` runs at a time. Run again to go on: finished runs are kept, the others start from their last
+checkpoint. `--plan` says how many runs there are and what they take; `--only` picks some by name, such as
+`muon_lr0.002*,*/seed0`. The comparison is OUT/table.md, OUT/results.json and OUT/*.png; `--report_only` writes these.
+"""
+
+import argparse
+import fnmatch
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import muon_figures, muon_report, pool
+from experiments.pool import Job, Run
+
+CONFIG = "configs/balance_scope.py"
+MINUTES = 3.5  # of a run with all tokens on one H200
+LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+EXTENSIONS = 2  # times that a sweep may go on past an end
+SEEDS = (0, 1, 2)
+UPDATE_RMS = (0.05, 0.1, 0.4, 0.8)  # and the default
+TOKENS = (0.8, 0.65, 0.5)  # shares of the tokens
+PARTS = {"a": "learning rates and tokens", "b": "update RMS", "c": "weight decay and RMS", "d": "SVD entropy"}
+
+DEFAULTS = {"train.log_every": 5, "train.keep_checkpoints": 1, "sample.tokens": 0}
+
+
+class Arm(NamedTuple):
+    optimizer: str
+    lr: float
+    update_rms: float = 0.2
+    weight_decay: float = 0.1
+    tokens: float = 1.0  # share of them
+
+    @property
+    def name(self) -> str:
+        parts = [self.optimizer, f"lr{self.lr:g}"]
+        parts += [f"rms{self.update_rms:g}"] if self.update_rms != 0.2 else []
+        parts += [f"decay{self.weight_decay:g}"] if self.weight_decay != 0.1 else []
+        parts += [f"tokens{self.tokens:g}"] if self.tokens != 1.0 else []
+        return "_".join(parts)
+
+
+Best = Callable[[str, list[float]], float | None]  # (optimizer, its rates) → the best of them, None if not known yet
+
+
+def sweep(optimizer: str, best: Best) -> tuple[list[float], float | None]:
+    """The rates to try, and the best of them once all have been tried."""
+    rates = sorted(LRS)
+    for _ in range(EXTENSIONS):
+        found = best(optimizer, rates)
+        if found == rates[-1]:
+            rates.append(2 * rates[-1])
+        elif found == rates[0]:
+            rates.insert(0, rates[0] / 2)
+        else:
+            return rates, found
+    return rates, best(optimizer, rates)
+
+
+def planned(parts: list[str], best: Best) -> tuple[list[tuple[str, Arm, int]], set[Arm]]:
+    """(part, arm, seed) of the runs known by now, in their order, and the arms whose matrices are to be measured.
+
+    The sweeps come first, as everything else hangs on them, and the short runs last, to fill the gaps.
+    """
+    swept = {name: sweep(name, best) for name in ("adamw", "muon")}
+    longest = max(len(rates) for rates, _ in swept.values())
+    runs = [
+        ("sweep", Arm(name, rates[i]), 0)
+        for i in range(longest)
+        for name, (rates, _) in swept.items()
+        if i < len(rates)
+    ]
+    adamw, muon = (swept[name][1] and Arm(name, swept[name][1]) for name in ("adamw", "muon"))
+    measured = {arm for arm in (adamw, muon) if arm} if {"c", "d"} & set(parts) else set()
+    if "a" in parts:
+        runs += [("a", arm, seed) for seed in SEEDS[1:] for arm in (adamw, muon) if arm]
+    if "b" in parts and muon:
+        arms = [muon._replace(update_rms=x) for x in UPDATE_RMS]
+        runs += [("b", arm, 0) for arm in arms]
+        measured |= {muon, *arms}
+    if "c" in parts:
+        arms = [arm._replace(weight_decay=0.0) for arm in (adamw, muon) if arm]
+        runs += [("c", arm, 0) for arm in arms]
+        measured |= set(arms)
+    if "a" in parts and muon:
+        runs += [("a", muon._replace(tokens=x), 0) for x in TOKENS]
+    return runs, measured
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def make_run(out: Path, arm: Arm, seed: int, steps: int, extra: dict[str, Any]) -> Run:
+    """steps: of a run with all tokens."""
+    own = max(1, round(arm.tokens * steps))
+    fields = {
+        "optim.name": arm.optimizer,
+        "optim.lr": arm.lr,
+        "optim.update_rms": arm.update_rms,
+        "optim.weight_decay": arm.weight_decay,
+        "train.steps": own,
+        "seed": seed,
+    }
+    times = {"train.eval_every": max(1, own // 10), "train.checkpoint_every": max(1, own // 3)}
+    return Run(arm.name, seed, out / arm.name / f"seed{seed}", DEFAULTS | times | extra | fields)
+
+
+def best_of(out: Path) -> Best:
+    """By the held-out loss of seed 0."""
+
+    def best(optimizer: str, rates: list[float]) -> float | None:
+        files = [out / Arm(optimizer, rate).name / "seed0" / "eval.json" for rate in rates]
+        if not all(file.is_file() for file in files):
+            return None
+        losses = [json.loads(file.read_text())["domains"][-1]["xent"] for file in files]
+        return min(zip(losses, rates, strict=True), key=lambda pair: (pair[0] != pair[0], *pair))[1]
+
+    return best
+
+
+def estimate(parts: list[str], out: Path, only: list[str], gpus: int) -> str:
+    """Runs and GPU minutes by part; unknown best rates are taken to be inside the sweep."""
+    known = best_of(out)
+    runs, _ = planned(parts, lambda name, rates: known(name, rates) or rates[1])
+    lines, total = [], 0.0
+    for part in ("sweep", *parts):
+        mine = [(arm, seed) for p, arm, seed in runs if p == part and wanted(arm, seed, only)]
+        left = [arm for arm, seed in mine if not (out / arm.name / f"seed{seed}" / "eval.json").is_file()]
+        minutes = MINUTES * sum(arm.tokens for arm in left)
+        total += minutes
+        title = {"sweep": "learning rates"}.get(part) or PARTS[part]
+        lines.append(f"{part:<6} {title:<26} {len(mine):>2} runs, {len(left):>2} to do, {minutes:5.1f} GPU minutes")
+    each = f"{total / max(gpus, 1):.0f} on {max(gpus, 1)} GPUs"
+    lines.append(f"in all {total:.0f} GPU minutes at {MINUTES} a run: {each}")
+    return "\n".join(lines)
+
+
+def wanted(arm: Arm, seed: int, only: list[str]) -> bool:
+    return any(fnmatch.fnmatch(f"{arm.name}/seed{seed}", pattern) for pattern in only)
+
+
+def measurement(run: Run) -> Job:
+    command = ["-m", "experiments.muon_matrices", str(run.folder)]
+    return Job(f"matrices of {run.arm}", run.folder, command, "matrices.json")
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse() -> tuple[argparse.Namespace, list[str], list[str], dict[str, str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default=",".join(PARTS), help="parts of the evidence, separated by commas")
+    parser.add_argument("--only", default="*", help="patterns of runs, separated by commas: ARM/seedN")
+    parser.add_argument("--plan", action="store_true", help="print what there is to run and its time, run nothing")
+    pool.add_flags(parser, "runs/muon")
+    arguments = parser.parse_args()
+    parts = arguments.part.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"--part: no part {unknown[0]!r}; there are {', '.join(f'{k} ({v})' for k, v in PARTS.items())}")
+    return arguments, parts, arguments.only.split(","), pool.extra_fields(parser, arguments)
+
+
+def main() -> int:
+    arguments, parts, only, extra = parse()
+    out, failed = arguments.out.resolve(), []
+    gpus = pool.count_gpus() if arguments.gpus is None else arguments.gpus
+    if arguments.plan:
+        print(estimate(parts, out, only, gpus))
+        return 0
+    if not arguments.report_only:
+        folder = str(Path(arguments.data).resolve())
+        base = pool.checked_configs(CONFIG, folder, [Run("base", 0, out, extra)])
+        if base is None:
+            return 2
+        steps = base["base"].train.steps
+        make = lambda arm, seed: make_run(out, arm, seed, steps, extra)
+        likely = {arm for _, arm, _ in planned(parts, lambda _, rates: rates[1])[0]}
+        if pool.checked_configs(CONFIG, folder, [make(arm, 0) for arm in likely]) is None:
+            return 2
+        print(estimate(parts, out, only, gpus), flush=True)
+        jax.config.update("jax_platforms", "cpu")  # of this process only
+        pool.prepare(base["base"], out)
+
+        def jobs() -> list[Job]:
+            """Measurements come before further runs: checkpoints are large, and may not outlast the machine."""
+            triples, measured = planned(parts, best_of(out))
+            runs = [(arm, make(arm, seed)) for _, arm, seed in triples if wanted(arm, seed, only)]
+            pool.give_tokenizer(out, [run for _, run in runs])
+            kept = lambda run: (run.folder / "checkpoints").is_dir() or (run.folder / "matrices.json").is_file()
+            first = [run for arm, run in runs if arm in measured and run.seed == 0 and run.done and kept(run)]
+            return [measurement(run) for run in first] + [pool.training(run, CONFIG, folder) for _, run in runs]
+
+        failed = pool.run_all(jobs, gpus, arguments.per_gpu)
+    finished = muon_report.load(out)
+    if not finished:
+        print(f"error: {out} holds no finished run", file=sys.stderr)
+        return 1
+    comparison = muon_report.Comparison(finished)
+    muon_report.write(out, comparison)
+    muon_figures.write(out, comparison)
+    print((out / "table.md").read_text())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The matrices of a finished run: weight RMS, update RMS and SVD entropy of every kind, by layer.
+
+    python -m experiments.muon_matrices RUN_DIRECTORY
+
+Restores the newest checkpoint and takes one more training step on the next batch. Its update, (old − new) / η without
+the decay's λ·W, is what the optimizer adds for a learning rate of 1. Writes matrices.json into the run directory.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moe_jax import analysis, checkpoint, config, data, sharding, step
+
+ENTROPY = ("attention", "expert", "router")  # kinds whose name begins so
+
+
+def measure(folder: Path) -> dict:
+    cfg = checkpoint.load_config(folder)
+    device = jax.devices()[0]
+    mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
+    corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        state, saved = checkpoints.restore(step.abstract_state(cfg, mesh))
+    batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
+    batches.set_state(saved["batches"])
+    done, old = int(state.step), jax.tree.map(np.asarray, jax.device_get(state.params))
+    state, aux = step.make_train_step(cfg, mesh)(state, step.put_batch(next(batches), mesh, cfg))
+    batches.close()
+    lr, decay = float(aux["lr"]), cfg.optim.weight_decay
+    update = jax.tree.map(lambda a, b: (a - np.asarray(b)) / lr - decay * a, old, jax.device_get(state.params))
+    weights, updates = analysis.matrices(old), analysis.matrices(update)
+    kinds = sorted(kind for kind in weights if kind.startswith(ENTROPY))
+    return {
+        "step": done,
+        "lr": lr,
+        "weight_rms": {kind: analysis.rms(x).tolist() for kind, x in weights.items()},
+        "update_rms": {kind: analysis.rms(x).tolist() for kind, x in updates.items()},
+        "svd_entropy": {kind: analysis.svd_entropy(weights[kind]).tolist() for kind in kinds},
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    (folder / "matrices.json").write_text(json.dumps(measure(folder)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What experiments share: a config with fields changed, text tokenised once, and processes spread over the GPUs.
+
+An experiment is a list of `Run`s of train.py, which becomes a list of `Job`s; `run_all` works them off.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from moe_jax import config as config_lib
+from moe_jax import data
+
+REPO = Path(__file__).resolve().parents[1]
+MEMORY = 0.92  # of a GPU, for all its jobs together
+
+
+class Run(NamedTuple):
+    """One run of train.py: its run directory, and the config's fields that it changes."""
+
+    arm: str
+    seed: int
+    folder: Path
+    overrides: dict[str, Any]
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "eval.json").is_file()
+
+
+class Job(NamedTuple):
+    """A Python command, done when `folder` holds `product`. Its output goes to output.txt there."""
+
+    name: str
+    folder: Path
+    command: list[str]
+    product: str = "eval.json"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / self.product).is_file()
+
+
+def training(run: Run, config: str, folder: str) -> Job:
+    """The job of a run; config: a file in the repository, folder: what stands after its colon."""
+    command = ["train.py", f"--config={config}:{folder}", f"--workdir={run.folder}"]
+    command += [f"--config.{name}={value}" for name, value in run.overrides.items()]
+    return Job(f"{run.arm}, seed {run.seed}", run.folder, command)
+
+
+# --- configuration and data, once for all ----------------------------------------------------------------------------
+
+
+def config_module(config: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{Path(config).stem}_config", REPO / config)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_config(config: str, folder: str, overrides: dict[str, Any]) -> config_lib.RunConfig:
+    """What train.py makes of `--config=config:folder --config.name=value …`. Raises ValueError."""
+    made = config_module(config).get_config(folder)
+    for name, value in overrides.items():
+        *groups, field = name.split(".")
+        holder = functools.reduce(lambda held, group: held.get(group, {}), groups, made)
+        if field not in holder:
+            raise config_lib.ConfigError(name, value, "is not a field")
+        kind = type(holder[field])
+        holder[field] = str(value).lower() == "true" if kind is bool else kind(value)
+    return config_lib.build(made)
+
+
+def prepare(cfg: config_lib.RunConfig, out: Path) -> None:
+    """The tokenizer, in OUT/prepare, and the token stores."""
+    corpus = data.prepare(cfg.data, workdir=out / "prepare", seed=0, progress=sys.stderr.isatty())
+    print(corpus.table(), flush=True)
+
+
+def give_tokenizer(out: Path, runs: Iterable[Run]) -> None:
+    """Each run directory gets the tokenizer, by which it finds the token stores."""
+    for run in runs:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for file in (out / "prepare").glob("tokenizer*"):
+            if not (run.folder / file.name).exists():
+                shutil.copy(file, run.folder)
+
+
+# --- the pool --------------------------------------------------------------------------------------------------------
+
+
+def count_gpus() -> int:
+    """GPUs of this machine, without touching one: JAX would take their memory."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d])
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+def devices(gpus: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is for each GPU used."""
+    seen = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+    return seen[:gpus] or [str(i) for i in range(gpus)]
+
+
+def execute(job: Job, device: str | None, share: float) -> int:
+    """One job on one device; the exit status."""
+    env = dict(os.environ)
+    if device is not None:
+        env |= {"CUDA_VISIBLE_DEVICES": device, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / "output.txt", "a") as output:
+        command = [sys.executable, *job.command]
+        return subprocess.run(command, cwd=REPO, env=env, stdout=output, stderr=subprocess.STDOUT).returncode
+
+
+def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> list[Job]:
+    """Does what is not done yet, the first of the plan first; gives the jobs that failed.
+
+    plan: asked anew whenever a device is free, so that finished jobs can decide what follows.
+    """
+    gpus = count_gpus() if gpus is None else gpus
+    slots: queue.Queue[str | None] = queue.Queue()
+    for device in devices(gpus) * per_gpu if gpus else [None]:
+        slots.put(device)
+    jobs = plan()
+    what = f"{gpus} GPUs, {per_gpu} at a time each" if gpus else "the CPU"
+    print(f"{len(jobs)} jobs on {what}, {sum(job.done for job in jobs)} done already", flush=True)
+
+    def one(job: Job, device: str | None) -> int:
+        try:
+            return execute(job, device, MEMORY / per_gpu)
+        finally:
+            slots.put(device)
+
+    started, running, failed = set(), {}, []
+    bar = tqdm(total=len(jobs), initial=sum(job.done for job in jobs), unit="job")
+    with ThreadPoolExecutor(slots.qsize()) as pool, bar:
+        while True:
+            jobs = plan()
+            todo = [job for job in jobs if not job.done and (job.folder, job.product) not in started]
+            while todo and not slots.empty():
+                job = todo.pop(0)
+                started.add((job.folder, job.product))
+                running[pool.submit(one, job, slots.get())] = job
+            bar.total = max(bar.total, len(jobs))
+            if not running:
+                return failed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                if future.result() or not job.done:
+                    failed.append(job)
+                    bar.write(f"failed: {job.name}; see {job.folder / 'output.txt'}", file=sys.stderr)
+                bar.set_postfix_str(f"last: {job.name}")
+                bar.update()
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
+    """The flags of every experiment."""
+    parser.add_argument("--data", default="data/domains", help="folder of domains")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
+    parser.add_argument("--gpus", type=int, default=None, help="GPUs to use; default: all; 0: the CPU")
+    parser.add_argument("--per_gpu", type=int, default=1, help="runs at a time on each GPU")
+    parser.add_argument("--report_only", action="store_true", help="train nothing, compare what is finished")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a config field, for all arms")
+
+
+def extra_fields(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, str]:
+    """What --set says."""
+    if bad := [pair for pair in arguments.set if "=" not in pair]:
+        parser.error(f"--set {bad[0]}: must be NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in arguments.set)
+
+
+def checked_configs(config: str, folder: str, runs: list[Run]) -> dict[str, config_lib.RunConfig] | None:
+    """The config of every arm, so that mistakes show before any run; None after printing one."""
+    try:
+        return {run.arm: load_config(config, folder, run.overrides) for run in runs}
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return None

@@ -120,6 +120,7 @@ def test_invariance_full(mesh, micro, remat, compute, padding):
     check(mesh, micro, remat, compute, padding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance_batch", ["1", "global"])
 def test_balance_scope_does_not_depend_on_mesh_or_micro_batches(balance_batch):
     """Per sequence, and the whole optimizer batch; a micro-batch of 8 sequences is neither."""

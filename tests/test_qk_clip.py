@@ -118,10 +118,12 @@ def after(shape=ONE, **how):
     return jax.device_get(train_step(jax.tree.map(jnp.copy, state), step.put_batch(batch_rows(PADDING), mesh, cfg)))
 
 
-@pytest.mark.parametrize(
-    ("micro", "accumulation"), [(1, "exact"), (2, "exact"), (4, "exact"), (2, "running"), (4, "running")]
-)
-@pytest.mark.parametrize("shape", [ONE, MANY])
+FAST = [(ONE, 4, "exact"), (MANY, 2, "exact"), (MANY, 4, "running")]
+FULL = [(shape, a, how) for shape in (ONE, MANY) for a in (1, 2, 4) for how in ("exact", "running")[:a]]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in FULL if case not in FAST]
+
+
+@pytest.mark.parametrize(("shape", "micro", "accumulation"), FAST + SLOW)
 def test_the_same_on_every_mesh_and_for_any_micro_batches(shape, micro, accumulation):
     """The maxima of the optimizer batch, and with exact accumulation the parameters after the step."""
     state, aux = after(shape, micro=micro, accumulation=accumulation, qk_clip=threshold())

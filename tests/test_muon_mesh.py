@@ -103,7 +103,7 @@ def check(mesh_shape, dtype) -> str:
     return update.as_text()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [pytest.param(m, marks=pytest.mark.slow if m == (1, 2, 4) else []) for m in MESHES])
 def test_update_is_that_of_a_loop_over_matrices(mesh):
     text = check(mesh, "float32")
     if mesh != (1, 1, 1):
@@ -238,7 +238,9 @@ def model_config(**optimizer) -> config.RunConfig:
     return config.build(c)
 
 
-@pytest.mark.parametrize("shape", MESHES[1:])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1), (1, 2, 4)))]
+)
 def test_a_whole_model(shape, capfd):
     """With AdamW's part. Traffic ≤ 1.25 of AdamW's, half of its state, nothing rematerialised by the partitioner."""
     cfg, mesh = model_config(), make_mesh(shape)

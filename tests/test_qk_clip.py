@@ -118,7 +118,7 @@ def after(shape=ONE, **how):
     return jax.device_get(train_step(jax.tree.map(jnp.copy, state), step.put_batch(batch_rows(PADDING), mesh, cfg)))
 
 
-FAST = [(ONE, 4, "exact"), (MANY, 2, "exact"), (MANY, 4, "running")]
+FAST = [(MANY, 2, "exact"), (MANY, 4, "running")]
 FULL = [(shape, a, how) for shape in (ONE, MANY) for a in (1, 2, 4) for how in ("exact", "running")[:a]]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in FULL if case not in FAST]
 
@@ -193,7 +193,7 @@ def test_clipping_comes_after_the_update_and_leaves_the_momentum():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize(("micro", "remat"), [(1, "none"), (2, "none"), (1, "full"), (2, "full")])
+@pytest.mark.parametrize(("micro", "remat"), [(1, "full"), (2, "none")])
 def test_work(micro, remat):
     """Switched off, it adds nothing; switched on, one product in each of the two loops over layers."""
 

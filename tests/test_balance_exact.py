@@ -6,11 +6,6 @@ cross-entropy off, so the gradient is the load-balancing loss' own, through rout
 
 import functools
 import itertools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +14,7 @@ import pytest
 
 from moe_jax import config, sharding, step
 from tests import balance_reference as reference
+from tests import two_processes
 
 B, S, V, E, K, HEAD = 64, 5, 11, 4, 2, 4
 SCOPES = {"load_balance": "global", "load_balance/eight": "8", "load_balance/each": "1"}
@@ -203,13 +199,7 @@ def test_scopes_differ():
 
 
 WORKER = """
-import sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from tests import test_balance_exact as t
-assert jax.device_count() == 8 and jax.process_count() == 2
 for mesh, micro in (((8, 1, 1), 8), ((2, 2, 2), 2), ((1, 2, 4), 4)):
     t.check_all(mesh, micro, "none")
 """
@@ -217,14 +207,4 @@ for mesh, micro in (((8, 1, 1), 8), ((2, 2, 2), 2), ((1, 2, 4), 4)):
 
 @pytest.mark.slow
 def test_two_processes():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    repo = Path(__file__).parents[1]
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(repo)}
-    command = [sys.executable, "-c", WORKER, address]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    start = lambda i: subprocess.Popen([*command, str(i)], env=os.environ | flags, cwd=repo, **pipe)
-    for process in [start(0), start(1)]:
-        out, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, out[-4000:]
+    two_processes.run(WORKER)

@@ -2,12 +2,7 @@
 
 import functools
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import config, model, muon, optim, sharding
 from moe_jax.spread import Matrices, layout
+from tests import two_processes
 from tests.muon_reference import directions, error, gaussian
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
@@ -119,13 +115,7 @@ def test_update_in_bfloat16(mesh):
 
 
 WORKER = """
-import sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from tests import test_muon_mesh as t
-assert jax.device_count() == 8 and jax.process_count() == 2
 for mesh in t.MESHES[1:]:
     for dtype in t.TOLERANCE:
         t.check(mesh, dtype)
@@ -134,17 +124,7 @@ for mesh in t.MESHES[1:]:
 
 @pytest.mark.slow
 def test_two_processes():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    repo = Path(__file__).parents[1]
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(repo)}
-    command = [sys.executable, "-c", WORKER, address]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    start = lambda i: subprocess.Popen([*command, str(i)], env=os.environ | flags, cwd=repo, **pipe)
-    for process in [start(0), start(1)]:
-        out, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, out[-4000:]
+    two_processes.run(WORKER)
 
 
 # --- elsewhere -------------------------------------------------------------------------------------------------------

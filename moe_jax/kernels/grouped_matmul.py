@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.kernels import mosaic
+from moe_jax.kernels.common import is_hopper, varying_like
 
 BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of each other on 2 CPU cores
 
@@ -32,7 +33,7 @@ def choose_backend(
         return name, "set in the config"
     if platform == "tpu":
         return "ragged_dot", "TPU"
-    if platform in ("gpu", "cuda") and mosaic.supports(device_kind):
+    if platform in ("gpu", "cuda") and is_hopper(device_kind):
         if dtype == "bfloat16" and mosaic.fits(d_model, d_expert):
             return "mosaic_gpu", device_kind
         return "reference", f"slow: the Hopper kernel needs bfloat16 and widths that are multiples of {mosaic.WIDTH}"
@@ -55,15 +56,15 @@ def grouped_matmul(
 
 
 def _forward(x, w, sizes, backend):
-    y = _varying(BACKENDS[backend].rows(x, w, sizes, False), x, w, sizes)
+    y = varying_like(BACKENDS[backend].rows(x, w, sizes, False), x, w, sizes)
     return _mask_tail(y, sizes), (x, w, sizes)
 
 
 def _backward(backend, saved, dy):
     x, w, sizes = saved
     dy = _mask_tail(dy, sizes)
-    dx = _mask_tail(_varying(BACKENDS[backend].rows(dy, w, sizes, True), dy, w, sizes), sizes)
-    dw = _varying(BACKENDS[backend].weights(x, dy, sizes), x, dy, sizes)
+    dx = _mask_tail(varying_like(BACKENDS[backend].rows(dy, w, sizes, True), dy, w, sizes), sizes)
+    dw = varying_like(BACKENDS[backend].weights(x, dy, sizes), x, dy, sizes)
     return dx.astype(x.dtype), dw.astype(w.dtype), None
 
 
@@ -96,13 +97,6 @@ class _Blocks(NamedTuple):
         return e, self.row_E[e] + offset, offset + jnp.arange(BLOCK) < self.size_E[e]
 
 
-def _varying(y: Array, *like: Array) -> Array:
-    """y, marked as varying over the mesh axes of `like`: loop carries start and kernels end without the mark."""
-    axes = {a: None for x in like for a in jax.typeof(x).manual_axis_type.varying}
-    missing = tuple(a for a in axes if a not in jax.typeof(y).manual_axis_type.varying)
-    return jax.lax.pcast(y, missing, to="varying") if missing else y
-
-
 class _Reference:
     """Obviously right, and honest in cost: one small matmul per block in use. A loop, so that no weight is copied."""
 
@@ -118,7 +112,7 @@ class _Reference:
             # Blocks come in row order, so rows that belong to the next group are overwritten by its own block.
             return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
 
-        out = _varying(jnp.zeros((padded.shape[0], width), x.dtype), x, w, sizes)
+        out = varying_like(jnp.zeros((padded.shape[0], width), x.dtype), x, w, sizes)
         return jax.lax.fori_loop(0, blocks.count, body, out)[: x.shape[0]]
 
     def weights(self, x, dy, sizes):
@@ -132,7 +126,7 @@ class _Reference:
             dw_b = jnp.einsum("rd,rf->df", x_b, dy_b, preferred_element_type=jnp.float32)
             return dw.at[e].add(dw_b)
 
-        dw = _varying(jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32), x, dy, sizes)
+        dw = varying_like(jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32), x, dy, sizes)
         return jax.lax.fori_loop(0, blocks.count, body, dw)
 
 

@@ -12,10 +12,6 @@ _TILES = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid
 WIDTH = 128  # D and F must be multiples of this
 
 
-def supports(device_kind: str) -> bool:
-    return any(name in device_kind for name in ("H100", "H200", "H800", "GH200"))
-
-
 def fits(*widths: int) -> bool:
     """The kernels cut D and F into whole tiles."""
     return all(width % WIDTH == 0 for width in widths)

@@ -120,7 +120,8 @@ class PlanRow(NamedTuple):
     shape: tuple[int, int]  # of one matrix
     matrices: int
     per_device: int  # matrices that every device gets, zeros included
-    padding: float  # the share of zeros among them
+    copies: int  # devices that get the same matrices and do the same work
+    padding: float  # the share of zeros and copies among them
     flops: int
     bytes_in: int  # all-to-all that makes the matrices whole
     bytes_out: int  # all-to-all of the results
@@ -162,7 +163,8 @@ class Plan(NamedTuple):
             rows = [row[:5] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        names = ["", *(_names(row.leaves) for row in self.rows)]
+        same = lambda row: f", the same on {row.copies} devices" if row.copies > 1 else ""
+        names = ["", *(_names(row.leaves) + same(row) for row in self.rows)]
         mb = lambda n: f"{_short(n / 1e6)} MB"
         on = "1 device" if self.devices == 1 else f"each of {self.devices} devices"
         traffic = (
@@ -255,6 +257,7 @@ def _row(group: Group, devices: int, steps: int, itemsize: int) -> PlanRow:
         shape=group.shape,
         matrices=total,
         per_device=group.per_device,
+        copies=group.leaves[0].size(*group.leaves[0].idle) // group.replicas,
         padding=1.0 - total / (group.per_device * devices),
         flops=group.per_device * (m * n // math.prod(block)) * newton_schulz.flops(*block, steps),
         bytes_in=exchanged,

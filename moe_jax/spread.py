@@ -2,7 +2,7 @@
 
 A leaf is a batch of matrices; its rule says which axes form them. `layout` sorts the leaves into groups; `Group.map`
 moves a group once, so that every matrix is whole on one device and the matrices are spread evenly, applies the
-function, and moves the results back.
+function, and moves the results back. No work is repeated, but for a group with fewer matrices than devices.
 """
 
 import math
@@ -13,6 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
+
+from moe_jax import newton_schulz
+
+# FLOPs worth as much as sending a byte, for groups with fewer matrices than devices: 100 TFLOP/s beside 100 GB/s. By
+# their data sheets, TPU v5p and H200 are at 800 to 20,000, so that rather less work is repeated than would pay.
+FLOPS_PER_BYTE = 1000
 
 
 class Matrices(NamedTuple):
@@ -118,14 +124,43 @@ class Group(NamedTuple):
         return rows, cols
 
     @property
+    def sharing(self) -> tuple[str, ...]:
+        """The mesh axes that share the work, of those over which the leaves are not sharded; the rest repeat it.
+
+        All of them, if there is a matrix for every device. If not, most devices would iterate on zeros, and zeros would
+        be gathered: then those that take least, FLOPs and bytes together.
+        """
+        idle = self.leaves[0].idle
+        if self._pieces >= math.prod(self.parts) * self.leaves[0].size(*idle):
+            return idle
+        choices: list[tuple[str, ...]] = [()]
+        for name in idle:
+            choices += [(*names, name) for names in choices]
+        return min(choices, key=self._cost)
+
+    def _cost(self, sharing: tuple[str, ...]) -> float:
+        """FLOPs, and bytes gathered in FLOPs, of one device: of five steps, in bf16."""
+        m, n = self.shape
+        block, others = self.leaves[0].block, self.leaves[0].size(*sharing) - 1
+        flops = m * n // math.prod(block) * newton_schulz.flops(*block, steps=5)
+        return self._each(sharing) * (flops + FLOPS_PER_BYTE * 2 * m * n * others)
+
+    @property
     def replicas(self) -> int:
-        """Devices that hold the same pieces."""
-        return self.leaves[0].size(*self.leaves[0].idle)
+        """Devices that hold the same pieces and share the work."""
+        return self.leaves[0].size(*self.sharing)
 
     @property
     def per_device(self) -> int:
         """Whole matrices that each device gets, zeros that fill up included: all get the same number."""
-        return -(-sum(leaf.pieces for leaf in self.leaves) // (math.prod(self.parts) * self.replicas))
+        return self._each(self.sharing)
+
+    @property
+    def _pieces(self) -> int:
+        return sum(leaf.pieces for leaf in self.leaves)
+
+    def _each(self, sharing: tuple[str, ...]) -> int:
+        return -(-self._pieces // (math.prod(self.parts) * self.leaves[0].size(*sharing)))
 
     def map(self, fn: Callable[[Array], Array], blocks: Sequence[Array]) -> list[Array]:
         """`fn`, `[b, m, n]` → `[b, m, n]`, of every matrix of the leaves. A zero matrix must give zero."""
@@ -152,12 +187,12 @@ class Group(NamedTuple):
     def _scatter_and_gather(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
         """`fn` of all matrices of which the devices hold pieces x: at most three collectives."""
         (rows, cols), count = self.parts, len(x)
-        axes, idle = self.cut[0] + self.cut[1], self.leaves[0].idle
+        axes, sharing = self.cut[0] + self.cut[1], self.sharing
         # Zero matrices fill up the devices for which there is no matrix left.
         x = jnp.pad(x, ((0, self.per_device * rows * cols * self.replicas - count), (0, 0), (0, 0)))
-        if idle:  # of what several devices hold, each takes a part
+        if sharing:  # of what several devices hold, each takes a part
             share = len(x) // self.replicas
-            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(idle) * share, share)
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(sharing) * share, share)
         _, m, n = x.shape
         if axes:  # device i gets the i-th share of the matrices, from every device a piece
             x = jax.lax.all_to_all(x.reshape(rows * cols, -1, m, n), axes, 0, 0)
@@ -166,8 +201,8 @@ class Group(NamedTuple):
         if axes:
             x = x.reshape(-1, rows, m, cols, n).transpose(1, 3, 0, 2, 4).reshape(rows * cols, -1, m, n)
             x = jax.lax.all_to_all(x, axes, 0, 0).reshape(-1, m, n)
-        if idle:
-            x = jax.lax.all_gather(x, idle, axis=0, tiled=True, to="invarying")
+        if sharing:
+            x = jax.lax.all_gather(x, sharing, axis=0, tiled=True, to="invarying")
         return x[:count]
 
     def _heads_apart(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:

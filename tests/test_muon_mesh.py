@@ -26,7 +26,9 @@ LEAVES = {
     "square": ((3, 64, 64), "layers heads embed", Matrices()),
     "experts": ((3, 8, 16, 40), "layers experts embed mlp", Matrices()),
     "experts_down": ((3, 8, 40, 16), "layers experts mlp embed", Matrices()),
-    "router": ((3, 40, 8), "layers router_embed router_experts", Matrices()),
+    "router": ((3, 40, 8), "layers router_embed router_experts", Matrices()),  # every device does all three itself
+    "few": ((6, 96, 160), "layers router_embed router_experts", Matrices()),  # two devices share them, if they can
+    "enough": ((9, 40, 12), "layers router_embed router_experts", Matrices()),
     "both_cut": ((3, 16, 40), P(None, "fsdp", "expert"), Matrices()),
     "both_cut_turned": ((3, 40, 16), P(None, "expert", "fsdp"), Matrices()),
     "reversed_axes": ((24, 64), P(None, ("expert", "fsdp")), Matrices()),
@@ -273,8 +275,8 @@ def test_plan_by_hand():
     assert up.flops == 4 * 5 * (4 * 64 * 64 * 128 + 2 * 64**3)
     assert up.bytes_in == up.bytes_out == 4 * 64 * 128 * 2 / 2
     assert up.bytes_gather == 4 * 64 * 128 * 2  # what the other replica computed, as shards
-    assert (router.matrices, router.per_device, router.padding) == (3, 1, 13 / 16)
-    assert (router.bytes_in, router.bytes_gather) == (0, 15 * 64 * 8 * 2)
+    assert (router.matrices, router.per_device, router.padding) == (3, 3, 15 / 16)  # every device does them all
+    assert (router.bytes_in, router.bytes_gather) == (0, 0)
     shard = 64 * 64 * 128 / 8
     embed = 512 * 64 / 8
     assert plan.adamw_bytes == (
@@ -285,4 +287,25 @@ def test_plan_by_hand():
     assert plan.state_bytes == 4 * (shard + 2 * embed + 3 * 64 * 8)
     assert plan.adamw_state_bytes == 8 * (shard + embed + 3 * 64 * 8)
     text = str(plan)
-    assert f"{plan.ratio:.2f} of AdamW's" in text and "64×128" in text and "81.2%" in text
+    assert f"{plan.ratio:.2f} of AdamW's" in text and "64×128" in text and "93.8%" in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "axes", "per_device"),
+    [
+        ((42, 4096, 160), (), ("expert",), 6),  # less of the work than 1 % repeated, a sixth of the bytes
+        ((42, 4096, 16), (), (), 42),  # cheaper to do than to gather
+        ((256, 4096, 16), (), EVERY, 1),  # a matrix for every device: no work is repeated
+        ((42, 4096, 4096), (), ("fsdp",), 2),
+        ((1, 4096, 4096), (), (), 1),  # nothing to share
+        ((84, 4096, 8192), (None, "fsdp"), ("expert",), 1),
+        ((30, 4096, 8192), (None, "fsdp"), (), 1),  # 32 devices are enough, and nothing needs to be gathered
+    ],
+)
+def test_who_shares_the_work(shape, spec, axes, per_device):
+    """32 × 8 devices. Fewer matrices than devices are shared by those that take least, FLOPs and bytes together."""
+    mesh = jax.sharding.AbstractMesh((1, 32, 8), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+    (group,) = layout({"w": x}, lambda path, leaf: Matrices())
+    assert (group.sharing, group.per_device) == (axes, per_device)
+    assert group.replicas == math.prod(dict(mesh.shape)[name] for name in axes)

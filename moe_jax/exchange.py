@@ -125,14 +125,13 @@ class Route(NamedTuple):
     """Where this device's tokens stand in its blocks."""
 
     token_T: Int[Array, " T"]  # row → token; past a block's rows in use, tokens that do not go there
-    row_tm: Int[Array, "t m"]  # the rows of a token, one for each device it goes to
-    goes_tm: Bool[Array, "t m"]  # False: it goes to fewer than m
+    row_tm: Int[Array, "t m"]  # the rows of a token, one for each device it goes to, then rows that are not in use
 
     @classmethod
     def of(cls, goes_Pt: Bool[Array, "P t"], blocks: Blocks, most: int) -> "Route":
-        goes_tm, peer_tm = jax.lax.top_k(goes_Pt.T.astype(jnp.int32), most)
+        _, peer_tm = jax.lax.top_k(goes_Pt.T.astype(jnp.int32), most)
         row_tP = blocks.row_T.reshape(goes_Pt.shape).T
-        return cls(blocks.slot_T % goes_Pt.shape[1], jnp.take_along_axis(row_tP, peer_tm, axis=1), goes_tm > 0)
+        return cls(blocks.slot_T % goes_Pt.shape[1], jnp.take_along_axis(row_tP, peer_tm, axis=1))
 
 
 @jax.custom_vjp
@@ -146,9 +145,8 @@ def pack(x: Float[Array, "t D"], route: Route) -> Float[Array, "T D"]:
 
 @jax.custom_vjp
 def unpack(y: Float[Array, "T D"], route: Route) -> Float[Array, "t D"]:
-    """Σ over the devices that a token went to, in float32."""
-    y_tmD = jnp.where(route.goes_tm[:, :, None], y[route.row_tm].astype(jnp.float32), 0.0)
-    return jnp.sum(y_tmD, axis=1).astype(y.dtype)
+    """Σ over the devices that a token went to, in float32. Rows that are not in use must be zeros, as after `swap`."""
+    return jnp.sum(y[route.row_tm].astype(jnp.float32), axis=1).astype(y.dtype)
 
 
 pack.defvjp(lambda x, route: (pack(x, route), route), lambda route, dx: (unpack(dx, route), None))

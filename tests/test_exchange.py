@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +19,7 @@ from moe_jax import config, exchange, experts, model, sharding
 from moe_jax.config import MoEConfig
 from moe_jax.experts import ExpertWeights
 from moe_jax.routing import Routing
+from tests import two_processes
 
 T, E, D, F = 48, 16, 6, 4
 MESHES = [(1, 2, 4), (2, 2, 2), (1, 1, 8)]
@@ -96,12 +98,16 @@ def put(mesh, *args):
     return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec(a))), args)
 
 
+def fetch(tree):
+    return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
+
+
 def check(shape, k, name, compute, chunks):
     mesh, args = sharding.make_mesh(shape), arguments(k)
     run = on_mesh(mesh, MoEConfig(num_experts=E, top_k=k, compute=compute, exchange_chunks=chunks), name)
     with jax.set_mesh(mesh):
         for case, (ids, valid) in cases(k, shape[2]).items():
-            y, kept, grads = jax.device_get(run(*put(mesh, *args, ids, valid)))
+            y, kept, grads = fetch(run(*put(mesh, *args, ids, valid)))
             want_y, want = oracle(k)(*args, ids, valid)
             assert np.abs(want_y).max() > 1 or case == "nothing"
             np.testing.assert_array_equal(kept | ~valid, True)  # nothing is dropped
@@ -121,11 +127,24 @@ def test_equals_the_oracle_full(shape, k, name, compute, chunks):
     check(shape, k, name, compute, chunks)
 
 
+WORKER = """
+from tests import test_exchange as t
+for name in t.exchange.EXCHANGE:
+    t.check((1, 2, 4), 3, name, "dense", 1)
+    t.check((1, 1, 8), 3, name, "grouped", 2)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes():
+    two_processes.run(WORKER)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES)
 def test_capacity_drops_the_same_rows_with_both(shape):
     mesh, args = sharding.make_mesh(shape), arguments(3)
-    cfg = MoEConfig(num_experts=E, top_k=3, compute="capacity", capacity_factor=0.6)
+    cfg = MoEConfig(num_experts=E, top_k=3, compute="capacity", capacity_factor=0.4)
     ids, valid = cases(3, shape[2])["padding"]
     with jax.set_mesh(mesh):
         out = [jax.device_get(on_mesh(mesh, cfg, name)(*put(mesh, *args, ids, valid))) for name in exchange.EXCHANGE]

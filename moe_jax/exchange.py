@@ -9,7 +9,7 @@
 A token goes to a device and not to an expert: at most min(K, P) rows a token travel instead of K, and what arrives is
 again "tokens and their `Routing`", which any `COMPUTE` of experts.py takes as it is. Both are dropless, so both hold
 room for the worst case, every token of the axis on one device: T·D numbers received, and K·T rows in the computation,
-of which only those in use are multiplied. `moe.exchange_chunks` divides this room.
+of which only those in use are multiplied. `moe.exchange_chunks` divides the room that is in use at a time.
 
 Everything here runs inside the `shard_map` of moe.py. Letters: P devices of the `expert` axis, t tokens of this device,
 e experts of this device, T = P·t tokens of the axis in the order of its devices, m = min(K, P).

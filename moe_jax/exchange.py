@@ -67,6 +67,7 @@ def all_to_all(x, routing, w, cfg, backend):
 
     Ids and weights of all tokens are all-gathered, as in `ring` (8·K bytes a token, beside 2·D of its activations): a
     device then knows what will arrive from whom, and nothing else has to be agreed on. Padding goes nowhere.
+    In bfloat16 each device's sum is rounded once, for its way home; the sums are added in float32.
     """
     local, peers = w.gate.shape[0], jax.lax.axis_size("expert")
     here = _here(routing, local)

@@ -15,8 +15,6 @@ is taken to be proportional to them.
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +23,7 @@ import optax
 from absl import flags
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.rows import random_rows
+from benchmarks.rows import random_rows, seconds
 from moe_jax import cli, config, model, newton_schulz, optim, sharding, step
 
 CONFIG = cli.define_config()
@@ -97,18 +95,6 @@ def step_flops(groups: dict[tuple[int, int], int]) -> int:
 
 
 # --- clocks ----------------------------------------------------------------------------------------------------------
-
-
-def seconds(fn: Callable, args: tuple, steps: int, *, carry: bool = True) -> tuple[float, tuple]:
-    """Of one call, after one to warm up. carry: what fn returns is what it takes next."""
-    out = jax.block_until_ready(fn(*args))
-    args = out if carry else args
-    began = time.perf_counter()
-    for _ in range(steps):
-        out = fn(*args)
-        args = out if carry else args
-    jax.block_until_ready(out)
-    return (time.perf_counter() - began) / steps, args
 
 
 class Bench:

@@ -1,5 +1,9 @@
-"""Batches that benchmarks train on."""
+"""Batches that benchmarks train on, and their clock."""
 
+import time
+from collections.abc import Callable
+
+import jax
 import numpy as np
 
 from moe_jax import config
@@ -17,3 +21,15 @@ def random_rows(cfg: config.RunConfig, rows: list[int]) -> dict[str, np.ndarray]
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(),
         "sequence_ids": np.asarray(rows, np.int32),
     }
+
+
+def seconds(fn: Callable, args: tuple, steps: int, *, carry: bool = True) -> tuple[float, tuple]:
+    """Of one call, after one to warm up. carry: what fn returns is what it takes next."""
+    out = jax.block_until_ready(fn(*args))
+    args = out if carry else args
+    began = time.perf_counter()
+    for _ in range(steps):
+        out = fn(*args)
+        args = out if carry else args
+    jax.block_until_ready(out)
+    return (time.perf_counter() - began) / steps, args

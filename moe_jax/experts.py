@@ -1,11 +1,11 @@
-"""(x, Routing, expert weights) → y: how tokens reach their experts and what is computed there.
+"""(x, Routing, expert weights) → y: what a device does with the tokens it holds and its own experts.
 
-Two independent choices. *Compute* is what a device does with the tokens it holds and its own experts: `dense` (every
-expert on every token: the oracle), `grouped` (dropless: rows sorted by expert, grouped matmul), `capacity` (a fixed
-number of rows an expert; the rest is dropped and counted). *Exchange* is how tokens of other devices get there: `ring`.
+`dense`: every expert on every token, the oracle. `grouped`: dropless, rows sorted by expert, grouped matmul.
+`capacity`: a fixed number of rows an expert; the rest is dropped and counted. How tokens get here is exchange.py's
+business.
 
-Everything here runs inside the `shard_map` of moe.py. Lower-case letters are local: t tokens of this device, e experts
-of this device; T tokens and R = T·K rows after the exchange.
+Everything here runs inside the `shard_map` of moe.py. Letters: e experts of this device, T tokens and R = T·K rows
+after the exchange.
 """
 
 from typing import NamedTuple, Protocol
@@ -30,25 +30,6 @@ class Compute(Protocol):
         self, x: Array, routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str
     ) -> tuple[Float[Array, "T D"], Bool[Array, "T K"]]:
         """y in float32 (sums over this device's experts) and which valid slots were computed (False: dropped)."""
-
-
-# --- exchange --------------------------------------------------------------------------------------------------------
-
-
-def ring(
-    x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str
-) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
-    """All-gather the tokens of an `expert` row of the mesh, compute local experts, reduce-scatter the sums back."""
-    local = w.gate.shape[0]
-    gather = lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True)
-    x_TD, everywhere = gather(x), Routing(*map(gather, routing))
-    experts = everywhere.experts - jax.lax.axis_index("expert") * local
-    mine = everywhere.valid & (experts >= 0) & (experts < local)
-    here = Routing(jnp.where(mine, experts, 0), everywhere.weights, mine)
-    y_TD, kept = COMPUTE[cfg.compute](x_TD, here, w, cfg, backend)
-    scatter = lambda a: jax.lax.psum_scatter(a, "expert", scatter_dimension=0, tiled=True)
-    lost = scatter((mine & ~kept).astype(jnp.int32))
-    return scatter(y_TD).astype(x.dtype), lost == 0
 
 
 # --- compute ---------------------------------------------------------------------------------------------------------
@@ -146,4 +127,3 @@ def capacity(x, routing, w, cfg, backend):
 
 
 COMPUTE: dict[str, Compute] = {"dense": dense, "grouped": grouped, "capacity": capacity}
-EXCHANGE = {"ring": ring}

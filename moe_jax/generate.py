@@ -70,7 +70,7 @@ def generate(
 def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top_p: float, vocab: int):
     """Jitted (params, bias, table [B, Z], lengths [B], key) → the table filled: one prefill, then a token at a time."""
     device = mesh.devices.flat[0]
-    backends, _ = model.Backends.choose(cfg, device.platform, device.device_kind)
+    backends, _ = model.Backends.choose(cfg, device.platform, device.device_kind, mesh.shape["expert"])
     graph = model.abstract(cfg, backends)
     rows = P(sharding.AXES, None)
 

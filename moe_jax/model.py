@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import sharding
 from moe_jax.attention import Attention, KVCache, choose_attention
 from moe_jax.config import ModelConfig
+from moe_jax.exchange import choose_exchange
 from moe_jax.kernels import choose_backend
 from moe_jax.layers import GLU, Init, rms_norm, weight
 from moe_jax.moe import MoE, RouterBias, TokenInfo
@@ -27,18 +28,24 @@ class Backends(NamedTuple):
     """What runs where: chosen once per run and printed."""
 
     attention: str
+    exchange: str
     grouped_matmul: str
 
     @classmethod
-    def choose(cls, cfg: ModelConfig, platform: str, device_kind: str = "") -> tuple["Backends", str]:
+    def choose(
+        cls, cfg: ModelConfig, platform: str, device_kind: str = "", peers: int = 1, tokens: int = 1
+    ) -> tuple["Backends", str]:
+        """peers: devices of the mesh's `expert` axis; tokens: those of one device in a forward pass."""
         attention, why_a = choose_attention(cfg.attention, platform, cfg.segment_mask)
         matmul, why_m = choose_backend(
             cfg.moe.grouped_matmul, platform, device_kind, cfg.d_model, cfg.moe.d_expert, cfg.compute_dtype
         )
-        text = f"attention: {attention} ({why_a}); experts: {cfg.moe.compute}, {cfg.moe.exchange} exchange"
+        itemsize = jnp.dtype(cfg.compute_dtype).itemsize
+        exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize)
+        text = f"attention: {attention} ({why_a}); experts: {cfg.moe.compute}"
         if cfg.moe.compute == "grouped":
             text += f", grouped matmul: {matmul} ({why_m})"
-        return cls(attention, matmul), text
+        return cls(attention, exchange, matmul), f"{text}; exchange: {why_e}"
 
 
 class Inputs(NamedTuple):
@@ -71,7 +78,9 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, init, out_std, backends.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
         if sparse:
-            self.moe = MoE(cfg.moe, cfg.d_model, init, out_std, num_groups, backends.grouped_matmul, record)
+            self.moe = MoE(
+                cfg.moe, cfg.d_model, init, out_std, num_groups, backends.exchange, backends.grouped_matmul, record
+            )
         else:
             self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std)
 
@@ -169,7 +178,7 @@ def _split(model: Transformer):
     return definition, params, bias
 
 
-REFERENCE = Backends("xla", "reference")  # run anywhere
+REFERENCE = Backends("xla", "ring", "reference")  # run anywhere
 
 
 def abstract(cfg: ModelConfig, backends: Backends = REFERENCE, num_groups: int = 1, record: bool = False,

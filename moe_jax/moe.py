@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import routing, sharding
 from moe_jax.config import MoEConfig
-from moe_jax.experts import EXCHANGE, ExpertWeights
+from moe_jax.exchange import run_experts
+from moe_jax.experts import ExpertWeights
 from moe_jax.layers import GLU, Init
 from moe_jax.routing import Choices, RouterStats
 
@@ -35,6 +36,7 @@ class MoE(nnx.Module):
         init: Init,
         out_std: float,
         num_groups: int,
+        exchange: str,
         backend: str,
         record: bool = False,
     ):
@@ -42,7 +44,8 @@ class MoE(nnx.Module):
 
         `record`: return every token's choices too (evaluation only: training pays nothing for it).
         """
-        self.cfg, self.num_groups, self.backend, self.record = cfg, num_groups, backend, record
+        self.cfg, self.num_groups, self.record = cfg, num_groups, record
+        self.exchange, self.backend = exchange, backend
         e, d, f = cfg.num_experts, d_model, cfg.d_expert
         self.w_router = init.normal((d, e), "router_embed router_experts")
         self.w_gate = init.normal((e, d, f), "experts embed mlp")
@@ -80,7 +83,7 @@ class MoE(nnx.Module):
         logits = jnp.einsum("td,de->te", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST)
         plan, probs = routing.route(logits, bias, counted, self.cfg)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
-        y, kept = EXCHANGE[self.cfg.exchange](x, plan, w, self.cfg, self.backend)
+        y, kept = run_experts(x, plan, w, self.cfg, self.exchange, self.backend)
         stats = routing.router_stats(logits, probs, plan, kept, counted, group, self.num_groups)
         choices = routing.choices(plan, probs, shape[:2]) if self.record else None
         # The sums of all devices: G·(2E+3) numbers a layer. This psum is what makes the balance global.

@@ -52,18 +52,18 @@ class EvalSums(NamedTuple):
     choices: ChoiceSums | None  # None unless recorded
 
 
-def _platform(mesh: Mesh) -> tuple[str, str]:
+def _backends(cfg: RunConfig, mesh: Mesh) -> tuple[model.Backends, str]:
     device = mesh.devices.flat[0]
-    return device.platform, device.device_kind
+    tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
+    return model.Backends.choose(cfg.model, device.platform, device.device_kind, mesh.shape["expert"], tokens)
 
 
 def _graph(cfg: RunConfig, mesh: Mesh, num_groups: int, **outputs: bool) -> model.Graph:
-    backends, _ = model.Backends.choose(cfg.model, *_platform(mesh))
-    return model.abstract(cfg.model, backends, num_groups, **outputs)
+    return model.abstract(cfg.model, _backends(cfg, mesh)[0], num_groups, **outputs)
 
 
 def describe_backends(cfg: RunConfig, mesh: Mesh) -> str:
-    return model.Backends.choose(cfg.model, *_platform(mesh))[1]
+    return _backends(cfg, mesh)[1]
 
 
 def _under(mesh: Mesh, fn: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""What a compiled training step sends for the sake of load balancing: the expert statistics, and nothing per token."""
+"""What a compiled training step sends: for load balancing expert statistics, to the experts tokens, never weights."""
 
 import re
 
@@ -8,15 +8,15 @@ import pytest
 
 from moe_jax import config, sharding, step
 
-B, S, E, D, GROUPS = 32, 28, 10, 16, 4  # ten of nothing else: a dimension of 10 is the experts'
+B, S, E, K, D, F, GROUPS = 32, 28, 10, 3, 16, 12, 4  # ten of nothing else: a dimension of 10 is the experts'
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
-def collectives(micro_batches: int, accumulation: str) -> list[tuple[str, list[tuple[int, ...]], str]]:
+def collectives(micro_batches: int, accumulation: str, exchange: str) -> list[tuple[str, list[tuple[int, ...]], str]]:
     """(operation, shapes, JAX name) of every collective in the HLO of a step on 8 devices."""
     c = config.default_config()
     c.model.update(vocab_size=48, d_model=D, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4)
-    c.model.moe.update(num_experts=E, top_k=3, d_expert=12, selection_bias=True)
+    c.model.moe.update(num_experts=E, top_k=K, d_expert=F, selection_bias=True, exchange=exchange)
     c.loss.update(balance_batch=str(B // GROUPS), accumulation=accumulation)
     c.optim.name = "adamw"  # Muon exchanges the routers' momentum: tests/test_muon_mesh.py
     c.data.update(batch_size=B, seq_len=S)
@@ -36,17 +36,39 @@ def collectives(micro_batches: int, accumulation: str) -> list[tuple[str, list[t
     return [(kind, dims(shapes), name) for shapes, kind, name in found]
 
 
-@pytest.mark.parametrize(("micro_batches", "accumulation"), [(1, "exact"), (2, "exact"), (2, "running")])
-def test_load_balancing_sends_the_expert_statistics_and_nothing_else(micro_batches, accumulation):
-    found = collectives(micro_batches, accumulation)
+@pytest.mark.parametrize(
+    ("micro_batches", "accumulation", "exchange"),
+    [(1, "exact", "all_to_all"), (2, "exact", "ring"), (2, "running", "all_to_all")],
+)
+def test_what_is_sent(micro_batches, accumulation, exchange):
+    found = collectives(micro_batches, accumulation, exchange)
     assert len(found) > 20
+    two_passes = accumulation == "exact" and micro_batches > 1
+    check_statistics(found, 2 if two_passes else 1)
+    check_exchange(found, exchange, B * S // 8 // micro_batches)
+
+
+def check_statistics(found, passes: int):
+    """Load balancing sends the expert statistics and nothing else."""
     about_experts = [(kind, shapes, name) for kind, shapes, name in found if any(E in s for s in shapes)]
     statistics = [(kind, shapes) for kind, shapes, name in about_experts if (GROUPS, E) in shapes]
     # Assignments and probabilities [G, E], tokens and z [G], in the layer loop, so G·(2E + 2) numbers a layer (nothing
     # was dropped for want of capacity, and XLA knows); under exact accumulation once more, in the first pass.
-    assert len(statistics) == (2 if accumulation == "exact" and micro_batches > 1 else 1)
+    assert len(statistics) == passes
     for kind, shapes in statistics:
         assert kind == "all-reduce"
         assert set(shapes) <= {(GROUPS, E), (GROUPS,)} and shapes.count((GROUPS, E)) <= 2 and len(shapes) <= 5
     # All else with an expert dimension is the gradient of the router's weights, one all-reduce for all uses.
     assert {s for _, shapes, _ in about_experts for s in shapes if E in s} == {(GROUPS, E), (D, E)}
+
+
+def check_exchange(found, exchange: str, t: int):
+    """Over `fsdp` a device gathers its own experts, half of them; over `expert` what says who needs which token, and
+    the t tokens themselves only by `ring`. Weights of other devices' experts are never sent."""
+    of_moe = [(kind, shapes) for kind, shapes, name in found if "shard_map" in name]
+    gathered = {s for kind, shapes in of_moe if kind == "all-gather" for s in shapes if len(s) > 1}
+    tokens = {(2 * t, D)} if exchange == "ring" else set()
+    assert gathered == {(E // 2, D, F), (E // 2, F, D), (2 * t, K)} | tokens
+    # Rows out and home, and the gradients of both. The CPU's padded exchange sends whole blocks, of t rows.
+    sent = [shapes for kind, shapes in of_moe if kind == "all-to-all"]
+    assert sent == [[(1, t, D)] * 2] * (4 if exchange == "all_to_all" else 0)

@@ -269,7 +269,8 @@ BATCH, SEQ, WIDTH, GROUPS = 8, 4, 16, 2
 
 
 def layer_cfg(**kw):
-    return MoEConfig(**{**dict(num_experts=8, top_k=2, d_expert=12, num_shared_experts=1, renormalize=True), **kw})
+    usual = dict(num_experts=8, top_k=2, d_expert=12, num_shared_experts=1, renormalize=True, exchange="ring")
+    return MoEConfig(**{**usual, **kw})
 
 
 def layer_batch():
@@ -294,8 +295,8 @@ def run_layer(shape, cfg):
     mesh = sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
     put = lambda tree: jax.device_put(tree, NamedSharding(mesh, sharding.BATCH))
     with jax.set_mesh(mesh):
-        make = lambda: nnx.split(MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, "reference"), nnx.Param, ...)
-        graph, params, rest = make()
+        layer = MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, cfg.exchange, "reference")
+        graph, params, rest = nnx.split(layer, nnx.Param, ...)
         params = set_weights(params)
         x, info, cotangent = put(layer_batch())
 
@@ -313,9 +314,9 @@ def run_layer(shape, cfg):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])
-@pytest.mark.parametrize("compute", ["grouped", "capacity"])
-def test_layer_is_the_same_on_every_mesh(shape, compute):
-    y, stats, grads = run_layer(shape, layer_cfg(compute=compute, capacity_factor=8.0))
+@pytest.mark.parametrize(("compute", "exchange"), [("grouped", "all_to_all"), ("capacity", "ring")])
+def test_layer_is_the_same_on_every_mesh(shape, compute, exchange):
+    y, stats, grads = run_layer(shape, layer_cfg(compute=compute, exchange=exchange, capacity_factor=8.0))
     y1, stats1, grads1 = run_layer((1, 1, 1), layer_cfg(compute="dense"))
     np.testing.assert_allclose(y, y1, rtol=1e-5, atol=1e-5)
     assert stats.tokens.sum() == layer_batch()[1].counted.sum()
@@ -354,7 +355,7 @@ def test_drops_on_a_mesh_are_counted_once():
 
 def _layer_weights(cfg):
     with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
-        layer = MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, "reference")
+        layer = MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, "ring", "reference")
         return jax.tree.leaves(set_weights(nnx.state(layer, nnx.Param)))
 
 
@@ -364,7 +365,7 @@ def test_shared_experts_add_to_the_routed():
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     x, info, _ = jax.device_put(layer_batch(), NamedSharding(mesh, sharding.BATCH))
     with jax.set_mesh(mesh):
-        layer = MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, "reference")
+        layer = MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, "ring", "reference")
         graph, params = nnx.split(layer)
         params = nnx.to_pure_dict(set_weights(params))
         run = jax.jit(lambda params: nnx.merge(graph, params)(x, info)[0])

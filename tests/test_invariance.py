@@ -1,8 +1,8 @@
 """The invariance matrix: how a batch is computed never changes what is computed.
 
 For one tiny model and one batch, loss, every loss part, every gradient leaf, RouterStats and the parameters after one
-optimizer step are equal across meshes, micro-batches, rematerialisation, expert compute (with ring exchange wherever
-the mesh has an expert axis) and both with and without padding. The oracle is one device, one batch, every expert dense.
+optimizer step are equal across meshes, micro-batches, rematerialisation, expert compute, exchange (where the mesh has
+an expert axis) and both with and without padding. The oracle is one device, one batch, every expert dense.
 """
 
 import functools
@@ -19,17 +19,22 @@ B, S, V = 32, 8, 48
 BIAS = np.linspace(-0.05, 0.05, 4, dtype=np.float32)
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
 MICRO, REMAT, COMPUTE, PADDING = [1, 2, 4], ["none", "full"], ["dense", "grouped"], [0.0, 0.25]
-EVERYTHING = list(itertools.product(MESHES, MICRO, REMAT, COMPUTE, PADDING))
+EXCHANGE = ["ring", "all_to_all"]  # the other one only where there is something to exchange, and with grouped experts
+EVERYTHING = [case for case in itertools.product(MESHES, MICRO, REMAT, COMPUTE, PADDING, EXCHANGE)
+              if case[-1] == "ring" or (case[0][2] > 1 and case[3] == "grouped")]  # fmt: skip
 # The fast part: every mesh with every number of micro-batches, the other choices in turn.
-FAST = [(m, a, REMAT[(i + j) % 2], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 ^ i % 2])
+FAST = [(m, a, REMAT[(i + j) % 2], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 ^ i % 2],
+         EXCHANGE[m[2] > 1 and (i + (j > 0)) % 2])
         for i, m in enumerate(MESHES) for j, a in enumerate(MICRO)]  # fmt: skip
 
 
-def run_config(micro=1, remat="none", compute="dense", balance_batch="8", lb_coef=0.5, z_coef=0.1) -> config.RunConfig:
+def run_config(micro=1, remat="none", compute="dense", balance_batch="8", lb_coef=0.5, z_coef=0.1,
+               exchange="auto") -> config.RunConfig:  # fmt: skip
     c = config.default_config()
     c.model.update(vocab_size=V, d_model=16, num_layers=3, num_dense_layers=1, d_ff=24, num_heads=4, num_kv_heads=2,
                    head_dim=4, qk_norm=True, compute_dtype="float32", remat=remat, init_std=0.3)  # fmt: skip
-    c.model.moe.update(num_experts=4, top_k=2, d_expert=8, num_shared_experts=1, compute=compute, selection_bias=True)
+    c.model.moe.update(num_experts=4, top_k=2, d_expert=8, num_shared_experts=1, compute=compute, selection_bias=True,
+                       exchange=exchange)  # fmt: skip
     c.loss.update(load_balance_coef=lb_coef, router_z_coef=z_coef, balance_batch=balance_batch)
     # A large eps: AdamW's first step divides a gradient by itself, which would turn rounding into ±1.
     c.optim.update(lr=0.02, newton_schulz_dtype="float32", newton_schulz_steps=2, eps=1e-3)
@@ -104,20 +109,22 @@ def assert_same(got: dict, want: dict) -> None:
     jax.tree_util.tree_map_with_path(same, got, want)
 
 
-def check(mesh, micro, remat, compute, padding):
-    got = everything(run_config(micro, remat, compute), mesh, padding)
+def check(mesh, micro, remat, compute, padding, exchange):
+    got = everything(run_config(micro, remat, compute, exchange=exchange), mesh, padding)
     assert_same(got, oracle(padding))
 
 
-@pytest.mark.parametrize(("mesh", "micro", "remat", "compute", "padding"), FAST)
-def test_invariance(mesh, micro, remat, compute, padding):
-    check(mesh, micro, remat, compute, padding)
+@pytest.mark.parametrize(("mesh", "micro", "remat", "compute", "padding", "exchange"), FAST)
+def test_invariance(mesh, micro, remat, compute, padding, exchange):
+    check(mesh, micro, remat, compute, padding, exchange)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "micro", "remat", "compute", "padding"), [c for c in EVERYTHING if c not in FAST])
-def test_invariance_full(mesh, micro, remat, compute, padding):
-    check(mesh, micro, remat, compute, padding)
+@pytest.mark.parametrize(
+    ("mesh", "micro", "remat", "compute", "padding", "exchange"), [c for c in EVERYTHING if c not in FAST]
+)
+def test_invariance_full(mesh, micro, remat, compute, padding, exchange):
+    check(mesh, micro, remat, compute, padding, exchange)
 
 
 @pytest.mark.slow

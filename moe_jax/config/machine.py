@@ -25,6 +25,14 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         f"must be divisible by devices × train.micro_batches = {num_devices} × {a} = {unit}",
         f"nearest valid: {max(unit, round(b / unit) * unit)}",
     )
+    tokens, chunks = b // unit * cfg.data.seq_len, moe.exchange_chunks
+    require(
+        tokens % chunks == 0,
+        "model.moe.exchange_chunks",
+        chunks,
+        f"must divide a device's {tokens} tokens of a micro-batch",
+        f"nearest valid: {nearest_divisor(tokens, chunks)}",
+    )
     hopper = platform == "gpu" and any(name in device_kind for name in ("H100", "H200", "H800", "GH200"))
     here = device_kind or platform
     require(

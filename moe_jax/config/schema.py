@@ -69,7 +69,9 @@ class MoEConfig(_Checked):
     selection_bias: bool = False  # a bias per expert added for selection only (`router_bias` of the train state)
     compute: Literal["grouped", "dense", "capacity"] = "grouped"
     capacity_factor: float = _number(1.25, 0.01)  # compute="capacity": an expert takes ⌈factor · K · T / E⌉ rows
-    exchange: Literal["ring"] = "ring"  # how tokens reach the experts of other devices
+    # How tokens reach the experts of other devices; "auto": what sends fewer bytes (moe_jax/exchange.py).
+    exchange: Literal["auto", "ring", "all_to_all"] = "auto"
+    exchange_chunks: int = _number(1, 1)  # a device's tokens are sent and computed in so many parts, which may overlap
     grouped_matmul: Literal["auto", "reference", "ragged_dot", "mosaic_gpu"] = "auto"
 
     def check(self):
@@ -78,6 +80,11 @@ class MoEConfig(_Checked):
         g = self.num_groups
         require(e % g == 0, "num_groups", g, f"must divide num_experts={e}", f"nearest valid: {nearest_divisor(e, g)}")
         require(self.top_groups <= g, "top_groups", self.top_groups, f"must be ≤ num_groups={g}", f"nearest valid: {g}")
+        require(
+            self.exchange_chunks == 1 or self.compute != "capacity",
+            "exchange_chunks", self.exchange_chunks, "would change which rows compute='capacity' drops",
+            "nearest valid: 1",
+        )  # fmt: skip
         room = self.top_groups * (e // g)
         require(
             k <= room, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {room}", f"nearest valid: {room}"

@@ -1,0 +1,203 @@
+"""Time expert parallelism at a config's shape: the exchanges and their chunks, beside `fsdp` and beside one device.
+
+    python -m benchmarks.expert_parallel --config=configs/olmoe_8l_bench.py
+    python -m benchmarks.expert_parallel --config=configs/olmoe_8l_bench.py --train --config.model.remat=full
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m benchmarks.expert_parallel --config=configs/debug.py \\
+        --config.model.moe.num_experts=8 --steps=2
+
+Forward and backward of one MoE layer on random activations, or with --train a whole training step on random tokens; the
+router's own choices. Every device has the config's batch, whatever the mesh, so that one device is the ceiling; the
+variants take turns. One row each: median time and its spread, tokens/s of a device, bytes that a device sends to the
+experts of others in one layer by the cost model (`moe_jax.exchange.bytes_sent`), temporaries by the compiler, maximum
+expert load and dropped share; and a value and a gradient norm, which tell whether meshes of the same size compute the
+same. `padded` is the all-to-all of whole blocks, which CPU always has, for comparison elsewhere.
+"""
+
+import functools
+import gc
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+from flax import nnx
+
+from benchmarks.rows import random_rows, seconds
+from moe_jax import cli, config, exchange, metrics, model, sharding, step
+from moe_jax.layers import Init
+from moe_jax.moe import MoE, TokenInfo
+
+CONFIG = cli.define_config()
+ROUNDS = flags.DEFINE_integer("rounds", 3, "times that every variant has its turn", 1)
+STEPS = flags.DEFINE_integer("steps", 10, "calls of a turn", 1)
+CHUNKS = flags.DEFINE_list("chunks", ["1", "2", "4"], "values of model.moe.exchange_chunks")
+DEVICES = flags.DEFINE_integer("devices", 0, "use this many devices; 0: all", 0)
+ONLY = flags.DEFINE_string("only", "", "variants whose name contains this")
+TRAIN = flags.DEFINE_bool("train", False, "a whole training step instead of one layer")
+
+
+class Variant(NamedTuple):
+    mesh: tuple[int, int, int]
+    exchange: str = "ring"
+    chunks: int = 1
+    padded: bool = False
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh)
+
+    @property
+    def name(self) -> str:
+        _, fsdp, expert = self.mesh
+        if expert == 1:
+            return f"fsdp={fsdp}" if fsdp > 1 else "1 device"
+        parts = f", {self.chunks} chunks" if self.chunks > 1 else ""
+        return f"expert={expert}, {self.exchange}{' padded' * self.padded}{parts}"
+
+
+def variants(n: int) -> list[Variant]:
+    """n: devices."""
+    found = [Variant((1, 1, 1))]
+    if n > 1:
+        found += [Variant((1, n, 1))]
+        pads = (False,) if jax.default_backend() == "cpu" else (False, True)  # CPU always pads
+        ways = [("ring", False), *(("all_to_all", padded) for padded in pads)]
+        found += [Variant((1, 1, n), name, int(chunks), pad) for name, pad in ways for chunks in CHUNKS.value]
+    return [v for v in found if ONLY.value in v.name]
+
+
+# --- what is timed ---------------------------------------------------------------------------------------------------
+
+
+def build(variant: Variant) -> config.RunConfig:
+    c = CONFIG.value.copy_and_resolve_references()
+    c.unlock()
+    c.mesh.update(dict(zip(sharding.AXES, variant.mesh, strict=True)))
+    c.model.moe.update(exchange=variant.exchange, exchange_chunks=variant.chunks)
+    c.data.batch_size *= variant.devices
+    return config.build(c)
+
+
+class Timed(NamedTuple):
+    start: Callable[[], tuple]  # the arguments of the first call
+    call: Callable[..., tuple]  # takes what it returned before, of which the last is {"value", "norm", "router"}
+    temporaries: int  # bytes a device
+
+
+def of_layer(cfg: config.RunConfig, mesh: Any) -> Timed:
+    """One MoE layer; ½ Σ y² is differentiated in its parameters and in x."""
+    device, d = mesh.devices.flat[0], cfg.model.d_model
+    backends, _ = model.Backends.choose(cfg.model, device.platform, device.device_kind, mesh.shape["expert"])
+    shape = (cfg.data.batch_size // cfg.train.micro_batches, cfg.data.seq_len)
+
+    def make():
+        init = Init(nnx.Rngs(0), cfg.model.init_std)
+        layer = MoE(cfg.model.moe, d, init, cfg.model.init_std, 1, backends.exchange, backends.grouped_matmul)
+        return nnx.split(layer, nnx.Param, ...)
+
+    def loss(params, x, graph, rest):
+        info = TokenInfo(jnp.ones_like(x[:, :, 0], bool), jnp.zeros_like(x[:, :, 0], jnp.int32))
+        y, stats, _ = nnx.merge(graph, params, rest)(x, info)
+        return 0.5 * jnp.sum(jnp.square(y.astype(jnp.float32))), jax.tree.map(lambda a: a[None], stats)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(params, x, graph, rest):
+        (value, router), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x, graph, rest)
+        return grads, {"value": value, "norm": optax.tree.norm(grads), "router": router}
+
+    dtype = cfg.model.compute_dtype
+    draw = jax.jit(lambda: jax.random.normal(jax.random.key(0), (*shape, d), dtype, out_sharding=sharding.BATCH))
+
+    def start():
+        _, params, rest = make()
+        return params, draw(), rest
+
+    params, x, rest = start()
+    compiled = run.lower(params, x, make()[0], rest).compile()
+
+    def call(params, x, rest, *_):
+        grads, aux = compiled(params, x, rest)
+        return params, x, rest, grads, aux
+
+    return Timed(start, call, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def of_step(cfg: config.RunConfig, mesh: Any) -> Timed:
+    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    lowered = step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch)
+    compiled = lowered.compile()
+
+    def call(state, *_):
+        state, aux = compiled(state, batch)
+        return state, {"value": aux["loss"], "norm": aux["grad_norm"], "router": aux["router"]}
+
+    return Timed(lambda: (step.init_state(cfg, mesh),), call, compiled.memory_analysis().temp_size_in_bytes)
+
+
+class Row:
+    """One variant: its arrays live only during its turn, so that each has the devices' memory for itself."""
+
+    def __init__(self, variant: Variant, devices: list[jax.Device]):
+        self.variant, self.turns, self.note, self.cfg = variant, [], "", build(variant)
+        self.mesh = sharding.make_mesh(variant.mesh, devices[: variant.devices])
+        config.check_devices(self.cfg, variant.devices, devices[0].platform, devices[0].device_kind)
+        swap = exchange._swap_padded if variant.padded else exchange._swap_ragged
+        with jax.set_mesh(self.mesh), mock.patch.object(exchange, "_swap_ragged", swap):
+            self.timed = (of_step if TRAIN.value else of_layer)(self.cfg, self.mesh)
+
+    def turn(self) -> None:
+        gc.collect()
+        with jax.set_mesh(self.mesh):
+            took, out = seconds(self.timed.call, self.timed.start(), STEPS.value)
+        self.turns.append(took)
+        router = metrics.router_metrics(metrics.to_host(out[-1]["router"]), self.cfg.model.moe.top_k)
+        self.note = (f"max load {router['max_load']:.2f}, dropped {router['dropped']:.1%}, "
+                     f"value {float(out[-1]['value']):.6g}, gradient {float(out[-1]['norm']):.6g}")  # fmt: skip
+
+    def __str__(self) -> str:
+        cfg, median, spread = self.cfg, statistics.median(self.turns), max(self.turns) - min(self.turns)
+        once = cfg.data.batch_size * cfg.data.seq_len // (self.variant.devices * cfg.train.micro_batches)
+        tokens = once * (cfg.train.micro_batches if TRAIN.value else 1)
+        platform = "cpu" if self.variant.padded else jax.default_backend()
+        itemsize = jnp.dtype(cfg.model.compute_dtype).itemsize
+        peers = self.mesh.shape["expert"]
+        sent = exchange.bytes_sent(cfg.model.moe, platform, peers, cfg.model.d_model, once, itemsize)
+        return (f"{self.variant.name:<40} {1e3 * median:9.2f} ms (spread {1e3 * spread:.2f}), "
+                f"{tokens / median:9.0f} tokens/s a device, {sent[self.variant.exchange] / 1e6:8.1f} MB sent, "
+                f"temporaries {self.timed.temporaries / 2**30:.2f} GiB, {self.note}")  # fmt: skip
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def main(_):
+    devices = jax.devices()[: DEVICES.value or None]
+    cfg, moe = config.build(CONFIG.value), CONFIG.value.model.moe
+    what = "training step" if TRAIN.value else "MoE layer, forward and backward"
+    print(f"{what}: E={moe.num_experts}, K={moe.top_k}, D={cfg.model.d_model}, F={moe.d_expert}, "
+          f"{cfg.data.batch_size} × {cfg.data.seq_len} tokens a device in {cfg.train.micro_batches} micro-batches, "
+          f"{cfg.model.compute_dtype}, remat {cfg.model.remat}, {len(devices)} × {devices[0].device_kind}, "
+          f"jax {jax.__version__}", flush=True)  # fmt: skip
+    rows = []
+    for variant in variants(len(devices)):
+        try:
+            rows.append(Row(variant, devices))
+            rows[-1].turn()
+        except Exception as error:  # the others can be compared all the same
+            rows = [row for row in rows if row.turns]
+            why = " ".join(str(error).split())[:200]
+            print(f"{variant.name:<40} cannot run here: {type(error).__name__}: {why}", flush=True)
+    for _ in range(ROUNDS.value - 1):
+        for row in rows:
+            row.turn()
+    for row in rows:
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -204,7 +204,8 @@ def choose_exchange(
 ) -> tuple[str, str]:
     """The exchange, and the line that tells it, printed once at start-up. `moe.exchange` other than "auto" is taken.
 
-    "auto" is the one that sends fewer bytes; on CPU, which would pad, `ring`.
+    "auto" is the one that sends fewer bytes on TPU, and `ring` on CPU, which would pad, and on GPU, where the ragged
+    all-to-all has not been measured.
     """
     if peers == 1:
         return "ring", "none (mesh.expert=1)"  # its collectives over one device are nothing
@@ -212,8 +213,8 @@ def choose_exchange(
     name, why = cfg.exchange, "set in the config"
     if name == "auto":
         name, why = min(sent, key=sent.get), "sends less"
-        if platform == "cpu":
-            name, why = "ring", "no ragged all-to-all on CPU"
+        if platform != "tpu":
+            name, why = "ring", "no ragged all-to-all on CPU" if platform == "cpu" else "not measured on GPU yet"
     elif platform == "cpu" and name == "all_to_all":
         why += ", padded on CPU"
     (other,) = set(sent) - {name}

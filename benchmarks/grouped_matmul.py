@@ -58,6 +58,13 @@ def check(backend: str, dtype) -> float:
     return worst
 
 
+def draw_sizes(rng: np.random.Generator, experts: int, rows: int) -> jax.Array:
+    """Rows of every expert, by a Dirichlet(4) draw."""
+    sizes = np.floor(rng.dirichlet(np.full(experts, 4.0)) * rows).astype(np.int32)
+    sizes[0] += rows - sizes.sum()
+    return jnp.asarray(sizes)
+
+
 def seconds(fn, *args, repeats: int = 20) -> float:
     """Median of three means over back-to-back calls, after a warm-up."""
     for _ in range(3):
@@ -93,9 +100,7 @@ def main(_):
             x = jax.random.normal(jax.random.key(0), (rows, d), dtype)
             w = jax.random.normal(jax.random.key(1), (experts, d, f), dtype) / d**0.5
             dy = jax.random.normal(jax.random.key(2), (rows, f), dtype)
-            sizes = np.floor(rng.dirichlet(np.full(experts, 4.0)) * rows).astype(np.int32)
-            sizes[0] += rows - sizes.sum()
-            s = jnp.asarray(sizes)
+            s = draw_sizes(rng, experts, rows)
             flops = 2 * rows * d * f
             one, two = seconds(forward, x, w, s), seconds(both, x, w, s, dy)
             print(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.kernels import mosaic
+from moe_jax.kernels import hopper, mosaic
 from moe_jax.kernels.common import is_hopper, varying_like
 
 BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of each other on 2 CPU cores
@@ -145,4 +145,5 @@ BACKENDS: dict[str, Backend] = {
     "reference": _Reference(),
     "ragged_dot": _RaggedDot(),
     "mosaic_gpu": mosaic.MosaicGPU(),
+    "hopper": hopper.Hopper(),
 }

@@ -1,0 +1,148 @@
+"""Where the time of a training step goes: every kernel of a profile, by part of the model and by kind of kernel.
+
+    python -m benchmarks.profile_step --config=configs/olmoe_8l_bench.py
+    python -m benchmarks.profile_step --config=configs/debug.py --config.model.num_layers=2 --steps=2       # on a CPU
+
+Runs a few steps under JAX's profiler and adds up what each kernel of the device took. A kernel belongs to the
+instruction of the compiled program that it is named after, and that to the `jax.named_scope` it was traced in: forward,
+recomputed, or backward if it came from differentiating. Two tables, in milliseconds a step, and the longest kernels.
+"""
+
+import collections
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from benchmarks.rows import random_rows
+from moe_jax import cli, config, sharding, step
+
+CONFIG = cli.define_config()
+STEPS = flags.DEFINE_integer("steps", 3, "steps profiled", 1)
+TOP = flags.DEFINE_integer("top", 25, "longest kernels to print", 0)
+
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_name=\"([^\"]*)\"", re.M)
+KINDS = (  # of a kernel's name, the first that fits
+    ("grouped matmul", "mosaic|_rows_block|_weights_block|ragged"),
+    ("attention", "flash|fmha|cudnn|splash"),
+    ("matmul", "gemm|cutlass|nvjet|xmma|cublas|dot|triton_gemm"),
+    ("collective", "nccl|all-reduce|all-gather|reduce-scatter|all-to-all|all_reduce|all_gather|permute"),
+    ("sort", "sort|radix|onesweep|histogram"),
+    ("gather or scatter", "gather|scatter"),
+    ("reduction", "reduce"),
+    ("copy or transposition", "copy|memcpy|transpose|memset"),
+)
+
+
+class Kernel(NamedTuple):
+    name: str
+    part: str
+    phase: str
+    kind: str
+
+
+def scopes() -> tuple[str, ...]:
+    """The named scopes of the model, inner ones first."""
+    return ("router", "dispatch", "experts", "combine", "statistics", "attention", "norm", "embedding", "loss",
+            "clip", "optimizer", "moe")  # fmt: skip
+
+
+def place(op_name: str) -> tuple[str, str]:
+    """(part, phase) of an instruction, from the names it was traced under."""
+    names = re.split(r"[/()]", op_name)
+    part = next((scope for scope in scopes() if scope in names), "other")
+    if part in ("optimizer", "clip"):
+        return part, "update"
+    if "rematted_computation" in names:
+        return part, "recomputed"
+    return part, "backward" if "transpose" in names else "forward"
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.I)), "elementwise")
+
+
+def origins(program: str) -> dict[str, str]:
+    """{instruction: op_name} of a compiled program's text."""
+    return dict(INSTRUCTION.findall(program))
+
+
+def kernels(folder: Path) -> list[tuple[str, str, float]]:
+    """(kernel, instruction it belongs to, milliseconds) of everything that ran on device 0."""
+    (file,) = folder.rglob("*.xplane.pb")
+    found = []
+    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    device = [p for p in planes if re.match(r"/device:(GPU|TPU):0$", p.name)]
+    for plane in device or [p for p in planes if p.name == "/host:CPU"]:
+        for line in plane.lines:
+            if device and not re.match(r"Stream|XLA Ops", line.name):
+                continue
+            for event in line.events:
+                stats = {k: v for k, v in event.stats if k in ("hlo_op", "hlo_module")}
+                if "hlo_op" in stats:
+                    found.append((event.name, str(stats["hlo_op"]), event.duration_ns / 1e6))
+    return found
+
+
+def table(times: dict[tuple[str, str], float], columns: list[str], total: float) -> str:
+    rows = sorted({row for row, _ in times}, key=lambda r: -sum(times.get((r, c), 0.0) for c in columns))
+    lines = [f"{'':<24}" + "".join(f"{c:>14}" for c in (*columns, "all", "share"))]
+    for row in rows:
+        cells = [times.get((row, c), 0.0) for c in columns]
+        lines.append(
+            f"{row:<24}" + "".join(f"{c:>14.2f}" for c in (*cells, sum(cells))) + f"{sum(cells) / total:>14.1%}"
+        )
+    return "\n".join(lines)
+
+
+def measure(cfg: config.RunConfig, mesh: Any) -> tuple[list[tuple[Kernel, float]], str]:
+    """Milliseconds a step of every kernel, and the compiled program."""
+    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    state = step.init_state(cfg, mesh)
+    with jax.set_mesh(mesh):
+        run = step.make_train_step(cfg, mesh).__wrapped__.lower(state, batch).compile()
+    program = run.as_text()
+    for _ in range(2):
+        state, _ = run(state, batch)
+    jax.block_until_ready(state)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(STEPS.value):
+                state, _ = run(state, batch)
+            jax.block_until_ready(state)
+        raw = kernels(Path(folder))
+    known = origins(program)
+    found = []
+    for name, instruction, milliseconds in raw:
+        part, phase = place(known.get(instruction, ""))
+        kind = kind_of(f"{name} {instruction} {known.get(instruction, '').rsplit('/', 1)[-1]}")
+        found.append((Kernel(f"{instruction} [{name[:60]}]", part, phase, kind), milliseconds / STEPS.value))
+    return found, program
+
+
+def main(_):
+    cfg = config.build(CONFIG.value)
+    device = jax.devices()[0]
+    mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
+    print(step.describe_backends(cfg, mesh), flush=True)
+    found, _ = measure(cfg, mesh)
+    total = sum(milliseconds for _, milliseconds in found)
+    print(f"{total:.2f} ms of kernels a step, {device.device_kind}, jax {jax.__version__}, mean of {STEPS.value} steps")
+    phases = ["forward", "recomputed", "backward", "update"]
+    by_part, by_kind, by_kernel = (collections.Counter() for _ in range(3))
+    for kernel, milliseconds in found:
+        by_part[kernel.part, kernel.phase] += milliseconds
+        by_kind[kernel.kind, kernel.phase] += milliseconds
+        by_kernel[kernel] += milliseconds
+    for times in (by_part, by_kind):
+        print(f"\n{table(times, phases, total)}", flush=True)
+    print()
+    for kernel, milliseconds in by_kernel.most_common(TOP.value):
+        print(f"{milliseconds:9.3f} ms  {kernel.part:<12} {kernel.phase:<11} {kernel.kind:<22} {kernel.name}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,194 @@
+"""Tiles of a matrix product on a Hopper GPU, and the blocks that work them off: what the Pallas kernels here share.
+
+A fixed number of blocks, each of three warpgroups: one copies, two multiply a tile together. The one that copies runs
+ahead, over the ends of tiles too, so that a tile's operands arrive while the results of the one before are stored.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+HALF = 128  # rows and columns of what one warpgroup multiplies
+PART = 64  # rows and columns of what it stores at a time
+DEPTH = 64  # of the inner dimension at a time
+SMS = 132  # of H100 and H200
+
+
+class Tiling(NamedTuple):
+    """tall: the two warpgroups' halves lie one above the other (256 × 128), not side by side (128 × 256).
+
+    stages: operands in flight. cluster: blocks that share the copies of an operand (1 or 2).
+    """
+
+    tall: bool
+    stages: int = 3
+    cluster: int = 1
+
+    @property
+    def rows(self) -> int:
+        return HALF * (1 + self.tall)
+
+    @property
+    def columns(self) -> int:
+        return HALF * (2 - self.tall)
+
+    @property
+    def bytes(self) -> int:
+        """Of shared memory: operands, and what is on its way out (whole tiles, parts of them)."""
+        return 2 * (self.stages * (self.rows + self.columns) * DEPTH + 2 * (4 + 1) * PART * PART)
+
+
+def launch(body: Callable, shape: tuple[int, ...], dtype: Any, t: Tiling, interpret: Any = None, sms: int = SMS):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    cluster = dict(cluster=(t.cluster,), cluster_names=("cluster",)) if t.cluster > 1 else {}
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        grid=(sms // t.cluster,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+        **cluster,
+    )
+
+
+def layout(columns: int) -> tuple:
+    """Of a bf16 buffer in shared memory, as the tensor cores and the copies want it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    swizzle = plgpu.find_swizzle(columns * 16)  # bits
+    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+
+
+def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, **more):
+    """All tiles of this block: `fetch` in one warpgroup, `multiply` and `finish` in the other two.
+
+    Slot s of the buffers is full when both operands have arrived, and free when both warpgroups are done with it.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=t.stages)
+    if t.cluster > 1:
+        free = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=t.stages)
+
+    @functools.partial(
+        pl.run_scoped,
+        a=a,
+        b=b,
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
+        free=free,
+        parts=plgpu.SMEM((2, 4, PART, PART), a.dtype, transforms=layout(PART)),
+        **more,
+        collective_axes="warpgroup",
+    )
+    def _(a, b, full, free, parts, **more):
+        me, block, blocks = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block"), jax.lax.axis_size("block")
+        mine = jax.lax.div(count - block + (blocks - 1), jnp.int32(blocks))
+        slot_of = lambda step: jax.lax.rem(step, jnp.int32(t.stages))
+
+        def copy():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def tiles(i, step):
+                tile = tile_of(block + i * blocks)
+
+                def one(k, _):
+                    slot = slot_of(step + k)
+
+                    @pl.when(step + k >= t.stages)
+                    def _():
+                        plgpu.barrier_wait(free.at[slot])
+
+                    fetch(tile, k, a.at[slot], b.at[slot], full.at[slot])
+
+                steps = steps_of(tile)
+                jax.lax.fori_loop(0, steps, one, None)
+                return step + steps
+
+            total = jax.lax.fori_loop(0, mine, tiles, jnp.int32(0))
+
+            def release(step, _):  # a barrier must not be left half way
+                plgpu.barrier_wait(free.at[slot_of(step)])
+
+            jax.lax.fori_loop(jnp.maximum(total - t.stages, 0), total, release, None)
+
+        def compute():
+            plgpu.set_max_registers(232, action="increase")
+            own = {name: buffer.at[me] for name, buffer in more.items()}
+
+            def tiles(i, step):
+                tile = tile_of(block + i * blocks)
+                steps = steps_of(tile)
+
+                def sum_up(total):
+                    def one(k, _):
+                        slot = slot_of(step + k)
+                        plgpu.barrier_wait(full.at[slot])
+                        multiply(tile, k, a.at[slot], b.at[slot], total, me)
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(k > 0)
+                        def _():
+                            plgpu.barrier_arrive(free.at[slot_of(step + k - 1)])
+
+                    jax.lax.fori_loop(0, steps, one, None)
+                    plgpu.wgmma_wait(0)
+
+                    @pl.when(steps > 0)
+                    def _():
+                        plgpu.barrier_arrive(free.at[slot_of(step + steps - 1)])
+
+                    return total[...]
+
+                total = pl.run_scoped(sum_up, plgpu.ACC((HALF, HALF), jnp.float32))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                finish(tile, total, me, parts.at[me], **own)
+                return step + steps
+
+            jax.lax.fori_loop(0, mine, tiles, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        jax.lax.cond(me == 2, copy, compute)
+
+
+def _quarters():
+    return [(i, j) for i in range(0, HALF, PART) for j in range(0, HALF, PART)]
+
+
+def store(out, total, parts, top, left):
+    """A warpgroup's whole half tile."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    for slot, (i, j) in enumerate(_quarters()):
+        parts.at[slot][...] = total[i : i + PART, j : j + PART]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(parts.at[slot], out.at[pl.ds(top + i, PART), pl.ds(left + j, PART)])
+
+
+def store_some(out, total, plain, top, left, first, last):
+    """Rows `first` to `last` of it. The size of a copy is fixed, so there is one for every power of two."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    for i, j in _quarters():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plain[...] = total[i : i + PART, j : j + PART]
+        plgpu.commit_smem()
+        row, end = (jnp.clip(v - i, 0, PART) for v in (first, last))
+        rows, size = end - row, PART
+        while size:
+
+            @pl.when((rows & size) != 0)
+            def _(row=row, size=size, i=i, j=j):
+                to = out.at[pl.ds(top + i + row, size), pl.ds(left + j, PART)]
+                plgpu.copy_smem_to_gmem(plain.at[pl.ds(row, size)], to)
+
+            row, size = row + (rows & size), size // 2

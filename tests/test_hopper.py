@@ -1,0 +1,74 @@
+"""The grouped matmul for Hopper GPUs, in Pallas' interpreter: the same kernels, on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.kernels import hopper
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels are for jax 0.11 and later")
+
+ROWS, EXPERTS, D = 400, 4, 256
+SIZES = [[136, 0, 200, 24], [1, 129, 0, 257], [0, 0, 400, 0], [0, 7, 0, 0]]
+SIDE_BY_SIDE, TALL = hopper.Tiling(tall=False, stages=2), hopper.Tiling(tall=True, stages=3)
+
+
+def arrays(columns: int):
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((ROWS, D), (EXPERTS, D, columns), (ROWS, columns)))
+
+
+def options(tiling):
+    """Three blocks, so that each goes from tile to tile and group to group."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    params = getattr(plgpu, "InterpretGPUParams", None) or plgpu.InterpretParams
+    return dict(tiling=tiling, sms=3, interpret=params())
+
+
+def error(got, want):
+    return np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("tiling", "columns"), [(SIDE_BY_SIDE, 256), (TALL, 128)])
+def test_every_group_by_its_own_matrix(sizes, tiling, columns):
+    """Against float64: both directions of the rows, and the weight gradient, with nothing of other groups' rows."""
+    x, w, dy = arrays(columns)
+    s, n = jnp.asarray(sizes, jnp.int32), sum(sizes)
+    X, W, G = (np.asarray(a, np.float64) for a in (x, w, dy))
+    part = np.split(np.arange(n), np.cumsum(sizes)[:-1])
+    y = hopper.rows_times_weights(x, w, s, **options(tiling))[:n]
+    assert error(y, np.concatenate([X[p] @ W[e] for e, p in enumerate(part)])) < 4e-3
+    dx = hopper.rows_times_weights(dy, w, s, transpose=True, **options(hopper.tiling("rows", columns, D)))[:n]
+    assert error(dx, np.concatenate([G[p] @ W[e].T for e, p in enumerate(part)])) < 4e-3
+    # What follows the last group must not reach the gradient, whatever it is.
+    x, dy = (jnp.where(jnp.arange(ROWS)[:, None] < n, a, jnp.nan) for a in (x, dy))
+    dw = hopper.weight_gradient(x, dy, s, **options(tiling))
+    assert error(dw, np.stack([X[p].T @ G[p] for p in part])) < 4e-3
+
+
+def test_lowers_for_a_gpu_with_and_without_clusters():
+    x, w, dy = arrays(512)
+    s = jnp.full(EXPERTS, 100, jnp.int32)
+    for cluster in (1, 2):
+        how = dict(tiling=hopper.Tiling(tall=False, cluster=cluster))
+        both = lambda x, w, dy, how=how: (
+            hopper.rows_times_weights(x, w, s, **how), hopper.weight_gradient(x, dy, s, **how))  # fmt: skip
+        text = jax.jit(both).trace(x, w, dy).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @mosaic_gpu") == 2
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("height", [128, 256])
+def test_tiles_hold_every_row_once(sizes, height):
+    """And read no row past the last, from multiples of 8."""
+    table, count = hopper.row_tiles(jnp.asarray(sizes, jnp.int32), ROWS, height)
+    seen = np.full(ROWS, -1)
+    for group, base, first, last in np.asarray(table)[: int(count[0])]:
+        assert base % hopper.ALIGN == 0 and 0 <= base <= ROWS - height and 0 <= first < last <= height
+        assert (seen[base + first : base + last] == -1).all()
+        seen[base + first : base + last] = group
+    np.testing.assert_array_equal(seen[: sum(sizes)], np.repeat(np.arange(EXPERTS), sizes))
+    assert (seen[sum(sizes) :] == -1).all() and len(table) >= count[0]

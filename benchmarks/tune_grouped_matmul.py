@@ -35,8 +35,8 @@ def products(experts: int, d: int, f: int, rows: int) -> list[tuple[str, int, in
 
 def make(kind: str, transposed: bool, tiling: hopper.Tiling):
     if kind == "rows":
-        return jax.jit(lambda x, w, dy, s: hopper.rows_times_weights(x, w, s, transpose=transposed, tiling=tiling))
-    return jax.jit(lambda x, w, dy, s: hopper.weight_gradient(x, dy, s, tiling=tiling))
+        return jax.jit(lambda x, w, dy, g: hopper.rows_times_weights(x, w, g, transpose=transposed, tiling=tiling))
+    return jax.jit(lambda x, w, dy, g: hopper.weight_gradient(x, dy, g, tiling=tiling))
 
 
 def turn(fn, arrays) -> float:
@@ -57,7 +57,8 @@ def tune(kind, inner, columns, transposed, experts, rows, sizes) -> list[tuple[f
     keys = jax.random.split(jax.random.key(0), 3)
     normal = lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16)
     shape = (experts, columns, inner) if transposed else (experts, inner, columns)
-    arrays = (normal(keys[0], (rows, inner)), normal(keys[1], shape), normal(keys[2], (rows, columns)), sizes)
+    groups = hopper.find_groups(sizes, rows)
+    arrays = (normal(keys[0], (rows, inner)), normal(keys[1], shape), normal(keys[2], (rows, columns)), groups)
     runs, first = {}, None
     for tiling in hopper.candidates(kind, inner, columns):
         try:

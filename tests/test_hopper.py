@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels import hopper
+from moe_jax.kernels import grouped_matmul, hopper, tiles
+from moe_jax.kernels.tiles import Tiling
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels are for jax 0.11 and later")
 
 ROWS, EXPERTS, D = 400, 4, 256
 SIZES = [[136, 0, 200, 24], [1, 129, 0, 257], [0, 0, 400, 0], [0, 7, 0, 0]]
-SIDE_BY_SIDE, TALL = hopper.Tiling(tall=False, stages=2), hopper.Tiling(tall=True, stages=3)
+SIDE_BY_SIDE, TALL = Tiling(tall=False, stages=2), Tiling(tall=True, stages=3)
 
 
 def arrays(columns: int):
@@ -19,12 +20,14 @@ def arrays(columns: int):
     return (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((ROWS, D), (EXPERTS, D, columns), (ROWS, columns)))
 
 
-def options(tiling):
+@pytest.fixture
+def interpreter(monkeypatch):
     """Three blocks, so that each goes from tile to tile and group to group."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    params = getattr(plgpu, "InterpretGPUParams", None) or plgpu.InterpretParams
-    return dict(tiling=tiling, sms=3, interpret=params())
+    monkeypatch.setattr(tiles, "SMS", 3)
+    with plgpu.force_gpu_interpret_mode():
+        yield
 
 
 def error(got, want):
@@ -33,27 +36,41 @@ def error(got, want):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(("tiling", "columns"), [(SIDE_BY_SIDE, 256), (TALL, 128)])
+@pytest.mark.usefixtures("interpreter")
 def test_every_group_by_its_own_matrix(sizes, tiling, columns):
     """Against float64: both directions of the rows, and the weight gradient, with nothing of other groups' rows."""
     x, w, dy = arrays(columns)
-    s, n = jnp.asarray(sizes, jnp.int32), sum(sizes)
+    s, n = hopper.find_groups(jnp.asarray(sizes, jnp.int32), ROWS), sum(sizes)
     X, W, G = (np.asarray(a, np.float64) for a in (x, w, dy))
     part = np.split(np.arange(n), np.cumsum(sizes)[:-1])
-    y = hopper.rows_times_weights(x, w, s, **options(tiling))[:n]
+    y = hopper.rows_times_weights(x, w, s, tiling=tiling)[:n]
     assert error(y, np.concatenate([X[p] @ W[e] for e, p in enumerate(part)])) < 4e-3
-    dx = hopper.rows_times_weights(dy, w, s, transpose=True, **options(hopper.tiling("rows", columns, D)))[:n]
+    dx = hopper.rows_times_weights(dy, w, s, transpose=True)[:n]
     assert error(dx, np.concatenate([G[p] @ W[e].T for e, p in enumerate(part)])) < 4e-3
     # What follows the last group must not reach the gradient, whatever it is.
     x, dy = (jnp.where(jnp.arange(ROWS)[:, None] < n, a, jnp.nan) for a in (x, dy))
-    dw = hopper.weight_gradient(x, dy, s, **options(tiling))
+    dw = hopper.weight_gradient(x, dy, s, tiling=tiling)
     assert error(dw, np.stack([X[p].T @ G[p] for p in part])) < 4e-3
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_back_end_and_its_gradients():
+    """Against the reference back end: y, dx and dw, rows past the last group included."""
+    x, w, dy = arrays(128)
+    sizes = jnp.asarray([1, 129, 0, 200], jnp.int32)
+    results = []
+    for backend in ("hopper", "reference"):
+        y, vjp = jax.vjp(lambda x, w, b=backend: grouped_matmul(x, w, sizes, b), x, w)
+        results.append([np.asarray(a, np.float32) for a in (y, *vjp(dy))])
+    for got, want in zip(*results, strict=True):
+        assert error(got, want) < 1e-2
 
 
 def test_lowers_for_a_gpu_with_and_without_clusters():
     x, w, dy = arrays(512)
-    s = jnp.full(EXPERTS, 100, jnp.int32)
+    s = hopper.find_groups(jnp.full(EXPERTS, 100, jnp.int32), ROWS)
     for cluster in (1, 2):
-        how = dict(tiling=hopper.Tiling(tall=False, cluster=cluster))
+        how = dict(tiling=Tiling(tall=False, cluster=cluster))
         both = lambda x, w, dy, how=how: (
             hopper.rows_times_weights(x, w, s, **how), hopper.weight_gradient(x, dy, s, **how))  # fmt: skip
         text = jax.jit(both).trace(x, w, dy).lower(lowering_platforms=("cuda",)).as_text()

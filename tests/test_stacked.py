@@ -19,16 +19,11 @@ def column(v: np.ndarray) -> np.ndarray:
     return v[:, None, None].astype(np.float64)
 
 
-def cases(x: jax.Array, **how):
-    """(name, result, float64) of the three products that a step takes, by the einsums or by the kernel."""
+def cases(x: jax.Array):
+    """(name, result, float64) of the three products that a step takes."""
     f64 = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
     square = jnp.asarray(f64(x) @ f64(x).transpose(0, 2, 1)).astype(x.dtype)
     eye, a, b, c = np.eye(x.shape[1]), jnp.asarray(A), jnp.asarray(B), jnp.asarray(C)
-    if how:
-        yield "gram", stacked._kernel(x, x, None, a, None, c, symmetric=True, **how), None
-        yield "square", stacked._kernel(square, square, square, a, b, c, symmetric=True, **how), None
-        yield "residual", stacked._kernel(square, x, x, jnp.ones(2), b, jnp.zeros(2), symmetric=False, **how), None
-        return
     want = column(A) * (f64(x) @ f64(x).transpose(0, 2, 1)) + column(C) * eye
     yield "gram", stacked.symmetric_product(x, a, None, c), want
     want = column(A) * (f64(square) @ f64(square)) + column(B) * f64(square) + column(C) * eye
@@ -50,10 +45,13 @@ def test_kernel_equals_the_einsums(monkeypatch):
     matrix. The results are sums in float32, rounded once: they differ where two orders of summation round apart."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    monkeypatch.setattr(stacked, "_SMS", 3)
-    interpret = getattr(plgpu, "InterpretGPUParams", None) or plgpu.InterpretParams
     x = jnp.asarray(stack(512, 640), jnp.bfloat16)
-    for (name, got, _), (_, want, _) in zip(cases(x, interpret=interpret()), cases(x), strict=True):
+    einsums = list(cases(x))
+    monkeypatch.setattr(stacked, "_SMS", 3)
+    monkeypatch.setattr(stacked, "uses_kernel", lambda *_: True)
+    with plgpu.force_gpu_interpret_mode():
+        kernels = list(cases(x))
+    for (name, got, _), (_, want, _) in zip(kernels, einsums, strict=True):
         got, want = (np.asarray(y, np.float32) for y in (got, want))
         assert np.mean(got != want) < 0.01, name
         np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-2, err_msg=name)

@@ -8,7 +8,7 @@
 """
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,11 @@ BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of ea
 
 
 class Backend(Protocol):
-    def rows(self, x: Array, w: Array, sizes: Array, transpose: bool) -> Array: ...
-    def weights(self, x: Array, dy: Array, sizes: Array) -> Array: ...
+    def groups(self, sizes: Array, rows: int) -> Any:
+        """What the two products want to know of the groups: computed once, kept for the backward pass."""
+
+    def rows(self, x: Array, w: Array, groups: Any, transpose: bool) -> Array: ...
+    def weights(self, x: Array, dy: Array, groups: Any) -> Array: ...
 
 
 def choose_backend(
@@ -42,7 +45,6 @@ def choose_backend(
     return "reference", platform
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
     x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"], backend: str
 ) -> Float[Array, "R F"]:
@@ -52,23 +54,28 @@ def grouped_matmul(
     Inside a `shard_map`, x, w and sizes must vary over the same mesh axes.
     Differentiable in x and w.
     """
-    return _forward(x, w, sizes, backend)[0]
+    return _grouped_matmul(x, w, sizes, BACKENDS[backend].groups(sizes, x.shape[0]), backend)
 
 
-def _forward(x, w, sizes, backend):
-    y = varying_like(BACKENDS[backend].rows(x, w, sizes, False), x, w, sizes)
-    return _mask_tail(y, sizes), (x, w, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped_matmul(x, w, sizes, groups, backend):
+    return _forward(x, w, sizes, groups, backend)[0]
+
+
+def _forward(x, w, sizes, groups, backend):
+    y = varying_like(BACKENDS[backend].rows(x, w, groups, False), x, w, sizes)
+    return _mask_tail(y, sizes), (x, w, sizes, groups)
 
 
 def _backward(backend, saved, dy):
-    x, w, sizes = saved
+    x, w, sizes, groups = saved
     dy = _mask_tail(dy, sizes)
-    dx = _mask_tail(varying_like(BACKENDS[backend].rows(dy, w, sizes, True), dy, w, sizes), sizes)
-    dw = varying_like(BACKENDS[backend].weights(x, dy, sizes), x, dy, sizes)
-    return dx.astype(x.dtype), dw.astype(w.dtype), None
+    dx = _mask_tail(varying_like(BACKENDS[backend].rows(dy, w, groups, True), dy, w, sizes), sizes)
+    dw = varying_like(BACKENDS[backend].weights(x, dy, groups), x, dy, sizes)
+    return dx.astype(x.dtype), dw.astype(w.dtype), None, None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def _mask_tail(y: Array, sizes: Array) -> Array:
@@ -97,7 +104,12 @@ class _Blocks(NamedTuple):
         return e, self.row_E[e] + offset, offset + jnp.arange(BLOCK) < self.size_E[e]
 
 
-class _Reference:
+class _Sizes:
+    def groups(self, sizes, rows):
+        return sizes
+
+
+class _Reference(_Sizes):
     """Obviously right, and honest in cost: one small matmul per block in use. A loop, so that no weight is copied."""
 
     def rows(self, x, w, sizes, transpose):
@@ -130,7 +142,7 @@ class _Reference:
         return jax.lax.fori_loop(0, blocks.count, body, dw)
 
 
-class _RaggedDot:
+class _RaggedDot(_Sizes):
     def rows(self, x, w, sizes, transpose):
         return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2) if transpose else w, sizes)
 

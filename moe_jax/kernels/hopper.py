@@ -41,7 +41,7 @@ def _tuned() -> dict[str, list]:
     return json.loads(TABLE.read_text())["tilings"] if TABLE.is_file() else {}
 
 
-def tiling(kind: str, inner: int, columns: int) -> Tiling:
+def best_tiling(kind: str, inner: int, columns: int) -> Tiling:
     """The fastest measured (`python -m benchmarks.tune_grouped_matmul`), or the first that can do it."""
     found = _tuned().get(f"{kind} {inner} {columns}")
     return Tiling(*found) if found else candidates(kind, inner, columns)[0]
@@ -52,6 +52,23 @@ class RowTiles(NamedTuple):
 
     table: Int[Array, "tiles 4"]  # group, base, first, last
     count: Int[Array, " 1"]  # tiles in use
+
+
+class Groups(NamedTuple):
+    """Where the groups are, for every product with them."""
+
+    bounds: Int[Array, "E 2"]  # first row and the one after the last
+    short: RowTiles  # of HALF rows
+    tall: RowTiles  # of 2·HALF rows
+
+
+def find_groups(sizes: Int[Array, " E"], rows: int) -> Groups:
+    """rows: R of the x that they are in."""
+    end = jnp.cumsum(sizes)
+    padded = lambda height: max(rows + -rows % ALIGN, height)
+    tiles_of = lambda height: row_tiles(sizes, padded(height), height)
+    bounds = jnp.stack([end - sizes, end], axis=1).astype(jnp.int32)
+    return Groups(bounds, tiles_of(HALF), tiles_of(2 * HALF))
 
 
 def row_tiles(sizes: Int[Array, " E"], rows: int, height: int) -> RowTiles:
@@ -70,30 +87,33 @@ def row_tiles(sizes: Int[Array, " E"], rows: int, height: int) -> RowTiles:
 
 
 def rows_times_weights(
-    x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"], *, transpose: bool = False, **options
+    x: Float[Array, "R D"],
+    w: Float[Array, "E D F"],
+    groups: Groups,
+    *,
+    transpose: bool = False,
+    tiling: Tiling | None = None,
 ) -> Float[Array, "R F"]:
-    """y[r] = x[r]·w[e], or x[r]·w[e]ᵀ with w `[E, F, D]`. Rows past sum(sizes) are left as they are found."""
+    """y[r] = x[r]·w[e], or x[r]·w[e]ᵀ with w `[E, F, D]`. Rows past the last group are left as they are found."""
     rows = x.shape[0]
     columns = w.shape[1] if transpose else w.shape[2]
-    t = options.pop("tiling", None) or tiling("rows", x.shape[1], columns)
+    t = tiling or best_tiling("rows", x.shape[1], columns)
     x = _at_least(x, t.rows)
-    table = row_tiles(sizes, x.shape[0], t.rows)
+    table, count = groups.tall if t.tall else groups.short
     body = functools.partial(_rows_block, t=t, transpose=transpose)
-    out = tiles.launch(body, (x.shape[0], columns), x.dtype, t, **options)(table.table, table.count, x, w)
-    return varying_like(out[:rows], x, w, sizes)
+    out = tiles.launch(body, (x.shape[0], columns), x.dtype, t)(table, count, x, w)
+    return varying_like(out[:rows], x, w, count)
 
 
 def weight_gradient(
-    x: Float[Array, "R D"], dy: Float[Array, "R F"], sizes: Int[Array, " E"], **options
+    x: Float[Array, "R D"], dy: Float[Array, "R F"], groups: Groups, tiling: Tiling | None = None
 ) -> Float[Array, "E D F"]:
-    """xᵀ·dy of every group's rows, in the dtype of x; zero for an empty group. Rows past sum(sizes) do not count."""
-    t = options.pop("tiling", None) or tiling("weights", x.shape[1], dy.shape[1])
+    """xᵀ·dy of every group's rows, in the dtype of x; zero for an empty group. Rows past the last do not count."""
+    t = tiling or best_tiling("weights", x.shape[1], dy.shape[1])
+    shape = (groups.bounds.shape[0], x.shape[1], dy.shape[1])
     x, dy = _at_least(x, DEPTH), _at_least(dy, DEPTH)
-    end = jnp.cumsum(sizes)
-    groups = jnp.stack([end - sizes, end], axis=1).astype(jnp.int32)
-    shape = (sizes.shape[0], x.shape[1], dy.shape[1])
-    out = tiles.launch(functools.partial(_weights_block, t=t), shape, x.dtype, t, **options)(groups, x, dy)
-    return varying_like(out, x, dy, sizes)
+    out = tiles.launch(functools.partial(_weights_block, t=t), shape, x.dtype, t)(groups.bounds, x, dy)
+    return varying_like(out, x, dy, groups.bounds)
 
 
 def _at_least(x: Array, rows: int) -> Array:
@@ -104,12 +124,14 @@ def _at_least(x: Array, rows: int) -> Array:
 class Hopper:
     """The back end. In bf16, whatever it is given."""
 
-    def rows(self, x, w, sizes, transpose):
-        bf16 = jnp.bfloat16
-        return rows_times_weights(x.astype(bf16), w.astype(bf16), sizes, transpose=transpose).astype(x.dtype)
+    groups = staticmethod(find_groups)
 
-    def weights(self, x, dy, sizes):
-        return weight_gradient(x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), sizes)
+    def rows(self, x, w, groups, transpose):
+        bf16 = jnp.bfloat16
+        return rows_times_weights(x.astype(bf16), w.astype(bf16), groups, transpose=transpose).astype(x.dtype)
+
+    def weights(self, x, dy, groups):
+        return weight_gradient(x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), groups)
 
 
 # --- the kernels -----------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def _einsum(letters: str, x: Array, y: Array) -> Array:
 # --- Hopper ----------------------------------------------------------------------------------------------------------
 
 
-def _kernel(x, y, z, a, b, c, *, symmetric: bool, interpret=None):
+def _kernel(x, y, z, a, b, c, *, symmetric: bool):
     """a·X·Y + b·Z + c·I, or a·X·Yᵀ + b·Z + c·I, of which it is known that it is symmetric."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -83,7 +83,6 @@ def _kernel(x, y, z, a, b, c, *, symmetric: bool, interpret=None):
         num_threads=3,  # warpgroups: two multiply, one copies
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpret,
     )
     return varying_like(kernel(tiles, numbers, x, y, *(() if z is None else (z,))), x)
 

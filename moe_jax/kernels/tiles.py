@@ -41,19 +41,18 @@ class Tiling(NamedTuple):
         return 2 * (self.stages * (self.rows + self.columns) * DEPTH + 2 * (4 + 1) * PART * PART)
 
 
-def launch(body: Callable, shape: tuple[int, ...], dtype: Any, t: Tiling, interpret: Any = None, sms: int = SMS):
+def launch(body: Callable, shape: tuple[int, ...], dtype: Any, t: Tiling):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     cluster = dict(cluster=(t.cluster,), cluster_names=("cluster",)) if t.cluster > 1 else {}
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(sms // t.cluster,),
+        grid=(SMS // t.cluster,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpret,
         **cluster,
     )
 

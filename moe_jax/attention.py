@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, QK-norm or QK-clip, and a KV cache: back ends behind one function.
+"""Causal self-attention with grouped queries, QK-norm or QK-clip, and a KV cache. Its back ends are in attend.py.
 
 Letters: N query heads, M key/value heads, H head size, Z cache length.
 """
@@ -12,8 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import sharding
+from moe_jax.attend import attend
 from moe_jax.config import ModelConfig
 from moe_jax.layers import Init, rms_norm, rope, weight
+from moe_jax.remat import keep
 
 BLOCK = 512  # queries and keys whose logits exist at one time while their maximum is taken
 
@@ -23,38 +25,6 @@ class KVCache(NamedTuple):
 
     k: Float[Array, "*L B Z M H"]
     v: Float[Array, "*L B Z M H"]
-
-
-def choose_attention(name: str, platform: str, segment_mask: bool) -> tuple[str, str]:
-    """The back end for a platform, and why: printed once at start-up."""
-    if name != "auto":
-        return name, "set in the config"
-    if platform in ("gpu", "cuda") and not segment_mask:
-        return "cudnn", "GPU without segment mask"
-    return "xla", "segment mask" if platform in ("gpu", "cuda") else platform
-
-
-def attend(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B Z M H"],
-    v: Float[Array, "B Z M H"],
-    segments: Int[Array, "B S"] | None,
-    backend: str,
-) -> Float[Array, "B S N H"]:
-    """softmax(q·k/√H) · v, causal; with `segments` a query sees keys of its own segment only. Z = S here.
-
-    `xla` materialises `[B, N, S, S]` and is the reference; `cudnn` is flash attention and refuses segments.
-    """
-    if backend == "cudnn" and segments is not None:
-        raise ValueError("attention='cudnn' cannot honour segment_mask=True; use attention='xla' or segment_mask=False")
-    if backend != "xla":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=backend)
-
-    def local(q, k, v, segments):
-        mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="xla")
-
-    return sharding.per_device(local, 4)(q, k, v, segments)
 
 
 def attend_cache(q: Float[Array, "B S N H"], cache: KVCache, start: Int[Array, ""]) -> Float[Array, "B S N H"]:
@@ -150,7 +120,7 @@ class Attention(nnx.Module):
         """
         cfg = self.cfg
         heads = lambda w: sharding.reshape_tail(x @ weight(w, x.dtype), 2, -1, cfg.head_dim)
-        q, k, v = heads(self.w_q), heads(self.w_k), heads(self.w_v)
+        q, k, v = keep((heads(self.w_q), heads(self.w_k), heads(self.w_v)), "qkv")
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm[...], cfg.norm_eps), rms_norm(k, self.k_norm[...], cfg.norm_eps)
         q, k = rope(q, positions, cfg.rope_theta), rope(k, positions, cfg.rope_theta)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
 from moe_jax.kernels import grouped_matmul
+from moe_jax.remat import keep
 from moe_jax.routing import Routing
 
 
@@ -93,10 +94,10 @@ def combine(y_RD: Float[Array, "R D"], routing: Routing, plan: RowPlan) -> Float
 
 def grouped(x, routing, w, cfg, backend):
     """Dropless: rows sorted by expert, three grouped matmuls. Cost follows the rows in use."""
-    plan = plan_rows(routing, w.gate.shape[0])
+    plan = keep(plan_rows(routing, w.gate.shape[0]), "rows")
     x_RD = dispatch(x, plan)
     gmm = lambda a, m: grouped_matmul(a, m, plan.sizes_e, backend)
-    h_RF = jax.nn.silu(gmm(x_RD, w.gate)) * gmm(x_RD, w.up)
+    h_RF = jax.nn.silu(keep(gmm(x_RD, w.gate), "gate")) * keep(gmm(x_RD, w.up), "up")
     return combine(gmm(h_RF, w.down), routing, plan), routing.valid
 
 

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
+from moe_jax.remat import keep
 
 
 class Init:
@@ -81,5 +82,5 @@ class GLU(nnx.Module):
         self.w_down = init.normal((d_ff, d_model), "mlp embed", out_std)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        h = jax.nn.silu(x @ weight(self.w_gate, x.dtype)) * (x @ weight(self.w_up, x.dtype))
-        return h @ weight(self.w_down, x.dtype)
+        gate, up = keep(x @ weight(self.w_gate, x.dtype), "gate"), keep(x @ weight(self.w_up, x.dtype), "up")
+        return (jax.nn.silu(gate) * up) @ weight(self.w_down, x.dtype)

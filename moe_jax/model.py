@@ -15,12 +15,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
-from moe_jax.attention import Attention, KVCache, choose_attention
+from moe_jax.attend import choose_attention
+from moe_jax.attention import Attention, KVCache
 from moe_jax.config import ModelConfig
 from moe_jax.exchange import choose_exchange
 from moe_jax.kernels import choose_backend
 from moe_jax.layers import GLU, Init, rms_norm, weight
 from moe_jax.moe import MoE, RouterBias, TokenInfo
+from moe_jax.remat import POLICIES, keep
 from moe_jax.routing import Choices, RouterStats
 
 
@@ -33,10 +35,10 @@ class Backends(NamedTuple):
 
     @classmethod
     def choose(
-        cls, cfg: ModelConfig, platform: str, device_kind: str = "", peers: int = 1, tokens: int = 1
+        cls, cfg: ModelConfig, platform: str, device_kind: str = "", peers: int = 1, tokens: int = 1, seq_len: int = 1
     ) -> tuple["Backends", str]:
         """peers: devices of the mesh's `expert` axis; tokens: those of one device in a forward pass."""
-        attention, why_a = choose_attention(cfg.attention, platform, cfg.segment_mask)
+        attention, why_a = choose_attention(cfg, platform, seq_len)
         matmul, why_m = choose_backend(
             cfg.moe.grouped_matmul, platform, device_kind, cfg.d_model, cfg.moe.d_expert, cfg.compute_dtype
         )
@@ -88,17 +90,10 @@ class Block(nnx.Module):
         h = rms_norm(x, self.attention_norm[...], self.eps)
         counted = inputs.info.counted if self.max_logit else None
         y, cache, top = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
-        x = x + y
+        x = keep(x + y, "residual")
         h = rms_norm(x, self.mlp_norm[...], self.eps)
         y, stats, choices = self.moe(h, inputs.info) if hasattr(self, "moe") else (self.mlp(h), None, None)
         return x + y, stats, cache, choices, top
-
-
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Transformer(nnx.Module):
@@ -139,7 +134,7 @@ class Transformer(nnx.Module):
             x, *rest = nnx.merge(graph, w)(x, inputs, layer_cache, start)
             return x, tuple(rest)
 
-        policy = REMAT[self.cfg.remat]
+        policy = POLICIES[self.cfg.remat]
         if policy is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         return jax.lax.scan(body, x, (weights, cache))

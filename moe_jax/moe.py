@@ -14,6 +14,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.exchange import run_experts
 from moe_jax.experts import ExpertWeights
 from moe_jax.layers import GLU, Init
+from moe_jax.remat import keep
 from moe_jax.routing import Choices, RouterStats
 
 
@@ -81,6 +82,7 @@ class MoE(nnx.Module):
         counted, group = info.counted.reshape(-1), info.group.reshape(-1)
         # float32 and HIGHEST: a router rounded to bf16 picks other experts.
         logits = jnp.einsum("td,de->te", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST)
+        logits = keep(logits, "router")
         plan, probs = routing.route(logits, bias, counted, self.cfg)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
         y, kept = run_experts(x, plan, w, self.cfg, self.exchange, self.backend)

@@ -71,16 +71,18 @@ def reshape_tail(x: jax.Array, keep: int, *tail: int) -> jax.Array:
     return x.reshape(*x.shape[:keep], *tail, out_sharding=PartitionSpec(*spec))
 
 
-def per_device(fn: Callable, split: int, whole: int = 0) -> Callable:
+def per_device(fn: Callable, split: int, whole: int = 0, *, check_vma: bool = True) -> Callable:
     """fn on each device's own sequences: `split` arguments cut along the batch, then `whole` ones replicated.
 
     For functions of one sequence at a time: nothing is communicated going forward, and the gradient of a `whole`
-    argument is summed over the mesh once.
+    argument is summed over the mesh once. Without `check_vma` there must be none: nobody would sum it.
     """
+    if whole and not check_vma:
+        raise ValueError("without check_vma the gradient of a replicated argument would not be summed")
     if not current_sizes():
         return fn
     specs = (BATCH,) * split + (PartitionSpec(),) * whole
-    return jax.shard_map(fn, in_specs=specs, out_specs=BATCH, check_vma=True)
+    return jax.shard_map(fn, in_specs=specs, out_specs=BATCH, check_vma=check_vma)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -55,7 +55,8 @@ class EvalSums(NamedTuple):
 def _backends(cfg: RunConfig, mesh: Mesh) -> tuple[model.Backends, str]:
     device = mesh.devices.flat[0]
     tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
-    return model.Backends.choose(cfg.model, device.platform, device.device_kind, mesh.shape["expert"], tokens)
+    peers = mesh.shape["expert"]
+    return model.Backends.choose(cfg.model, device.platform, device.device_kind, peers, tokens, cfg.data.seq_len)
 
 
 def _graph(cfg: RunConfig, mesh: Mesh, num_groups: int, **outputs: bool) -> model.Graph:

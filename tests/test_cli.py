@@ -212,14 +212,14 @@ OVERRIDES = {
     "loss.balance_batch=0": ["config.loss.balance_batch=0: must be ≥ 1 or 'global'", "nearest valid: 1"],
     "optim.warmup_steps=1000": ["config.optim.warmup_steps=1000: must be < train.steps=1000", "nearest valid: 999"],
     "model.moe.score_order=topk_score model.moe.score=sigmoid": ["score_order='topk_score': needs", "softmax"],
-    "model.attention=cudnn": ["config.model.segment_mask=True: cannot be honoured by attention='cudnn'", "'xla'"],
     "data.sources.text.weight=0": ["config.data.sources={'text': 0.0}: weights must not all be 0"],
     # the machine
     "mesh.data=3": ["config.mesh=(3, 1, 1): must multiply to the 1 devices present", "-1"],
     "mesh.fsdp=2": ["config.mesh.data=-1: the other axes' 2 must divide the 1 devices present", "nearest valid"],
     "mesh.fsdp=-1": ["config.mesh.data=-1: only one of data, fsdp, expert=(-1, -1, 1) may be −1"],
     "mesh.expert=0": ["config.mesh.expert=0: must be ≥ 1, or −1", "nearest valid: 1"],
-    "model.attention=cudnn model.segment_mask=false": ["config.model.attention='cudnn': needs a GPU, this is cpu"],
+    "model.attention=cudnn": ["config.model.attention='cudnn': needs a GPU, this is cpu", "use 'auto'"],
+    "model.attention=splash": ["config.model.attention='splash': needs a TPU, this is cpu", "use 'auto'"],
     "model.moe.grouped_matmul=mosaic_gpu": ["config.model.moe.grouped_matmul='mosaic_gpu': needs a Hopper GPU", "cpu"],
     # the data
     "data.sources.text.path={d}/nothing/*.txt": ["config.data.sources.text.path='", "matches no file; nearest valid"],

@@ -49,14 +49,23 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         dtype = cfg.model.compute_dtype
         rule = "must be 'bfloat16' for model.moe.grouped_matmul='mosaic_gpu'"
         require(dtype == "bfloat16", "model.compute_dtype", dtype, rule, "use 'auto'")
-    require(
-        cfg.model.attention != "cudnn" or platform == "gpu",
-        "model.attention",
-        "cudnn",
-        f"needs a GPU, this is {here}",
-        "use 'auto'",
-    )
+    _check_attention(cfg, platform, here)
     return shape
+
+
+def _check_attention(cfg: RunConfig, platform: str, here: str) -> None:
+    name, model, s = cfg.model.attention, cfg.model, cfg.data.seq_len
+    for backend, kind, article in (("cudnn", "gpu", "a GPU"), ("splash", "tpu", "a TPU")):
+        ok = name != backend or platform == kind
+        require(ok, "model.attention", backend, f"needs {article}, this is {here}", "use 'auto'")
+    if name == "cudnn":
+        rule = "must be 'bfloat16' for model.attention='cudnn'"
+        require(model.compute_dtype == "bfloat16", "model.compute_dtype", model.compute_dtype, rule, "use 'auto'")
+        rule, near = "must be a multiple of 8 for model.attention='cudnn'", -(-model.head_dim // 8) * 8
+        require(model.head_dim % 8 == 0, "model.head_dim", model.head_dim, rule, f"nearest valid: {near}")
+    if name == "splash":
+        rule = "must be a multiple of 128 for model.attention='splash'"
+        require(s % 128 == 0, "data.seq_len", s, rule, f"nearest valid: {max(128, round(s / 128) * 128)}")
 
 
 def _mesh_shape(cfg: RunConfig, num_devices: int) -> tuple[int, int, int]:

@@ -114,8 +114,10 @@ class ModelConfig(_Checked):
     tie_embeddings: bool = False
     init_std: float = _number(0.02, 0.0)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "none"  # what a layer recomputes: nothing, all but matmuls, everything
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    # What the backward pass computes again of a layer: nothing, all but plain matmuls, what is cheap, everything
+    # (moe_jax/remat.py).
+    remat: Literal["none", "dots", "selective", "full"] = "none"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     segment_mask: bool = True  # False: attention crosses the borders of documents packed in one row
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -127,8 +129,6 @@ class ModelConfig(_Checked):
         require(self.num_dense_layers < self.num_layers, "num_dense_layers", self.num_dense_layers,
                  f"must be < num_layers={self.num_layers} (at least one MoE layer)",
                  f"nearest valid: {self.num_layers - 1}")  # fmt: skip
-        require(not (self.attention == "cudnn" and self.segment_mask), "segment_mask", True,
-                 "cannot be honoured by attention='cudnn'", "set segment_mask=False or attention='xla'")  # fmt: skip
 
 
 Scope = int | Literal["global"]  # sequences that are balanced together; "global": the whole optimizer batch

@@ -1,6 +1,7 @@
 """Initialisers, RMSNorm, RoPE, and the gated linear unit. Axis letters: CONTRIBUTING.md."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,17 @@ class Init:
     """Declares weights: value, shape and logical axes on one line, born sharded when a mesh is set.
 
     With `layers=L` every weight gets a leading `[L]` axis: the stack that `jax.lax.scan` runs over.
+    Values are drawn in float32 and rounded to `dtype`.
     """
 
-    def __init__(self, rngs: nnx.Rngs, std: float, layers: int | None = None):
-        self.rngs, self.std, self.layers = rngs, std, layers
+    def __init__(self, rngs: nnx.Rngs, std: float, layers: int | None = None, dtype: Any = jnp.float32):
+        self.rngs, self.std, self.layers, self.dtype = rngs, std, layers, jnp.dtype(dtype)
 
     def stack(self, layers: int) -> "Init":
-        return Init(self.rngs, self.std, layers)
+        return Init(self.rngs, self.std, layers, self.dtype)
+
+    def as_float32(self) -> "Init":
+        return Init(self.rngs, self.std, self.layers)
 
     def _axes(self, shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[str, ...], PartitionSpec | None]:
         names = tuple(axes.split())
@@ -34,21 +39,21 @@ class Init:
     def normal(self, shape: tuple[int, ...], axes: str, std: float | None = None) -> nnx.Param:
         """Normal with standard deviation `std` (default: the model's `init_std`), cut off at 3 standard deviations."""
         shape, names, spec = self._axes(shape, axes)
-        x = _normal(self.rngs.params(), self.std if std is None else std, shape, spec)
+        x = _normal(self.rngs.params(), self.std if std is None else std, shape, spec, self.dtype)
         return nnx.Param(x, axes=names)
 
     def ones(self, shape: tuple[int, ...], axes: str) -> nnx.Param:
         shape, names, spec = self._axes(shape, axes)
-        return nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=spec), axes=names)
+        return nnx.Param(jnp.ones(shape, self.dtype, out_sharding=spec), axes=names)
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """A replicated array that is not a weight (no axes, no optimizer)."""
         return jnp.zeros(self._axes(shape, " ".join(["norm"] * len(shape)))[0], jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # compiled once per shape, not once per weight
-def _normal(key, std, shape, spec):
-    return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # compiled once per shape, not once per weight
+def _normal(key, std, shape, spec, dtype):
+    return (std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec)).astype(dtype)
 
 
 def weight(w: nnx.Param, dtype) -> Array:

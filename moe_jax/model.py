@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, backends: Backends, num_groups: int = 1, record: bool = False,
                  max_logit: bool = False):  # fmt: skip
         self.cfg, self.max_logit = cfg, max_logit
-        init = Init(rngs, cfg.init_std)
+        init = Init(rngs, cfg.init_std, dtype=cfg.param_dtype)
         block = functools.partial(Block, cfg, num_groups=num_groups, backends=backends, record=record,
                                   max_logit=max_logit)  # fmt: skip
         self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")

@@ -48,7 +48,7 @@ class MoE(nnx.Module):
         self.cfg, self.num_groups, self.record = cfg, num_groups, record
         self.exchange, self.backend = exchange, backend
         e, d, f = cfg.num_experts, d_model, cfg.d_expert
-        self.w_router = init.normal((d, e), "router_embed router_experts")
+        self.w_router = init.as_float32().normal((d, e), "router_embed router_experts")
         self.w_gate = init.normal((e, d, f), "experts embed mlp")
         self.w_up = init.normal((e, d, f), "experts embed mlp")
         self.w_down = init.normal((e, f, d), "experts mlp embed", out_std)

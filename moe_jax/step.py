@@ -167,11 +167,16 @@ def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
 
     value_and_gradients = jax.value_and_grad(loss, has_aux=True)
 
+    def in_float32(*args):
+        """For a sum over micro-batches."""
+        value, grads = value_and_gradients(*args)
+        return value, optax.tree.cast(grads, jnp.float32)
+
     def exact(params, bias, micro, step, weights):
         """First pass: the statistics of all micro-batches, without logits or gradients."""
         stats_of = lambda part: _hidden(first_pass, cfg, params, bias, part)[0].stats
         frame = losses.exact_frame(weights, _sum_over(lambda _, part: stats_of(part), micro))
-        return _sum_over(lambda _, part: value_and_gradients(params, bias, part, step, lambda stats: frame), micro)
+        return _sum_over(lambda _, part: in_float32(params, bias, part, step, lambda stats: frame), micro)
 
     def running(params, bias, micro, step, weights):
         """arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch, a mean over micro-batches."""
@@ -183,7 +188,7 @@ def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
                 load = before.tokens_per_expert + own.tokens_per_expert
                 return losses.Frame(weights, counted, load, before.tokens + own.tokens, own.tokens, 1.0 / count)
 
-            return value_and_gradients(params, bias, part, step, frame_of)
+            return in_float32(params, bias, part, step, frame_of)
 
         return _sum_over(one, micro)
 
@@ -194,7 +199,8 @@ def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
         if count == 1:
             return value_and_gradients(params, bias, batch, step, functools.partial(losses.exact_frame, weights))
         accumulate = exact if cfg.loss.accumulation == "exact" else running
-        return accumulate(params, bias, split_micro_batches(batch, count), step, weights)
+        value, grads = accumulate(params, bias, split_micro_batches(batch, count), step, weights)
+        return value, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
     return gradients
 

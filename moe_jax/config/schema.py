@@ -114,6 +114,9 @@ class ModelConfig(_Checked):
     tie_embeddings: bool = False
     init_std: float = _number(0.02, 0.0)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # Of the weights, and so of their gradients and optimizer states. In bfloat16 small updates round away; the router's
+    # weights stay float32.
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     # What the backward pass computes again of a layer: nothing, all but plain matmuls, what is cheap, everything
     # (moe_jax/remat.py).
     remat: Literal["none", "dots", "selective", "full"] = "none"

@@ -18,12 +18,13 @@ from moe_jax import config, losses, optim, sharding, step
 B, S, V = 32, 8, 48
 BIAS = np.linspace(-0.05, 0.05, 4, dtype=np.float32)
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
-MICRO, REMAT, COMPUTE, PADDING = [1, 2, 4], ["none", "full"], ["dense", "grouped"], [0.0, 0.25]
+MICRO, COMPUTE, PADDING = [1, 2, 4], ["dense", "grouped"], [0.0, 0.25]
+REMAT = ["none", "selective", "full"]
 EXCHANGE = ["ring", "all_to_all"]  # the other one only where there is something to exchange, and with grouped experts
 EVERYTHING = [case for case in itertools.product(MESHES, MICRO, REMAT, COMPUTE, PADDING, EXCHANGE)
               if case[-1] == "ring" or (case[0][2] > 1 and case[3] == "grouped")]  # fmt: skip
 # The fast part: every mesh with every number of micro-batches, the other choices in turn.
-FAST = [(m, a, REMAT[(i + j) % 2], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 ^ i % 2],
+FAST = [(m, a, REMAT[(i + 2 * j) % 3], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 ^ i % 2],
          EXCHANGE[m[2] > 1 and (i + (j > 0)) % 2])
         for i, m in enumerate(MESHES) for j, a in enumerate(MICRO)]  # fmt: skip
 

@@ -216,11 +216,12 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 
 def test_remat_changes_nothing_but_work():
-    out = {remat: gradients(dataclasses.replace(PLAIN, remat=remat)) for remat in ("none", "dots", "full")}
-    for remat in ("dots", "full"):
+    out = {remat: gradients(dataclasses.replace(PLAIN, remat=remat)) for remat in ("none", "dots", "selective", "full")}
+    for remat in ("dots", "selective", "full"):
         for a, b in zip(jax.tree.leaves(out[remat][0]), jax.tree.leaves(out["none"][0]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
     assert out["none"][1] < out["dots"][1] < out["full"][1]
+    assert out["none"][1] < out["selective"][1] < out["full"][1]
 
 
 # --- who sees whom ---------------------------------------------------------------------------------------------------

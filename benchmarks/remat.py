@@ -1,0 +1,119 @@
+"""Memory of a training step by what its backward pass computes again (`model.remat`), from the compiled program.
+
+    python -m benchmarks.remat --config=configs/olmoe_8l_bench.py                        # for the devices at hand
+    pip install "libtpu==0.0.42.*"    # the version that the installed jax asks for in its extra "tpu"
+    JAX_PLATFORMS=cpu python -m benchmarks.remat --config=configs/olmoe_8l_bench.py --topology=v5p:2x2x1
+
+Nothing is run: a topology needs no TPU. Prints one row a policy. Of a device: bytes kept between the forward and the
+backward pass of a layer, a token; temporaries (activations, gradients and work space); arguments (state and batch) and
+how many of them are aliased, that is donated. FLOPs as XLA counts them: loops once, so only to compare policies.
+Attention kernels in the program, and its largest array with S twice among its dimensions, as `[B, N, S, S]` has.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import time
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from moe_jax import cli, config, model, remat, sharding, step
+from moe_jax.moe import TokenInfo
+
+CONFIG = cli.define_config()
+TOPOLOGY = flags.DEFINE_string("topology", "", "compile for the first chip of a TPU topology that need not be here")
+POLICY = flags.DEFINE_multi_string("policy", list(remat.POLICIES), "policies to compare")
+HLO = flags.DEFINE_string("hlo", "", "write the compiled programs to this folder")
+
+
+def mesh_of(cfg: config.RunConfig) -> jax.sharding.Mesh:
+    if not TOPOLOGY.value:
+        device = jax.devices()[0]
+        return sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices[:1]
+    return sharding.make_mesh(config.check_devices(cfg, 1, "tpu", device[0].device_kind), device)
+
+
+def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh):
+    shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
+    dtypes = [jnp.float32 if name == "weights" else jnp.int32 for name in step.Batch._fields]
+    batch = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for dtype in dtypes))
+    with jax.set_mesh(mesh):
+        return step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch).compile()
+
+
+def kept(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> float:
+    """Bytes that the backward pass of one MoE layer is given, a token, weights aside: by differences."""
+
+    device, m = mesh.devices.flat[0], cfg.model
+    backends, _ = model.Backends.choose(
+        m, device.platform, device.device_kind, mesh.shape["expert"], 1, cfg.data.seq_len
+    )
+
+    def total(layers: int, batch: int) -> int:
+        this = dataclasses.replace(cfg, model=dataclasses.replace(m, num_layers=m.num_dense_layers + layers))
+        ints = jax.ShapeDtypeStruct((batch, cfg.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh))
+        inputs = model.Inputs(ints, ints, ints if m.segment_mask else None, TokenInfo(ints.update(dtype=bool), ints))
+        graph, state = model.abstract(this.model, backends), step.abstract_state(this, mesh)
+
+        def residuals(params, bias, inputs):
+            return jax.vjp(lambda params: graph.bind(params, bias)(inputs)[:2], params)[1]
+
+        found = jax.eval_shape(residuals, state.params, state.router_bias, inputs)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
+
+    b = mesh.size
+    with jax.set_mesh(mesh):
+        more = (total(2, 2 * b) - total(2, b)) - (total(1, 2 * b) - total(1, b))
+    return more / (b * cfg.data.seq_len)
+
+
+def square_array(text: str, s: int) -> str:
+    """The largest array of a compiled module with S twice among its dimensions; "none" if there is none."""
+    shapes = {m.group(0): [int(n) for n in m.group(2).split(",")] for m in re.finditer(r"\b(\w+)\[([\d,]+)\]", text)}
+    twice = [(math.prod(dims), name) for name, dims in shapes.items() if dims.count(s) > 1]
+    return max(twice, default=(0, "none"))[1]
+
+
+def main(_):
+    cfg = config.build(CONFIG.value)
+    mesh = mesh_of(cfg)
+    print(step.describe_backends(cfg, mesh))
+    print(
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}, {cfg.model.num_layers} layers, "
+        f"{cfg.data.batch_size} x {cfg.data.seq_len} tokens",
+        flush=True,
+    )
+    for policy in POLICY.value:
+        began = time.time()
+        this = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=policy))
+        row = f"{policy:10} kept {kept(this, mesh) / 1e3:7.1f} kB a token and layer, "
+        try:
+            compiled = compile_step(this, mesh)
+        except jax.errors.JaxRuntimeError as e:  # does not fit
+            print(row + " ".join(str(e).split())[:160], flush=True)
+            continue
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        if HLO.value:
+            os.makedirs(HLO.value, exist_ok=True)
+            with open(os.path.join(HLO.value, f"{policy}.txt"), "w") as f:
+                f.write(text)
+        kernels = sorted(set(re.findall(r"splash_mha_\w+?(?=_(?:no_)?residuals)|fmhaSoftmax\w*", text)))
+        gib = lambda n: f"{n / 2**30:.2f} GiB"
+        print(
+            f"{row}temporaries {gib(memory.temp_size_in_bytes)}, arguments {gib(memory.argument_size_in_bytes)}, "
+            f"aliased {gib(memory.alias_size_in_bytes)}, XLA {compiled.cost_analysis()['flops'] / 1e12:.2f} TFLOP, "
+            f"kernels {', '.join(kernels) or 'none'}, [S, S] {square_array(text, cfg.data.seq_len)}, "
+            f"{time.time() - began:.0f} s to compile",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,81 @@
+"""What `model.remat` keeps of a layer between its forward and its backward pass, number by number."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax import model, remat, sharding
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.model import Inputs
+from moe_jax.moe import TokenInfo
+
+MOE = MoEConfig(num_experts=16, top_k=4, d_expert=24, num_shared_experts=2)
+CFG = ModelConfig(
+    vocab_size=32, d_model=20, num_layers=3, num_dense_layers=1, d_ff=36, num_heads=4, num_kv_heads=2, head_dim=6,
+    qk_norm=True, moe=MOE,
+)  # fmt: skip
+
+
+def traced(cfg, batch, fn):
+    """fn(forward pass as a function of the parameters, parameters), of shapes only: `batch` rows of 4 tokens."""
+    ints = jax.ShapeDtypeStruct((batch, 4), jnp.int32, sharding=jax.NamedSharding(mesh(), sharding.BATCH))
+    inputs = Inputs(ints, ints, ints, TokenInfo(ints.update(dtype=jnp.bool_), ints))
+    graph = model.abstract(cfg)
+
+    def forward(params, inputs):
+        out = graph.bind(params, {})(inputs)
+        return out.hidden, out.stats
+
+    with jax.set_mesh(mesh()):
+        return jax.eval_shape(lambda p, i: fn(lambda p: forward(p, i), p), graph.shapes, inputs)
+
+
+@functools.cache
+def mesh():
+    return sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@functools.cache
+def kept(cfg, batch):
+    """Bytes of all that the backward pass is given."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(traced(cfg, batch, lambda f, p: jax.vjp(f, p)[1])))
+
+
+def of_a_token(cfg, **more_layers):
+    """Bytes a token in one more layer: neither weights nor anything that a batch or a model has once."""
+    larger = dataclasses.replace(cfg, **more_layers)
+    return ((kept(larger, 4) - kept(larger, 2)) - (kept(cfg, 4) - kept(cfg, 2))) / 8
+
+
+def test_selective_keeps_what_its_table_says():
+    """The table of remat.py, in bytes a token, for an MoE and for a dense layer; bfloat16."""
+    cfg = dataclasses.replace(CFG, remat="selective")
+    both = 2 * (20 + (24 + 2 * 12) + 24 + 20)  # the layer's input, qkv, attention, residual
+    assert of_a_token(cfg, num_layers=4, num_dense_layers=2) == both + 2 * 2 * 36
+    assert of_a_token(cfg, num_layers=4) == both + 4 * 16 + 2 * 4 * 4 + 2 * 2 * (4 * 24 + 2 * 24)
+
+
+def test_every_kept_name_is_used_and_no_other():
+    names = set()
+
+    def note(f, params):
+        found = equations(jax.make_jaxpr(f)(params).jaxpr)
+        names.update(eqn.params["name"] for eqn in found if eqn.primitive.name == "name")
+        return 0
+
+    traced(CFG, 2, note)
+    assert names == set(remat.KEPT)
+    with pytest.raises(ValueError, match="'queries' is not in"):
+        remat.keep(jnp.zeros(3), "queries")
+
+
+def equations(jaxpr):
+    """Of a jaxpr and all in it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(getattr(value, "jaxpr", value))

@@ -37,6 +37,11 @@ KINDS = (  # of a kernel's name, the first that fits
 )
 
 
+# The named scopes of the model, inner ones first.
+SCOPES = ("router", "sort", "dispatch", "experts", "combine", "statistics", "norm", "attention", "embedding", "output",
+          "optimizer", "mlp", "moe")  # fmt: skip
+
+
 class Kernel(NamedTuple):
     name: str
     part: str
@@ -44,17 +49,11 @@ class Kernel(NamedTuple):
     kind: str
 
 
-def scopes() -> tuple[str, ...]:
-    """The named scopes of the model, inner ones first."""
-    return ("router", "dispatch", "experts", "combine", "statistics", "attention", "norm", "embedding", "loss",
-            "clip", "optimizer", "moe")  # fmt: skip
-
-
 def place(op_name: str) -> tuple[str, str]:
     """(part, phase) of an instruction, from the names it was traced under."""
     names = re.split(r"[/()]", op_name)
-    part = next((scope for scope in scopes() if scope in names), "other")
-    if part in ("optimizer", "clip"):
+    part = next((scope for scope in SCOPES if scope in names), "other")
+    if part == "optimizer":
         return part, "update"
     if "rematted_computation" in names:
         return part, "recomputed"
@@ -82,7 +81,7 @@ def kernels(folder: Path) -> list[tuple[str, str, float]]:
                 continue
             for event in line.events:
                 stats = {k: v for k, v in event.stats if k in ("hlo_op", "hlo_module")}
-                if "hlo_op" in stats:
+                if "hlo_op" in stats and not str(stats["hlo_op"]).startswith(("while", "call", "conditional")):
                     found.append((event.name, str(stats["hlo_op"]), event.duration_ns / 1e6))
     return found
 

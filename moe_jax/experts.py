@@ -94,11 +94,16 @@ def combine(y_RD: Float[Array, "R D"], routing: Routing, plan: RowPlan) -> Float
 
 def grouped(x, routing, w, cfg, backend):
     """Dropless: rows sorted by expert, three grouped matmuls. Cost follows the rows in use."""
-    plan = keep(plan_rows(routing, w.gate.shape[0]), "rows")
-    x_RD = dispatch(x, plan)
-    gmm = lambda a, m: grouped_matmul(a, m, plan.sizes_e, backend)
-    h_RF = jax.nn.silu(keep(gmm(x_RD, w.gate), "gate")) * keep(gmm(x_RD, w.up), "up")
-    return combine(gmm(h_RF, w.down), routing, plan), routing.valid
+    with jax.named_scope("sort"):
+        plan = keep(plan_rows(routing, w.gate.shape[0]), "rows")
+    with jax.named_scope("dispatch"):
+        x_RD = dispatch(x, plan)
+    with jax.named_scope("experts"):
+        gmm = lambda a, m: grouped_matmul(a, m, plan.sizes_e, backend)
+        h_RF = jax.nn.silu(keep(gmm(x_RD, w.gate), "gate")) * keep(gmm(x_RD, w.up), "up")
+        y_RD = gmm(h_RF, w.down)
+    with jax.named_scope("combine"):
+        return combine(y_RD, routing, plan), routing.valid
 
 
 def capacity_rows(cfg: MoEConfig, tokens: int) -> int:

@@ -89,10 +89,12 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Array | None):
         h = rms_norm(x, self.attention_norm[...], self.eps)
         counted = inputs.info.counted if self.max_logit else None
-        y, cache, top = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
+        with jax.named_scope("attention"):
+            y, cache, top = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
         x = keep(x + y, "residual")
         h = rms_norm(x, self.mlp_norm[...], self.eps)
-        y, stats, choices = self.moe(h, inputs.info) if hasattr(self, "moe") else (self.mlp(h), None, None)
+        with jax.named_scope("moe" if hasattr(self, "moe") else "mlp"):
+            y, stats, choices = self.moe(h, inputs.info) if hasattr(self, "moe") else (self.mlp(h), None, None)
         return x + y, stats, cache, choices, top
 
 
@@ -116,7 +118,8 @@ class Transformer(nnx.Module):
     ) -> Output:
         dtype = jnp.dtype(self.cfg.compute_dtype)
         out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
-        x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
+        with jax.named_scope("embedding"):
+            x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
         dense_cache, moe_cache = cache or (None, None)
         tops = {}
         if self.cfg.num_dense_layers:

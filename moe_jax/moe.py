@@ -80,16 +80,18 @@ class MoE(nnx.Module):
         shape = x_bSD.shape
         x = x_bSD.reshape(-1, shape[-1])
         counted, group = info.counted.reshape(-1), info.group.reshape(-1)
-        # float32 and HIGHEST: a router rounded to bf16 picks other experts.
-        logits = jnp.einsum("td,de->te", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST)
-        logits = keep(logits, "router")
-        plan, probs = routing.route(logits, bias, counted, self.cfg)
+        with jax.named_scope("router"):
+            # float32 and HIGHEST: a router rounded to bf16 picks other experts.
+            logits = jnp.einsum("td,de->te", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST)
+            logits = keep(logits, "router")
+            plan, probs = routing.route(logits, bias, counted, self.cfg)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
         y, kept = run_experts(x, plan, w, self.cfg, self.exchange, self.backend)
-        stats = routing.router_stats(logits, probs, plan, kept, counted, group, self.num_groups)
         choices = routing.choices(plan, probs, shape[:2]) if self.record else None
-        # The sums of all devices: G·(2E+3) numbers a layer. This psum is what makes the balance global.
-        return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
+        with jax.named_scope("statistics"):
+            stats = routing.router_stats(logits, probs, plan, kept, counted, group, self.num_groups)
+            # The sums of all devices: G·(2E+3) numbers a layer. This psum is what makes the balance global.
+            return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
 
 
 def _own_experts(dtype, w: Array, spec: P) -> Array:

@@ -149,7 +149,8 @@ def _hidden(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch:
 def _forward(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
     """Negative log-likelihood of every token, and all that the model returns."""
     out, matrix = _hidden(graph, cfg, params, bias, batch)
-    return losses.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets), out
+    with jax.named_scope("output"):
+        return losses.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets), out
 
 
 def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
@@ -242,8 +243,9 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
 
     def train_step(state: TrainState, batch: Batch):
         (loss, (parts, sums)), grads = gradients(state.params, state.router_bias, batch, state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params, clipping = _clip_logits(optax.apply_updates(state.params, updates), sums.maxima, cfg.optim.qk_clip)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params, clipping = _clip_logits(optax.apply_updates(state.params, updates), sums.maxima, cfg.optim.qk_clip)
         counts = jnp.sum(sums.router.tokens_per_expert, axis=1)
         update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
         bias = jax.tree.map(lambda b: routing.update_bias(b, counts, *update), state.router_bias)

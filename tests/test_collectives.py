@@ -27,10 +27,13 @@ def collectives(micro_batches: int, accumulation: str, exchange: str) -> list[tu
         (B, S), np.float32 if name == "weights" else np.int32, sharding=sharding.batch_sharding(mesh)
     )
     batch = step.Batch(*(like(name) for name in step.Batch._fields))
+    state = step.abstract_state(cfg, mesh)
     with jax.set_mesh(mesh):
-        text = (
-            step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch).compile().as_text()
-        )
+        compiled = step.make_train_step(cfg, mesh).__wrapped__.lower(state, batch).compile()
+    # The new state takes the old one's place: all of it, and nothing else, is donated.
+    of_device = [np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(of_device)
+    text = compiled.as_text()
     found = re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(.*?op_name=\"([^\"]*)\"", text)
     dims = lambda shapes: [tuple(int(n) for n in s.split(",") if n) for s in re.findall(r"\w\d+\[([\d,]*)\]", shapes)]
     return [(kind, dims(shapes), name) for shapes, kind, name in found]

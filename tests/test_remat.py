@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import model, remat, sharding
+from moe_jax import attend, model, remat, sharding
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.model import Inputs
 from moe_jax.moe import TokenInfo
@@ -72,10 +72,38 @@ def test_every_kept_name_is_used_and_no_other():
         remat.keep(jnp.zeros(3), "queries")
 
 
-def equations(jaxpr):
-    """Of a jaxpr and all in it."""
+def equations(jaxpr, skip=()):
+    """Of a jaxpr and all in it, except in loops of the kinds in `skip` and in what has no result, which XLA drops."""
     for eqn in jaxpr.eqns:
+        if not eqn.outvars:
+            continue
         yield eqn
         for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from equations(getattr(value, "jaxpr", value))
+            if (hasattr(value, "eqns") or hasattr(value, "jaxpr")) and eqn.primitive.name not in skip:
+                yield from equations(getattr(value, "jaxpr", value), skip)
+
+
+@pytest.mark.parametrize("backend", ["splash", "cudnn", "cudnn with segments"])
+def test_selective_attends_once(monkeypatch, backend):
+    """Attention kernels of forward and backward pass together: as many as without remat; one more with full remat.
+    cuDNN's loops over further segments, which usually do nothing, are not counted."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+    at = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh(), sharding.BATCH))
+    x, ids = at((2, 128, 4, 16), jnp.bfloat16), at((2, 128), jnp.int32) if "with" in backend else None
+
+    def kernels(policy):
+        # Between something that needs its operand and something that needs its result, as in a layer.
+        layer = lambda x, ids: jnp.sin(attend.attend(*[jnp.cos(x)] * 3, ids, backend.split()[0]))
+        layer = jax.checkpoint(layer, policy=remat.POLICIES[policy]) if policy != "none" else layer
+        with jax.set_mesh(mesh()):
+            jaxpr = jax.make_jaxpr(jax.grad(lambda *args: jnp.sum(layer(*args))))(x, ids).jaxpr
+        names = [eqn.primitive.name for eqn in equations(jaxpr, ("while",))]
+        return sum(name == "pallas_call" or name.startswith("dot_product_attention_") for name in names)
+
+    forward_and_backward = 3 if backend == "splash" else 2
+    assert kernels("none") == kernels("selective") == forward_and_backward
+    assert kernels("full") == forward_and_backward + 1

@@ -106,7 +106,8 @@ def optimizer_flops(cfg: config.RunConfig) -> float:
     """Newton–Schulz's; an elementwise update is bytes."""
     if cfg.optim.name != "muon":
         return 0.0
-    return optim.muon_plan(cfg.optim, model.abstract(cfg.model), {}, cfg.model.head_dim).flops
+    sizes = dict.fromkeys(sharding.AXES, 1)
+    return optim.muon_plan(cfg.optim, model.abstract(cfg.model), sizes, cfg.model.head_dim).flops
 
 
 def parameter_bytes(cfg: config.RunConfig) -> float:

@@ -44,8 +44,8 @@ def seconds(fn: Callable, args: tuple, steps: int, *, carry: bool = True) -> tup
 
 
 def milliseconds(turns: list[float]) -> str:
-    """Median and spread of turns in seconds."""
-    return f"{1e3 * statistics.median(turns):9.2f} ms (spread {1e3 * (max(turns) - min(turns)):.2f})"
+    """Median, least and most of turns in seconds."""
+    return f"{1e3 * statistics.median(turns):9.2f} ms ({1e3 * min(turns):.2f} to {1e3 * max(turns):.2f})"
 
 
 def where() -> str:

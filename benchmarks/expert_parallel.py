@@ -7,7 +7,7 @@
 
 Forward and backward of one MoE layer on random activations, or with --train a whole training step on random tokens; the
 router's own choices. Every device has the config's batch, whatever the mesh, so that one device is the ceiling; the
-variants take turns. One row each: median time and its spread, tokens/s of a device, bytes that a device sends to the
+variants take turns. One row each: median time and its range, tokens/s of a device, bytes that a device sends to the
 experts of others in one layer by the cost model (`moe_jax.exchange.bytes_sent`), temporaries by the compiler, maximum
 expert load and dropped share; and a value and a gradient norm, which tell whether meshes of the same size compute the
 same. `padded` is the all-to-all of whole blocks, which CPU always has, for comparison elsewhere.

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-PARTS = ("import", "config, devices", "data", "describe", "initialise", "first batch", "first step")
+# "plans": what train.py prints, and the checkpoint manager; "writers": metrics, TensorBoard, and the first batch.
+PARTS = ("import", "config, devices", "data", "plans", "initialise", "writers, batch", "first step")
 CLOCK = "MOE_JAX_FIRST_STEP"  # in the environment of the child: when it was started
 
 

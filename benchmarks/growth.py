@@ -8,11 +8,12 @@
     top_k    K, with E/K and K·F as they are   active and total parameters
     length   S, with B·S as it is              tokens of a step
 
-Whole steps on random tokens, the router's own choices; values of a part take turns. The default config is a shape for
-one GPU (D=1024, 8 layers, E=64, K=4, F=512, bfloat16, 32,768 tokens, AdamW), on a CPU a toy. One row a value: median
-and spread, tokens/s, model TFLOP of the step by formula, and two analytical times, both right at the first row by
-definition: `FLOPs`, at the first row's rate; and `and bytes`, where the step's traffic of parameters, gradients and
-optimizer states takes its time at the copy bandwidth measured here, and the FLOPs, Newton–Schulz included, the rest.
+Whole steps on random tokens, at learning rate 0, so that every turn meets the router as it was drawn; values of a part
+take turns. The default config is a shape for one GPU (D=1024, 8 layers, E=64, K=4, F=512, bfloat16, 32,768 tokens,
+AdamW), on a CPU a toy. One row a value: median and range, tokens/s, model TFLOP of the step by formula, and two
+analytical times, both right at the first row by definition: `FLOPs`, at the first row's rate; and `and bytes`, where
+the step's traffic of parameters, gradients and optimizer states takes its time at the copy bandwidth measured here,
+and the FLOPs, Newton–Schulz included, the rest.
 --pieces adds forward and backward alone. An estimated 4 minutes a part on one H200, most of it compilation.
 
 Rows are appended to --rows, and --figure draws all that the file has; with --parts= nothing is timed.
@@ -84,7 +85,7 @@ def base(small: bool) -> Any:
 
 def build(part: str, value: int, small: bool) -> config.RunConfig:
     c = base(small)
-    moe, data = c.model.moe, c.data
+    moe, data, c.optim.lr = c.model.moe, c.data, 0.0
     if part == "experts":
         moe.num_experts = value
     elif part == "top_k":
@@ -209,7 +210,7 @@ def measure(part: str, values: list[int], small: bool, rate: float) -> list[dict
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """One panel a part: measured points with their spread, and the two analytical lines."""
+    """One panel a part: measured points with their range, and the two analytical lines."""
     parts = [part for part in LABELS if any(row["part"] == part for row in rows)]
     figure = Figure((3.6 * len(parts) + 0.4, 3.6), layout="constrained")
     every = [row[name] for row in rows for name in ("low", "high", "flops_ms", "bytes_ms")]
@@ -218,10 +219,10 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         mine = sorted((row for row in rows if row["part"] == part), key=lambda row: row["value"])
         x, y = ([row[name] for row in mine] for name in ("value", "ms"))
-        spread = [[row["ms"] - row["low"] for row in mine], [row["high"] - row["ms"] for row in mine]]
+        reach = [[row["ms"] - row["low"] for row in mine], [row["high"] - row["ms"] for row in mine]]
         axis.plot(x, [row["flops_ms"] for row in mine], color=QUIET, lw=1.2, ls="--", label="FLOPs at the first's rate")
         axis.plot(x, [row["bytes_ms"] for row in mine], color="#c4572e", lw=1.2, ls=":", label="… and parameter bytes")
-        axis.errorbar(x, y, spread, color="#2f6fb0", marker="o", ms=5, lw=1.6, capsize=3, label="measured")
+        axis.errorbar(x, y, reach, color="#2f6fb0", marker="o", ms=5, lw=1.6, capsize=3, label="measured")
         for row in mine:
             axis.annotate(f"{row['ms']:.3g}", (row["value"], row["high"]), xytext=(0, 4), textcoords="offset points",
                           ha="center", fontsize=7, color=INK)  # fmt: skip

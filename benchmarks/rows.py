@@ -45,7 +45,8 @@ def seconds(fn: Callable, args: tuple, steps: int, *, carry: bool = True) -> tup
 
 def milliseconds(turns: list[float]) -> str:
     """Median, least and most of turns in seconds."""
-    return f"{1e3 * statistics.median(turns):9.2f} ms ({1e3 * min(turns):.2f} to {1e3 * max(turns):.2f})"
+    reach = f" ({1e3 * min(turns):.2f} to {1e3 * max(turns):.2f})" if len(turns) > 1 else ""
+    return f"{1e3 * statistics.median(turns):9.2f} ms{reach}"
 
 
 def where() -> str:

@@ -31,6 +31,7 @@ def main(argv):
     if (workdir / "config.json").exists():
         checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))
     data.check_sources(cfg.data)
+    cli.keep_compiled(data.cache_folder(cfg.data) / "compiled")
     if DISTRIBUTED.value:
         cli.join_processes()
     device = jax.devices()[0]

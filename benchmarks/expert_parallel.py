@@ -7,7 +7,7 @@
 
 Forward and backward of one MoE layer on random activations, or with --train a whole training step on random tokens; the
 router's own choices. Every device has the config's batch, whatever the mesh, so that one device is the ceiling; the
-variants take turns. One row each: median time and its spread, tokens/s of a device, bytes that a device sends to the
+variants take turns. One row each: median time and its range, tokens/s of a device, bytes that a device sends to the
 experts of others in one layer by the cost model (`moe_jax.exchange.bytes_sent`), temporaries by the compiler, maximum
 expert load and dropped share; and a value and a gradient norm, which tell whether meshes of the same size compute the
 same. `padded` is the all-to-all of whole blocks, which CPU always has, for comparison elsewhere.
@@ -17,7 +17,6 @@ import functools
 import gc
 import math
 import statistics
-from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,12 +24,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
-from flax import nnx
 
-from benchmarks.rows import random_rows, seconds
-from moe_jax import cli, config, exchange, metrics, model, sharding, step
-from moe_jax.layers import Init
-from moe_jax.moe import MoE, TokenInfo
+from benchmarks.rows import Timed, milliseconds, moe_layer, seconds, training_step
+from moe_jax import cli, config, exchange, metrics, sharding
 
 CONFIG = cli.define_config()
 ROUNDS = flags.DEFINE_integer("rounds", 3, "times that every variant has its turn", 1)
@@ -83,60 +79,31 @@ def build(variant: Variant) -> config.RunConfig:
     return config.build(c)
 
 
-class Timed(NamedTuple):
-    start: Callable[[], tuple]  # the arguments of the first call
-    call: Callable[..., tuple]  # takes what it returned before, of which the last is {"value", "norm", "router"}
-    temporaries: int  # bytes a device
-
-
 def of_layer(cfg: config.RunConfig, mesh: Any) -> Timed:
     """One MoE layer; ½ Σ y² is differentiated in its parameters and in x."""
-    device, d = mesh.devices.flat[0], cfg.model.d_model
-    backends, _ = model.Backends.choose(cfg.model, device.platform, device.device_kind, mesh.shape["expert"])
-    shape = (cfg.data.batch_size // cfg.train.micro_batches, cfg.data.seq_len)
-
-    def make():
-        init = Init(nnx.Rngs(0), cfg.model.init_std)
-        layer = MoE(cfg.model.moe, d, init, cfg.model.init_std, 1, backends.exchange, backends.grouped_matmul)
-        return nnx.split(layer, nnx.Param, ...)
+    layer = moe_layer(cfg, mesh)
 
     def loss(params, x, graph, rest):
-        info = TokenInfo(jnp.ones_like(x[:, :, 0], bool), jnp.zeros_like(x[:, :, 0], jnp.int32))
-        y, stats, _ = nnx.merge(graph, params, rest)(x, info)
-        return 0.5 * jnp.sum(jnp.square(y.astype(jnp.float32))), jax.tree.map(lambda a: a[None], stats)
+        y, router = layer.apply(params, x, graph, rest)
+        return 0.5 * jnp.sum(jnp.square(y.astype(jnp.float32))), router
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(params, x, graph, rest):
         (value, router), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x, graph, rest)
         return grads, {"value": value, "norm": optax.tree.norm(grads), "router": router}
 
-    dtype = cfg.model.compute_dtype
-    draw = jax.jit(lambda: jax.random.normal(jax.random.key(0), (*shape, d), dtype, out_sharding=sharding.BATCH))
-
     def start():
-        _, params, rest = make()
-        return params, draw(), rest
+        _, params, rest = layer.make()
+        return params, layer.draw(), rest
 
     params, x, rest = start()
-    compiled = run.lower(params, x, make()[0], rest).compile()
+    compiled = run.lower(params, x, layer.make()[0], rest).compile()
 
     def call(params, x, rest, *_):
         grads, aux = compiled(params, x, rest)
         return params, x, rest, grads, aux
 
     return Timed(start, call, compiled.memory_analysis().temp_size_in_bytes)
-
-
-def of_step(cfg: config.RunConfig, mesh: Any) -> Timed:
-    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
-    lowered = step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch)
-    compiled = lowered.compile()
-
-    def call(state, *_):
-        state, aux = compiled(state, batch)
-        return state, {"value": aux["loss"], "norm": aux["grad_norm"], "router": aux["router"]}
-
-    return Timed(lambda: (step.init_state(cfg, mesh),), call, compiled.memory_analysis().temp_size_in_bytes)
 
 
 class Row:
@@ -148,7 +115,7 @@ class Row:
         config.check_devices(self.cfg, variant.devices, devices[0].platform, devices[0].device_kind)
         swap = exchange._swap_padded if variant.padded else exchange._swap_ragged
         with jax.set_mesh(self.mesh), mock.patch.object(exchange, "_swap_ragged", swap):
-            self.timed = (of_step if TRAIN.value else of_layer)(self.cfg, self.mesh)
+            self.timed = (training_step if TRAIN.value else of_layer)(self.cfg, self.mesh)
 
     def turn(self) -> None:
         gc.collect()
@@ -160,14 +127,14 @@ class Row:
                      f"value {float(out[-1]['value']):.6g}, gradient {float(out[-1]['norm']):.6g}")  # fmt: skip
 
     def __str__(self) -> str:
-        cfg, median, spread = self.cfg, statistics.median(self.turns), max(self.turns) - min(self.turns)
+        cfg, median = self.cfg, statistics.median(self.turns)
         once = cfg.data.batch_size * cfg.data.seq_len // (self.variant.devices * cfg.train.micro_batches)
         tokens = once * (cfg.train.micro_batches if TRAIN.value else 1)
         platform = "cpu" if self.variant.padded else jax.default_backend()
         itemsize = jnp.dtype(cfg.model.compute_dtype).itemsize
         peers = self.mesh.shape["expert"]
         sent = exchange.bytes_sent(cfg.model.moe, platform, peers, cfg.model.d_model, once, itemsize)
-        return (f"{self.variant.name:<40} {1e3 * median:9.2f} ms (spread {1e3 * spread:.2f}), "
+        return (f"{self.variant.name:<40} {milliseconds(self.turns)}, "
                 f"{tokens / median:9.0f} tokens/s a device, {sent[self.variant.exchange] / 1e6:8.1f} MB sent, "
                 f"temporaries {self.timed.temporaries / 2**30:.2f} GiB, {self.note}")  # fmt: skip
 

@@ -1,12 +1,19 @@
-"""Batches that benchmarks train on, and their clock."""
+"""What benchmarks share: batches, their clock, the step and the layer that they time, routers under a chosen load."""
 
+import statistics
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from moe_jax import config
+from moe_jax import config, model, routing, sharding, step
+from moe_jax.layers import Init
+from moe_jax.moe import MoE, TokenInfo
+from moe_jax.routing import RouterStats
 
 
 def random_rows(cfg: config.RunConfig, rows: list[int]) -> dict[str, np.ndarray]:
@@ -20,6 +27,7 @@ def random_rows(cfg: config.RunConfig, rows: list[int]) -> dict[str, np.ndarray]
         "segment_ids": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(),
         "sequence_ids": np.asarray(rows, np.int32),
+        "domain_ids": np.zeros(shape, np.int32),
     }
 
 
@@ -33,3 +41,83 @@ def seconds(fn: Callable, args: tuple, steps: int, *, carry: bool = True) -> tup
         args = out if carry else args
     jax.block_until_ready(out)
     return (time.perf_counter() - began) / steps, args
+
+
+def milliseconds(turns: list[float]) -> str:
+    """Median, least and most of turns in seconds."""
+    reach = f" ({1e3 * min(turns):.2f} to {1e3 * max(turns):.2f})" if len(turns) > 1 else ""
+    return f"{1e3 * statistics.median(turns):9.2f} ms{reach}"
+
+
+def where() -> str:
+    """The devices and the version that every row or table names."""
+    return f"{jax.device_count()} × {jax.devices()[0].device_kind}, jax {jax.__version__}"
+
+
+# --- what is timed ---------------------------------------------------------------------------------------------------
+
+
+class Timed(NamedTuple):
+    start: Callable[[], tuple]  # the arguments of the first call
+    call: Callable[..., tuple]  # takes what it returned before, of which the last is {"value", "norm", "router"}
+    temporaries: int  # bytes a device
+
+
+def training_step(cfg: config.RunConfig, mesh: Any) -> Timed:
+    """A whole training step on random tokens, compiled."""
+    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    lowered = step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch)
+    compiled = lowered.compile()
+
+    def call(state, *_):
+        state, aux = compiled(state, batch)
+        return state, {"value": aux["loss"], "norm": aux["grad_norm"], "router": aux["router"]}
+
+    return Timed(lambda: (step.init_state(cfg, mesh),), call, compiled.memory_analysis().temp_size_in_bytes)
+
+
+class Layer(NamedTuple):
+    """One MoE layer of a config, under the mesh in use."""
+
+    make: Callable[[], tuple]  # graph, parameters, the rest (router bias)
+    apply: Callable[..., tuple[jax.Array, RouterStats]]  # parameters, x [B, S, D], graph, rest → y, [L=1, …]
+    draw: Callable[[], jax.Array]  # random activations of one micro-batch
+
+
+def moe_layer(cfg: config.RunConfig, mesh: Any) -> Layer:
+    device, d = mesh.devices.flat[0], cfg.model.d_model
+    backends, _ = model.Backends.choose(cfg.model, device.platform, device.device_kind, mesh.shape["expert"])
+    shape = (cfg.data.batch_size // cfg.train.micro_batches, cfg.data.seq_len, d)
+
+    def make():
+        init = Init(nnx.Rngs(0), cfg.model.init_std)
+        layer = MoE(cfg.model.moe, d, init, cfg.model.init_std, 1, backends.exchange, backends.grouped_matmul)
+        return nnx.split(layer, nnx.Param, ...)
+
+    def apply(params, x, graph, rest):
+        info = TokenInfo(jnp.ones_like(x[:, :, 0], bool), jnp.zeros_like(x[:, :, 0], jnp.int32))
+        y, stats, _ = nnx.merge(graph, params, rest)(x, info)
+        return y, jax.tree.map(lambda a: a[None], stats)
+
+    dtype = cfg.model.compute_dtype
+    draw = jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype, out_sharding=sharding.BATCH))
+    return Layer(make, apply, draw)
+
+
+# --- routers under a chosen load -------------------------------------------------------------------------------------
+
+
+def steer(bias: Any, stats: Callable[[Any], RouterStats], cfg: config.MoEConfig, max_load: float) -> Any:
+    """Selection biases under which the first expert of each layer has `max_load` times the mean load, the others alike.
+
+    Tokens still choose, by their scores. bias: a pytree of `[…, E]`; stats: what the router does under it, `[L, G, …]`.
+    This is loss-free balancing towards a target (`routing.update_bias`), in ever smaller steps.
+    """
+    rest = (cfg.num_experts - max_load) / max(cfg.num_experts - 1, 1)
+    target = (max_load, *(rest,) * (cfg.num_experts - 1))
+    rate = 0.3 / cfg.num_experts if cfg.score == "softmax" and cfg.score_order == "score_topk" else 0.1
+    for i in range(100):
+        counts = jnp.sum(stats(bias).tokens_per_expert, axis=1)
+        move = lambda b, c=counts, i=i: routing.update_bias(b, c.reshape(b.shape), rate * 0.94**i, target=target)
+        bias = jax.tree.map(move, bias)
+    return bias

@@ -1,56 +1,93 @@
 """Time one training step of a config on the devices at hand: random tokens, the router's own choices.
 
     python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py --steps=10
+    python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py --loads=own,1,1.5,2,4
 
 Prints one row: step time, tokens/s, model TFLOP/s by formula (6 per active matmul weight and token, plus causal
 attention), MFU against the datasheet, maximum expert load, dropped share, peak memory, and the versions.
+
+With --loads one row each, in turns, of one compiled step at learning rate 0: `own`, the choices of the router as it was
+drawn; a number, those under selection biases that give one expert of each layer so many times the mean load.
 """
 
+import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
-from benchmarks.rows import random_rows
+from benchmarks.rows import milliseconds, random_rows, steer, where
 from moe_jax import cli, config, metrics, model, sharding, step
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "timed steps", 1)
 WARMUP = flags.DEFINE_integer("warmup", 4, "steps before the clock starts, compilation included", 1)
+LOADS = flags.DEFINE_list("loads", [], "own, or maximum load over mean")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "with --loads: times that every load has its turn", 1)
+
+
+def build() -> config.RunConfig:
+    if not LOADS.value:
+        return config.build(CONFIG.value)
+    c = CONFIG.value.copy_and_resolve_references()
+    c.unlock()
+    c.model.moe.selection_bias = True
+    c.loss.bias_update_rate = c.optim.lr = 0.0
+    return config.build(c)
 
 
 def main(_):
-    cfg = config.build(CONFIG.value)
+    cfg = build()
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     print(step.describe_backends(cfg, mesh), flush=True)
-    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    rows = random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size))
+    batch = step.put_batch(rows, mesh, cfg)
     state, train_step = step.init_state(cfg, mesh), step.make_train_step(cfg, mesh)
+    biases = {"": state.router_bias}
+    if LOADS.value:
+        by_domain, evaluate = step.put_batch(rows, mesh, cfg, by_domain=True), step.make_eval_step(cfg, mesh, 1)
+        stats = lambda bias: evaluate(state.params, bias, by_domain).router
+        with jax.set_mesh(mesh):
+            steered = lambda load: steer(state.router_bias, stats, cfg.model.moe, float(load))
+            biases = {load: state.router_bias if load == "own" else steered(load) for load in LOADS.value}
+            biases = {load: jax.tree.map(jnp.copy, bias) for load, bias in biases.items()}  # the step donates its own
+        del stats, evaluate, by_domain
+
     began = time.time()
     for _ in range(WARMUP.value):
         state, aux = train_step(state, batch)
     first_loss = float(aux["loss"])
     warm = time.time() - began
-    began = time.perf_counter()
-    for _ in range(STEPS.value):
-        state, aux = train_step(state, batch)
-    jax.block_until_ready(state)
-    seconds = (time.perf_counter() - began) / STEPS.value
+    turns, last = {load: [] for load in biases}, {}
+    for _ in range(ROUNDS.value if LOADS.value else 1):
+        for load, bias in biases.items():
+            if LOADS.value:
+                state = state._replace(router_bias=jax.tree.map(jnp.copy, bias))
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            for _ in range(STEPS.value):
+                state, last[load] = train_step(state, batch)
+            jax.block_until_ready(state)
+            turns[load].append((time.perf_counter() - began) / STEPS.value)
 
     tokens = cfg.data.batch_size * cfg.data.seq_len
     flops = model.flops_per_token(cfg.model, cfg.data.seq_len) * tokens
     peak, source = metrics.peak_flops(device)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
-    router = metrics.router_metrics(metrics.to_host(aux["router"]), cfg.model.moe.top_k)
-    print(
-        f"moe_jax {model.count_parameters(cfg.model).total / 1e9:.2f}B: step {seconds * 1e3:.1f} ms, "
-        f"{tokens / seconds:.0f} tokens/s, {flops / seconds / 1e12:.1f} TFLOP/s, "
-        f"MFU {flops / seconds / peak / mesh.size:.1%} of {peak * mesh.size / 1e12:.2f} ({source}), "
-        f"max load {router['max_load']:.2f}, dropped {router['dropped']:.1%}, peak {memory:.1f} GiB a device, "
-        f"warm-up {warm:.0f} s, loss {first_loss:.3f} -> {float(aux['loss']):.3f}, "
-        f"{mesh.size} x {device.device_kind}, jax {jax.__version__}",
-        flush=True,
-    )
+    for load, taken in turns.items():
+        aux, seconds = last[load], statistics.median(taken)
+        router = metrics.router_metrics(metrics.to_host(aux["router"]), cfg.model.moe.top_k)
+        print(
+            f"moe_jax {model.count_parameters(cfg.model).total / 1e9:.2f}B{load and f', load {load:<3}'}: "
+            f"step {milliseconds(taken).strip()}, "
+            f"{tokens / seconds:.0f} tokens/s, {flops / seconds / 1e12:.1f} TFLOP/s, "
+            f"MFU {flops / seconds / peak / mesh.size:.1%} of {peak * mesh.size / 1e12:.2f} ({source}), "
+            f"max load {router['max_load']:.2f}, dropped {router['dropped']:.1%}, peak {memory:.1f} GiB a device, "
+            f"warm-up {warm:.0f} s, loss {first_loss:.3f} -> {float(aux['loss']):.3f}, {where()}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

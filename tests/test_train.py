@@ -105,6 +105,7 @@ def check_run(root: Path, tensorboard: bool) -> None:
     body = json.loads((made / "eval.json").read_text())
     assert body["step"] == STEPS and [d["domain"] for d in body["domains"]] == ["numbers", "prose", "all"]
     assert 0 < body["bits_per_byte_of"]["xz -9"]["all"] < 8
+    assert any((root / "cache" / "compiled").iterdir())  # the next run starts faster
 
 
 def check_evaluation(root: Path, devices: int) -> None:

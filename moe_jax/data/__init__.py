@@ -2,7 +2,7 @@
 
 from moe_jax.data.corpus import PackedRows, TokenStore
 from moe_jax.data.pipeline import Batch, Corpus, TrainIterator, prepare
-from moe_jax.data.sources import check_sources
+from moe_jax.data.sources import cache_folder, check_sources
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers import load as load_tokenizer
 
@@ -13,6 +13,7 @@ __all__ = [
     "TokenStore",
     "Tokenizer",
     "TrainIterator",
+    "cache_folder",
     "check_sources",
     "load_tokenizer",
     "prepare",

@@ -1,0 +1,122 @@
+"""Time to the first step, compilation included: train.py itself, stopped after its first step, with a clock inside.
+
+    python -m benchmarks.first_step --config=configs/quickstart.py
+    python -m benchmarks.first_step --config=configs/olmoe_8l_bench.py --rounds=2
+
+Each run is a process of its own with a new run directory. `nothing prepared`: the cache folder ($MOE_JAX_CACHE) is
+empty, too. `data prepared`: data sets and tokens are there, compiled programs are not. `all prepared`: as the second
+time that a user starts the command; the tokenizer belongs to the run directory and is trained again. One row a run:
+seconds of what follows each other, whose sum is the time from the start of the process to the end of the first step;
+and how long jax traced and compiled (or read compiled programs) in all of it, with hits and requests of its cache.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+# "plans": what train.py prints, and the checkpoint manager; "writers": metrics, TensorBoard, and the first batch.
+PARTS = ("import", "config, devices", "data", "plans", "initialise", "writers, batch", "first step")
+CLOCK = "MOE_JAX_FIRST_STEP"  # in the environment of the child: when it was started
+
+
+# --- in the process that is timed ------------------------------------------------------------------------------------
+
+
+def run_train() -> None:
+    """train.py's main; prints one line of JSON and ends the process when the first step is done."""
+    marks = [float(os.environ[CLOCK])]
+    import train
+
+    marks.append(time.time())
+    import jax
+
+    from moe_jax import cli, data, step
+
+    counts: dict[str, float] = {}
+
+    def count(name: str, seconds: float = 1.0, **_) -> None:
+        counts[name] = counts.get(name, 0.0) + seconds
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    jax.monitoring.register_event_listener(count)
+
+    def around(fn, then=lambda result: result):
+        """A mark before fn and one after it."""
+
+        def timed(*args, **kwargs):
+            marks.append(time.time())
+            result = jax.block_until_ready(fn(*args, **kwargs))
+            marks.append(time.time())
+            return then(result)
+
+        return timed
+
+    def report(_) -> None:
+        parts = [after - before for before, after in itertools.pairwise(marks)]
+        where = f"{jax.device_count()} × {jax.devices()[0].device_kind}, jax {jax.__version__}"
+        print("\n" + json.dumps({"parts": parts, "counts": counts, "where": where}), flush=True)
+        os._exit(0)  # neither checkpoint nor evaluation
+
+    make = step.make_train_step
+    replace = {
+        (data, "prepare"): around(data.prepare),
+        (step, "init_state"): around(step.init_state),
+        (step, "make_train_step"): lambda *args: around(make(*args), report),
+    }
+    for (module, name), value in replace.items():
+        mock.patch.object(module, name, value).start()
+    cli.run(train.main)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def one_run(arguments: list[str], cache: Path, workdir: Path) -> dict[str, Any]:
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"MOE_JAX_CACHE": str(cache), "PYTHONPATH": os.getcwd(), CLOCK: repr(time.time())}
+    command = [sys.executable, "-m", "benchmarks.first_step", f"--workdir={workdir}", *arguments]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    shutil.rmtree(workdir, ignore_errors=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    rounds = [a for a in arguments if a.startswith("--rounds=")]
+    arguments = [a for a in arguments if a not in rounds]
+    if not any(a.startswith("--config=") for a in arguments):
+        sys.exit("error: --config=… is needed, for example --config=configs/quickstart.py")
+    print("  ".join([f"{'':<16}", *(f"{name:>15}" for name in PARTS), f"{'total':>7}"]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        for _ in range(int(rounds[-1].split("=")[1]) if rounds else 1):
+            shutil.rmtree(cache, ignore_errors=True)
+            for name in ("nothing prepared", "data prepared", "all prepared"):
+                if name == "data prepared":
+                    shutil.rmtree(cache / "compiled", ignore_errors=True)
+                row = one_run(arguments, cache, Path(folder) / "run")
+                cells = "  ".join(f"{seconds:15.2f}" for seconds in row["parts"])
+                of = lambda *events, c=row["counts"]: sum(c.get(f"/jax/{event}", 0.0) for event in events)
+                compiling, cache_of = "core/compile/", "compilation_cache/"
+                traced = of(compiling + "jaxpr_trace_duration", compiling + "jaxpr_to_mlir_module_duration")
+                print(
+                    f"{name:<16}  {cells}  {sum(row['parts']):7.2f} s; traced and lowered {traced:.2f}, "
+                    f"compiled or read {of(compiling + 'backend_compile_duration'):.2f} s, "
+                    f"{of(cache_of + 'cache_hits'):.0f} hits of {of(cache_of + 'compile_requests_use_cache'):.0f} "
+                    f"({row['where']})",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    run_train() if CLOCK in os.environ else main()

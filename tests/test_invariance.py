@@ -20,9 +20,17 @@ BIAS = np.linspace(-0.05, 0.05, 4, dtype=np.float32)
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
 MICRO, COMPUTE, PADDING = [1, 2, 4], ["dense", "grouped"], [0.0, 0.25]
 REMAT = ["none", "selective", "full"]
-EXCHANGE = ["ring", "all_to_all"]  # the other one only where there is something to exchange, and with grouped experts
-EVERYTHING = [case for case in itertools.product(MESHES, MICRO, REMAT, COMPUTE, PADDING, EXCHANGE)
-              if case[-1] == "ring" or (case[0][2] > 1 and case[3] == "grouped")]  # fmt: skip
+EXCHANGE = ["ring", "all_to_all"]
+
+
+def wanted(mesh, micro, remat, compute, padding, exchange) -> bool:
+    """Not the whole product: selective remat and the other exchange with padding only, and an exchange only where there
+    is something to exchange, with grouped experts."""
+    exchanged = mesh[2] > 1 and compute == "grouped" and remat != "full"
+    return (exchange == "ring" or (exchanged and padding)) and (remat != "selective" or bool(padding))
+
+
+EVERYTHING = [case for case in itertools.product(MESHES, MICRO, REMAT, COMPUTE, PADDING, EXCHANGE) if wanted(*case)]
 # The fast part: every mesh with every number of micro-batches, the other choices in turn.
 FAST = [(m, a, REMAT[(i + 2 * j) % 3], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 ^ i % 2],
          EXCHANGE[m[2] > 1 and (i + (j > 0)) % 2])

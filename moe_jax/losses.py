@@ -79,10 +79,12 @@ def token_nll(
 
 
 def _chunks(*arrays: Array) -> tuple[Array, ...]:
-    """`[T, …]` → `[T/C, C, …]` for the largest C ≤ CHUNK that divides T."""
+    """`[T, …]` → `[n, C, …]` with C ≤ CHUNK and the fewest chunks; what is padded, under n tokens, comes last."""
     tokens = arrays[0].shape[0]
-    chunk = next(c for c in range(min(CHUNK, tokens), 0, -1) if tokens % c == 0)
-    return tuple(a.reshape(tokens // chunk, chunk, *a.shape[1:]) for a in arrays)
+    count = -(-tokens // CHUNK)
+    chunk = -(-tokens // count)
+    pad = lambda a: jnp.pad(a, [(0, count * chunk - tokens)] + [(0, 0)] * (a.ndim - 1))
+    return tuple(pad(a).reshape(count, chunk, *a.shape[1:]) for a in arrays)
 
 
 def _logits(h_CD, output):
@@ -100,7 +102,8 @@ def _chunked_nll(h_TD, output, targets_T):
         return None, (log_z - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0], log_z)
 
     _, (nll, log_z) = jax.lax.scan(step, None, _chunks(h_TD, targets_T))
-    return nll.reshape(-1), log_z.reshape(-1)
+    tokens = targets_T.shape[0]
+    return nll.reshape(-1)[:tokens], log_z.reshape(-1)[:tokens]
 
 
 def _chunked_nll_forward(h_TD, output, targets_T):
@@ -123,7 +126,7 @@ def _chunked_nll_backward(saved, cotangents):
 
     zeros = jnp.zeros_like(output, dtype=jnp.float32)
     d_output, d_h = jax.lax.scan(step, zeros, _chunks(h_TD, targets_T, log_z_T, d_nll_T))
-    return d_h.reshape(h_TD.shape), d_output.astype(output.dtype), None
+    return d_h.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]], d_output.astype(output.dtype), None
 
 
 _chunked_nll.defvjp(_chunked_nll_forward, _chunked_nll_backward)

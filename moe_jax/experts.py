@@ -8,6 +8,7 @@ Everything here runs inside the `shard_map` of moe.py. Letters: e experts of thi
 after the exchange.
 """
 
+import functools
 from typing import NamedTuple, Protocol
 
 import jax
@@ -76,34 +77,40 @@ def dispatch(x: Float[Array, "T D"], plan: RowPlan) -> Float[Array, "R D"]:
     return x[plan.slot_R // (plan.slot_R.shape[0] // x.shape[0])]
 
 
-def _dispatch_backward(saved, dx_RD):
-    row_R, tokens = saved
-    per_slot = dx_RD[row_R].reshape(tokens, -1, dx_RD.shape[-1])
-    return jnp.sum(per_slot.astype(jnp.float32), axis=1).astype(dx_RD.dtype), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def combine(y: Float[Array, "R D"], plan: RowPlan, tokens: int) -> Float[Array, "T D"]:
+    """The sum of every token's rows, in float32."""
+    return jnp.sum(y[plan.row_R].reshape(tokens, -1, y.shape[-1]).astype(jnp.float32), axis=1)
 
 
-dispatch.defvjp(lambda x, plan: (dispatch(x, plan), (plan.row_R, x.shape[0])), _dispatch_backward)
-
-
-def combine(y_RD: Float[Array, "R D"], routing: Routing, plan: RowPlan) -> Float[Array, "T D"]:
-    """Σ_k weight[t, k] · y of slot (t, k), in float32."""
-    tokens, k = routing.experts.shape
-    y_TKD = permute(y_RD, plan.row_R, plan.slot_R).reshape(tokens, k, -1).astype(jnp.float32)
-    return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(routing.valid, routing.weights, 0.0))
+# Each is the other's transpose, so both gradients gather too.
+dispatch.defvjp(
+    lambda x, plan: (dispatch(x, plan), (plan, x.shape[0])),
+    lambda saved, dx: (combine(dx, *saved).astype(dx.dtype), None),
+)
+combine.defvjp(
+    lambda y, plan, tokens: (combine(y, plan, tokens), (plan, jnp.zeros((), y.dtype))),
+    lambda tokens, saved, dy: (dispatch(dy.astype(saved[1].dtype), saved[0]), None),
+)
 
 
 def grouped(x, routing, w, cfg, backend):
-    """Dropless: rows sorted by expert, three grouped matmuls. Cost follows the rows in use."""
+    """Dropless: rows sorted by expert, three grouped matmuls. Cost follows the rows in use.
+
+    A row's combine weight is put on the input of its down projection: then the sum over a token's rows is a plain one,
+    and no gradient needs the down projection's result.
+    """
     with jax.named_scope("sort"):
         plan = keep(plan_rows(routing, w.gate.shape[0]), "rows")
     with jax.named_scope("dispatch"):
         x_RD = dispatch(x, plan)
+        weight_R = permute(jnp.where(routing.valid, routing.weights, 0.0).reshape(-1), plan.slot_R, plan.row_R)
     with jax.named_scope("experts"):
         gmm = lambda a, m: grouped_matmul(a, m, plan.sizes_e, backend)
         h_RF = jax.nn.silu(keep(gmm(x_RD, w.gate), "gate")) * keep(gmm(x_RD, w.up), "up")
-        y_RD = gmm(h_RF, w.down)
+        y_RD = gmm((h_RF.astype(jnp.float32) * weight_R[:, None]).astype(x.dtype), w.down)
     with jax.named_scope("combine"):
-        return combine(y_RD, routing, plan), routing.valid
+        return combine(y_RD, plan, x.shape[0]), routing.valid
 
 
 def capacity_rows(cfg: MoEConfig, tokens: int) -> int:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import attend, model, remat, sharding
+from moe_jax import attend, experts, model, remat, sharding
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.model import Inputs
 from moe_jax.moe import TokenInfo
+from moe_jax.routing import Routing
 
 MOE = MoEConfig(num_experts=16, top_k=4, d_expert=24, num_shared_experts=2)
 CFG = ModelConfig(
@@ -107,3 +108,27 @@ def test_selective_attends_once(monkeypatch, backend):
     forward_and_backward = 3 if backend == "splash" else 2
     assert kernels("none") == kernels("selective") == forward_and_backward
     assert kernels("full") == forward_and_backward + 1
+
+
+def test_selective_repeats_no_expert_matmul():
+    """Three forward, two gradients of each; full remat repeats gate and up. The down projection's result has no use in
+    the backward pass, whose combine weights sit on its input."""
+    t, e, (d, f) = 6, MOE.num_experts, (20, 24)
+    of = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    routing = Routing(of((t, 4), jnp.int32), of((t, 4), jnp.float32), of((t, 4), jnp.bool_))
+    weights = experts.ExpertWeights(of((e, d, f)), of((e, d, f)), of((e, f, d)))
+
+    def matmuls(policy):
+        def layer(x, combine, w, ids, valid):
+            x = jnp.cos(x)  # as in a layer, something needs the operand's value
+            y, _ = experts.grouped(x, Routing(ids, combine, valid), w, MOE, "ragged_dot")
+            return y
+
+        layer = jax.checkpoint(layer, policy=remat.POLICIES[policy]) if policy != "none" else layer
+        total = lambda *args: jnp.sum(jnp.sin(layer(*args)))
+        args = (of((t, d)), routing.weights, weights, routing.experts, routing.valid)
+        program = jax.jit(jax.grad(total, (0, 1, 2))).trace(*args).jaxpr
+        return sum(eqn.primitive.name == "ragged_dot_general" for eqn in equations(program.jaxpr))
+
+    assert matmuls("none") == matmuls("selective") == 9
+    assert matmuls("full") == 11

@@ -64,7 +64,7 @@ def main(_):
                     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
                 ]
                 step = functools.partial(run, backend=backend)
-                time, _ = seconds(lambda *args: step(*args), (*half, put(ids)), STEPS.value, carry=False)  # noqa: B023
+                time, _ = seconds(step, (*half, put(ids)), STEPS.value, carry=False)
                 flops = 6 * rows * LENGTH.value**2 * HEADS.value * HEAD_DIM.value
                 print(
                     f"{backend:7} {segments:4} segments a row: {time * 1e3:8.2f} ms, "

@@ -5,6 +5,7 @@
 | `reference`  | any        | a loop over blocks of one group each; work follows the rows in use, not R·E       |
 | `ragged_dot` | TPU        | `jax.lax.ragged_dot` (expands densely over E on CPU and GPU: never chosen there)  |
 | `mosaic_gpu` | Hopper GPU | JAX's example Pallas Mosaic-GPU kernels, bf16                                     |
+| `hopper`     | Hopper GPU | our own, bf16; not measured yet, so no config can name it                         |
 """
 
 import functools

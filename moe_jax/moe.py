@@ -4,7 +4,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -81,9 +80,7 @@ class MoE(nnx.Module):
         x = x_bSD.reshape(-1, shape[-1])
         counted, group = info.counted.reshape(-1), info.group.reshape(-1)
         with jax.named_scope("router"):
-            # float32 and HIGHEST: a router rounded to bf16 picks other experts.
-            logits = jnp.einsum("td,de->te", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST)
-            logits = keep(logits, "router")
+            logits = keep(routing.router_logits(x, w_router), "router")
             plan, probs = routing.route(logits, bias, counted, self.cfg)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
         y, kept = run_experts(x, plan, w, self.cfg, self.exchange, self.backend)

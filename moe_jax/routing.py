@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
+from moe_jax.kernels.common import varying_like
 
 
 class Routing(NamedTuple):
@@ -44,6 +45,57 @@ class ChoiceSums(NamedTuple):
     score: Float[Array, "L G"]
     pairs: Float[Array, "L E E"]  # tokens that chose both; on the diagonal, tokens that chose the expert
     kept: Float[Array, "L G"] | None  # choices that an earlier checkpoint makes too; None without one
+
+
+def router_logits(x: Float[Array, "T D"], w: Float[Array, "D E"]) -> Float[Array, "T E"]:
+    """x·w as exact as in float32, at bfloat16's speed if x is bfloat16. A router rounded to bf16 picks other experts.
+
+    A float32 number is the sum of three bfloat16 ones (24 bits of 3 · 8), whose products with bfloat16 are exact in
+    float32: x·w is one product with three times the columns. Its gradient in w likewise; the one in x, which is
+    rounded to bfloat16 after all, is of the parts that reach 2⁻¹⁶. In float32 itself: HIGHEST, as accelerators would
+    otherwise round to bf16 or tf32.
+    """
+    return _logits(x, varying_like(w, x))  # its gradient is summed over the mesh once
+
+
+@jax.custom_vjp
+def _logits(x, w):
+    return _logits_forward(x, w)[0]
+
+
+def _logits_forward(x, w):
+    if x.dtype != jnp.bfloat16:
+        return _product("td,de->te", x, w), (x, w)
+    return jnp.sum(_product("td,pde->tpe", x, jnp.stack(_thirds(w))), axis=1), (x, w)
+
+
+def _logits_backward(saved, dy):
+    x, w = saved
+    if x.dtype != jnp.bfloat16:
+        return _product("te,de->td", dy, w), _product("td,te->de", x, dy)
+    dy, w = _thirds(dy), _thirds(w)
+    dw = jnp.sum(_product("td,pte->pde", x, jnp.stack(dy)), axis=0)
+    pairs = [(0, 0), (0, 1), (1, 0)]
+    dx = _product("pte,pde->td", *(jnp.stack([parts[pair[i]] for pair in pairs]) for i, parts in enumerate((dy, w))))
+    return dx.astype(x.dtype), dw
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
+
+
+def _thirds(a: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    """Three bfloat16 arrays whose sum is a."""
+    parts = []
+    for _ in range(3):
+        # Not astype alone: XLA may take a rounding there and back for nothing.
+        parts.append(jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16))
+        a = a - parts[-1].astype(a.dtype)
+    return tuple(parts)
+
+
+def _product(letters: str, a: Array, b: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def route(
@@ -84,7 +136,9 @@ def route(
 
 
 def _pick(values: Float[Array, "T E"], experts: Int[Array, "T K"]) -> Float[Array, "T K"]:
-    return jnp.take_along_axis(values, experts, axis=-1)
+    """Not as a gather: its gradient would be a scatter, slow on GPUs and in no fixed order."""
+    chosen_TKE = experts[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
+    return jnp.sum(jnp.where(chosen_TKE, values[:, None, :], 0), axis=-1)
 
 
 def _limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T E"]:

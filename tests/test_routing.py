@@ -326,3 +326,19 @@ def test_bias_update_centred_and_with_target_loads():
     counts = jnp.asarray([4, 1, 3], jnp.float32)
     got = routing.update_bias(jnp.zeros(3), counts, 0.125, "sign", (2.0, 1.0, 1.0))
     np.testing.assert_array_equal(got, np.float32([0, 0.125, -0.125]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_router_logits_are_those_of_float32(dtype):
+    """Value and both gradients against float64, where rounding w or dy to bfloat16 would be off by 1e-3."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, 512)), dtype)
+    w, dy = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((512, 8), (64, 8)))
+    logits, vjp = jax.vjp(routing.router_logits, x, w)
+    dx, dw = vjp(dy)
+    X, W, G = (np.asarray(a, np.float64) for a in (x, w, dy))
+    off = lambda got, want: np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+    assert (logits.dtype, dx.dtype, dw.dtype) == (jnp.float32, x.dtype, jnp.float32)
+    assert off(logits, X @ W) < 1e-6 and off(dw, X.T @ G) < 1e-6
+    rounded = np.asarray(jnp.asarray(G @ W.T, x.dtype), np.float64)
+    assert off(dx, rounded) < (1e-6 if dtype == "float32" else 5e-4)  # beside the rounding to bfloat16, next to nothing

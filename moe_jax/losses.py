@@ -8,9 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
 from moe_jax.config import LoadBalanceConfig, LossConfig
+from moe_jax.kernels.common import varying_like
 from moe_jax.routing import RouterStats
 
-CHUNK = 1024  # tokens of a device whose logits exist at one time
+CHUNK = 2048  # tokens of a device whose logits exist at one time
 
 
 class Maxima(NamedTuple):
@@ -67,15 +68,35 @@ def exact_frame(weights: Float[Array, ""], stats: RouterStats) -> Frame:
 def token_nll(
     hidden: Float[Array, "B S D"], output: Float[Array, "V D"], targets: Int[Array, "B S"]
 ) -> Float[Array, "B S"]:
-    """−log softmax(hidden · outputᵀ)[target] in float32, nats. `[B, S, V]` never exists, forward or backward."""
+    """−log softmax(hidden · outputᵀ)[target] in float32, nats, for evaluation. `[B, S, V]` never exists."""
 
     def local(hidden, targets, output):
-        # Marked as varying here, so that its gradient is summed over devices once and not once a chunk.
-        output = jax.lax.pcast(output, sharding.AXES, to="varying") if sharding.current_sizes() else output
-        nll, _ = _chunked_nll(hidden.reshape(-1, hidden.shape[-1]), output, targets.reshape(-1))
-        return nll.reshape(targets.shape)
+        step = lambda _, part: (None, _logits(part[0], output, part[1])[1])
+        parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+        _, nll = jax.lax.scan(step, None, parts)
+        return nll.reshape(-1)[: targets.size].reshape(targets.shape)
 
     return sharding.per_device(local, 2, 1)(hidden, targets, output)
+
+
+def summed_nll(
+    hidden: Float[Array, "B S D"],
+    output: Float[Array, "V D"],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+) -> Float[Array, ""]:
+    """Σ weights · `token_nll`, for training: every logit is computed once, and so is its gradient.
+
+    The gradient of a sum is known up to a factor when it is computed, so the forward pass leaves those in hidden and
+    output behind, and no logits. There is none in weights.
+    """
+
+    def local(hidden, targets, weights, output):
+        # Marked as varying here, so that its gradient is summed over devices once and not once a chunk.
+        output = jax.lax.pcast(output, sharding.AXES, to="varying") if sharding.current_sizes() else output
+        return _summed_nll(hidden.reshape(-1, hidden.shape[-1]), output, targets.reshape(-1), weights.reshape(-1))[None]
+
+    return jnp.sum(sharding.per_device(local, 3, 1)(hidden, targets, weights, output))
 
 
 def _chunks(*arrays: Array) -> tuple[Array, ...]:
@@ -87,49 +108,44 @@ def _chunks(*arrays: Array) -> tuple[Array, ...]:
     return tuple(pad(a).reshape(count, chunk, *a.shape[1:]) for a in arrays)
 
 
-def _logits(h_CD, output):
-    return jnp.einsum("cd,vd->cv", h_CD, output, preferred_element_type=jnp.float32)
+def _logits(h_CD, output, target_C):
+    """log softmax over the vocabulary, and the nll."""
+    logits = jnp.einsum("cd,vd->cv", h_CD, output, preferred_element_type=jnp.float32)
+    log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return log_p, -jnp.take_along_axis(log_p, target_C[:, None], axis=-1)[:, 0]
 
 
 @jax.custom_vjp
-def _chunked_nll(h_TD, output, targets_T):
-    """nll and logsumexp of every token."""
-
-    def step(_, part):
-        h, target = part
-        logits = _logits(h, output)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        return None, (log_z - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0], log_z)
-
-    _, (nll, log_z) = jax.lax.scan(step, None, _chunks(h_TD, targets_T))
-    tokens = targets_T.shape[0]
-    return nll.reshape(-1)[:tokens], log_z.reshape(-1)[:tokens]
+def _summed_nll(h_TD, output, targets_T, weights_T):
+    step = lambda total, part: (total + jnp.sum(part[2] * _logits(part[0], output, part[1])[1]), None)
+    return jax.lax.scan(step, varying_like(jnp.zeros(()), h_TD), _chunks(h_TD, targets_T, weights_T))[0]
 
 
-def _chunked_nll_forward(h_TD, output, targets_T):
-    nll, log_z = _chunked_nll(h_TD, output, targets_T)
-    return (nll, log_z), (h_TD, output, targets_T, log_z)
+def _summed_nll_forward(h_TD, output, targets_T, weights_T):
+    """d logits = (softmax − one-hot) · weight, chunk by chunk."""
 
-
-def _chunked_nll_backward(saved, cotangents):
-    """d logits = (softmax − one-hot) · cotangent, from logits computed again chunk by chunk."""
-    h_TD, output, targets_T, log_z_T = saved
-    d_nll_T, _ = cotangents  # log_z leaves `token_nll` unused
-
-    def step(d_output, part):
-        h, target, log_z, d_nll = part
-        p = jnp.exp(_logits(h, output) - log_z[:, None])
+    def step(sums, part):
+        total, d_output = sums
+        h, target, weight = part
+        log_p, nll = _logits(h, output, target)
         hit = jnp.arange(output.shape[0])[None, :] == target[:, None]
-        d_logits = ((p - hit) * d_nll[:, None]).astype(h.dtype)
+        d_logits = ((jnp.exp(log_p) - hit) * weight[:, None]).astype(h.dtype)
         d_output += jnp.einsum("cv,cd->vd", d_logits, h, preferred_element_type=jnp.float32)
-        return d_output, d_logits @ output
+        return (total + jnp.sum(weight * nll), d_output), d_logits @ output
 
-    zeros = jnp.zeros_like(output, dtype=jnp.float32)
-    d_output, d_h = jax.lax.scan(step, zeros, _chunks(h_TD, targets_T, log_z_T, d_nll_T))
-    return d_h.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]], d_output.astype(output.dtype), None
+    zeros = varying_like(jnp.zeros(()), h_TD), jnp.zeros_like(output, dtype=jnp.float32)
+    (total, d_output), d_h = jax.lax.scan(step, zeros, _chunks(h_TD, targets_T, weights_T))
+    d_h = d_h.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]]
+    return total, (d_h, d_output, jnp.zeros((), output.dtype))
 
 
-_chunked_nll.defvjp(_chunked_nll_forward, _chunked_nll_backward)
+def _summed_nll_backward(saved, d_total):
+    d_h, d_output, like = saved
+    scaled = lambda a, dtype: (a.astype(jnp.float32) * d_total).astype(dtype)
+    return scaled(d_h, d_h.dtype), scaled(d_output, like.dtype), None, None
+
+
+_summed_nll.defvjp(_summed_nll_forward, _summed_nll_backward)
 
 
 def load_balancing_loss(

@@ -146,13 +146,6 @@ def _hidden(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch:
     return net(inputs), net.output_matrix
 
 
-def _forward(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
-    """Negative log-likelihood of every token, and all that the model returns."""
-    out, matrix = _hidden(graph, cfg, params, bias, batch)
-    with jax.named_scope("output"):
-        return losses.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets), out
-
-
 def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
     """(params, router_bias, batch, step) → ((loss, (parts, sums)), gradients) of the optimizer batch."""
     first_pass, count = _graph(cfg, mesh, cfg.balance_groups), cfg.train.micro_batches
@@ -160,9 +153,11 @@ def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
 
     def loss(params, bias, batch, step, frame_of: Callable):
         """Of a (micro-)batch, in the frame that `frame_of` makes from its router statistics."""
-        nll, out = _forward(graph, cfg, params, bias, batch)
+        out, matrix = _hidden(graph, cfg, params, bias, batch)
+        with jax.named_scope("output"):
+            nll = losses.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
         maxima = Maxima(out.max_logit) if out.max_logit else None
-        sums = BatchSums(jnp.sum(nll * batch.weights), jnp.sum(batch.weights), out.stats, maxima)
+        sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima)
         value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, frame_of(out.stats))
         return value, (parts, sums)
 
@@ -281,7 +276,9 @@ def make_eval_step(cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = 
     graph = _graph(cfg, mesh, num_domains, record=record)
 
     def eval_step(params, bias, batch, earlier=None) -> EvalSums:
-        nll, out = _forward(graph, cfg, params, bias, batch)
+        out, matrix = _hidden(graph, cfg, params, bias, batch)
+        with jax.named_scope("output"):
+            nll = losses.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets)
         member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
         choices = None
         if record:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import losses, routing, sharding
 from moe_jax.config import LoadBalanceConfig, LossConfig, MoEConfig
-from moe_jax.losses import BatchSums, load_balancing_loss, router_z_loss, token_nll, total_loss
+from moe_jax.losses import BatchSums, load_balancing_loss, router_z_loss, summed_nll, token_nll, total_loss
 from moe_jax.routing import RouterStats
 
 
@@ -122,6 +122,9 @@ def test_router_z_loss():
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
+FACTOR = -0.3  # between the sum and the loss
+
+
 def nll_by_hand(hidden, output, targets, cotangent):
     """Negative log-likelihoods and the gradients of Σ cotangent · nll, in float64."""
     h, w = np.asarray(hidden, np.float64), np.asarray(output, np.float64)
@@ -138,7 +141,7 @@ def nll_by_hand(hidden, output, targets, cotangent):
     ("length", "dtype", "scale"),
     [(7, "float32", 1.0), (10, "float32", 1.0), (4, "float32", 3e3), (12, "bfloat16", 1.0)],
 )
-def test_token_nll(monkeypatch, length, dtype, scale):
+def test_nll(monkeypatch, length, dtype, scale):
     """Two rows of lengths that CHUNK = 4 does not divide, logits of thousands, and bf16 with float32 logits."""
     monkeypatch.setattr(losses, "CHUNK", 4)
     rng = np.random.default_rng(length)
@@ -147,15 +150,21 @@ def test_token_nll(monkeypatch, length, dtype, scale):
     targets, c = rng.integers(0, 13, (2, length)), rng.random((2, length)).astype(np.float32)
 
     def f(hidden, output):
-        nll = token_nll(hidden, output, jnp.asarray(targets))
-        return jnp.sum(c * nll), nll
+        return FACTOR * summed_nll(hidden, output, jnp.asarray(targets), jnp.asarray(c))
 
-    both = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
+    def both(hidden, output):
+        return (
+            f(hidden, output),
+            *jax.value_and_grad(f, argnums=(0, 1))(hidden, output),
+            token_nll(hidden, output, jnp.asarray(targets)),
+        )
+
     jaxpr = str(jax.make_jaxpr(both)(hidden, output))
     rows = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\[([\d,]+),13\]", jaxpr)]
     assert max(rows) == 4  # never the logits of all tokens, neither forward nor backward, and no chunk of a few
-    (_, nll), (dh, dw) = jax.jit(both)(hidden, output)
-    want, want_dh, want_dw = nll_by_hand(hidden, output, targets, c)
+    alone, total, (dh, dw), nll = jax.jit(both)(hidden, output)
+    want, want_dh, want_dw = nll_by_hand(hidden, output, targets, FACTOR * c)
+    np.testing.assert_allclose([alone, total], FACTOR * np.sum(c * want), rtol=1e-5)
     assert nll.dtype == jnp.float32
     # Sums of terms as large as the largest logit: float32 rounds relative to that.
     largest = np.abs(np.asarray(hidden, np.float64) @ np.asarray(output, np.float64).T).max()
@@ -166,7 +175,7 @@ def test_token_nll(monkeypatch, length, dtype, scale):
         np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=0, atol=tolerance * np.abs(exact).max())
 
 
-def test_token_nll_on_a_mesh(monkeypatch):
+def test_summed_nll_on_a_mesh(monkeypatch):
     """Rows spread over 8 devices: the gradient of the shared output matrix is the sum over all of them."""
     monkeypatch.setattr(losses, "CHUNK", 3)
     rng, mesh = np.random.default_rng(6), sharding.make_mesh((2, 2, 2))
@@ -176,12 +185,12 @@ def test_token_nll_on_a_mesh(monkeypatch):
         rows = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in (hidden, targets, c)]
 
         def f(hidden, output, targets, c):
-            nll = token_nll(hidden, output, targets)
-            return jnp.sum(c * nll), nll
+            return FACTOR * summed_nll(hidden, output, targets, c)
 
-        run = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
-        (_, nll), grads = run(rows[0], jax.device_put(output, NamedSharding(mesh, PartitionSpec())), *rows[1:])
-    for got, exact in zip((nll, *grads), nll_by_hand(hidden, output, targets, c), strict=True):
+        run = jax.jit(jax.value_and_grad(f, argnums=(0, 1)))
+        total, grads = run(rows[0], jax.device_put(output, NamedSharding(mesh, PartitionSpec())), *rows[1:])
+    nll, *want = nll_by_hand(hidden, output, targets, FACTOR * c)
+    for got, exact in zip((total, *grads), (FACTOR * np.sum(c * nll), *want), strict=True):
         np.testing.assert_allclose(got, exact, rtol=1e-5, atol=2e-6 * np.abs(exact).max())
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
 from moe_jax.config import ModelConfig
-from moe_jax.kernels.common import varying_like
+from moe_jax.kernels.common import is_hopper, varying_like
 from moe_jax.remat import keep
 
 LANES = 128  # splash works on blocks of whole multiples of it
@@ -23,7 +23,7 @@ BLOCKS = (512, 256, LANES)  # splash: queries and keys of a block, the largest t
 PACKED = 32  # cudnn: segments of a sequence that one call takes
 
 
-def choose_attention(cfg: ModelConfig, platform: str, seq_len: int) -> tuple[str, str]:
+def choose_attention(cfg: ModelConfig, platform: str, device_kind: str, seq_len: int) -> tuple[str, str]:
     """The back end for a platform, and why: printed once at start-up."""
     if cfg.attention != "auto":
         return cfg.attention, "set in the config"
@@ -32,10 +32,10 @@ def choose_attention(cfg: ModelConfig, platform: str, seq_len: int) -> tuple[str
         return ("xla", why) if why else ("splash", "TPU")
     if platform not in ("gpu", "cuda"):
         return "xla", platform
-    if cfg.segment_mask:
-        return "xla", "GPU with segment mask: 'cudnn' can honour it on Hopper, but has not been measured there"
     why = cudnn_cannot(cfg)
-    return ("xla", why) if why else ("cudnn", "GPU without segment mask")
+    if cfg.segment_mask and not is_hopper(device_kind):
+        why = why or f"cuDNN's packed sequences need a Hopper GPU, this is {device_kind}"
+    return ("xla", why) if why else ("cudnn", device_kind)
 
 
 def splash_cannot(seq_len: int) -> str:

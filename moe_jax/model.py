@@ -38,7 +38,7 @@ class Backends(NamedTuple):
         cls, cfg: ModelConfig, platform: str, device_kind: str = "", peers: int = 1, tokens: int = 1, seq_len: int = 1
     ) -> tuple["Backends", str]:
         """peers: devices of the mesh's `expert` axis; tokens: those of one device in a forward pass."""
-        attention, why_a = choose_attention(cfg, platform, seq_len)
+        attention, why_a = choose_attention(cfg, platform, device_kind, seq_len)
         matmul, why_m = choose_backend(
             cfg.moe.grouped_matmul, platform, device_kind, cfg.d_model, cfg.moe.d_expert, cfg.compute_dtype
         )

@@ -119,16 +119,16 @@ def test_cudnn_with_segments_lowers_forward_and_backward(monkeypatch):
 
 
 def test_what_auto_chooses():
-    def choose(platform, seq_len=4096, **fields):
-        name, why = attend.choose_attention(ModelConfig(head_dim=64, **fields), platform, seq_len)
-        return name, why
+    def choose(platform, seq_len=4096, kind="", **fields):
+        return attend.choose_attention(ModelConfig(head_dim=64, **fields), platform, kind, seq_len)
 
     for mask in (False, True):
         assert choose("tpu", segment_mask=mask) == ("splash", "TPU")
         assert choose("cpu", segment_mask=mask) == ("xla", "cpu")
     assert choose("tpu", 4000)[0] == "xla" and "blocks of 128, not 4000" in choose("tpu", 4000)[1]
-    assert choose("gpu", segment_mask=False)[0] == "cudnn"
-    assert choose("gpu")[0] == "xla" and "segment mask" in choose("gpu")[1]
+    assert choose("gpu", segment_mask=False)[0] == choose("gpu", kind="NVIDIA H200")[0] == "cudnn"
+    name, why = choose("gpu", kind="NVIDIA A100")
+    assert name == "xla" and "Hopper GPU, this is NVIDIA A100" in why
     name, why = choose("gpu", segment_mask=False, compute_dtype="float32")
     assert name == "xla" and "bfloat16" in why
     assert choose("gpu", attention="cudnn") == ("cudnn", "set in the config")

@@ -27,15 +27,15 @@ CALLS = flags.DEFINE_integer("calls", 10, "calls in a turn", 1)
 OUT = flags.DEFINE_string("out", str(hopper.TABLE), "table to write; its other entries stay")
 
 
-def products(experts: int, d: int, f: int, rows: int) -> list[tuple[str, int, int, bool]]:
-    """(kind, inner, columns, transposed) of a layer's products: x·w, dy·wᵀ, xᵀ·dy for d → f and for f → d."""
-    both = [("rows", d, f, False), ("rows", d, f, True), ("rows", f, d, False), ("rows", f, d, True)]
-    return [*both, ("weights", d, f, False), ("weights", f, d, False)]
+def products(d: int, f: int) -> list[tuple[str, int, int]]:
+    """(kind, inner, columns) of a layer's products: x·w, dy·wᵀ, xᵀ·dy for d → f and for f → d."""
+    return [(kind, *widths) for kind in ("rows", "rows transposed", "weights") for widths in ((d, f), (f, d))]
 
 
-def make(kind: str, transposed: bool, tiling: hopper.Tiling):
-    if kind == "rows":
-        return jax.jit(lambda x, w, dy, g: hopper.rows_times_weights(x, w, g, transpose=transposed, tiling=tiling))
+def make(kind: str, tiling: hopper.Tiling):
+    if kind != "weights":
+        how = dict(transpose=kind == "rows transposed", tiling=tiling)
+        return jax.jit(lambda x, w, dy, g: hopper.rows_times_weights((x,), (w,), g, **how))
     return jax.jit(lambda x, w, dy, g: hopper.weight_gradient(x, dy, g, tiling=tiling))
 
 
@@ -52,17 +52,17 @@ def distance(a, b) -> float:
     return float(jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b.astype(jnp.float32)))
 
 
-def tune(kind, inner, columns, transposed, experts, rows, sizes) -> list[tuple[float, hopper.Tiling]]:
+def tune(kind, inner, columns, experts, rows, sizes) -> list[tuple[float, hopper.Tiling]]:
     """(TFLOP/s, tiling), best first."""
     keys = jax.random.split(jax.random.key(0), 3)
     normal = lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16)
-    shape = (experts, columns, inner) if transposed else (experts, inner, columns)
+    shape = (experts, columns, inner) if kind == "rows transposed" else (experts, inner, columns)
     groups = hopper.find_groups(sizes, rows)
     arrays = (normal(keys[0], (rows, inner)), normal(keys[1], shape), normal(keys[2], (rows, columns)), groups)
     runs, first = {}, None
     for tiling in hopper.candidates(kind, inner, columns):
         try:
-            fn = make(kind, transposed, tiling)
+            fn = make(kind, tiling)
             out = fn(*arrays)
             first = out if first is None else first
             print(f"    {tiling}: differs from the first by {distance(out, first):.1e}", flush=True)
@@ -76,26 +76,26 @@ def tune(kind, inner, columns, transposed, experts, rows, sizes) -> list[tuple[f
     return sorted(((flops / statistics.median(times) / 1e12, t) for t, (_, times) in runs.items()), reverse=True)
 
 
+def write(out: Path, measured: str, tilings: dict[str, list]) -> None:
+    rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(tiling)}" for key, tiling in sorted(tilings.items()))
+    out.write_text(f'{{"measured": {json.dumps(measured)},\n "tilings": {{\n{rows}\n}}}}\n')
+
+
 def main(_):
     device = jax.devices()[0]
     out = Path(OUT.value)
     table = json.loads(out.read_text()) if out.is_file() else {"tilings": {}}
     rng = np.random.default_rng(0)
-    best: dict[str, tuple[float, hopper.Tiling]] = {}
     for text in CHOSEN.value:
         experts, d, f, rows = (int(n) for n in text.split("x"))
         sizes = draw_sizes(rng, experts, rows)
-        for kind, inner, columns, transposed in products(experts, d, f, rows):
-            found = tune(kind, inner, columns, transposed, experts, rows, sizes)
+        for kind, inner, columns in products(d, f):
+            found = tune(kind, inner, columns, experts, rows, sizes)
             for rate, tiling in found:
-                what = f"E={experts} rows={rows} {kind} {inner} → {columns}{' transposed' * transposed}"
-                print(f"{what}: {rate:.0f} TFLOP/s {tiling}", flush=True)
-            key = f"{kind} {inner} {columns}"
-            if found and not transposed:  # one entry serves both
-                best[key] = max(best.get(key, found[0]), found[0])
-    table["tilings"] |= {key: list(tiling) for key, (_, tiling) in best.items()}
-    table["measured"] = f"{device.device_kind}, jax {jax.__version__}"
-    out.write_text(json.dumps(table, indent=1) + "\n")
+                print(f"E={experts} rows={rows} {kind} {inner} → {columns}: {rate:.0f} TFLOP/s {tiling}", flush=True)
+            if found:
+                table["tilings"][f"{kind} {inner} {columns}"] = list(found[0][1])
+        write(out, f"{device.device_kind}, jax {jax.__version__}", table["tilings"])
     print(f"wrote {out}")
 
 

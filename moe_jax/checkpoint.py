@@ -85,7 +85,7 @@ def load_config(workdir: str | os.PathLike) -> config.RunConfig:
 
 # What may change when a run goes on: how long (the schedule stretches with it), where, and how it is watched.
 MAY_CHANGE = re.compile(
-    r"config\.(train|mesh|sample)\.|config\.data\.(num_workers|cache_dir)|config\.model\.(remat|attention|moe\.grouped_matmul)"
+    r"config\.(train|mesh|sample)\.|config\.data\.(num_workers|cache_dir)|config\.model\.(remat|unroll|attention|moe\.grouped_matmul)"
 )
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels import grouped_matmul
+from moe_jax.kernels import grouped_matmul, grouped_matmuls
 from moe_jax.remat import keep
 from moe_jax.routing import Routing
 
@@ -74,13 +74,23 @@ permute.defvjp(lambda x, to, back: (x[to], back), lambda back, dy: (dy[back], No
 @jax.custom_vjp
 def dispatch(x: Float[Array, "T D"], plan: RowPlan) -> Float[Array, "R D"]:
     """The token of every sorted row, without materialising K copies first."""
-    return x[plan.slot_R // (plan.slot_R.shape[0] // x.shape[0])]
+    token_R = plan.slot_R // (plan.slot_R.shape[0] // x.shape[0])
+    return jax.lax.platform_dependent(x, token_R, cuda=_take_pairs, default=lambda x, index: x[index])
+
+
+def _take_pairs(x: Float[Array, "T D"], index: Int[Array, " R"]) -> Float[Array, "R D"]:
+    """x[index], two bfloat16 numbers at a time: XLA's gather copies twice the bytes a thread then, and is faster."""
+    if x.dtype != jnp.bfloat16 or x.shape[1] % 2:
+        return x[index]
+    pairs = jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.uint32)
+    return jax.lax.bitcast_convert_type(pairs[index], x.dtype).reshape(-1, x.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def combine(y: Float[Array, "R D"], plan: RowPlan, tokens: int) -> Float[Array, "T D"]:
-    """The sum of every token's rows, in float32."""
-    return jnp.sum(y[plan.row_R].reshape(tokens, -1, y.shape[-1]).astype(jnp.float32), axis=1)
+    """The sum of every token's rows, in float32, one after the other, so that XLA reads and adds in one go."""
+    row_TK = plan.row_R.reshape(tokens, -1)
+    return sum(y[row_TK[:, k]].astype(jnp.float32) for k in range(row_TK.shape[1]))
 
 
 # Each is the other's transpose, so both gradients gather too.
@@ -106,9 +116,10 @@ def grouped(x, routing, w, cfg, backend):
         x_RD = dispatch(x, plan)
         weight_R = permute(jnp.where(routing.valid, routing.weights, 0.0).reshape(-1), plan.slot_R, plan.row_R)
     with jax.named_scope("experts"):
-        gmm = lambda a, m: grouped_matmul(a, m, plan.sizes_e, backend)
-        h_RF = jax.nn.silu(keep(gmm(x_RD, w.gate), "gate")) * keep(gmm(x_RD, w.up), "up")
-        y_RD = gmm((h_RF.astype(jnp.float32) * weight_R[:, None]).astype(x.dtype), w.down)
+        gate_RF, up_RF = grouped_matmuls(x_RD, (w.gate, w.up), plan.sizes_e, backend)
+        h_RF = jax.nn.silu(keep(gate_RF, "gate")) * keep(up_RF, "up")
+        h_RF = (h_RF.astype(jnp.float32) * weight_R[:, None]).astype(x.dtype)
+        y_RD = grouped_matmul(h_RF, w.down, plan.sizes_e, backend)
     with jax.named_scope("combine"):
         return combine(y_RD, plan, x.shape[0]), routing.valid
 

@@ -137,10 +137,11 @@ class Transformer(nnx.Module):
             x, *rest = nnx.merge(graph, w)(x, inputs, layer_cache, start)
             return x, tuple(rest)
 
-        policy = POLICIES[self.cfg.remat]
+        policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, len(jax.tree.leaves(weights)[0]))
         if policy is not None:
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, x, (weights, cache))
+            # In a loop of one layer a turn XLA cannot see that it is computed twice, and a barrier would only cost.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=unroll > 1)
+        return jax.lax.scan(body, x, (weights, cache), unroll=unroll)
 
     @property
     def output_matrix(self) -> nnx.Param:

@@ -220,7 +220,7 @@ OVERRIDES = {
     "mesh.expert=0": ["config.mesh.expert=0: must be ≥ 1, or −1", "nearest valid: 1"],
     "model.attention=cudnn": ["config.model.attention='cudnn': needs a GPU, this is cpu", "use 'auto'"],
     "model.attention=splash": ["config.model.attention='splash': needs a TPU, this is cpu", "use 'auto'"],
-    "model.moe.grouped_matmul=mosaic_gpu": ["config.model.moe.grouped_matmul='mosaic_gpu': needs a Hopper GPU", "cpu"],
+    "model.moe.grouped_matmul=hopper": ["config.model.moe.grouped_matmul='hopper': needs a Hopper GPU", "cpu"],
     # the data
     "data.sources.text.path={d}/nothing/*.txt": ["config.data.sources.text.path='", "matches no file; nearest valid"],
     "data.sources.text.path={d}/text": ["config.data.sources.text.path='", "is a folder; nearest valid", "*.txt"],

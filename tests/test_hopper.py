@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels import grouped_matmul, hopper, tiles
+from moe_jax.kernels import grouped_matmuls, hopper, tiles
 from moe_jax.kernels.tiles import Tiling
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels are for jax 0.11 and later")
 
 ROWS, EXPERTS, D = 400, 4, 256
 SIZES = [[136, 0, 200, 24], [1, 129, 0, 257], [0, 0, 400, 0], [0, 7, 0, 0]]
-SIDE_BY_SIDE, TALL = Tiling(tall=False, stages=2), Tiling(tall=True, stages=3)
+SIDE_BY_SIDE, TALL = Tiling(tall=False), Tiling(tall=True)
 
 
 def arrays(columns: int):
@@ -43,10 +43,12 @@ def test_every_group_by_its_own_matrix(sizes, tiling, columns):
     s, n = hopper.find_groups(jnp.asarray(sizes, jnp.int32), ROWS), sum(sizes)
     X, W, G = (np.asarray(a, np.float64) for a in (x, w, dy))
     part = np.split(np.arange(n), np.cumsum(sizes)[:-1])
-    y = hopper.rows_times_weights(x, w, s, tiling=tiling)[:n]
-    assert error(y, np.concatenate([X[p] @ W[e] for e, p in enumerate(part)])) < 4e-3
-    dx = hopper.rows_times_weights(dy, w, s, transpose=True)[:n]
-    assert error(dx, np.concatenate([G[p] @ W[e].T for e, p in enumerate(part)])) < 4e-3
+    y = hopper.rows_times_weights((x,), (w,), s, tiling=tiling)
+    assert error(y[:n], np.concatenate([X[p] @ W[e] for e, p in enumerate(part)])) < 4e-3
+    dx = hopper.rows_times_weights((dy, 2 * dy), (w, w[::-1]), s, transpose=True)
+    want = np.concatenate([G[p] @ (W[e] + 2 * W[-1 - e]).T for e, p in enumerate(part)])
+    assert error(dx[:n], want) < 4e-3
+    assert not np.any(np.asarray(y[n:], np.float32)) and not np.any(np.asarray(dx[n:], np.float32))
     # What follows the last group must not reach the gradient, whatever it is.
     x, dy = (jnp.where(jnp.arange(ROWS)[:, None] < n, a, jnp.nan) for a in (x, dy))
     dw = hopper.weight_gradient(x, dy, s, tiling=tiling)
@@ -55,13 +57,13 @@ def test_every_group_by_its_own_matrix(sizes, tiling, columns):
 
 @pytest.mark.usefixtures("interpreter")
 def test_back_end_and_its_gradients():
-    """Against the reference back end: y, dx and dw, rows past the last group included."""
+    """Against the reference back end: ys, dx and dws, rows past the last group included."""
     x, w, dy = arrays(128)
     sizes = jnp.asarray([1, 129, 0, 200], jnp.int32)
     results = []
     for backend in ("hopper", "reference"):
-        y, vjp = jax.vjp(lambda x, w, b=backend: grouped_matmul(x, w, sizes, b), x, w)
-        results.append([np.asarray(a, np.float32) for a in (y, *vjp(dy))])
+        y, vjp = jax.vjp(lambda x, *ws, b=backend: grouped_matmuls(x, ws, sizes, b), x, w, w[::-1])
+        results.append([np.asarray(a, np.float32) for a in (*y, *vjp((dy, -2 * dy)))])
     for got, want in zip(*results, strict=True):
         assert error(got, want) < 1e-2
 
@@ -72,7 +74,7 @@ def test_lowers_for_a_gpu_with_and_without_clusters():
     for cluster in (1, 2):
         how = dict(tiling=Tiling(tall=False, cluster=cluster))
         both = lambda x, w, dy, how=how: (
-            hopper.rows_times_weights(x, w, s, **how), hopper.weight_gradient(x, dy, s, **how))  # fmt: skip
+            hopper.rows_times_weights((x, x), (w, w), s, **how), hopper.weight_gradient(x, dy, s, **how))  # fmt: skip
         text = jax.jit(both).trace(x, w, dy).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("custom_call @mosaic_gpu") == 2
 
@@ -87,5 +89,12 @@ def test_tiles_hold_every_row_once(sizes, height):
         assert base % hopper.ALIGN == 0 and 0 <= base <= ROWS - height and 0 <= first < last <= height
         assert (seen[base + first : base + last] == -1).all()
         seen[base + first : base + last] = group
-    np.testing.assert_array_equal(seen[: sum(sizes)], np.repeat(np.arange(EXPERTS), sizes))
-    assert (seen[sum(sizes) :] == -1).all() and len(table) >= count[0]
+    rest = ROWS - sum(sizes)  # a group of its own
+    np.testing.assert_array_equal(seen, np.repeat(np.arange(EXPERTS + 1), [*sizes, rest]))
+    assert len(table) >= count[0]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(20, 3), (8, 5), (3, 4)])
+def test_bands_hold_every_tile_once(rows, columns):
+    i, j = jax.vmap(lambda index: tiles.in_bands(index, jnp.int32(rows), columns))(jnp.arange(rows * columns))
+    assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == [(r, c) for r in range(rows) for c in range(columns)]

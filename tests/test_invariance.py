@@ -1,8 +1,9 @@
 """The invariance matrix: how a batch is computed never changes what is computed.
 
 For one tiny model and one batch, loss, every loss part, every gradient leaf, RouterStats and the parameters after one
-optimizer step are equal across meshes, micro-batches, rematerialisation, expert compute, exchange (where the mesh has
-an expert axis) and both with and without padding. The oracle is one device, one batch, every expert dense.
+optimizer step are equal across meshes, micro-batches, rematerialisation, layers in a loop or unrolled, expert compute,
+exchange (where the mesh has an expert axis) and both with and without padding. The oracle is one device, one batch,
+every expert dense.
 """
 
 import functools
@@ -38,10 +39,11 @@ FAST = [(m, a, REMAT[(i + 2 * j) % 3], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 
 
 
 def run_config(micro=1, remat="none", compute="dense", balance_batch="8", lb_coef=0.5, z_coef=0.1,
-               exchange="auto") -> config.RunConfig:  # fmt: skip
+               exchange="auto", unroll=1) -> config.RunConfig:  # fmt: skip
     c = config.default_config()
     c.model.update(vocab_size=V, d_model=16, num_layers=3, num_dense_layers=1, d_ff=24, num_heads=4, num_kv_heads=2,
-                   head_dim=4, qk_norm=True, compute_dtype="float32", remat=remat, init_std=0.3)  # fmt: skip
+                   head_dim=4, qk_norm=True, compute_dtype="float32", init_std=0.3)  # fmt: skip
+    c.model.update(remat=remat, unroll=unroll)
     c.model.moe.update(num_experts=4, top_k=2, d_expert=8, num_shared_experts=1, compute=compute, selection_bias=True,
                        exchange=exchange)  # fmt: skip
     c.loss.update(load_balance_coef=lb_coef, router_z_coef=z_coef, balance_batch=balance_batch)
@@ -119,7 +121,8 @@ def assert_same(got: dict, want: dict) -> None:
 
 
 def check(mesh, micro, remat, compute, padding, exchange):
-    got = everything(run_config(micro, remat, compute, exchange=exchange), mesh, padding)
+    unroll = 2 if micro == 2 else 1  # both layers in one turn
+    got = everything(run_config(micro, remat, compute, exchange=exchange, unroll=unroll), mesh, padding)
     assert_same(got, oracle(padding))
 
 

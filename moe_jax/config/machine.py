@@ -36,18 +36,21 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
     hopper = platform == "gpu" and any(name in device_kind for name in ("H100", "H200", "H800", "GH200"))
     here = device_kind or platform
     require(
-        moe.grouped_matmul != "mosaic_gpu" or hopper,
+        moe.grouped_matmul != "hopper" or hopper,
         "model.moe.grouped_matmul",
-        "mosaic_gpu",
+        "hopper",
         f"needs a Hopper GPU, this is {here}",
         "use 'auto'",
     )
-    if moe.grouped_matmul == "mosaic_gpu":
+    if moe.grouped_matmul == "hopper":
         for name, width in (("model.d_model", cfg.model.d_model), ("model.moe.d_expert", moe.d_expert)):
-            rule = "must be a multiple of 128 for model.moe.grouped_matmul='mosaic_gpu'"
+            rule = "must be a multiple of 128 for model.moe.grouped_matmul='hopper'"
             require(width % 128 == 0, name, width, rule, f"nearest valid: {max(128, round(width / 128) * 128)}")
+        rule = "or model.moe.d_expert must be a multiple of 256 for model.moe.grouped_matmul='hopper'"
+        near = f"nearest valid: {max(256, round(cfg.model.d_model / 256) * 256)}"
+        require(cfg.model.d_model % 256 == 0 or moe.d_expert % 256 == 0, "model.d_model", cfg.model.d_model, rule, near)
         dtype = cfg.model.compute_dtype
-        rule = "must be 'bfloat16' for model.moe.grouped_matmul='mosaic_gpu'"
+        rule = "must be 'bfloat16' for model.moe.grouped_matmul='hopper'"
         require(dtype == "bfloat16", "model.compute_dtype", dtype, rule, "use 'auto'")
     _check_attention(cfg, platform, here)
     return shape

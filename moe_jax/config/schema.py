@@ -72,7 +72,7 @@ class MoEConfig(_Checked):
     # How tokens reach the experts of other devices; "auto": what sends fewer bytes (moe_jax/exchange.py).
     exchange: Literal["auto", "ring", "all_to_all"] = "auto"
     exchange_chunks: int = _number(1, 1)  # a device's tokens are sent and computed in so many parts, which may overlap
-    grouped_matmul: Literal["auto", "reference", "ragged_dot", "mosaic_gpu"] = "auto"
+    grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper"] = "auto"
 
     def check(self):
         e, k = self.num_experts, self.top_k
@@ -120,6 +120,9 @@ class ModelConfig(_Checked):
     # What the backward pass computes again of a layer: nothing, all but plain matmuls, what is cheap, everything
     # (moe_jax/remat.py).
     remat: Literal["none", "dots", "selective", "full"] = "none"
+    # Layers in one turn of the loop over layers. A loop has what layers keep and their gradients copied into stacks of
+    # all layers; a turn of all layers has not, and compiles longer.
+    unroll: int = _number(1, 1)
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     segment_mask: bool = True  # False: attention crosses the borders of documents packed in one row
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -127,6 +130,8 @@ class ModelConfig(_Checked):
     def check(self):
         n, m = self.num_heads, self.num_kv_heads
         require(n % m == 0, "num_kv_heads", m, f"must divide num_heads={n}", f"nearest valid: {nearest_divisor(n, m)}")
+        require(self.unroll <= self.num_layers, "unroll", self.unroll, f"must be ≤ num_layers={self.num_layers}",
+                f"nearest valid: {self.num_layers}")  # fmt: skip
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)",
                  f"nearest valid: {self.head_dim + 1}")  # fmt: skip
         require(self.num_dense_layers < self.num_layers, "num_dense_layers", self.num_dense_layers,

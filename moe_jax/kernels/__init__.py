@@ -1,5 +1,5 @@
 """Kernels behind one interface each, with a reference implementation beside every fast one."""
 
-from moe_jax.kernels.grouped_matmul import choose_backend, grouped_matmul
+from moe_jax.kernels.grouped_matmul import choose_backend, grouped_matmul, grouped_matmuls
 
-__all__ = ["choose_backend", "grouped_matmul"]
+__all__ = ["choose_backend", "grouped_matmul", "grouped_matmuls"]

@@ -4,8 +4,7 @@
 |--------------|------------|-----------------------------------------------------------------------------------|
 | `reference`  | any        | a loop over blocks of one group each; work follows the rows in use, not R·E       |
 | `ragged_dot` | TPU        | `jax.lax.ragged_dot` (expands densely over E on CPU and GPU: never chosen there)  |
-| `mosaic_gpu` | Hopper GPU | JAX's example Pallas Mosaic-GPU kernels, bf16                                     |
-| `hopper`     | Hopper GPU | our own, bf16; not measured yet, so no config can name it                         |
+| `hopper`     | Hopper GPU | Pallas Mosaic-GPU kernels, bf16 (hopper.py)                                       |
 """
 
 import functools
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.kernels import hopper, mosaic
+from moe_jax.kernels import hopper
 from moe_jax.kernels.common import is_hopper, varying_like
+from moe_jax.remat import keep
 
 BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of each other on 2 CPU cores
 
@@ -25,8 +25,11 @@ class Backend(Protocol):
     def groups(self, sizes: Array, rows: int) -> Any:
         """What the two products want to know of the groups: computed once, kept for the backward pass."""
 
-    def rows(self, x: Array, w: Array, groups: Any, transpose: bool) -> Array: ...
-    def weights(self, x: Array, dy: Array, groups: Any) -> Array: ...
+    def rows(self, xs: tuple[Array, ...], ws: tuple[Array, ...], groups: Any, transpose: bool) -> Array:
+        """Σᵢ xs[i][r] · ws[i][e], or ws[i][e]ᵀ; zeros past the last group, whatever x holds there."""
+
+    def weights(self, x: Array, dy: Array, groups: Any) -> Array:
+        """xᵀ·dy of every group; what x and dy hold past the last group does not count."""
 
 
 def choose_backend(
@@ -38,9 +41,9 @@ def choose_backend(
     if platform == "tpu":
         return "ragged_dot", "TPU"
     if platform in ("gpu", "cuda") and is_hopper(device_kind):
-        if dtype == "bfloat16" and mosaic.fits(d_model, d_expert):
-            return "mosaic_gpu", device_kind
-        return "reference", f"slow: the Hopper kernel needs bfloat16 and widths that are multiples of {mosaic.WIDTH}"
+        if dtype == "bfloat16" and hopper.fits(d_model, d_expert):
+            return "hopper", device_kind
+        return "reference", f"slow: the Hopper kernel needs bfloat16 and {hopper.WIDTHS}"
     if platform in ("gpu", "cuda"):
         return "reference", f"slow: no grouped-matmul kernel for {device_kind} yet"
     return "reference", platform
@@ -51,37 +54,38 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """y[r] = x[r] · w[e] for the rows r of group e; rows are sorted by group, `sizes` says how many each has.
 
-    Rows past sum(sizes) give zeros and cost nothing. Empty groups and any sizes are allowed; sum(sizes) ≤ R.
+    Rows past sum(sizes) give zeros and are not computed. Empty groups and any sizes are allowed; sum(sizes) ≤ R.
     Inside a `shard_map`, x, w and sizes must vary over the same mesh axes.
     Differentiable in x and w.
     """
-    return _grouped_matmul(x, w, sizes, BACKENDS[backend].groups(sizes, x.shape[0]), backend)
+    return grouped_matmuls(x, (w,), sizes, backend)[0]
+
+
+def grouped_matmuls(
+    x: Float[Array, "R D"], ws: tuple[Float[Array, "E D F"], ...], sizes: Int[Array, " E"], backend: str
+) -> tuple[Float[Array, "R F"], ...]:
+    """`grouped_matmul` of the same rows with several matrices: their gradients in x are summed in one product."""
+    return _matmuls(x, ws, sizes, keep(BACKENDS[backend].groups(sizes, x.shape[0]), "rows"), backend)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped_matmul(x, w, sizes, groups, backend):
-    return _forward(x, w, sizes, groups, backend)[0]
+def _matmuls(x, ws, sizes, groups, backend):
+    return _forward(x, ws, sizes, groups, backend)[0]
 
 
-def _forward(x, w, sizes, groups, backend):
-    y = varying_like(BACKENDS[backend].rows(x, w, groups, False), x, w, sizes)
-    return _mask_tail(y, sizes), (x, w, sizes, groups)
+def _forward(x, ws, sizes, groups, backend):
+    ys = tuple(varying_like(BACKENDS[backend].rows((x,), (w,), groups, False), x, w, sizes) for w in ws)
+    return ys, (x, ws, sizes, groups)
 
 
-def _backward(backend, saved, dy):
-    x, w, sizes, groups = saved
-    dy = _mask_tail(dy, sizes)
-    dx = _mask_tail(varying_like(BACKENDS[backend].rows(dy, w, groups, True), dy, w, sizes), sizes)
-    dw = varying_like(BACKENDS[backend].weights(x, dy, groups), x, dy, sizes)
-    return dx.astype(x.dtype), dw.astype(w.dtype), None, None
+def _backward(backend, saved, dys):
+    x, ws, sizes, groups = saved
+    dx = varying_like(BACKENDS[backend].rows(dys, ws, groups, True), *dys, *ws, sizes)
+    dws = (varying_like(BACKENDS[backend].weights(x, dy, groups), x, dy, sizes) for dy in dys)
+    return dx.astype(x.dtype), tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)), None, None
 
 
-_grouped_matmul.defvjp(_forward, _backward)
-
-
-def _mask_tail(y: Array, sizes: Array) -> Array:
-    """Zeros past the last group: kernels leave those rows as they find them."""
-    return jnp.where((jnp.arange(y.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
+_matmuls.defvjp(_forward, _backward)
 
 
 class _Blocks(NamedTuple):
@@ -105,15 +109,21 @@ class _Blocks(NamedTuple):
         return e, self.row_E[e] + offset, offset + jnp.arange(BLOCK) < self.size_E[e]
 
 
-class _Sizes:
+class _Simple:
+    """Of back ends that know one product and are told group sizes alone."""
+
     def groups(self, sizes, rows):
         return sizes
 
+    def rows(self, xs, ws, sizes, transpose):
+        y = sum(self._rows(x, w, sizes, transpose) for x, w in zip(xs, ws, strict=True))
+        return jnp.where((jnp.arange(y.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
 
-class _Reference(_Sizes):
+
+class _Reference(_Simple):
     """Obviously right, and honest in cost: one small matmul per block in use. A loop, so that no weight is copied."""
 
-    def rows(self, x, w, sizes, transpose):
+    def _rows(self, x, w, sizes, transpose):
         blocks = _Blocks.of(sizes)
         width = w.shape[1] if transpose else w.shape[2]
         padded = jnp.pad(x, ((0, BLOCK), (0, 0)))
@@ -135,7 +145,7 @@ class _Reference(_Sizes):
         def body(i, dw):
             e, row, mine = blocks.at(i)
             x_b = jnp.where(mine[:, None], jax.lax.dynamic_slice_in_dim(x_padded, row, BLOCK), 0)
-            dy_b = jax.lax.dynamic_slice_in_dim(dy_padded, row, BLOCK)
+            dy_b = jnp.where(mine[:, None], jax.lax.dynamic_slice_in_dim(dy_padded, row, BLOCK), 0)
             dw_b = jnp.einsum("rd,rf->df", x_b, dy_b, preferred_element_type=jnp.float32)
             return dw.at[e].add(dw_b)
 
@@ -143,20 +153,21 @@ class _Reference(_Sizes):
         return jax.lax.fori_loop(0, blocks.count, body, dw)
 
 
-class _RaggedDot(_Sizes):
-    def rows(self, x, w, sizes, transpose):
+class _RaggedDot(_Simple):
+    def _rows(self, x, w, sizes, transpose):
         return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2) if transpose else w, sizes)
 
     def weights(self, x, dy, sizes):
         contract_rows = jax.lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
         )
+        in_use = (jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None]
+        x, dy = (jnp.where(in_use, a, 0) for a in (x, dy))
         return jax.lax.ragged_dot_general(x, dy, sizes, contract_rows, preferred_element_type=jnp.float32)
 
 
 BACKENDS: dict[str, Backend] = {
     "reference": _Reference(),
     "ragged_dot": _RaggedDot(),
-    "mosaic_gpu": mosaic.MosaicGPU(),
     "hopper": hopper.Hopper(),
 }

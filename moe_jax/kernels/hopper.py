@@ -15,25 +15,26 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.kernels import tiles
 from moe_jax.kernels.common import varying_like
-from moe_jax.kernels.tiles import DEPTH, HALF, Tiling
+from moe_jax.kernels.tiles import DEPTH, HALF, STAGES, Tiling
 
 TABLE = Path(__file__).with_name("hopper_tilings.json")  # the fastest tiling by shape
 ALIGN = 8  # rows read begin at multiples of this
+WIDTHS = f"D and F that are multiples of {HALF}, one of them of {2 * HALF}"
 
 
 def fits(d_model: int, d_expert: int) -> bool:
-    """Whether all products of an expert can be cut into tiles."""
+    """Whether all products of an expert can be cut into tiles: `WIDTHS`."""
     return d_model % HALF == d_expert % HALF == 0 and (d_model % (2 * HALF) == 0 or d_expert % (2 * HALF) == 0)
 
 
 def candidates(kind: str, inner: int, columns: int) -> list[Tiling]:
-    """The tilings that can do it, the one to take untried first. kind: "rows" or "weights".
+    """The tilings that can do it, the one to take untried first. kind: "rows", "rows transposed" or "weights".
 
     inner: what is summed over for "rows", and the rows of the gradient for "weights".
     """
-    wide = [Tiling(False, 3, cluster) for cluster in (1, 2) if columns % (2 * HALF * cluster) == 0]
-    tall = [Tiling(True, 3, cluster) for cluster in (1, 2) if columns % (HALF * cluster) == 0]
-    return wide + (tall if kind == "rows" or inner % (2 * HALF) == 0 else [])
+    tilings = [Tiling(tall, cluster) for tall in (False, True) for cluster in (1, 2)]
+    fits = lambda t: columns % (t.columns * t.cluster) == 0 and (kind != "weights" or inner % t.rows == 0)
+    return [t for t in tilings if fits(t)]
 
 
 @functools.cache
@@ -48,7 +49,10 @@ def best_tiling(kind: str, inner: int, columns: int) -> Tiling:
 
 
 class RowTiles(NamedTuple):
-    """Tile i reads x from row `base`, of which rows `first` to `last` (counted from base) are its group's."""
+    """Tile i reads x from row `base`, of which rows `first` to `last` (counted from base) are its group's.
+
+    Rows past the last group are a group of their own, number E: their results are zeros.
+    """
 
     table: Int[Array, "tiles 4"]  # group, base, first, last
     count: Int[Array, " 1"]  # tiles in use
@@ -65,14 +69,14 @@ class Groups(NamedTuple):
 def find_groups(sizes: Int[Array, " E"], rows: int) -> Groups:
     """rows: R of the x that they are in."""
     end = jnp.cumsum(sizes)
-    padded = lambda height: max(rows + -rows % ALIGN, height)
-    tiles_of = lambda height: row_tiles(sizes, padded(height), height)
     bounds = jnp.stack([end - sizes, end], axis=1).astype(jnp.int32)
-    return Groups(bounds, tiles_of(HALF), tiles_of(2 * HALF))
+    return Groups(bounds, row_tiles(sizes, rows, HALF), row_tiles(sizes, rows, 2 * HALF))
 
 
 def row_tiles(sizes: Int[Array, " E"], rows: int, height: int) -> RowTiles:
-    """The tiles of `height` rows for groups of these sizes. rows: of x, a multiple of ALIGN, at least height."""
+    """The tiles of `height` rows of an x of `rows` rows, padded as `_at_least` does, with groups of these sizes."""
+    rows = _padded(rows, height)
+    sizes = jnp.append(sizes, rows - jnp.sum(sizes))
     end = jnp.cumsum(sizes)
     start = end - sizes
     aligned = start // ALIGN * ALIGN
@@ -86,23 +90,32 @@ def row_tiles(sizes: Int[Array, " E"], rows: int, height: int) -> RowTiles:
     return RowTiles(jnp.stack([group, base, first, last], axis=1).astype(jnp.int32), last_tile[-1:].astype(jnp.int32))
 
 
+def _padded(rows: int, least: int) -> int:
+    return max(rows + -rows % ALIGN, least)
+
+
+def _at_least(x: Array, least: int) -> Array:
+    """x with zero rows up to `least`, and to a multiple of ALIGN."""
+    return jnp.pad(x, ((0, _padded(x.shape[0], least) - x.shape[0]), (0, 0)))
+
+
 def rows_times_weights(
-    x: Float[Array, "R D"],
-    w: Float[Array, "E D F"],
+    xs: tuple[Float[Array, "R D"], ...],
+    ws: tuple[Float[Array, "E D F"], ...],
     groups: Groups,
     *,
     transpose: bool = False,
     tiling: Tiling | None = None,
 ) -> Float[Array, "R F"]:
-    """y[r] = x[r]·w[e], or x[r]·w[e]ᵀ with w `[E, F, D]`. Rows past the last group are left as they are found."""
-    rows = x.shape[0]
-    columns = w.shape[1] if transpose else w.shape[2]
-    t = tiling or best_tiling("rows", x.shape[1], columns)
-    x = _at_least(x, t.rows)
+    """y[r] = Σᵢ xs[i][r]·ws[i][e], or xs[i][r]·ws[i][e]ᵀ with w `[E, F, D]`. Rows past the last group are zeros."""
+    rows, inner = xs[0].shape
+    columns = ws[0].shape[1] if transpose else ws[0].shape[2]
+    t = tiling or best_tiling("rows transposed" if transpose else "rows", inner, columns)
+    xs = [_at_least(x, t.rows) for x in xs]
     table, count = groups.tall if t.tall else groups.short
     body = functools.partial(_rows_block, t=t, transpose=transpose)
-    out = tiles.launch(body, (x.shape[0], columns), x.dtype, t)(table, count, x, w)
-    return varying_like(out[:rows], x, w, count)
+    out = tiles.launch(body, (xs[0].shape[0], columns), xs[0].dtype, t)(table, count, *xs, *ws)
+    return varying_like(out[:rows], *xs, *ws, count)
 
 
 def weight_gradient(
@@ -116,19 +129,15 @@ def weight_gradient(
     return varying_like(out, x, dy, groups.bounds)
 
 
-def _at_least(x: Array, rows: int) -> Array:
-    """x with zero rows up to `rows`, and to a multiple of ALIGN."""
-    return jnp.pad(x, ((0, max(rows - x.shape[0], -x.shape[0] % ALIGN)), (0, 0)))
-
-
 class Hopper:
     """The back end. In bf16, whatever it is given."""
 
     groups = staticmethod(find_groups)
 
-    def rows(self, x, w, groups, transpose):
-        bf16 = jnp.bfloat16
-        return rows_times_weights(x.astype(bf16), w.astype(bf16), groups, transpose=transpose).astype(x.dtype)
+    def rows(self, xs, ws, groups, transpose):
+        dtype = xs[0].dtype
+        xs, ws = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (xs, ws))
+        return rows_times_weights(xs, ws, groups, transpose=transpose).astype(dtype)
 
     def weights(self, x, dy, groups):
         return weight_gradient(x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), groups)
@@ -137,25 +146,37 @@ class Hopper:
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
 
-def _rows_block(table, count, x, w, out, *, t: Tiling, transpose: bool):
-    """Every tile is x[base : base + rows] times a stripe of one group's weights."""
+def _rows_block(table, count, *refs, t: Tiling, transpose: bool):
+    """Every tile is x[base : base + rows] times a stripe of one group's weights, summed over the pairs of x and w."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    across = -(-out.shape[1] // (t.columns * t.cluster))
+    *operands, out = refs
+    xs, ws = operands[: len(operands) // 2], operands[len(operands) // 2 :]
+    depths, experts = xs[0].shape[1] // DEPTH, ws[0].shape[0]
+    across = out.shape[1] // (t.columns * t.cluster)
     peer = jax.lax.axis_index("cluster") if t.cluster > 1 else 0
 
     def tile_of(index):
-        i, n = jax.lax.div(index, jnp.int32(across)), jax.lax.rem(index, jnp.int32(across))
+        i, n = tiles.in_bands(index, count[0], across)
         group, base, first, last = (table[i, j] for j in range(4))
         return group, pl.multiple_of(base, ALIGN), first, last, (n * t.cluster + peer) * t.columns
 
     def fetch(tile, k, a, b, arrived):
         group, base, _, _, left = tile
-        inner, stripe = pl.ds(k * DEPTH, DEPTH), pl.ds(left, t.columns)
+        stripe = pl.ds(left, t.columns)
         shared = dict(collective_axes="cluster") if t.cluster > 1 else {}
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(base, t.rows), inner], a, arrived, **shared)
-        plgpu.copy_gmem_to_smem(w.at[group, stripe, inner] if transpose else w.at[group, inner, stripe], b, arrived)
+
+        def copy(x, w, k):
+            inner = pl.ds(k * DEPTH, DEPTH)
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(base, t.rows), inner], a, arrived, **shared)
+            plgpu.copy_gmem_to_smem(w.at[group, stripe, inner] if transpose else w.at[group, inner, stripe], b, arrived)
+
+        for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
+            if len(xs) == 1:
+                copy(x, w, k)
+            else:
+                pl.when(jax.lax.div(k, jnp.int32(depths)) == i)(functools.partial(copy, x, w, k - i * depths))
 
     def multiply(tile, k, a, b, total, me):
         own = pl.ds(me * HALF, HALF)
@@ -180,15 +201,16 @@ def _rows_block(table, count, x, w, out, *, t: Tiling, transpose: bool):
     tiles.run(
         count[0] * across,
         tile_of,
-        lambda tile: x.shape[1] // DEPTH,
+        lambda tile: jnp.where(tile[0] < experts, len(xs) * depths, 0),
         fetch,
         multiply,
         finish,
         t,
-        a=plgpu.SMEM((t.stages, t.rows, DEPTH), x.dtype, transforms=tiles.layout(DEPTH)),
-        b=plgpu.SMEM((t.stages, t.columns, DEPTH), w.dtype, transforms=tiles.layout(DEPTH))
+        slots=1,
+        a=plgpu.SMEM((STAGES, t.rows, DEPTH), out.dtype, transforms=tiles.layout(DEPTH)),
+        b=plgpu.SMEM((STAGES, t.columns, DEPTH), out.dtype, transforms=tiles.layout(DEPTH))
         if transpose
-        else plgpu.SMEM((t.stages, DEPTH, t.columns), w.dtype, transforms=tiles.layout(t.columns)),
+        else plgpu.SMEM((STAGES, DEPTH, t.columns), out.dtype, transforms=tiles.layout(t.columns)),
         plain=plgpu.SMEM((2, tiles.PART, tiles.PART), out.dtype),
     )
 
@@ -204,7 +226,7 @@ def _weights_block(groups, x, dy, out, *, t: Tiling):
 
     def tile_of(index):
         group, tile = (f(index, jnp.int32(shape[0] * shape[1])) for f in (jax.lax.div, jax.lax.rem))
-        i, j = (f(tile, jnp.int32(shape[1])) for f in (jax.lax.div, jax.lax.rem))
+        i, j = tiles.in_bands(tile, jnp.int32(shape[0]), shape[1])
         return group, groups[group, 0], groups[group, 1], i * t.rows, (j * t.cluster + peer) * t.columns
 
     def place(tile, k):
@@ -255,6 +277,7 @@ def _weights_block(groups, x, dy, out, *, t: Tiling):
         multiply,
         finish,
         t,
-        a=plgpu.SMEM((t.stages, DEPTH, t.rows), x.dtype, transforms=tiles.layout(t.rows)),
-        b=plgpu.SMEM((t.stages, DEPTH, t.columns), dy.dtype, transforms=tiles.layout(t.columns)),
+        slots=2,
+        a=plgpu.SMEM((STAGES, DEPTH, t.rows), x.dtype, transforms=tiles.layout(t.rows)),
+        b=plgpu.SMEM((STAGES, DEPTH, t.columns), dy.dtype, transforms=tiles.layout(t.columns)),
     )

@@ -14,17 +14,18 @@ import jax.numpy as jnp
 HALF = 128  # rows and columns of what one warpgroup multiplies
 PART = 64  # rows and columns of what it stores at a time
 DEPTH = 64  # of the inner dimension at a time
+STAGES = 4  # operands in flight: what shared memory has room for beside the results
+BAND = 8  # rows of tiles that are worked off together
 SMS = 132  # of H100 and H200
 
 
 class Tiling(NamedTuple):
     """tall: the two warpgroups' halves lie one above the other (256 × 128), not side by side (128 × 256).
 
-    stages: operands in flight. cluster: blocks that share the copies of an operand (1 or 2).
+    cluster: blocks that share the copies of an operand (1 or 2).
     """
 
     tall: bool
-    stages: int = 3
     cluster: int = 1
 
     @property
@@ -34,11 +35,6 @@ class Tiling(NamedTuple):
     @property
     def columns(self) -> int:
         return HALF * (2 - self.tall)
-
-    @property
-    def bytes(self) -> int:
-        """Of shared memory: operands, and what is on its way out (whole tiles, parts of them)."""
-        return 2 * (self.stages * (self.rows + self.columns) * DEPTH + 2 * (4 + 1) * PART * PART)
 
 
 def launch(body: Callable, shape: tuple[int, ...], dtype: Any, t: Tiling):
@@ -65,32 +61,44 @@ def layout(columns: int) -> tuple:
     return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
-def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, **more):
+def in_bands(index, rows, columns: int):
+    """Row and column of a tile: down the columns of one band of rows after another.
+
+    What runs at a time is then near each other in both directions, and finds its operands in the L2 cache.
+    """
+    div, rem = (lambda a, b, f=f: f(a, jnp.int32(b)) for f in (jax.lax.div, jax.lax.rem))
+    band, rest = div(index, BAND * columns), rem(index, BAND * columns)
+    height = jnp.minimum(BAND, rows - band * BAND)
+    return band * BAND + rem(rest, height), div(rest, height)
+
+
+def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, slots: int, **more):
     """All tiles of this block: `fetch` in one warpgroup, `multiply` and `finish` in the other two.
 
+    slots: quarters of a warpgroup's half that may be on their way out at once (1, 2 or 4).
     Slot s of the buffers is full when both operands have arrived, and free when both warpgroups are done with it.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    free = plgpu.Barrier(num_arrivals=2, num_barriers=t.stages)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=STAGES)
     if t.cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=t.stages)
+        free = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=STAGES)
 
     @functools.partial(
         pl.run_scoped,
         a=a,
         b=b,
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         free=free,
-        parts=plgpu.SMEM((2, 4, PART, PART), a.dtype, transforms=layout(PART)),
+        parts=plgpu.SMEM((2, slots, PART, PART), a.dtype, transforms=layout(PART)),
         **more,
         collective_axes="warpgroup",
     )
     def _(a, b, full, free, parts, **more):
         me, block, blocks = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block"), jax.lax.axis_size("block")
         mine = jax.lax.div(count - block + (blocks - 1), jnp.int32(blocks))
-        slot_of = lambda step: jax.lax.rem(step, jnp.int32(t.stages))
+        slot_of = lambda step: jax.lax.rem(step, jnp.int32(STAGES))
 
         def copy():
             plgpu.set_max_registers(40, action="decrease")
@@ -101,7 +109,7 @@ def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, *
                 def one(k, _):
                     slot = slot_of(step + k)
 
-                    @pl.when(step + k >= t.stages)
+                    @pl.when(step + k >= STAGES)
                     def _():
                         plgpu.barrier_wait(free.at[slot])
 
@@ -116,7 +124,7 @@ def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, *
             def release(step, _):  # a barrier must not be left half way
                 plgpu.barrier_wait(free.at[slot_of(step)])
 
-            jax.lax.fori_loop(jnp.maximum(total - t.stages, 0), total, release, None)
+            jax.lax.fori_loop(jnp.maximum(total - STAGES, 0), total, release, None)
 
         def compute():
             plgpu.set_max_registers(232, action="increase")
@@ -166,10 +174,14 @@ def store(out, total, parts, top, left):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for slot, (i, j) in enumerate(_quarters()):
-        parts.at[slot][...] = total[i : i + PART, j : j + PART]
+    slots = parts.shape[0]
+    for n, (i, j) in enumerate(_quarters()):
+        if n >= slots:
+            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        part = parts.at[n % slots]
+        part[...] = total[i : i + PART, j : j + PART]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(parts.at[slot], out.at[pl.ds(top + i, PART), pl.ds(left + j, PART)])
+        plgpu.copy_smem_to_gmem(part, out.at[pl.ds(top + i, PART), pl.ds(left + j, PART)])
 
 
 def store_some(out, total, plain, top, left, first, last):

@@ -7,14 +7,16 @@ Every run is `configs/balance_scope.py` with the optimizer's fields changed; run
 weights and every batch. First the learning rates are swept for both optimizers; where the best one is at an end of the
 sweep, the sweep goes on. At the best rates:
 
-    a   three seeds of both; Muon on 80 %, 65 % and 50 % of the tokens, each with a whole schedule of its own
+    a   three seeds of both; Muon on 50 %, 35 % and 25 % of the tokens, each with a whole schedule of its own
     b   Muon's update RMS from 0.05 to 0.8
     c   both without weight decay; update and weight RMS of every kind of matrix
     d   SVD entropy of every matrix: no further run
 
 Each GPU trains `--per_gpu` runs at a time. Run again to go on: finished runs are kept, the others start from their last
-checkpoint. `--plan` says how many runs there are and what they take; `--only` picks some by name, such as
-`muon_lr0.002*,*/seed0`. The comparison is OUT/table.md, OUT/results.json and OUT/*.png; `--report_only` writes these.
+checkpoint. With `--known=FILE`, a results.json (docs/muon_runs.json has the published runs), its runs are not run again
+and are compared with the others. `--plan` says how many runs there are and what they take; `--only` picks some by name,
+such as `muon_lr0.002*,*/seed0`. The comparison is OUT/table.md, OUT/results.json and OUT/*.png; `--report_only` writes
+these.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments import muon_figures, muon_report, pool
+from experiments.muon_report import Finished
 from experiments.pool import Job, Run
 
 CONFIG = "configs/balance_scope.py"
@@ -36,7 +39,7 @@ LRS = (5e-4, 1e-3, 2e-3, 4e-3)
 EXTENSIONS = 2  # times that a sweep may go on past an end
 SEEDS = (0, 1, 2)
 UPDATE_RMS = (0.05, 0.1, 0.4, 0.8)  # and the default
-TOKENS = (0.8, 0.65, 0.5)  # shares of the tokens
+TOKENS = (0.5, 0.35, 0.25)  # shares of the tokens
 PARTS = {"a": "learning rates and tokens", "b": "update RMS", "c": "weight decay and RMS", "d": "SVD entropy"}
 
 DEFAULTS = {"train.log_every": 5, "train.keep_checkpoints": 1, "sample.tokens": 0}
@@ -123,27 +126,47 @@ def make_run(out: Path, arm: Arm, seed: int, steps: int, extra: dict[str, Any]) 
     return Run(arm.name, seed, out / arm.name / f"seed{seed}", DEFAULTS | times | extra | fields)
 
 
-def best_of(out: Path) -> Best:
-    """By the held-out loss of seed 0."""
+class Done:
+    """Which runs need not be run: those in OUT, and those known from elsewhere."""
 
-    def best(optimizer: str, rates: list[float]) -> float | None:
-        files = [out / Arm(optimizer, rate).name / "seed0" / "eval.json" for rate in rates]
-        if not all(file.is_file() for file in files):
+    def __init__(self, out: Path, known: list[Finished], steps: int):
+        self.out, self.known, self.steps = out, {run.key: run for run in known}, steps
+
+    def get(self, arm: Arm, seed: int) -> Finished | None:
+        own = max(1, round(arm.tokens * self.steps))
+        return self.known.get((arm.optimizer, arm.lr, arm.update_rms, arm.weight_decay, own, seed))
+
+    def __call__(self, arm: Arm, seed: int, measured: set[Arm]) -> bool:
+        """A known run whose matrices are still to be measured has to be run."""
+        if (self.out / arm.name / f"seed{seed}" / "eval.json").is_file():
+            return True
+        run = self.get(arm, seed)
+        return run is not None and (seed != 0 or arm not in measured or run.matrices is not None)
+
+    def best(self, optimizer: str, rates: list[float]) -> float | None:
+        """By the held-out loss of seed 0."""
+
+        def loss(rate: float) -> float | None:
+            arm = Arm(optimizer, rate)
+            file = self.out / arm.name / "seed0" / "eval.json"
+            if file.is_file():
+                return json.loads(file.read_text())["domains"][-1]["xent"]
+            run = self.get(arm, 0)
+            return run and run.losses[1]
+
+        losses = [loss(rate) for rate in rates]
+        if None in losses:
             return None
-        losses = [json.loads(file.read_text())["domains"][-1]["xent"] for file in files]
         return min(zip(losses, rates, strict=True), key=lambda pair: (pair[0] != pair[0], *pair))[1]
 
-    return best
 
-
-def estimate(parts: list[str], out: Path, only: list[str], gpus: int) -> str:
+def estimate(parts: list[str], done: Done, only: list[str], gpus: int) -> str:
     """Runs and GPU minutes by part; unknown best rates are taken to be inside the sweep."""
-    known = best_of(out)
-    runs, _ = planned(parts, lambda name, rates: known(name, rates) or rates[1])
+    runs, measured = planned(parts, lambda name, rates: done.best(name, rates) or rates[1])
     lines, total = [], 0.0
     for part in ("sweep", *parts):
         mine = [(arm, seed) for p, arm, seed in runs if p == part and wanted(arm, seed, only)]
-        left = [arm for arm, seed in mine if not (out / arm.name / f"seed{seed}" / "eval.json").is_file()]
+        left = [arm for arm, seed in mine if not done(arm, seed, measured)]
         minutes = MINUTES * sum(arm.tokens for arm in left)
         total += minutes
         title = {"sweep": "learning rates"}.get(part) or PARTS[part]
@@ -169,6 +192,7 @@ def parse() -> tuple[argparse.Namespace, list[str], list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default=",".join(PARTS), help="parts of the evidence, separated by commas")
     parser.add_argument("--only", default="*", help="patterns of runs, separated by commas: ARM/seedN")
+    parser.add_argument("--known", type=Path, default=None, metavar="FILE", help="a results.json of finished runs")
     parser.add_argument("--plan", action="store_true", help="print what there is to run and its time, run nothing")
     pool.add_flags(parser, "runs/muon")
     arguments = parser.parse_args()
@@ -182,34 +206,38 @@ def main() -> int:
     arguments, parts, only, extra = parse()
     out, failed = arguments.out.resolve(), []
     gpus = pool.count_gpus() if arguments.gpus is None else arguments.gpus
-    if arguments.plan:
-        print(estimate(parts, out, only, gpus))
-        return 0
-    if not arguments.report_only:
+    known = muon_report.read(arguments.known) if arguments.known else []
+    if arguments.plan or not arguments.report_only:
         folder = str(Path(arguments.data).resolve())
         base = pool.checked_configs(CONFIG, folder, [Run("base", 0, out, extra)])
         if base is None:
             return 2
         steps = base["base"].train.steps
+        done = Done(out, known, steps)
+    if arguments.plan:
+        print(estimate(parts, done, only, gpus))
+        return 0
+    if not arguments.report_only:
         make = lambda arm, seed: make_run(out, arm, seed, steps, extra)
         likely = {arm for _, arm, _ in planned(parts, lambda _, rates: rates[1])[0]}
         if pool.checked_configs(CONFIG, folder, [make(arm, 0) for arm in likely]) is None:
             return 2
-        print(estimate(parts, out, only, gpus), flush=True)
+        print(estimate(parts, done, only, gpus), flush=True)
         jax.config.update("jax_platforms", "cpu")  # of this process only
         pool.prepare(base["base"], out)
 
         def jobs() -> list[Job]:
             """Measurements come before further runs: checkpoints are large, and may not outlast the machine."""
-            triples, measured = planned(parts, best_of(out))
-            runs = [(arm, make(arm, seed)) for _, arm, seed in triples if wanted(arm, seed, only)]
+            triples, measured = planned(parts, done.best)
+            chosen = [(arm, make(arm, seed)) for _, arm, seed in triples if wanted(arm, seed, only)]
+            runs = [(arm, run) for arm, run in chosen if run.done or not done(arm, run.seed, measured)]
             pool.give_tokenizer(out, [run for _, run in runs])
             kept = lambda run: (run.folder / "checkpoints").is_dir() or (run.folder / "matrices.json").is_file()
             first = [run for arm, run in runs if arm in measured and run.seed == 0 and run.done and kept(run)]
             return [measurement(run) for run in first] + [pool.training(run, CONFIG, folder) for _, run in runs]
 
         failed = pool.run_all(jobs, gpus, arguments.per_gpu)
-    finished = muon_report.load(out)
+    finished = muon_report.merge(known, muon_report.load(out))
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """The comparison of `experiments/muon.py`: finished runs → tables, numbers and figures.
 
-A finished run is a run directory of train.py with eval.json, anywhere in OUT/*/seed*; what it is, its config says.
+A finished run is a run directory of train.py with eval.json, anywhere in OUT/*/seed*; what it is, its config says. Or
+it is an entry of a results.json, which holds all that is compared of its runs.
 """
 
 import json
@@ -44,6 +45,11 @@ class Finished(NamedTuple):
     matrices: dict[str, Any] | None  # of muon_matrices
 
     @property
+    def key(self) -> tuple:
+        """What tells it from the others."""
+        return self.optimizer, self.lr, self.update_rms, self.weight_decay, self.steps, self.seed
+
+    @property
     def losses(self) -> tuple[float, float]:
         """Of training and of held-out text, at the end."""
         return float(self.train.loss[-1]), float(self.held_out.loss[-1])
@@ -83,6 +89,22 @@ def load_run(folder: Path) -> Finished:
 
 def load(out: Path) -> list[Finished]:
     return [load_run(file.parent) for file in sorted(out.glob("*/seed*/eval.json"))]
+
+
+def read(file: Path) -> list[Finished]:
+    """The runs of a results.json that `write` wrote."""
+
+    def one(saved: dict) -> Finished:
+        curve = lambda name: Curve(**{k: np.array([_number(x) for x in v]) for k, v in saved[name].items()})
+        fields = {name: saved[name] for name in Finished._fields}
+        return Finished(**fields | {"train": curve("train"), "held_out": curve("held_out")})
+
+    return [one(saved) for saved in json.loads(file.read_text())["runs"]]
+
+
+def merge(known: Iterable[Finished], new: Iterable[Finished]) -> list[Finished]:
+    """Each run once: as it is in `new` if it is there."""
+    return list(({run.key: run for run in known} | {run.key: run for run in new}).values())
 
 
 class Comparison:

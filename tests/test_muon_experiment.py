@@ -42,7 +42,7 @@ def test_the_runs_at_the_best_rates():
     assert names[8:12] == ["adamw_lr0.001/seed1", "muon_lr0.002/seed1", "adamw_lr0.001/seed2", "muon_lr0.002/seed2"]
     assert names[12:16] == [f"muon_lr0.002_rms{x}/seed0" for x in (0.05, 0.1, 0.4, 0.8)]
     assert names[16:18] == ["adamw_lr0.001_decay0/seed0", "muon_lr0.002_decay0/seed0"]
-    assert names[18:] == [f"muon_lr0.002_tokens{x}/seed0" for x in (0.8, 0.65, 0.5)]
+    assert names[18:] == [f"muon_lr0.002_tokens{x}/seed0" for x in (0.5, 0.35, 0.25)]
     assert {arm.name for arm in measured} == {
         "adamw_lr0.001",
         *(name.split("/")[0] for name in names[12:18]),
@@ -117,10 +117,11 @@ def test_command_line(tmp_path, flags, says, monkeypatch, capsys):
 def test_plan_counts_what_is_left(tmp_path):
     (tmp_path / "adamw_lr0.001" / "seed0").mkdir(parents=True)
     (tmp_path / "adamw_lr0.001" / "seed0" / "eval.json").write_text('{"domains": [{"xent": 2.0}]}')
-    text = muon.estimate(["a", "b"], tmp_path, ["*"], 4)
-    assert " 8 runs,  7 to do,  24.5 GPU minutes" in text and " 7 runs,  7 to do,  20.8 GPU minutes" in text
-    assert "in all 59 GPU minutes at 3.5 a run: 15 on 4 GPUs" in text
-    assert "in all 7 GPU minutes" in muon.estimate(["a"], tmp_path, ["muon_*/seed[12]"], 4)
+    nothing = muon.Done(tmp_path, [], 900)
+    text = muon.estimate(["a", "b"], nothing, ["*"], 4)
+    assert " 8 runs,  7 to do,  24.5 GPU minutes" in text and " 7 runs,  7 to do,  17.8 GPU minutes" in text
+    assert "in all 56 GPU minutes at 3.5 a run: 14 on 4 GPUs" in text
+    assert "in all 7 GPU minutes" in muon.estimate(["a"], nothing, ["muon_*/seed[12]"], 4)
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -195,6 +196,24 @@ def test_files(finished):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_known_runs_are_not_run_again(finished):
+    """But those are whose matrices are wanted and missing; and a results.json holds all that is compared."""
+    c = muon_report.Comparison(runs := muon_report.load(finished))
+    muon_report.write(finished, c)
+    known = muon_report.read(finished / "results.json")
+    assert muon_report.table(muon_report.Comparison(known)) == muon_report.table(c)
+    newer = runs[0]._replace(step_ms=1.0)
+    merged = muon_report.merge(known, [newer])
+    assert len(merged) == len(known) and sum(run.step_ms == 1.0 for run in merged) == 1
+    elsewhere, arm = finished / "elsewhere", Arm("muon", 1e-3)
+    done = muon.Done(elsewhere, known, 100)
+    assert done(arm, 0, {arm}) and done(arm, 1, {arm}) and done(arm._replace(tokens=0.5), 0, set())
+    assert not done(arm, 2, set()) and not done(arm._replace(tokens=0.4), 0, set())
+    assert done.best("muon", [1e-3, 2e-3]) == 1e-3 and done.best("muon", [1e-3, 3e-3]) is None
+    done = muon.Done(elsewhere, [run._replace(matrices=None) for run in known], 100)
+    assert done(arm, 0, set()) and not done(arm, 0, {arm})
+
+
 def test_half_an_experiment_can_be_compared(tmp_path):
     """One optimizer, not measured; a run that diverged is never the best."""
     fake_run(tmp_path, Arm("adamw", 1e-3), 0, 2.0, measured=False)
@@ -203,7 +222,8 @@ def test_half_an_experiment_can_be_compared(tmp_path):
     muon_report.write(tmp_path, c)
     muon_figures.write(tmp_path, c)
     assert c.best["adamw"].lr == 1e-3 and muon_report.tokens_needed(c) == {}
-    assert muon.best_of(tmp_path)("adamw", [1e-3, 2e-3]) == 1e-3 and muon.best_of(tmp_path)("muon", [1e-3]) is None
+    best = muon.Done(tmp_path, [], 100).best
+    assert best("adamw", [1e-3, 2e-3]) == 1e-3 and best("muon", [1e-3]) is None
 
 
 # --- matrices --------------------------------------------------------------------------------------------------------

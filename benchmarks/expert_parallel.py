@@ -155,6 +155,7 @@ def main(_):
         try:
             rows.append(Row(variant, devices))
             rows[-1].turn()
+            print(f"first turn of {rows[-1]}", flush=True)
         except Exception as error:  # the others can be compared all the same
             rows = [row for row in rows if row.turns]
             why = " ".join(str(error).split())[:200]

@@ -9,6 +9,7 @@ recomputed, or backward if it came from differentiating. Two tables, in millisec
 """
 
 import collections
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -23,6 +24,9 @@ from moe_jax import cli, config, sharding, step
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 3, "steps profiled", 1)
 TOP = flags.DEFINE_integer("top", 25, "longest kernels to print", 0)
+
+# Kernels that XLA launches together as one command buffer are not told apart by instruction.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_name=\"([^\"]*)\"", re.M)
 KINDS = (  # of a kernel's name, the first that fits

@@ -1,7 +1,8 @@
-"""Initialisers, RMSNorm, RoPE, and the gated linear unit. Axis letters: CONTRIBUTING.md."""
+"""Initialisers, RMSNorm, RoPE, activations, and the dense feed-forward layer. Axis letters: CONTRIBUTING.md."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,14 +80,29 @@ def rope(x: Float[Array, "B S N H"], positions: Int[Array, "B S"], theta: float)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-class GLU(nnx.Module):
-    """SwiGLU: (silu(x · w_gate) ⊙ (x · w_up)) · w_down. Source: arXiv:2002.05202."""
+class Activation(NamedTuple):
+    gated: bool  # there is a matrix w_gate
+    hidden: Callable[[Array | None, Array], Array]  # (x · w_gate, or None; x · w_up) → what w_down sees
 
-    def __init__(self, d_model: int, d_ff: int, init: Init, out_std: float):
-        self.w_gate = init.normal((d_model, d_ff), "embed mlp")
+
+# `model.activation`, of dense layers and experts alike.
+ACTIVATIONS = {
+    "swiglu": Activation(True, lambda gate, up: jax.nn.silu(gate) * up),  # arXiv:2002.05202
+    "gelu": Activation(False, lambda gate, up: jax.nn.gelu(up)),  # arXiv:1606.08415, its form with tanh
+    "relu2": Activation(False, lambda gate, up: jnp.square(jax.nn.relu(up))),  # squared ReLU, arXiv:2109.08668
+}
+
+
+class GLU(nnx.Module):
+    """hidden(x · w_gate, x · w_up) · w_down: a gated linear unit, or a plain MLP if the activation has no gate."""
+
+    def __init__(self, d_model: int, d_ff: int, init: Init, out_std: float, activation: str = "swiglu"):
+        self.activation = ACTIVATIONS[activation]
+        self.w_gate = init.normal((d_model, d_ff), "embed mlp") if self.activation.gated else None
         self.w_up = init.normal((d_model, d_ff), "embed mlp")
         self.w_down = init.normal((d_ff, d_model), "mlp embed", out_std)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        gate, up = keep(x @ weight(self.w_gate, x.dtype), "gate"), keep(x @ weight(self.w_up, x.dtype), "up")
-        return (jax.nn.silu(gate) * up) @ weight(self.w_down, x.dtype)
+        gate = keep(x @ weight(self.w_gate, x.dtype), "gate") if self.activation.gated else None
+        up = keep(x @ weight(self.w_up, x.dtype), "up")
+        return self.activation.hidden(gate, up) @ weight(self.w_down, x.dtype)

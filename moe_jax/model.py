@@ -20,7 +20,7 @@ from moe_jax.attention import Attention, KVCache
 from moe_jax.config import ModelConfig
 from moe_jax.exchange import choose_exchange
 from moe_jax.kernels import choose_backend
-from moe_jax.layers import GLU, Init, rms_norm, weight
+from moe_jax.layers import ACTIVATIONS, GLU, Init, rms_norm, weight
 from moe_jax.moe import MoE, RouterBias, TokenInfo
 from moe_jax.remat import POLICIES, keep
 from moe_jax.routing import Choices, RouterStats
@@ -80,11 +80,10 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, init, out_std, backends.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
         if sparse:
-            self.moe = MoE(
-                cfg.moe, cfg.d_model, init, out_std, num_groups, backends.exchange, backends.grouped_matmul, record
-            )
+            self.moe = MoE(cfg.moe, cfg.d_model, init, out_std, num_groups, backends.exchange, backends.grouped_matmul,
+                           record, cfg.activation)  # fmt: skip
         else:
-            self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std)
+            self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation)
 
     def __call__(self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Array | None):
         h = rms_norm(x, self.attention_norm[...], self.eps)
@@ -225,13 +224,8 @@ class Counts:
 def count_parameters(cfg: ModelConfig) -> Counts:
     shapes = abstract(cfg).shapes
     total = sum(x.size for x in jax.tree.leaves(shapes))
-    idle = (
-        (cfg.num_layers - cfg.num_dense_layers)
-        * (cfg.moe.num_experts - cfg.moe.top_k)
-        * 3
-        * cfg.d_model
-        * cfg.moe.d_expert
-    )
+    expert = (2 + ACTIVATIONS[cfg.activation].gated) * cfg.d_model * cfg.moe.d_expert
+    idle = (cfg.num_layers - cfg.num_dense_layers) * (cfg.moe.num_experts - cfg.moe.top_k) * expert
     tables = cfg.vocab_size * cfg.d_model * (1 if cfg.tie_embeddings else 2)
     return Counts(total, total - idle, total - idle - tables)
 

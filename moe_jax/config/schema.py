@@ -105,6 +105,8 @@ class ModelConfig(_Checked):
     num_layers: int = _number(4, 1)
     num_dense_layers: int = _number(0, 0)
     d_ff: int = _number(512, 1)  # hidden width of the leading dense blocks
+    # Of every feed-forward layer, dense or expert: gated (gate, up and down matrices), or plain ones without a gate.
+    activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
     num_heads: int = _number(4, 1)
     num_kv_heads: int = _number(4, 1)
     head_dim: int = _number(32, 2)

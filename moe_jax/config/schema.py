@@ -63,6 +63,7 @@ class MoEConfig(_Checked):
     score: Literal["softmax", "sigmoid"] = "softmax"
     score_order: Literal["score_topk", "topk_score"] = "score_topk"  # softmax over all experts, or over the chosen K
     renormalize: bool = False  # combine weights of a token sum to 1 (before routed_scaling)
+    combine: Literal["score", "one"] = "score"  # "one": every chosen expert weighs 1 (EMoE, arXiv:2310.10908)
     routed_scaling: float = _number(1.0, 0.0)
     num_groups: int = _number(1, 1)  # group-limited selection (DeepSeek-V2): experts in equal groups …
     top_groups: int = _number(1, 1)  # … of which a token may use this many
@@ -94,6 +95,8 @@ class MoEConfig(_Checked):
             "score_order", self.score_order, "needs score='softmax' (a sigmoid does not depend on the other experts)",
             "nearest valid: 'score_topk'",
         )  # fmt: skip
+        require(not (self.renormalize and self.combine == "one"), "renormalize", True,
+                "has no effect with combine='one'", "nearest valid: False")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from moe_jax.config.schema import (
     SourceConfig,
     TokenizerConfig,
     TrainConfig,
+    nearest_divisor,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "default_config",
     "for_evaluation",
     "load_balance",
+    "nearest_divisor",
     "source",
     "to_dict",
 ]

@@ -7,7 +7,18 @@ What each does, and which leave the model's function as it was: docs/upcycling.m
 `python -m moe_jax.upcycle --from=RUN --workdir=RUN`.
 """
 
-from moe_jax.upcycle.chain import Transform, apply, average, describe, logits_error
+from moe_jax.upcycle.chain import (
+    Transform,
+    apply,
+    average,
+    by_table,
+    describe,
+    final_config,
+    logits,
+    logits_error,
+    specs_of,
+    traced,
+)
 from moe_jax.upcycle.cluster import Cluster
 from moe_jax.upcycle.experts import Drop, Noise, VirtualGroups, copy, kappa
 from moe_jax.upcycle.growth import Depth, Width
@@ -22,8 +33,13 @@ __all__ = [
     "Width",
     "apply",
     "average",
+    "by_table",
     "copy",
     "describe",
+    "final_config",
     "kappa",
+    "logits",
     "logits_error",
+    "specs_of",
+    "traced",
 ]

@@ -330,6 +330,7 @@ class SampleConfig(_Checked):
 @dataclass(frozen=True)
 class RunConfig(_Checked):
     seed: int = _number(0, 0, 2**31 - 1)
+    init_from: str = ""  # a run directory whose weights a new run starts from; "": fresh weights
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -56,9 +56,11 @@ def main(argv):
     baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
     say(evaluate.table(result, baselines))
-    found = analysis.analyse(result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value)
-    say("\nrouter, over the same text")
-    say(analysis.layer_table(found))
+    found = None
+    if cfg.model.num_moe_layers:
+        found = analysis.analyse(result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value)
+        say("\nrouter, over the same text")
+        say(analysis.layer_table(found))
 
     # --- samples ------------------------------------------------------------------------------------------------------
     prompts = PROMPT.value or [cfg.sample.prompt]
@@ -70,12 +72,15 @@ def main(argv):
     if jax.process_index() == 0:
         (workdir / "eval.json").write_text(evaluate.to_json(number, result, baselines))
         (workdir / "sample.txt").write_text("\n\n".join(texts) + "\n")
-        found.save(workdir / "analysis.npz")
-        drawn = [*figures.every(found), ("loss", figures.training(workdir))]
+        drawn = [("loss", figures.training(workdir))] if (workdir / "metrics.jsonl").exists() else []
+        if found is not None:
+            found.save(workdir / "analysis.npz")
+            drawn = [*figures.every(found), *drawn]
         (workdir / "figures").mkdir(exist_ok=True)
         for name, figure in drawn:
             figure.savefig(workdir / "figures" / f"{name}.png", dpi=160)
-        say(f"\nwritten in {workdir}: eval.json, analysis.npz, sample.txt, figures/: {', '.join(n for n, _ in drawn)}")
+        files = ["eval.json", "sample.txt", *(["analysis.npz"] if found else [])]
+        say(f"\nwritten in {workdir}: {', '.join(files)}, figures/: {', '.join(n for n, _ in drawn) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax import attention, losses, model, optim, routing, sharding
+from moe_jax import attention, losses, mla, model, optim, routing, sharding
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.layers import weight
 from moe_jax.losses import BatchSums, Maxima
@@ -276,7 +276,11 @@ def _clip_logits(params: dict, maxima: Maxima | None, threshold: float) -> tuple
     """QK-clip of all layers, from the maxima of the step's own forward pass, and what is logged of it."""
     if maxima is None:
         return params, {}
-    clip = lambda name, top: {**params[name], "attention": attention.qk_clip(params[name]["attention"], top, threshold)}
+    of = lambda weights: mla.qk_clip if "w_kv_down" in weights else attention.qk_clip
+    clip = lambda name, top: {
+        **params[name],
+        "attention": of(params[name]["attention"])(params[name]["attention"], top, threshold),
+    }
     tops = jnp.concatenate(list(maxima.logit.values()))
     scalars = {"max_logit": jnp.max(tops), "clipped_heads": jnp.sum(tops > threshold).astype(jnp.float32)}
     return {**params, **{name: clip(name, top) for name, top in maxima.logit.items()}}, scalars

@@ -48,7 +48,7 @@ def analyse(
     return Analysis(
         domains=tuple(domains),
         top_k=top_k,
-        tokens=stats.tokens[0],
+        tokens=stats.tokens[:1].sum(0),
         selection_frequency=selection_frequency(stats),
         specialisation=specialisation(stats, top_k),
         overlap=overlap(high_frequency(selection_frequency(stats), top_k)),
@@ -171,7 +171,7 @@ KINDS = (
     (r"norm$", None),
     (r"^embed$", "embedding"),
     (r"^head$", "head"),
-    (r"attention/w_(q|k|v|o)$", r"attention \1"),
+    (r"attention/w_(q|k|v|o|q_down|q_up|kv_down|k_rope|k_up|v_up)$", r"attention \1"),
     (r"moe/w_router$", "router"),
     (r"moe/w_(gate|up|down)$", r"expert \1"),
     (r"shared/w_(gate|up|down)$", r"shared \1"),

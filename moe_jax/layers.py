@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
+from moe_jax.config import ModelConfig
 from moe_jax.remat import keep
 
 
@@ -70,10 +72,22 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
         return (y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def rope(x: Float[Array, "B S N H"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S N H"]:
+def rope_frequencies(cfg: ModelConfig, size: int) -> Float[np.ndarray, " H/2"]:
+    """Radians a position by which each pair of a head of `size` numbers turns: θ^(−2i/H), the slow ones scaled."""
+    freq = cfg.rope_theta ** (-np.arange(size // 2) / (size // 2))
+    s = cfg.rope_scaling
+    if s.factor > 1:
+        turns = s.original_length * freq / (2 * np.pi)
+        ramp = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+        freq = freq * (ramp + (1 - ramp) / s.factor)
+    return freq.astype(np.float32)
+
+
+def rope(
+    x: Float[Array, "B S N H"], positions: Int[Array, "B S"], freq: Float[np.ndarray, " H/2"]
+) -> Float[Array, "B S N H"]:
     """Rotary position embedding (arXiv:2104.09864), halves layout: component i pairs with component i + H/2."""
     half = x.shape[-1] // 2
-    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, :, None].astype(jnp.float32) * freq[None, None, :]
     cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)

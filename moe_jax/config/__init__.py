@@ -6,22 +6,20 @@ value, the rule and the nearest valid choice.
 """
 
 from moe_jax.config.convert import build, default_config, load_balance, source, to_dict
+from moe_jax.config.fields import ConfigError, nearest_divisor
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
+from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.schema import (
-    ConfigError,
     DataConfig,
     LoadBalanceConfig,
     LossConfig,
     MeshConfig,
-    ModelConfig,
-    MoEConfig,
     OptimConfig,
     RunConfig,
     SampleConfig,
     SourceConfig,
     TokenizerConfig,
     TrainConfig,
-    nearest_divisor,
 )
 
 __all__ = [
@@ -29,10 +27,12 @@ __all__ = [
     "DataConfig",
     "LoadBalanceConfig",
     "LossConfig",
+    "MLAConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
+    "RopeScalingConfig",
     "RunConfig",
     "SampleConfig",
     "SourceConfig",

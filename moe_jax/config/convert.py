@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-from moe_jax.config.schema import ConfigError, LoadBalanceConfig, RunConfig, SourceConfig, require
+from moe_jax.config.fields import ConfigError, require
+from moe_jax.config.schema import LoadBalanceConfig, RunConfig, SourceConfig
 
 
 def _build(cls: type, values: Any):

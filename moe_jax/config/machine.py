@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from moe_jax.config.schema import RunConfig, nearest_divisor, require
+from moe_jax.config.fields import nearest_divisor, require
+from moe_jax.config.schema import RunConfig
 
 
 def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: str = "") -> tuple[int, int, int]:

@@ -73,6 +73,7 @@ class Width(Transform):
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
         require_dense(cfg)
+        require(not cfg.mla.kv_rank, "width", self.d_model, "is not for multi-head latent attention", "nearest valid: none")
         for name, flag in (("d_model", "width"), ("num_heads", "heads")):
             now, new = getattr(cfg, name), getattr(self, name)
             near = max(now, round(new / now) * now)
@@ -100,7 +101,8 @@ class Width(Transform):
             (r"embed|head", r"\g<0>", lambda w, _: channels(w, 1)),
             (r"final_norm", r"\g<0>", lambda w, _: scaled(channels(w, 0), 1.0 / wide)),  # reads for head and embed
             (r"dense_layers/(attention_norm|mlp_norm)", r"\g<0>", lambda w, _: channels(w, 1)),
-            (r"dense_layers/attention/(q_norm|k_norm)", r"\g<0>", lambda w, _: w),
+            (r"dense_layers/attention/(q_norm|k_norm)", r"\g<0>",
+             lambda w, _: w if cfg.qk_norm_over == "head" else jnp.tile(w, (1, heads))),
             (r"dense_layers/attention/w_[qkv]", r"\g<0>", lambda w, _: jnp.tile(inputs(w), (1, 1, heads))),
             (r"dense_layers/attention/w_o", r"\g<0>",
              lambda w, _: scaled(jnp.tile(channels(w, 2), (1, heads, 1)), 1.0 / heads)),

@@ -73,7 +73,9 @@ class Width(Transform):
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
         require_dense(cfg)
-        require(not cfg.mla.kv_rank, "width", self.d_model, "is not for multi-head latent attention", "nearest valid: none")
+        require(
+            not cfg.mla.kv_rank, "width", self.d_model, "is not for multi-head latent attention", "nearest valid: none"
+        )
         for name, flag in (("d_model", "width"), ("num_heads", "heads")):
             now, new = getattr(cfg, name), getattr(self, name)
             near = max(now, round(new / now) * now)

@@ -7,7 +7,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from upcycle_source import (
+
+from moe_jax import model, upcycle
+from moe_jax.upcycle import Cluster, Depth, Drop, Noise, VirtualGroups, Width
+from tests.upcycle_source import (
     ACTIVATIONS,
     FIXED,
     SOFTMAX_TOPK,
@@ -20,9 +23,6 @@ from upcycle_source import (
     error,
     mesh_of,
 )  # fmt: skip
-
-from moe_jax import model, upcycle
-from moe_jax.upcycle import Cluster, Depth, Drop, Noise, VirtualGroups, Width
 
 
 def case(routing, activation, g, copies):

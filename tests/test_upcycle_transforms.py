@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from upcycle_source import SOURCE, STD, apply, dense, dense_logits, error, mesh_of
 
 from moe_jax import upcycle
 from moe_jax.upcycle import Cluster, Depth, Drop, Noise, VirtualGroups, Width, cluster
+from tests.upcycle_source import SOURCE, STD, apply, dense, dense_logits, error, mesh_of
 
 EXPERTS = ("w_gate", "w_up", "w_down")
 
@@ -167,7 +167,7 @@ def test_average():
     with jax.set_mesh(mesh_of(1, 1, 1)):
         mean = upcycle.average(iter(params), 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-6), mean, params[0])
-    cfg, half = dense(param_dtype="bfloat16")
+    half = dense(param_dtype="bfloat16")[1]
     with jax.set_mesh(mesh_of(1, 1, 1)):
         same = upcycle.average(iter([half] * 3), 3)
     jax.tree.map(np.testing.assert_array_equal, same, half)

@@ -20,6 +20,7 @@ from moe_jax.upcycle.chain import (
     traced,
 )
 from moe_jax.upcycle.cluster import Cluster
+from moe_jax.upcycle.convert import Report, convert
 from moe_jax.upcycle.experts import Drop, Noise, VirtualGroups, copy, kappa
 from moe_jax.upcycle.growth import Depth, Width
 
@@ -28,12 +29,14 @@ __all__ = [
     "Depth",
     "Drop",
     "Noise",
+    "Report",
     "Transform",
     "VirtualGroups",
     "Width",
     "apply",
     "average",
     "by_table",
+    "convert",
     "copy",
     "describe",
     "final_config",

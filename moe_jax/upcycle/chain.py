@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from moe_jax import model, sharding
+from moe_jax import model, sharding, step
 from moe_jax.config import ConfigError, ModelConfig
 from moe_jax.layers import weight
 from moe_jax.moe import TokenInfo
@@ -144,14 +144,6 @@ def apply(chain: Sequence[Transform], cfg: ModelConfig, params: dict, seed: int 
     return final, traced(chain, cfg)(params, jax.random.key(seed))
 
 
-def router_bias(cfg: ModelConfig) -> dict:
-    """Zeros for every selection bias of a model, replicated over the mesh in use."""
-    if not cfg.moe.selection_bias or cfg.num_layers == cfg.num_dense_layers:
-        return {}
-    shape = (cfg.num_layers - cfg.num_dense_layers, cfg.moe.num_experts)
-    return {"layers": {"moe": {"router_bias": jnp.zeros(shape, jnp.float32)}}}
-
-
 @jax.jit
 def _mean(total: dict, params: dict, share: float) -> dict:
     return jax.tree.map(lambda t, p: t + share * p.astype(jnp.float32), total, params)
@@ -173,9 +165,8 @@ def average(several: Iterable[dict], count: int) -> dict:
 # --- what came of it -------------------------------------------------------------------------------------------------
 
 
-def logits(cfg: ModelConfig, params: dict, tokens: Int[Array, "B S"], mesh: Mesh) -> Array:
-    """`[B, S, V]` of a model in float32, with selection biases of zero."""
-    cfg = dataclasses.replace(cfg, compute_dtype="float32", attention="xla", remat="none")
+@functools.cache
+def _forward(cfg: ModelConfig) -> Callable[..., Array]:
     graph = model.abstract(cfg)
 
     @jax.jit
@@ -189,13 +180,20 @@ def logits(cfg: ModelConfig, params: dict, tokens: Int[Array, "B S"], mesh: Mesh
         matrix = weight(net.output_matrix, jnp.float32)
         return jnp.einsum("bsd,vd->bsv", hidden, matrix, precision=jax.lax.Precision.HIGHEST, out_sharding=out)
 
+    return run
+
+
+def logits(cfg: ModelConfig, params: dict, tokens: Int[np.ndarray, "B S"], mesh: Mesh) -> Float[Array, "B S V"]:
+    """Of a model in float32, with selection biases of zero. B is a multiple of the devices."""
+    cfg = dataclasses.replace(cfg, compute_dtype="float32", attention="xla", remat="none")
     with jax.set_mesh(mesh):
-        return run(params, router_bias(cfg), jax.device_put(tokens, NamedSharding(mesh, sharding.BATCH)))
+        bias = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.abstract_weights(cfg, mesh)[1])
+        return _forward(cfg)(params, bias, jax.device_put(tokens, NamedSharding(mesh, sharding.BATCH)))
 
 
 @jax.jit
 def _relative(a: Array, b: Array) -> Array:
-    return jnp.linalg.norm((b - a).reshape(-1)) / jnp.linalg.norm(a.reshape(-1))
+    return jnp.sqrt(jnp.sum(jnp.square(b - a)) / jnp.sum(jnp.square(a)))
 
 
 def logits_error(before: tuple[ModelConfig, dict], after: tuple[ModelConfig, dict], mesh: Mesh,

@@ -20,7 +20,7 @@ from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, check_
 
 CASTABLE = ("float32", "bfloat16")
 # Fields of `model` that say how it is computed, and not which function it is.
-MACHINE = {"init_std", "compute_dtype", "param_dtype", "remat", "attention", "segment_mask"}
+MACHINE = {"init_std", "max_seq_len", "compute_dtype", "param_dtype", "remat", "attention", "segment_mask"}
 MOE_MACHINE = {"compute", "capacity_factor", "exchange", "exchange_chunks", "grouped_matmul"}
 
 

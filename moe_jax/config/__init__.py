@@ -5,7 +5,7 @@ A config file returns an `ml_collections.ConfigDict` (start from `default_config
 value, the rule and the nearest valid choice.
 """
 
-from moe_jax.config.convert import build, default_config, load_balance, source, to_dict
+from moe_jax.config.convert import build, build_model, default_config, load_balance, source, to_dict
 from moe_jax.config.fields import ConfigError, nearest_divisor
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
@@ -39,6 +39,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "build",
+    "build_model",
     "check_devices",
     "check_steps",
     "check_vocabulary",

@@ -102,7 +102,8 @@ def main(argv):
         name = e.name.removeprefix("upcycle.")
         if name == e.name:
             raise
-        raise cli.UserError(f"--{name}={e.value}: {e.rule}; {e.hint}") from None
+        value = ",".join(FROM.value) if name == "from" else e.value
+        raise cli.UserError(f"--{name}={value}: {e.rule}; {e.hint}") from None
 
 
 if __name__ == "__main__":

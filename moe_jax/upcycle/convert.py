@@ -11,8 +11,8 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import checkpoint, model, sharding, step, weights
-from moe_jax.checkpoint import CheckpointError
-from moe_jax.config import RunConfig
+from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
 
@@ -65,9 +65,11 @@ def convert(
     for folder, _ in runs[1:]:
         weights.check_same_model(dataclasses.replace(configs[0], init_from=str(folder)))
     before, after = configs[0].model, final_config(chain, configs[0].model)
+    for folder, number in runs:
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.contents(number)  # raises if there is no such step
     changes = [reason for reason in _changes(chain, before) if reason]
-    loss = dataclasses.replace(configs[0].loss, bias_target=())
-    cfg = dataclasses.replace(configs[0], init_from="", model=after, loss=loss)
+    cfg = _new_config(configs[0], after, runs[0][0], Path(workdir))
 
     mesh = mesh_for(after.moe.num_experts if after.num_moe_layers else jax.device_count())
     say(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
@@ -91,9 +93,9 @@ def convert(
         error = logits_error((before, params), (after, made), mesh)
         deviation = _deviation(chain, (before, params), (after, made), mesh)
     same = "changed: " + "; ".join(changes) if changes else "that of the model it came from"
-    say(
-        f"function: {same}" + ("" if error is None else f"; relative error of the logits on random tokens: {error:.2g}")
-    )
+    say(f"function: {same}")
+    if error is not None:
+        say(f"relative error of the logits on random tokens: {error:.2g}")
     for std, value in deviation.items():
         say(f"  with router_std={std:g}: {value:.2g}")
 
@@ -112,11 +114,20 @@ def _config(folder: Path) -> RunConfig:
     return checkpoint.load_config(folder)
 
 
+def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> RunConfig:
+    """The source's, with the model made; a tokenizer file of its run directory is that of the new one."""
+    tokenizer = cfg.data.tokenizer
+    if Path(tokenizer.path).absolute().parent == source.absolute():
+        tokenizer = dataclasses.replace(tokenizer, path=str(workdir / Path(tokenizer.path).name))
+    data, loss = dataclasses.replace(cfg.data, tokenizer=tokenizer), dataclasses.replace(cfg.loss, bias_target=())
+    return dataclasses.replace(cfg, init_from="", model=after, loss=loss, data=data)
+
+
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.jit(lambda: jax.numpy.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
 
 
-def _size(cfg) -> str:
+def _size(cfg: ModelConfig) -> str:
     counts, experts = model.count_parameters(cfg), ""
     if cfg.num_moe_layers:
         moe = cfg.moe
@@ -125,7 +136,7 @@ def _size(cfg) -> str:
     return f"{shape}, width {cfg.d_model}, {counts.total:,} parameters, {counts.active:,} active"
 
 
-def _changes(chain: Sequence[Transform], cfg) -> list[str]:
+def _changes(chain: Sequence[Transform], cfg: ModelConfig) -> list[str]:
     out = []
     for transform in chain:
         out.append(transform.changes(cfg))
@@ -133,7 +144,7 @@ def _changes(chain: Sequence[Transform], cfg) -> list[str]:
     return out
 
 
-def explain(chain: Sequence[Transform], cfg) -> list[str]:
+def explain(chain: Sequence[Transform], cfg: ModelConfig) -> list[str]:
     """A line for each transform; with the factors of the matrices where experts are scaled."""
     lines = []
     for transform in chain:

@@ -73,9 +73,8 @@ class Width(Transform):
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
         require_dense(cfg)
-        require(
-            not cfg.mla.kv_rank, "width", self.d_model, "is not for multi-head latent attention", "nearest valid: none"
-        )
+        rule = "is not for a model with latent attention (mla.kv_rank > 0)"
+        require(not cfg.mla.kv_rank, "width", self.d_model, rule, "nearest valid: 0")
         for name, flag in (("d_model", "width"), ("num_heads", "heads")):
             now, new = getattr(cfg, name), getattr(self, name)
             near = max(now, round(new / now) * now)

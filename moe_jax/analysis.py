@@ -204,6 +204,21 @@ def rms(x: Float[np.ndarray, "L *batch m n"]) -> Float[np.ndarray, " L"]:
     return np.array([np.sqrt(np.mean(np.square(layer, dtype=np.float64))) for layer in x])
 
 
+def expert_similarity(x: Float[np.ndarray, "L E m n"], granularity: int = 1) -> Float[np.ndarray, " L"]:
+    """Mean cosine of two experts' matrices, over all pairs of a layer, −1 to 1: 1 if all are copies of one.
+
+    granularity G: only pairs made of the same shard of a dense layer, ids e and e' with e mod G = e' mod G (upcycling
+    into virtual groups). NaN without such a pair.
+    """
+    flat = np.asarray(x, np.float64).reshape(x.shape[0], x.shape[1], -1)
+    unit = _ratio(flat, np.linalg.norm(flat, axis=2, keepdims=True))
+    copies = unit.reshape(x.shape[0], -1, granularity, unit.shape[2])  # [L, E/G, G, m·n]
+    count = copies.shape[1]
+    # Σ over pairs = ‖Σ of the unit vectors‖² less the pairs of each with itself.
+    pairs = np.square(copies.sum(1)).sum(-1).mean(-1) - count
+    return pairs / (count * (count - 1)) if count > 1 else np.full(x.shape[0], np.nan)
+
+
 def svd_entropy(x: Float[np.ndarray, "*L m n"]) -> Float[np.ndarray, "*L"]:
     """−Σ q log q / log min(m, n) with q = σ² / Σσ² of each matrix: 1 if all singular values are equal, 0 at rank one.
 

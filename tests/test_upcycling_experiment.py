@@ -47,7 +47,7 @@ def test_order(root, tmp_path):
     assert f"--config=configs/continued.py:{made}/run,{root}/domains" in trains[1].command
     (tmp_path / "dense" / "seed0").mkdir(parents=True)
     (tmp_path / "dense" / "seed0" / "eval.json").write_text("{}")
-    assert [job.name for job in planned(root, names, tmp_path)][0] == "measures of dense"
+    assert planned(root, names, tmp_path)[0].name == "measures of dense"
 
 
 def test_every_arm_is_a_valid_config(root, tmp_path):

@@ -1,4 +1,4 @@
-"""Latent attention and dense models as training sees them: meshes, micro-batches, Muon, QK-clip, remat, no MoE layer."""
+"""Latent attention and dense models in training: meshes, micro-batches, Muon, QK-clip, remat, no MoE layer at all."""
 
 import dataclasses
 import functools
@@ -20,10 +20,11 @@ BASE = run_config().model
 LATENT = dataclasses.replace(BASE, qk_norm=False, num_kv_heads=4, head_dim=8, mla=MLAConfig(6, 0, 4, 6))
 VARIANTS = {
     "mla": LATENT,
-    "mla with latent queries": dataclasses.replace(LATENT, mla=MLAConfig(6, 10, 4, 6)),
+    "dense mla": dataclasses.replace(LATENT, num_layers=2, num_dense_layers=2, mla=MLAConfig(6, 10, 4, 6)),
     "dense": dataclasses.replace(BASE, num_dense_layers=3, moe=config.MoEConfig()),
     "norm over projection": dataclasses.replace(BASE, qk_norm_over="projection"),
 }
+FAST = ("dense mla",)  # latent queries too
 
 
 @functools.cache
@@ -43,10 +44,7 @@ def after_a_step(name, shape, micro):
     return jax.device_get(train_step(state, step.put_batch(batch_rows(0.25), mesh, cfg)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in ("mla with latent queries", "dense") else pytest.mark.slow) for n in VARIANTS],
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in VARIANTS])
 def test_mesh_and_micro_batches_change_nothing(name):
     (one, aux), (other, aux_2) = after_a_step(name, (1, 1, 1), 1), after_a_step(name, (2, 2, 2), 2)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
@@ -59,7 +57,7 @@ def test_mesh_and_micro_batches_change_nothing(name):
 
 def test_no_moe_layer_is_no_nan():
     """L = 0: the loss is the cross-entropy, there is no router metric, and nothing is NaN."""
-    state, aux = after_a_step("dense", (1, 1, 1), 1)
+    state, aux = after_a_step("dense mla", (1, 1, 1), 1)
     assert set(state.params) == {"embed", "dense_layers", "final_norm", "head"} and not state.router_bias
     assert aux["loss"] == aux["xent"] and aux["load_balance"] == aux["router_z"] == 0
     assert aux["router"].tokens_per_expert.shape[0] == 0
@@ -90,7 +88,7 @@ def test_no_moe_layer_in_evaluation():
 
 @pytest.mark.parametrize("q_rank", [0, 10])
 def test_qk_clip_brings_every_head_to_the_threshold(q_rank):
-    """In one layer, whose inputs it does not change: a head's largest logit S becomes min(S, τ), others keep their bits."""
+    """In one layer, whose inputs it does not change: a head's largest logit S becomes min(S, τ), or keeps its bits."""
     cfg = dataclasses.replace(LATENT, num_layers=1, num_dense_layers=1, mla=MLAConfig(6, q_rank, 4, 6))
     run = dataclasses.replace(run_config(), model=cfg)
     mesh, graph = mesh_of(1, 1, 1), model.abstract(cfg, max_logit=True)

@@ -122,9 +122,11 @@ def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
     """
     p = np.nan_to_num(selection_frequency(stats)) / top_k
     p = p[:, np.asarray(stats.tokens).sum(0) > 0]
+    if not p.size:  # no layer, or no token
+        return np.zeros(len(p))
     mean = p.mean(axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nansum(np.where(p > 0, p * np.log2(p / mean), 0.0), axis=(1, 2)) / max(p.shape[1], 1)
+        return np.nansum(np.where(p > 0, p * np.log2(p / mean), 0.0), axis=(1, 2)) / p.shape[1]
 
 
 def high_frequency(frequency: Float[np.ndarray, "*L G E"], top_k: int) -> Bool[np.ndarray, "*L G E"]:
@@ -250,6 +252,6 @@ def layer_table(found: Analysis) -> str:
     if found.saturation is not None:
         columns[f"as at step {found.earlier_step}"] = [f"{x:.1%}" for x in np.nanmean(found.saturation, axis=1)]
     rows = zip(*columns.values(), strict=True)
-    wide = [max(len(name), *map(len, cells)) for name, cells in columns.items()]
+    wide = [max(map(len, (name, *cells))) for name, cells in columns.items()]
     line = lambda cells: "  ".join(cell.rjust(n) for cell, n in zip(cells, wide, strict=True))
     return "\n".join([line(columns), *map(line, rows)])

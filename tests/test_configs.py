@@ -93,6 +93,18 @@ def test_counts_of_the_paper(name):
     assert (counts.total, counts.active) == pytest.approx(PAPER[name], rel=0.02)
 
 
+def test_counts_of_moonlight():
+    """15.29B and 2.24B, as released: without the embedding and the head."""
+    cfg = load("moonlight_16b_a3b")[1].model
+    counts = model.count_parameters(cfg)
+    assert counts.total - 2 * cfg.vocab_size * cfg.d_model == 15_289_019_904
+    assert counts.active_no_embedding == 2_243_685_888
+
+
+def test_counts_of_olmoe():
+    assert model.count_parameters(load("olmoe_1b_7b")[1].model).total == 6_919_161_856  # as released
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip(name):
     cfg = load(name)[1]

@@ -40,7 +40,7 @@ class Assembly:
                 mine = value[tuple(slice(*b) for b in bounds[len(index) :])].astype(leaf.dtype)
                 at = [i - start for i, (start, _) in zip(index, bounds, strict=False)]
                 buffers[device] = _write(buffers[device], jax.device_put(mine, device), tuple(at))
-        jax.block_until_ready(buffers)  # the value may go
+        jax.block_until_ready([*buffers.values()])  # the value may go
 
     def finish(self) -> Any:
         """The tree of arrays."""

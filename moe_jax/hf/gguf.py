@@ -1,5 +1,7 @@
 """GGUF files of Llama's architecture, read with the `gguf` package: every quantisation it knows becomes float32."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ KEYS = (
     ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
     ("context_length", "max_position_embeddings"),
 )
+CONTROL = 3  # a token's type: special
 
 
 class Entry(NamedTuple):
@@ -33,7 +36,7 @@ class Entry(NamedTuple):
 
 
 def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, bytes]]:
-    """config.json as it would be, the tensors by name, and no files. Raises FormatError."""
+    """config.json as it would be, the tensors by name, the tokenizer's files. Raises FormatError."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -63,8 +66,37 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
             "head_dim": head, "tie_word_embeddings": tied, "vocab_size": entries["token_embd.weight"].shape[0],
             "bos_token_id": value("tokenizer.ggml.bos_token_id"), "eos_token_id": value("tokenizer.ggml.eos_token_id"),
         }  # fmt: skip
+        files = _tokenizer_files(value)
     except FormatError:
         raise
     except Exception as e:  # of a file that is not what it says, the package raises anything
         raise FormatError(f"{path}: is not a whole GGUF file: {type(e).__name__}: {e}") from None
-    return hf, entries, {}
+    return hf, entries, files
+
+
+def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json of a byte-level BPE whose splitting is known; {} for any other."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    splits = {  # names of llama.cpp
+        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    }
+    if value("tokenizer.ggml.model") != "gpt2" or value("tokenizer.ggml.pre") not in splits:
+        return {}
+    words, merges = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.merges")
+    bpe = models.BPE({word: i for i, word in enumerate(words)}, [tuple(pair.split(" ")) for pair in merges])
+    made = tokenizers.Tokenizer(bpe)
+    made.pre_tokenizer = pre_tokenizers.Sequence(splits[value("tokenizer.ggml.pre")])
+    made.decoder = decoders.ByteLevel()
+    kinds = zip(words, value("tokenizer.ggml.token_type") or [], strict=False)
+    made.add_special_tokens([word for word, kind in kinds if kind == CONTROL])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    for name in ("bos", "eos", "unknown"):
+        if (i := value(f"tokenizer.ggml.{name}_token_id")) is not None:
+            settings[f"{name[:3]}_token"] = words[i]
+    if template := value("tokenizer.chat_template"):
+        settings["chat_template"] = template
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    return {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": text.encode()}

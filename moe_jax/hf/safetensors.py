@@ -90,11 +90,13 @@ def _open_shards(folder: Path) -> dict[str, Entry]:
     if not (isinstance(owners, dict) and owners and all(isinstance(f, str) for f in owners.values())):
         raise FormatError(f"{where}: must have a weight_map of tensor names to file names")
     found: dict[str, Entry] = {}
-    for name in sorted(set(owners.values())):
+    names = sorted(set(owners.values()))
+    for name in names:
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise FormatError(f"{where}: {name!r} is not the name of a .safetensors file beside it")
         if not (folder / name).is_file():
             raise FormatError(f"{where}: the file {name} is missing")
+    for name in names:
         for tensor, entry in read_header(folder / name).items():
             if tensor in found:
                 raise FormatError(f"{folder}: {tensor} is both in {found[tensor].file.name} and in {name}")

@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import checkpoint, config, step, upcycle, weights
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.metrics import read_metrics
 from moe_jax.upcycle import Depth, Drop, VirtualGroups
 from tests import two_processes
 from tests.test_cli import REPO, Server, check
@@ -204,6 +205,30 @@ def test_a_failure_leaves_nothing(root, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         upcycle.convert([str(root / "dense")], tmp_path / "a", [VirtualGroups(2)], check=False, say=lambda _: None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_the_dense_loss(server, root):
+    """The first step's loss on one batch, of the dense model and of the one made of it: equal to rounding."""
+    (root / "domains" / "sums").mkdir(parents=True)
+    for i in range(40):
+        (root / "domains" / "sums" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}\n" * 20)
+    cfg, params = dense(vocab_size=257)
+    run = dataclasses.replace(RUN, model=cfg, data=config.DataConfig(seq_len=32))
+    weights.save_weights(root / "bytes", run, params, {}, ORIGIN)
+    options = ["--expansion=4", "--granularity=4", "--top_k=4", "--router_std=0.5"]
+    assert server(PROGRAM, f"--from={root}/bytes", f"--workdir={root}/bytes_moe", *options)[0] == 0
+    losses = {}
+    for name in ("bytes", "bytes_moe"):
+        fields = {"train.steps": 2, "train.log_every": 1, "data.batch_size": 8, "optim.warmup_steps": 1,
+                  "data.cache_dir": root / "cache", "train.tensorboard": "false", "sample.tokens": 0}  # fmt: skip
+        given = [f"--config=configs/continued.py:{root}/{name},{root}/domains", f"--workdir={root}/{name}_trained"]
+        given += [f"--config.{field}={value}" for field, value in fields.items()]
+        status, stdout, stderr, _ = server(str(REPO / "train.py"), *given)
+        assert status == 0, stderr
+        assert f"starting from the weights of {root}/{name}, with a fresh optimizer state" in stdout
+        losses[name] = read_metrics(root / f"{name}_trained")[0]["xent"]
+    assert losses["bytes_moe"] == pytest.approx(losses["bytes"], rel=1e-6)
 
 
 @pytest.mark.slow

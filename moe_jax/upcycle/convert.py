@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from moe_jax import checkpoint, model, sharding, step, weights
 from moe_jax.checkpoint import CheckpointError, Checkpoints
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.hf.convert import TOKENIZER_FILES
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
 
@@ -102,8 +103,7 @@ def convert(
     zeros = jax.tree.map(_zeros, step.abstract_weights(after, mesh)[1])
     own = {"event": "upcycle", "from": list(sources), "seed": seed, "chain": describe(chain)}
     earlier = origins[0] if len(runs) == 1 else [{"event": "average", "origins": origins}]
-    names = sorted(path for path in runs[0][0].glob("tokenizer*") if path.is_file())
-    weights.save_weights(workdir, cfg, made, zeros, [*earlier, own], {p.name: p.read_bytes() for p in names})
+    weights.save_weights(workdir, cfg, made, zeros, [*earlier, own], _tokenizer_files(runs[0][0]))
     say(f"written {workdir}: weights and their origin; training starts with a fresh optimizer state")
     return Report(cfg, "; ".join(changes), error, deviation)
 
@@ -121,6 +121,12 @@ def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path)
         tokenizer = dataclasses.replace(tokenizer, path=str(workdir / Path(tokenizer.path).name))
     data, loss = dataclasses.replace(cfg.data, tokenizer=tokenizer), dataclasses.replace(cfg.loss, bias_target=())
     return dataclasses.replace(cfg, init_from="", model=after, loss=loss, data=data)
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """What a run of train.py, or an import, keeps of its tokenizer."""
+    found = {*folder.glob("tokenizer*"), *(folder / name for name in TOKENIZER_FILES)}
+    return {path.name: path.read_bytes() for path in sorted(found) if path.is_file()}
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:

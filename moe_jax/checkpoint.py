@@ -184,11 +184,13 @@ class Checkpoints:
 
     keep: how many of the newest checkpoints stay. None opens the directory for reading only, beside a run that may be
         writing to it: nothing is created, cleaned or deleted.
+    host_bytes: about so much of the state is on the host at a time while it is saved, at least one array's part; None:
+        all of it, so that saving holds up training the least.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int | None = None):
+    def __init__(self, workdir: str | os.PathLike, keep: int | None = None, host_bytes: int | None = None):
         self.directory = Path(workdir).absolute() / "checkpoints"
-        self._keep = keep
+        self._keep, self._host_bytes = keep, host_bytes
         self._at: int | None = None  # the step last saved or restored through this object
         self._orbax: ocp.training.Checkpointer | None = None
         if keep is not None or self.directory.is_dir():
@@ -201,6 +203,7 @@ class Checkpoints:
         )  # the default stores a dict of numbers as arrays
         context = ocp.Context()
         context.checkpointables.registry = registry
+        context.memory.transfer_concurrent_bytes = self._host_bytes
         policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(
             self.directory,

@@ -45,6 +45,8 @@ class Backends(NamedTuple):
         )
         itemsize = jnp.dtype(cfg.compute_dtype).itemsize
         exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize)
+        if not cfg.num_moe_layers:
+            return cls(attention, exchange, matmul), f"attention: {attention} ({why_a}); no experts"
         text = f"attention: {attention} ({why_a}); experts: {cfg.moe.compute}"
         if cfg.moe.compute == "grouped":
             text += f", grouped matmul: {matmul} ({why_m})"

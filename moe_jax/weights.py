@@ -19,6 +19,7 @@ from moe_jax import config
 from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, check_fits, load_config, save_config
 
 CASTABLE = ("float32", "bfloat16")
+HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
 # Fields of `model` that say how it is computed, and not which function it is.
 MACHINE = {"init_std", "max_seq_len", "compute_dtype", "param_dtype", "remat", "attention", "segment_mask"}
 MOE_MACHINE = {"compute", "capacity_factor", "exchange", "exchange_chunks", "grouped_matmul"}
@@ -55,7 +56,7 @@ def save_weights(
     try:
         save_config(partial, cfg)
         _barrier("weights: config")
-        with Checkpoints(partial, keep=1) as checkpoints:
+        with Checkpoints(partial, keep=1, host_bytes=HOST_BYTES) as checkpoints:
             state = {"params": params, "router_bias": router_bias}
             checkpoints.save(0, state, {"origin": origin}, wait=True)
         if first:

@@ -11,12 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_configs import load
 
 from moe_jax import config, sharding, step, weights
 from moe_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.hf import FormatError, export_run, import_model, tables
 from moe_jax.hf import safetensors as files
-from moe_jax.hf.architectures import ARCHITECTURES, read_config, write_config
+from moe_jax.hf.architectures import ARCHITECTURES, differences, read_config, write_config
 from moe_jax.hf.devices import flatten
 
 REPO = Path(__file__).parents[1]
@@ -287,6 +288,29 @@ def test_tables_are_total(name, monkeypatch):
         tables.tensors(name, model, {path: s for path, s in shapes.items() if not path.endswith("attention/w_o")})
     with pytest.raises(FormatError, match=f"no rule for the parameter {stack}/attention_norm, or not for all"):
         tables.tensors(name, model, shapes | {f"{stack}/attention_norm": (7, 8)})
+
+
+# Of the release, with the keys that say nothing about how it computes left out.
+MOONLIGHT = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 11264, "kv_lora_rank": 512,
+    "max_position_embeddings": 8192, "model_type": "deepseek_v3", "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+    "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": True, "num_attention_heads": 16,
+    "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 1,
+    "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 163840,
+}  # fmt: skip
+
+
+def test_configs_are_the_releases():
+    """configs/ of published models: the same function of the same weights, found again from the model alone."""
+    name, model, lines = read_config(MOONLIGHT, "")
+    assert name == "DeepseekV3ForCausalLM" and not lines
+    assert differences(load("moonlight_16b_a3b")[1].model, model) == []
+    assert write_config(model, 8192)[0] == name
+    assert write_config(load("olmoe_1b_7b")[1].model, 4096)[0] == "OlmoeForCausalLM"
 
 
 def test_every_architecture_is_tested():

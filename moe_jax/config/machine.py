@@ -12,7 +12,7 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
     shape = _mesh_shape(cfg, num_devices)
     moe, b, a = cfg.model.moe, cfg.data.batch_size, cfg.train.micro_batches
     require(
-        moe.num_experts % shape[2] == 0,
+        moe.num_experts % shape[2] == 0 or not cfg.model.num_moe_layers,
         "mesh.expert",
         shape[2],
         f"must divide model.moe.num_experts={moe.num_experts}",

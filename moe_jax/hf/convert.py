@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from moe_jax import config, sharding, step, weights
 from moe_jax.checkpoint import load_config
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.data.tokenizers import END_OF_TEXT
 from moe_jax.hf import gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, FormatError, read_config, write_config
 from moe_jax.hf.devices import Assembly, fetch, flatten
@@ -197,6 +198,10 @@ def export_run(
         for file in TOKENIZER_FILES:
             if (Path(workdir) / file).is_file():
                 shutil.copyfile(Path(workdir) / file, partial / file)
+        if (partial / "tokenizer.json").exists() and not (partial / "tokenizer_config.json").exists():
+            end = cfg.data.tokenizer.end_of_text or END_OF_TEXT
+            kind_of = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+            (partial / "tokenizer_config.json").write_text(json.dumps(kind_of, indent=2) + "\n", encoding="utf-8")
         safetensors.write_model(partial, specs, values(), max_file)
         os.replace(partial, target)
     except BaseException:

@@ -11,11 +11,12 @@ import pytest
 
 from moe_jax import checkpoint, config, step, upcycle, weights
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.hf import export_run
 from moe_jax.metrics import read_metrics
 from moe_jax.upcycle import Depth, Drop, VirtualGroups
 from tests import two_processes
 from tests.test_cli import REPO, Server, check
-from tests.upcycle_source import SOFTMAX_TOPK, SOURCE, TOKENS, dense, dense_logits, mesh_of
+from tests.upcycle_source import SOFTMAX_TOPK, SOURCE, STD, TOKENS, dense, dense_logits, mesh_of
 
 PROGRAM = str(REPO / "moe_jax" / "upcycle" / "__main__.py")
 TOKENIZER = config.TokenizerConfig(kind="huggingface", path="{}/tokenizer.json")
@@ -229,6 +230,23 @@ def test_training_goes_on_from_the_dense_loss(server, root):
         assert f"starting from the weights of {root}/{name}, with a fresh optimizer state" in stdout
         losses[name] = read_metrics(root / f"{name}_trained")[0]["xent"]
     assert losses["bytes_moe"] == pytest.approx(losses["bytes"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_transformers_computes_the_dense_function(root):
+    """Upcycled with Mixtral's routing, exported, loaded by transformers: the dense model's logits."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    cfg, params = dense(qk_norm=False)
+    weights.save_weights(root / "plain", dataclasses.replace(RUN, model=cfg), params, {}, ORIGIN)
+    chain = [VirtualGroups(4, 2, 4, score_order="score_topk", renormalize=True, router_std=STD)]
+    upcycle.convert([str(root / "plain")], root / "mixtral", chain, check=False, say=lambda _: None)
+    export_run(root / "mixtral", root / "hf", say=lambda _: None)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(root / "hf")
+    assert type(loaded).__name__ == "MixtralForCausalLM"
+    with torch.no_grad():
+        theirs = loaded(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+    ours = np.asarray(upcycle.logits(cfg, params, TOKENS, mesh_of(1, 1, 1)))
+    assert np.abs(theirs - ours).max() < 1e-5 * np.abs(ours).max()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moe_jax import analysis, checkpoint, cli, config, data, evaluate, figures, generate, sharding, step
+from moe_jax import analysis, checkpoint, cli, config, data, evaluate, figures, generate, sharding, step, weights
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run directory of train.py", required=True)
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
@@ -40,43 +40,47 @@ def main(argv):
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
     evaluate.check_held_out(corpus)
-    abstract = step.abstract_state(cfg, mesh)
-    skip = jax.tree.map(lambda _: checkpoint.PLACEHOLDER, abstract.opt_state)
-    abstract = abstract._replace(opt_state=skip)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         cli.check_earlier(EARLIER.value, STEP.value, checkpoints.steps())
-        state, _ = checkpoints.restore(abstract, STEP.value)
-        earlier = EARLIER.value and checkpoints.restore(abstract, EARLIER.value)[0]
-    say(f"checkpoint of step {int(state.step)}, mesh {dict(mesh.shape)}")
+        number, _ = checkpoints.contents(STEP.value)
+    abstract = step.abstract_weights(cfg.model, mesh)
+    params, bias, _ = weights.load_weights(workdir, *abstract, step=number)
+    earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value)[:2]
+    say(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
 
     # --- numbers ------------------------------------------------------------------------------------------------------
     result = evaluate.evaluate(
-        cfg, mesh, state.params, state.router_bias, corpus, limit=LIMIT.value,
-        record=True, earlier=earlier and (earlier.params, earlier.router_bias),
+        cfg, mesh, params, bias, corpus, limit=LIMIT.value,
+        record=True, earlier=earlier,
     )  # fmt: skip
     baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
     say(evaluate.table(result, baselines))
-    found = analysis.analyse(result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value)
-    say("\nrouter, over the same text")
-    say(analysis.layer_table(found))
+    found = None
+    if cfg.model.num_moe_layers:
+        found = analysis.analyse(result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value)
+        say("\nrouter, over the same text")
+        say(analysis.layer_table(found))
 
     # --- samples ------------------------------------------------------------------------------------------------------
     prompts = PROMPT.value or [cfg.sample.prompt]
-    texts = [generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer, p) for p in prompts]
+    texts = [generate.sample_text(cfg, mesh, params, bias, corpus.tokenizer, p) for p in prompts]
     for text in texts:
         say(f"\nsample\n{text}")
 
     # --- files --------------------------------------------------------------------------------------------------------
     if jax.process_index() == 0:
-        (workdir / "eval.json").write_text(evaluate.to_json(int(state.step), result, baselines))
+        (workdir / "eval.json").write_text(evaluate.to_json(number, result, baselines))
         (workdir / "sample.txt").write_text("\n\n".join(texts) + "\n")
-        found.save(workdir / "analysis.npz")
-        drawn = [*figures.every(found), ("loss", figures.training(workdir))]
+        drawn = [("loss", figures.training(workdir))] if (workdir / "metrics.jsonl").exists() else []
+        if found is not None:
+            found.save(workdir / "analysis.npz")
+            drawn = [*figures.every(found), *drawn]
         (workdir / "figures").mkdir(exist_ok=True)
         for name, figure in drawn:
             figure.savefig(workdir / "figures" / f"{name}.png", dpi=160)
-        say(f"\nwritten in {workdir}: eval.json, analysis.npz, sample.txt, figures/: {', '.join(n for n, _ in drawn)}")
+        files = ["eval.json", "sample.txt", *(["analysis.npz"] if found else [])]
+        say(f"\nwritten in {workdir}: {', '.join(files)}, figures/: {', '.join(n for n, _ in drawn) or 'none'}")
 
 
 if __name__ == "__main__":

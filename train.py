@@ -12,7 +12,21 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moe_jax import checkpoint, cli, config, data, evaluate, generate, losses, metrics, model, optim, sharding, step
+from moe_jax import (
+    checkpoint,
+    cli,
+    config,
+    data,
+    evaluate,
+    generate,
+    losses,
+    metrics,
+    model,
+    optim,
+    sharding,
+    step,
+    weights,
+)
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not", required=True)
@@ -37,6 +51,8 @@ def main(argv):
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     cli.check_writable(workdir)
+    with checkpoint.Checkpoints(workdir) as existing:
+        differs = weights.check_same_model(cfg) if cfg.init_from and existing.latest() is None else []
     say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -58,19 +74,27 @@ def main(argv):
     say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
     say(f"parameters: {counts.total:,} total, {counts.active:,} active; {flops / 1e6:.2f} MFLOP a token")
     say(step.describe_backends(cfg, mesh))
-    say(losses.describe(cfg.loss, cfg.train.micro_batches))
+    if cfg.model.num_moe_layers:
+        say(losses.describe(cfg.loss, cfg.train.micro_batches))
     say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))
 
     # --- state: the order is important --------------------------------------------------------------------------------
-    # 1. the newest complete checkpoint of this run directory; 2. fresh.
+    # 1. the newest complete checkpoint of this run directory; 2. the weights of config.init_from, the optimizer fresh;
+    # 3. fresh.
     checkpoints = checkpoint.Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
-    start, tokens = 0, 0.0
+    start, tokens, origin = 0, 0.0, []
     if checkpoints.latest() is not None:
         state, saved = checkpoints.restore(step.abstract_state(cfg, mesh))
         batches.set_state(saved["batches"])
-        start, tokens = int(state.step), saved["tokens"]
+        start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
         config.check_steps(cfg, start)
         say(f"resumed after step {start}")
+    elif cfg.init_from:
+        params, bias, origin = weights.load_weights(cfg.init_from, *step.abstract_weights(cfg.model, mesh), cast=True)
+        state = step.init_state(cfg, mesh, (params, bias))
+        say(f"starting from the weights of {cfg.init_from}, with a fresh optimizer state")
+        for line in differs:
+            say(line)
     else:
         state = step.init_state(cfg, mesh)
 
@@ -107,7 +131,9 @@ def main(argv):
             if last or n % every.checkpoint_every == 0:
                 record(pending.flush())
                 with clock.paused():
-                    checkpoints.save(n, state, {"batches": batches.get_state(), "tokens": clock.tokens})
+                    checkpoints.save(
+                        n, state, {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin}
+                    )
             if every.eval_every and n % every.eval_every == 0 and not last:
                 record(pending.flush())
                 with clock.paused():

@@ -72,6 +72,19 @@ def mixture(sizes: dict[str, int], tokens: float) -> dict[str, float]:
         capped |= over
 
 
+def sources(folder: Path, tokens: float) -> dict:
+    """A source for each domain of the folder, mixed for a training on so many tokens."""
+    domains = find_domains(folder)
+    fractions = {name: min(MAX_HELD_OUT, HELD_OUT / size) for name, (_, size) in domains.items()}
+    weights = mixture({name: round(size * (1 - fractions[name])) for name, (_, size) in domains.items()}, tokens)
+    return {
+        name: config_lib.source(
+            kind="files", path=path, domain=name, weight=weights[name], validation_fraction=fractions[name]
+        )
+        for name, (path, _) in domains.items()
+    }
+
+
 def get_config(data: str = "data/domains"):
     config = config_lib.default_config()
 
@@ -106,16 +119,7 @@ def get_config(data: str = "data/domains"):
     config.data.tokenizer.kind = "bpe"
     config.data.tokenizer.vocab_size = 16_384
     config.data.tokenizer.train_bytes = 40_000_000
-    domains = find_domains(Path(data).expanduser())
-    fractions = {name: min(MAX_HELD_OUT, HELD_OUT / size) for name, (_, size) in domains.items()}
-    train_bytes = {name: round(size * (1 - fractions[name])) for name, (_, size) in domains.items()}
-    weights = mixture(train_bytes, STEPS * BATCH * SEQ_LEN)
-    config.data.sources = {
-        name: config_lib.source(
-            kind="files", path=path, domain=name, weight=weights[name], validation_fraction=fractions[name]
-        )
-        for name, (path, _) in domains.items()
-    }
+    config.data.sources = sources(Path(data).expanduser(), STEPS * BATCH * SEQ_LEN)
 
     config.train.steps = STEPS
     config.train.checkpoint_every = STEPS // 2

@@ -4,12 +4,11 @@
 
 Hardware: sized for 256 accelerators of 80 GB: 4 sequences a device
 Time: not run here
-Parameters: 6,919,100,416 total, 1,281,955,840 active (1,075,910,656 without embedding and head)
+Parameters: 6,919,161,856 total, 1,282,017,280 active (1,075,972,096 without embedding and head)
 Expect: not run here
 
-The released model has 6,919,161,856 parameters, 61,440 more: its query and key norms have one weight for each of the
-projection's 2048 channels, ours have one for each of a head's 128. It was balanced over the micro-batch of
-one device, not the global batch: set `loss.balance_batch` to the sequences in such a micro-batch to do the same.
+The released model has as many parameters. It was balanced over the micro-batch of one device, not the global batch: set
+`loss.balance_batch` to the sequences in such a micro-batch to do the same.
 
 Bring a tokenizer and text: `data.tokenizer.path` (the GPT-NeoX vocabulary of the release) and
 `data.sources.text.path` (the public OLMoE-mix, or any documents as .jsonl.gz or Parquet).
@@ -29,6 +28,7 @@ def get_config():
     model.num_kv_heads = 16
     model.head_dim = 128
     model.qk_norm = True
+    model.qk_norm_over = "projection"
     model.rope_theta = 10_000.0
     model.norm_eps = 1e-5
     model.moe.num_experts = 64

@@ -48,7 +48,7 @@ def analyse(
     return Analysis(
         domains=tuple(domains),
         top_k=top_k,
-        tokens=stats.tokens[0],
+        tokens=stats.tokens[:1].sum(0),
         selection_frequency=selection_frequency(stats),
         specialisation=specialisation(stats, top_k),
         overlap=overlap(high_frequency(selection_frequency(stats), top_k)),
@@ -122,9 +122,11 @@ def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
     """
     p = np.nan_to_num(selection_frequency(stats)) / top_k
     p = p[:, np.asarray(stats.tokens).sum(0) > 0]
+    if not p.size:  # no layer, or no token
+        return np.zeros(len(p))
     mean = p.mean(axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nansum(np.where(p > 0, p * np.log2(p / mean), 0.0), axis=(1, 2)) / max(p.shape[1], 1)
+        return np.nansum(np.where(p > 0, p * np.log2(p / mean), 0.0), axis=(1, 2)) / p.shape[1]
 
 
 def high_frequency(frequency: Float[np.ndarray, "*L G E"], top_k: int) -> Bool[np.ndarray, "*L G E"]:
@@ -171,7 +173,7 @@ KINDS = (
     (r"norm$", None),
     (r"^embed$", "embedding"),
     (r"^head$", "head"),
-    (r"attention/w_(q|k|v|o)$", r"attention \1"),
+    (r"attention/w_(q|k|v|o|q_down|q_up|kv_down|k_rope|k_up|v_up)$", r"attention \1"),
     (r"moe/w_router$", "router"),
     (r"moe/w_(gate|up|down)$", r"expert \1"),
     (r"shared/w_(gate|up|down)$", r"shared \1"),
@@ -202,6 +204,21 @@ def matrices(params: Any) -> dict[str, Float[np.ndarray, "L *batch m n"]]:
 def rms(x: Float[np.ndarray, "L *batch m n"]) -> Float[np.ndarray, " L"]:
     """Root mean square of all entries of a layer."""
     return np.array([np.sqrt(np.mean(np.square(layer, dtype=np.float64))) for layer in x])
+
+
+def expert_similarity(x: Float[np.ndarray, "L E m n"], granularity: int = 1) -> Float[np.ndarray, " L"]:
+    """Mean cosine of two experts' matrices, over all pairs of a layer, −1 to 1: 1 if all are copies of one.
+
+    granularity G: only pairs made of the same shard of a dense layer, ids e and e' with e mod G = e' mod G (upcycling
+    into virtual groups). NaN without such a pair.
+    """
+    flat = np.asarray(x, np.float64).reshape(x.shape[0], x.shape[1], -1)
+    unit = _ratio(flat, np.linalg.norm(flat, axis=2, keepdims=True))
+    copies = unit.reshape(x.shape[0], -1, granularity, unit.shape[2])  # [L, E/G, G, m·n]
+    count = copies.shape[1]
+    # Σ over pairs = ‖Σ of the unit vectors‖² less the pairs of each with itself.
+    pairs = np.square(copies.sum(1)).sum(-1).mean(-1) - count
+    return pairs / (count * (count - 1)) if count > 1 else np.full(x.shape[0], np.nan)
 
 
 def svd_entropy(x: Float[np.ndarray, "*L m n"]) -> Float[np.ndarray, "*L"]:
@@ -235,6 +252,6 @@ def layer_table(found: Analysis) -> str:
     if found.saturation is not None:
         columns[f"as at step {found.earlier_step}"] = [f"{x:.1%}" for x in np.nanmean(found.saturation, axis=1)]
     rows = zip(*columns.values(), strict=True)
-    wide = [max(len(name), *map(len, cells)) for name, cells in columns.items()]
+    wide = [max(map(len, (name, *cells))) for name, cells in columns.items()]
     line = lambda cells: "  ".join(cell.rjust(n) for cell, n in zip(cells, wide, strict=True))
     return "\n".join([line(columns), *map(line, rows)])

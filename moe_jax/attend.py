@@ -6,7 +6,7 @@
 | `cudnn`  | packed sequences, `_cudnn_segments` | never          | NVIDIA GPUs; with segments Hopper or newer     |
 | `splash` | compared block by block             | never          | TPU; S a multiple of 128                       |
 
-Letters: N query heads, M key/value heads, H head size.
+Letters: N query heads, M key/value heads, H head size, W that of values where it is another (MLA).
 """
 
 import jax
@@ -27,6 +27,8 @@ def choose_attention(cfg: ModelConfig, platform: str, device_kind: str, seq_len:
     """The back end for a platform, and why: printed once at start-up."""
     if cfg.attention != "auto":
         return cfg.attention, "set in the config"
+    if cfg.mla.kv_rank:
+        return "xla", "the only one for MLA, whose heads have two sizes"
     if platform == "tpu":
         why = splash_cannot(seq_len)
         return ("xla", why) if why else ("splash", "TPU")
@@ -54,11 +56,11 @@ def cudnn_cannot(cfg: ModelConfig) -> str:
 def attend(
     q: Float[Array, "B S N H"],
     k: Float[Array, "B S M H"],
-    v: Float[Array, "B S M H"],
+    v: Float[Array, "B S M W"],
     segments: Int[Array, "B S"] | None,
     backend: str,
-) -> Float[Array, "B S N H"]:
-    """softmax(q·k/√H) · v, causal; with `segments` a query sees keys of its own segment only.
+) -> Float[Array, "B S N W"]:
+    """softmax(q·k/√H) · v, causal; with `segments` a query sees keys of its own segment only. W = H but for `xla`.
 
     A segment is a run of equal ids: no back end has to know what ids that come back mean.
     What the backward pass needs of it is kept by `model.remat='selective'`: nothing is attended to twice.
@@ -75,7 +77,17 @@ def attend(
 
 def _xla(q, k, v, segments):
     mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
-    return keep(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="xla"), "attention")
+    return keep(plain_attention(q, k, v, mask=mask, is_causal=True), "attention")
+
+
+def plain_attention(
+    q: Float[Array, "B S N H"], k: Float[Array, "B Z M H"], v: Float[Array, "B Z M W"], **how
+) -> Float[Array, "B S N W"]:
+    """JAX's reference, with its options `how`. It takes heads of one size: smaller ones are filled up with zeros."""
+    width, most = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    fill = lambda x: x if x.shape[-1] == most else jnp.pad(x, [(0, 0)] * 3 + [(0, most - x.shape[-1])])
+    how = {"scale": q.shape[-1] ** -0.5, **how}
+    return jax.nn.dot_product_attention(fill(q), fill(k), fill(v), implementation="xla", **how)[..., :width]
 
 
 # --- TPU -------------------------------------------------------------------------------------------------------------

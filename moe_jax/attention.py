@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, QK-norm or QK-clip, and a KV cache. Its back ends are in attend.py.
+"""Causal self-attention with grouped queries, QK-norm or QK-clip, and a KV cache. Back ends: attend.py; MLA: mla.py.
 
 Letters: N query heads, M key/value heads, H head size, Z cache length.
 """
@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import sharding
-from moe_jax.attend import attend
+from moe_jax.attend import attend, plain_attention
 from moe_jax.config import ModelConfig
-from moe_jax.layers import Init, rms_norm, rope, weight
+from moe_jax.layers import Init, rms_norm, rope, rope_frequencies, weight
 from moe_jax.remat import keep
 
 BLOCK = 512  # queries and keys whose logits exist at one time while their maximum is taken
@@ -24,16 +24,24 @@ class KVCache(NamedTuple):
     """Keys and values seen so far; the layer scan adds a leading L."""
 
     k: Float[Array, "*L B Z M H"]
-    v: Float[Array, "*L B Z M H"]
+    v: Float[Array, "*L B Z M H"] | None  # None: the keys are the values (MLA)
+
+    def write(self, k: Float[Array, "B S M H"], v: Float[Array, "B S M H"] | None, start: Int[Array, ""]) -> "KVCache":
+        """With those of S new tokens from place `start` on."""
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+        return KVCache(put(self.k, k), None if v is None else put(self.v, v))
 
 
-def attend_cache(q: Float[Array, "B S N H"], cache: KVCache, start: Int[Array, ""]) -> Float[Array, "B S N H"]:
+def attend_cache(
+    q: Float[Array, "B S N H"], cache: KVCache, start: Int[Array, ""], scale: float
+) -> Float[Array, "B S N H"]:
     """Attention of S new tokens, at positions start … start+S−1, to everything in the cache up to themselves."""
 
     def local(q, cache, start):
         places, steps = cache.k.shape[1], q.shape[1]
         seen: Bool[Array, "S Z"] = jnp.arange(places)[None, :] <= start + jnp.arange(steps)[:, None]
-        return jax.nn.dot_product_attention(q, cache.k, cache.v, mask=seen[None, None], implementation="xla")
+        values = cache.k if cache.v is None else cache.v
+        return plain_attention(q, cache.k, values, mask=seen[None, None], scale=scale)
 
     return sharding.per_device(local, 2, 1)(q, cache, start)
 
@@ -102,8 +110,8 @@ class Attention(nnx.Module):
         self.w_k = init.normal((d, m * h), "embed heads")
         self.w_v = init.normal((d, m * h), "embed heads")
         self.w_o = init.normal((n * h, d), "heads embed", out_std)
-        self.q_norm = init.ones((h,), "norm") if cfg.qk_norm else None
-        self.k_norm = init.ones((h,), "norm") if cfg.qk_norm else None
+        normed = (h, h) if cfg.qk_norm_over == "head" else (n * h, m * h)
+        self.q_norm, self.k_norm = (init.ones((x,), "norm") if cfg.qk_norm else None for x in normed)
 
     def __call__(
         self,
@@ -119,16 +127,20 @@ class Attention(nnx.Module):
         With `counted`, not with a cache, the third result is `max_logits` of those queries.
         """
         cfg = self.cfg
-        heads = lambda w: sharding.reshape_tail(x @ weight(w, x.dtype), 2, -1, cfg.head_dim)
-        q, k, v = keep((heads(self.w_q), heads(self.w_k), heads(self.w_v)), "qkv")
+        heads = lambda x: sharding.reshape_tail(x, 2, -1, cfg.head_dim)
+        q, k, v = keep(tuple(x @ weight(w, x.dtype) for w in (self.w_q, self.w_k, self.w_v)), "qkv")
+        if cfg.qk_norm_over == "head":
+            q, k = heads(q), heads(k)
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm[...], cfg.norm_eps), rms_norm(k, self.k_norm[...], cfg.norm_eps)
-        q, k = rope(q, positions, cfg.rope_theta), rope(k, positions, cfg.rope_theta)
+        if cfg.qk_norm_over == "projection":
+            q, k = heads(q), heads(k)
+        v, freq = heads(v), rope_frequencies(cfg, cfg.head_dim)
+        q, k = rope(q, positions, freq), rope(k, positions, freq)
         top = None if counted is None else max_logits(q, k, segments, counted)
         if cache is None:
             y = attend(q, k, v, segments, self.backend)
         else:
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-            cache = KVCache(write(cache.k, k), write(cache.v, v))
-            y = attend_cache(q, cache, start)
+            cache = cache.write(k, v, start)
+            y = attend_cache(q, cache, start, cfg.head_dim**-0.5)
         return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), cache, top

@@ -15,6 +15,7 @@ Resuming is the same command again:
 A changed configuration is refused by the caller, which shows the lines that `save_config` returns.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -53,7 +54,10 @@ def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> list[str]:
     path = Path(workdir) / "config.json"
     new = json.loads(json.dumps(config.to_dict(cfg), allow_nan=False))
     if path.exists():
-        old, new = _flatten(_read_json(path)), _flatten(new)
+        old = _read_json(path)
+        with contextlib.suppress(config.ConfigError):  # of an older version: a field that it lacks has its default
+            old = json.loads(json.dumps(config.to_dict(config.build(old))))
+        old, new = _flatten(old), _flatten(new)
         names = [*old, *(name for name in new if name not in old)]
         show = lambda values, name: json.dumps(values[name], ensure_ascii=False) if name in values else "absent"
         return [f"{n}: {show(old, n)} in the run, {show(new, n)} now" for n in names if show(old, n) != show(new, n)]
@@ -115,9 +119,13 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
 
 
-def _check_fits(abstract_state: Any, saved: Any, where: str) -> None:
+def check_fits(abstract_state: Any, saved: Any, where: str) -> None:
     """Raises CheckpointError for the first leaf that the checkpoint does not have exactly so."""
     want, have = _leaves(abstract_state), _leaves(saved)
+    if "step" in want and "step" not in have:
+        raise CheckpointError(
+            f"{where} holds weights only: name its run directory in config.init_from, and another workdir"
+        )
     for name, leaf in want.items():
         if name not in have:
             raise CheckpointError(f"{where} has no {name}, which this model has; it was saved from another one")
@@ -176,11 +184,13 @@ class Checkpoints:
 
     keep: how many of the newest checkpoints stay. None opens the directory for reading only, beside a run that may be
         writing to it: nothing is created, cleaned or deleted.
+    host_bytes: about so much of the state is on the host at a time while it is saved, at least one array's part; None:
+        all of it, so that saving holds up training the least.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int | None = None):
+    def __init__(self, workdir: str | os.PathLike, keep: int | None = None, host_bytes: int | None = None):
         self.directory = Path(workdir).absolute() / "checkpoints"
-        self._keep = keep
+        self._keep, self._host_bytes = keep, host_bytes
         self._at: int | None = None  # the step last saved or restored through this object
         self._orbax: ocp.training.Checkpointer | None = None
         if keep is not None or self.directory.is_dir():
@@ -193,6 +203,7 @@ class Checkpoints:
         )  # the default stores a dict of numbers as arrays
         context = ocp.Context()
         context.checkpointables.registry = registry
+        context.memory.transfer_concurrent_bytes = self._host_bytes
         policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(
             self.directory,
@@ -245,6 +256,17 @@ class Checkpoints:
             `...` is not read and comes back as `...` (an optimizer state that evaluation does not need).
         Raises CheckpointError naming the first parameter whose presence, shape or dtype differs; nothing is cast.
         """
+        step, saved = self.contents(step)
+        check_fits(abstract_state, saved, self.name(step))
+        state, data = self.read(abstract_state, step)
+        self._at = step
+        return state, _own_json(data, self.name(step))
+
+    def name(self, step: int) -> str:
+        return str(self.directory / str(step))
+
+    def contents(self, step: int | None = None) -> tuple[int, Any]:
+        """A step (the newest by default), and the nested dicts of its state's shapes and dtypes."""
         newest = self.latest()
         if newest is None:
             raise CheckpointError(f"{self.directory} has no complete checkpoint")
@@ -252,20 +274,21 @@ class Checkpoints:
         steps = self.steps()
         if step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, steps))}")
-        where = str(self.directory / str(step))
         try:  # a process killed while deleting an old checkpoint leaves a part of it
             saved = self._orbax.checkpointables_metadata(step).metadata["state"]
         except Exception as e:
-            raise CheckpointError(f"{where} cannot be read: {_first_line(e)}") from e
+            raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e)}") from e
         if not _leaves(saved):
-            raise CheckpointError(f"{where} cannot be read: a part of its files is missing")
-        _check_fits(abstract_state, saved, where)
+            raise CheckpointError(f"{self.name(step)} cannot be read: a part of its files is missing")
+        return step, saved
+
+    def read(self, abstract_state: Any, step: int) -> tuple[Any, list[Any]]:
+        """State and the data states of all processes (one if they are equal), unchecked."""
         try:
             items = self._orbax.load_checkpointables(step, {"state": abstract_state, "data": None})
         except Exception as e:
-            raise CheckpointError(f"{where} cannot be read: {_first_line(e.__cause__ or e)}") from e
-        self._at = step
-        return items["state"], _own_json(items["data"]["processes"], where)
+            raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e.__cause__ or e)}") from e
+        return items["state"], items["data"]["processes"]
 
     def wait(self) -> None:
         """Returns when the save under way is complete, or raises what went wrong with it."""

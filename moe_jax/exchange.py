@@ -29,13 +29,19 @@ from moe_jax.routing import Routing
 
 class Exchange(Protocol):
     def __call__(
-        self, x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str
+        self, x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str, activation: str
     ) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
         """y in the dtype of x, and which slots were not dropped."""
 
 
 def run_experts(
-    x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, cfg: MoEConfig, exchange: str, backend: str
+    x: Float[Array, "t D"],
+    routing: Routing,
+    w: ExpertWeights,
+    cfg: MoEConfig,
+    exchange: str,
+    backend: str,
+    activation: str = "swiglu",
 ) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
     """What the experts of the whole axis make of this device's tokens, in `moe.exchange_chunks` chunks of them.
 
@@ -45,7 +51,7 @@ def run_experts(
     chunks = math.gcd(cfg.exchange_chunks, x.shape[0])
     cut = lambda a: jnp.split(a, chunks)
     parts = [
-        EXCHANGE[exchange](x_c, Routing(*routing_c), w, cfg, backend)
+        EXCHANGE[exchange](x_c, Routing(*routing_c), w, cfg, backend, activation)
         for x_c, *routing_c in zip(cut(x), *map(cut, routing), strict=True)
     ]
     y, kept = zip(*parts, strict=True)
@@ -55,21 +61,21 @@ def run_experts(
 # --- the two exchanges -----------------------------------------------------------------------------------------------
 
 
-def ring(x, routing, w, cfg, backend):
+def ring(x, routing, w, cfg, backend, activation):
     """All-gather the tokens, compute local experts, reduce-scatter the sums back."""
-    here = _here(routing, w.gate.shape[0])
-    y_TD, kept = COMPUTE[cfg.compute](_gather(x), here, w, cfg, backend)
+    here = _here(routing, w.up.shape[0])
+    y_TD, kept = COMPUTE[cfg.compute](_gather(x), here, w, cfg, backend, activation)
     return _scatter(y_TD).astype(x.dtype), _scatter((here.valid & ~kept).astype(jnp.int32)) == 0
 
 
-def all_to_all(x, routing, w, cfg, backend):
+def all_to_all(x, routing, w, cfg, backend, activation):
     """Send a token to the devices that have its experts, compute, send back the sums over each device's experts.
 
     Ids and weights of all tokens are all-gathered, as in `ring` (8·K bytes a token, beside 2·D of its activations): a
     device then knows what will arrive from whom, and nothing else has to be agreed on. Padding goes nowhere.
     In bfloat16 each device's sum is rounded once, for its way home; the sums are added in float32.
     """
-    local, peers = w.gate.shape[0], jax.lax.axis_size("expert")
+    local, peers = w.up.shape[0], jax.lax.axis_size("expert")
     here = _here(routing, local)
     owner_tK = routing.experts // local
     goes_Pt = jnp.any((owner_tK[None] == jnp.arange(peers)[:, None, None]) & routing.valid[None], axis=2)
@@ -78,7 +84,7 @@ def all_to_all(x, routing, w, cfg, backend):
     here = Routing(here.experts[to], permute(here.weights, to, back), here.valid[to])
     route = Route.of(goes_Pt, sent, min(cfg.top_k, peers))
     x_TD = swap(pack(x, route), sent.size_P, arrived.size_P)
-    y_TD, kept = COMPUTE[cfg.compute](x_TD, here, w, cfg, backend)
+    y_TD, kept = COMPUTE[cfg.compute](x_TD, here, w, cfg, backend, activation)
     y = unpack(swap(y_TD.astype(x.dtype), arrived.size_P, sent.size_P), route)
     return y, _scatter((here.valid & ~kept)[back].astype(jnp.int32)) == 0
 

@@ -9,6 +9,7 @@ after the exchange.
 """
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -17,19 +18,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
 from moe_jax.kernels import grouped_matmul, grouped_matmuls
+from moe_jax.layers import ACTIVATIONS
 from moe_jax.remat import keep
 from moe_jax.routing import Routing
 
 
 class ExpertWeights(NamedTuple):
-    gate: Float[Array, "e D F"]
+    gate: Float[Array, "e D F"] | None  # None if the activation has none
     up: Float[Array, "e D F"]
     down: Float[Array, "e F D"]
 
 
 class Compute(Protocol):
     def __call__(
-        self, x: Array, routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str
+        self, x: Array, routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str, activation: str = "swiglu"
     ) -> tuple[Float[Array, "T D"], Bool[Array, "T K"]]:
         """y in float32 (sums over this device's experts) and which valid slots were computed (False: dropped)."""
 
@@ -37,11 +39,18 @@ class Compute(Protocol):
 # --- compute ---------------------------------------------------------------------------------------------------------
 
 
-def dense(x, routing, w, cfg, backend):
+def _hidden(activation: str, matmuls: Callable[[tuple[Array, ...]], Iterable[Array]], w: ExpertWeights) -> Array:
+    """What the down projection sees; matmuls: the products of the tokens with matrices of every expert."""
+    *gates, up = matmuls((w.up,) if w.gate is None else (w.gate, w.up))
+    gate = keep(gates[0], "gate") if gates else None
+    return ACTIVATIONS[activation].hidden(gate, keep(up, "up"))
+
+
+def dense(x, routing, w, cfg, backend, activation="swiglu"):
     """The oracle: y = Σ_e weight[t, e] · GLU_e(x), every expert on every token. Cost follows E, not K."""
-    one_hot = jax.nn.one_hot(routing.experts, w.gate.shape[0], dtype=jnp.float32)
+    one_hot = jax.nn.one_hot(routing.experts, w.up.shape[0], dtype=jnp.float32)
     combine_Te = jnp.einsum("tke,tk->te", one_hot, jnp.where(routing.valid, routing.weights, 0.0))
-    h = jax.nn.silu(jnp.einsum("td,edf->etf", x, w.gate)) * jnp.einsum("td,edf->etf", x, w.up)
+    h = _hidden(activation, lambda ms: (jnp.einsum("td,edf->etf", x, m) for m in ms), w)
     y_eTD = jnp.einsum("etf,efd->etd", h, w.down)
     return jnp.einsum("etd,te->td", y_eTD.astype(jnp.float32), combine_Te), routing.valid
 
@@ -104,20 +113,19 @@ combine.defvjp(
 )
 
 
-def grouped(x, routing, w, cfg, backend):
-    """Dropless: rows sorted by expert, three grouped matmuls. Cost follows the rows in use.
+def grouped(x, routing, w, cfg, backend, activation="swiglu"):
+    """Dropless: rows sorted by expert, a grouped matmul for each matrix. Cost follows the rows in use.
 
     A row's combine weight is put on the input of its down projection: then the sum over a token's rows is a plain one,
     and no gradient needs the down projection's result.
     """
     with jax.named_scope("sort"):
-        plan = keep(plan_rows(routing, w.gate.shape[0]), "rows")
+        plan = keep(plan_rows(routing, w.up.shape[0]), "rows")
     with jax.named_scope("dispatch"):
         x_RD = dispatch(x, plan)
         weight_R = permute(jnp.where(routing.valid, routing.weights, 0.0).reshape(-1), plan.slot_R, plan.row_R)
     with jax.named_scope("experts"):
-        gate_RF, up_RF = grouped_matmuls(x_RD, (w.gate, w.up), plan.sizes_e, backend)
-        h_RF = jax.nn.silu(keep(gate_RF, "gate")) * keep(up_RF, "up")
+        h_RF = _hidden(activation, lambda ms: grouped_matmuls(x_RD, ms, plan.sizes_e, backend), w)
         h_RF = (h_RF.astype(jnp.float32) * weight_R[:, None]).astype(x.dtype)
         y_RD = grouped_matmul(h_RF, w.down, plan.sizes_e, backend)
     with jax.named_scope("combine"):
@@ -129,12 +137,12 @@ def capacity_rows(cfg: MoEConfig, tokens: int) -> int:
     return max(1, -int(-cfg.capacity_factor * cfg.top_k * tokens // cfg.num_experts))
 
 
-def capacity(x, routing, w, cfg, backend):
+def capacity(x, routing, w, cfg, backend, activation="swiglu"):
     """GShard-style: an expert takes its first C rows in token order, later ones are dropped (their y is 0).
 
     C counts tokens of one `expert` row of the mesh, so unlike the other paths the result depends on the mesh.
     """
-    rows, experts = capacity_rows(cfg, x.shape[0]), w.gate.shape[0]
+    rows, experts = capacity_rows(cfg, x.shape[0]), w.up.shape[0]
     plan = plan_rows(routing, experts)
     first_e = jnp.cumsum(plan.sizes_e) - plan.sizes_e
     position = plan.row_R.reshape(routing.experts.shape) - first_e[routing.experts]
@@ -144,7 +152,7 @@ def capacity(x, routing, w, cfg, backend):
     filled_eC = jnp.arange(rows)[None, :] < plan.sizes_e[:, None]
     x_RD = dispatch(x, plan)
     x_eCD = jnp.where(filled_eC[:, :, None], x_RD[jnp.minimum(place_eC, x_RD.shape[0] - 1)], 0)
-    h = jax.nn.silu(jnp.einsum("ecd,edf->ecf", x_eCD, w.gate)) * jnp.einsum("ecd,edf->ecf", x_eCD, w.up)
+    h = _hidden(activation, lambda ms: (jnp.einsum("ecd,edf->ecf", x_eCD, m) for m in ms), w)
     y_eCD = jnp.einsum("ecf,efd->ecd", h, w.down)
     y_TKD = y_eCD[routing.experts, jnp.minimum(position, rows - 1)].astype(jnp.float32)
     return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(kept, routing.weights, 0.0)), kept

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax import model, sharding
-from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.config import ConfigError, ModelConfig, RunConfig
 from moe_jax.data import Tokenizer
 from moe_jax.layers import weight
 from moe_jax.moe import TokenInfo
@@ -54,6 +54,9 @@ def generate(
     if tokens == 0:
         return [list(p) for p in prompts]
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    if 0 < cfg.max_seq_len < longest + tokens:
+        rule = f"with a prompt of {longest} tokens it goes beyond model.max_seq_len={cfg.max_seq_len}"
+        raise ConfigError("sample.tokens", tokens, rule, f"nearest valid: {max(cfg.max_seq_len - longest, 0)}")
     padded = -(-len(prompts) // mesh.size) * mesh.size  # the batch is split over the mesh: pad it with copies
     table = np.zeros((padded, longest + tokens), np.int32)
     lengths = np.zeros(padded, np.int32)
@@ -115,11 +118,15 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
 def sample_text(
     cfg: RunConfig, mesh: Mesh, params: dict, router_bias: dict, tokenizer: Tokenizer, prompt: str | None = None
 ) -> str:
-    """`prompt` (default: the config's) continued as the config's `sample` says; ends at the end-of-text token."""
+    """`prompt` (default: the config's) continued as the config's `sample` says.
+
+    It ends at the end-of-text token, or at the last position that the model is good for.
+    """
     s = cfg.sample
     start = [tokenizer.end_of_text, *tokenizer.encode([s.prompt if prompt is None else prompt])[0].tolist()]
+    room = cfg.model.max_seq_len - len(start) if cfg.model.max_seq_len else s.tokens
     (ids,) = generate(
-        cfg.model, mesh, params, router_bias, [start], s.tokens,
+        cfg.model, mesh, params, router_bias, [start], max(min(s.tokens, room), 0),
         temperature=s.temperature, top_p=s.top_p, seed=cfg.seed, vocab=tokenizer.vocab_size,
     )  # fmt: skip
     ids = ids[1:]

@@ -1,15 +1,18 @@
-"""Initialisers, RMSNorm, RoPE, and the gated linear unit. Axis letters: CONTRIBUTING.md."""
+"""Initialisers, RMSNorm, RoPE, activations, and the dense feed-forward layer. Axis letters: CONTRIBUTING.md."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
+from moe_jax.config import ModelConfig
 from moe_jax.remat import keep
 
 
@@ -69,24 +72,51 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
         return (y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def rope(x: Float[Array, "B S N H"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S N H"]:
+def rope_frequencies(cfg: ModelConfig, size: int) -> Float[np.ndarray, " H/2"]:
+    """Radians a position by which each pair of a head of `size` numbers turns: θ^(−2i/H), the slow ones scaled."""
+    freq = cfg.rope_theta ** (-np.arange(size // 2) / (size // 2))
+    s = cfg.rope_scaling
+    if s.factor > 1:
+        turns = s.original_length * freq / (2 * np.pi)
+        ramp = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+        freq = freq * (ramp + (1 - ramp) / s.factor)
+    return freq.astype(np.float32)
+
+
+def rope(
+    x: Float[Array, "B S N H"], positions: Int[Array, "B S"], freq: Float[np.ndarray, " H/2"]
+) -> Float[Array, "B S N H"]:
     """Rotary position embedding (arXiv:2104.09864), halves layout: component i pairs with component i + H/2."""
     half = x.shape[-1] // 2
-    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, :, None].astype(jnp.float32) * freq[None, None, :]
     cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-class GLU(nnx.Module):
-    """SwiGLU: (silu(x · w_gate) ⊙ (x · w_up)) · w_down. Source: arXiv:2002.05202."""
+class Activation(NamedTuple):
+    gated: bool  # there is a matrix w_gate
+    hidden: Callable[[Array | None, Array], Array]  # (x · w_gate, or None; x · w_up) → what w_down sees
 
-    def __init__(self, d_model: int, d_ff: int, init: Init, out_std: float):
-        self.w_gate = init.normal((d_model, d_ff), "embed mlp")
+
+# `model.activation`, of dense layers and experts alike.
+ACTIVATIONS = {
+    "swiglu": Activation(True, lambda gate, up: jax.nn.silu(gate) * up),  # arXiv:2002.05202
+    "gelu": Activation(False, lambda gate, up: jax.nn.gelu(up)),  # arXiv:1606.08415, its form with tanh
+    "relu2": Activation(False, lambda gate, up: jnp.square(jax.nn.relu(up))),  # squared ReLU, arXiv:2109.08668
+}
+
+
+class GLU(nnx.Module):
+    """hidden(x · w_gate, x · w_up) · w_down: a gated linear unit, or a plain MLP if the activation has no gate."""
+
+    def __init__(self, d_model: int, d_ff: int, init: Init, out_std: float, activation: str = "swiglu"):
+        self.activation = ACTIVATIONS[activation]
+        self.w_gate = init.normal((d_model, d_ff), "embed mlp") if self.activation.gated else None
         self.w_up = init.normal((d_model, d_ff), "embed mlp")
         self.w_down = init.normal((d_ff, d_model), "mlp embed", out_std)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        gate, up = keep(x @ weight(self.w_gate, x.dtype), "gate"), keep(x @ weight(self.w_up, x.dtype), "up")
-        return (jax.nn.silu(gate) * up) @ weight(self.w_down, x.dtype)
+        gate = keep(x @ weight(self.w_gate, x.dtype), "gate") if self.activation.gated else None
+        up = keep(x @ weight(self.w_up, x.dtype), "up")
+        return self.activation.hidden(gate, up) @ weight(self.w_down, x.dtype)

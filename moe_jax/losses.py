@@ -61,7 +61,7 @@ class Frame(NamedTuple):
 
 def exact_frame(weights: Float[Array, ""], stats: RouterStats) -> Frame:
     """The definition: both means over the optimizer batch, whose statistics these are."""
-    counted = jnp.sum(stats.tokens[0])  # every layer sees the same tokens
+    counted = jnp.sum(stats.tokens[:1])  # every layer sees the same tokens
     return Frame(weights, counted, stats.tokens_per_expert, stats.tokens, stats.tokens, 1.0)
 
 
@@ -187,7 +187,7 @@ def total_loss(
     Of a whole optimizer batch; or, with a `frame`, the part that one micro-batch has in it.
     """
     frame = exact_frame(sums.tokens, sums.router) if frame is None else frame
-    over_layers = jnp.mean if cfg.router_loss_layers == "mean" else jnp.sum
+    over_layers = jnp.mean if cfg.router_loss_layers == "mean" and len(sums.router.tokens) else jnp.sum
     z = over_layers(jnp.sum(sums.router.z_sq, axis=-1)) / jnp.maximum(frame.counted, 1.0)
     parts = LossParts(
         xent=sums.nll / jnp.maximum(frame.weights, 1.0),

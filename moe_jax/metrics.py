@@ -37,16 +37,16 @@ def router_metrics(stats: Any, top_k: int) -> dict[str, float]:
         load_cv: standard deviation over mean of the experts' loads; 0 is perfect balance. Scalar: mean over layers.
         dead_experts: how many experts got no token. Scalar: sum over layers.
         dropped: assignments lost to capacity over K · tokens, in [0, 1]. Scalar: over all layers.
-    A layer that counted no token reads max_load = load_cv = dropped = 0.
+    A layer that counted no token reads max_load = load_cv = dropped = 0. Without MoE layers there are none of these.
     """
-    tokens_L, load_LE, dropped_L = (
-        np.asarray(x, np.float64).sum(1) for x in (stats.tokens, stats.tokens_per_expert, stats.dropped)
-    )
+    if not len(stats.tokens):
+        return {}
+    sums = (stats.tokens, stats.tokens_per_expert, stats.dropped)
+    tokens_L, load_LE, dropped_L = (np.asarray(x, np.float64).sum(1) for x in sums)
     assignments_L = np.maximum(top_k * tokens_L, 1e-9)
-    mean_L = np.maximum(load_LE.mean(-1), 1e-9)
     layers = {
         "max_load": load_LE.shape[-1] * load_LE.max(-1) / assignments_L,
-        "load_cv": load_LE.std(-1) / mean_L,
+        "load_cv": load_LE.std(-1) / np.maximum(load_LE.mean(-1), 1e-9),
         "dead_experts": (load_LE == 0).sum(-1),
         "dropped": dropped_L / assignments_L,
     }

@@ -20,7 +20,8 @@ from moe_jax.attention import Attention, KVCache
 from moe_jax.config import ModelConfig
 from moe_jax.exchange import choose_exchange
 from moe_jax.kernels import choose_backend
-from moe_jax.layers import GLU, Init, rms_norm, weight
+from moe_jax.layers import ACTIVATIONS, GLU, Init, rms_norm, weight
+from moe_jax.mla import MLA
 from moe_jax.moe import MoE, RouterBias, TokenInfo
 from moe_jax.remat import POLICIES, keep
 from moe_jax.routing import Choices, RouterStats
@@ -44,6 +45,8 @@ class Backends(NamedTuple):
         )
         itemsize = jnp.dtype(cfg.compute_dtype).itemsize
         exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize)
+        if not cfg.num_moe_layers:
+            return cls(attention, exchange, matmul), f"attention: {attention} ({why_a}); no experts"
         text = f"attention: {attention} ({why_a}); experts: {cfg.moe.compute}"
         if cfg.moe.compute == "grouped":
             text += f", grouped matmul: {matmul} ({why_m})"
@@ -77,14 +80,13 @@ class Block(nnx.Module):
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # residual branches add up over 2·L writes
         self.eps, self.max_logit = cfg.norm_eps, max_logit
         self.attention_norm = init.ones((cfg.d_model,), "norm")
-        self.attention = Attention(cfg, init, out_std, backends.attention)
+        self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, backends.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
         if sparse:
-            self.moe = MoE(
-                cfg.moe, cfg.d_model, init, out_std, num_groups, backends.exchange, backends.grouped_matmul, record
-            )
+            self.moe = MoE(cfg.moe, cfg.d_model, init, out_std, num_groups, backends.exchange, backends.grouped_matmul,
+                           record, cfg.activation)  # fmt: skip
         else:
-            self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std)
+            self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation)
 
     def __call__(self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Array | None):
         h = rms_norm(x, self.attention_norm[...], self.eps)
@@ -101,14 +103,15 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, backends: Backends, num_groups: int = 1, record: bool = False,
                  max_logit: bool = False):  # fmt: skip
-        self.cfg, self.max_logit = cfg, max_logit
+        self.cfg, self.num_groups, self.record, self.max_logit = cfg, num_groups, record, max_logit
         init = Init(rngs, cfg.init_std, dtype=cfg.param_dtype)
         block = functools.partial(Block, cfg, num_groups=num_groups, backends=backends, record=record,
                                   max_logit=max_logit)  # fmt: skip
         self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
         if cfg.num_dense_layers:
             self.dense_layers = block(init.stack(cfg.num_dense_layers), sparse=False)
-        self.layers = block(init.stack(cfg.num_layers - cfg.num_dense_layers), sparse=True)
+        if cfg.num_moe_layers:
+            self.layers = block(init.stack(cfg.num_moe_layers), sparse=True)
         self.final_norm = init.ones((cfg.d_model,), "norm")
         if not cfg.tie_embeddings:
             self.head = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
@@ -121,13 +124,23 @@ class Transformer(nnx.Module):
         with jax.named_scope("embedding"):
             x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
         dense_cache, moe_cache = cache or (None, None)
-        tops = {}
+        tops, stats, choices = {}, *self._no_layers(inputs)
         if self.cfg.num_dense_layers:
             x, (_, dense_cache, _, tops["dense_layers"]) = self._scan(self.dense_layers, x, inputs, dense_cache, start)
-        x, (stats, moe_cache, choices, tops["layers"]) = self._scan(self.layers, x, inputs, moe_cache, start)
+        if self.cfg.num_moe_layers:
+            x, (stats, moe_cache, choices, tops["layers"]) = self._scan(self.layers, x, inputs, moe_cache, start)
         hidden = rms_norm(x, self.final_norm[...], self.cfg.norm_eps)
         max_logit = {name: jnp.max(top, axis=1) for name, top in tops.items()} if self.max_logit else None
         return Output(hidden, stats, [dense_cache, moe_cache], choices, max_logit)
+
+    def _no_layers(self, inputs: Inputs) -> tuple[RouterStats, Choices | None]:
+        """What no MoE layer counts and chooses: L = 0."""
+        g, moe = self.num_groups, self.cfg.moe
+        stats = RouterStats(
+            *(jnp.zeros((0, g, *more)) for more in ((), (moe.num_experts,), (moe.num_experts,), (), ()))
+        )
+        shape = (0, *inputs.tokens.shape)
+        return stats, Choices(jnp.zeros((*shape, moe.top_k), jnp.int32), jnp.zeros(shape)) if self.record else None
 
     def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start):
         graph, weights = nnx.split(blocks)
@@ -153,11 +166,12 @@ class Transformer(nnx.Module):
         out = P(None, sharding.AXES, None, None, None) if sharding.current_sizes() else None
 
         def of(layers):
-            shape = (layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
+            latent = (1, cfg.mla.kv_rank + cfg.mla.rope_dim)
+            shape = (layers, batch, length, *(latent if cfg.mla.kv_rank else (cfg.num_kv_heads, cfg.head_dim)))
             zeros = lambda: jnp.zeros(shape, cfg.compute_dtype, out_sharding=out)
-            return KVCache(zeros(), zeros()) if layers else None
+            return KVCache(zeros(), None if cfg.mla.kv_rank else zeros()) if layers else None
 
-        return [of(cfg.num_dense_layers), of(cfg.num_layers - cfg.num_dense_layers)]
+        return [of(cfg.num_dense_layers), of(cfg.num_moe_layers)]
 
 
 class Graph(NamedTuple):
@@ -226,13 +240,8 @@ class Counts:
 def count_parameters(cfg: ModelConfig) -> Counts:
     shapes = abstract(cfg).shapes
     total = sum(x.size for x in jax.tree.leaves(shapes))
-    idle = (
-        (cfg.num_layers - cfg.num_dense_layers)
-        * (cfg.moe.num_experts - cfg.moe.top_k)
-        * 3
-        * cfg.d_model
-        * cfg.moe.d_expert
-    )
+    expert = (2 + ACTIVATIONS[cfg.activation].gated) * cfg.d_model * cfg.moe.d_expert
+    idle = cfg.num_moe_layers * (cfg.moe.num_experts - cfg.moe.top_k) * expert
     tables = cfg.vocab_size * cfg.d_model * (1 if cfg.tie_embeddings else 2)
     return Counts(total, total - idle, total - idle - tables)
 
@@ -241,8 +250,11 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of one training token, forward and backward: 6 per active matmul weight, plus causal attention.
 
     The embedding look-up is no matmul, the output matrix is. Attention: 2 products of S/2 keys on average, 6·S·N·H a
-    layer. Recomputation is not counted (this is MFU's numerator, not the hardware's).
+    layer, of which values have their own H in MLA. Recomputation is not counted (this is MFU's numerator, not the
+    hardware's).
     """
     matmul = count_parameters(cfg).active_no_embedding + cfg.vocab_size * cfg.d_model
-    norms = cfg.d_model * (2 * cfg.num_layers + 1) + cfg.qk_norm * 2 * cfg.head_dim * cfg.num_layers
-    return 6.0 * (matmul - norms) + 6.0 * cfg.num_layers * seq_len * cfg.num_heads * cfg.head_dim
+    leaves = jax.tree_util.tree_leaves_with_path(abstract(cfg).shapes)
+    norms = sum(x.size for path, x in leaves if path[-1].key.endswith("norm"))
+    heads = cfg.num_heads * (cfg.head_dim + cfg.v_dim)
+    return 6.0 * (matmul - norms) + 3.0 * cfg.num_layers * seq_len * heads

@@ -12,7 +12,7 @@ from moe_jax import routing, sharding
 from moe_jax.config import MoEConfig
 from moe_jax.exchange import run_experts
 from moe_jax.experts import ExpertWeights
-from moe_jax.layers import GLU, Init
+from moe_jax.layers import ACTIVATIONS, GLU, Init
 from moe_jax.remat import keep
 from moe_jax.routing import Choices, RouterStats
 
@@ -39,19 +39,21 @@ class MoE(nnx.Module):
         exchange: str,
         backend: str,
         record: bool = False,
+        activation: str = "swiglu",
     ):
         """`num_groups` G is the number of balance groups, `backend` that of the grouped matmul.
 
         `record`: return every token's choices too (evaluation only: training pays nothing for it).
         """
         self.cfg, self.num_groups, self.record = cfg, num_groups, record
-        self.exchange, self.backend = exchange, backend
+        self.exchange, self.backend, self.activation = exchange, backend, activation
         e, d, f = cfg.num_experts, d_model, cfg.d_expert
         self.w_router = init.as_float32().normal((d, e), "router_embed router_experts")
-        self.w_gate = init.normal((e, d, f), "experts embed mlp")
+        self.w_gate = init.normal((e, d, f), "experts embed mlp") if ACTIVATIONS[activation].gated else None
         self.w_up = init.normal((e, d, f), "experts embed mlp")
         self.w_down = init.normal((e, f, d), "experts mlp embed", out_std)
-        self.shared = GLU(d, cfg.num_shared_experts * f, init, out_std) if cfg.num_shared_experts else None
+        shared = cfg.num_shared_experts * f
+        self.shared = GLU(d, shared, init, out_std, activation) if shared else None
         self.router_bias = RouterBias(init.zeros((e,))) if cfg.selection_bias else None
 
     def __call__(
@@ -60,7 +62,8 @@ class MoE(nnx.Module):
         """Routed plus shared experts, the router statistics summed over the whole mesh, and what `record` asks for."""
         if not sharding.current_sizes():
             raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
-        w = ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
+        gate = self.w_gate[...] if self.w_gate is not None else None
+        w = ExpertWeights(gate, self.w_up[...], self.w_down[...])
         bias = self.router_bias[...] if self.router_bias is not None else None
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
         region = jax.shard_map(
@@ -83,7 +86,7 @@ class MoE(nnx.Module):
             logits = keep(routing.router_logits(x, w_router), "router")
             plan, probs = routing.route(logits, bias, counted, self.cfg)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
-        y, kept = run_experts(x, plan, w, self.cfg, self.exchange, self.backend)
+        y, kept = run_experts(x, plan, w, self.cfg, self.exchange, self.backend, self.activation)
         choices = routing.choices(plan, probs, shape[:2]) if self.record else None
         with jax.named_scope("statistics"):
             stats = routing.router_stats(logits, probs, plan, kept, counted, group, self.num_groups)

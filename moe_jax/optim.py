@@ -12,14 +12,16 @@ from moe_jax import muon, newton_schulz, sharding
 from moe_jax.config import OptimConfig
 from moe_jax.spread import Matrices
 
-# First match wins; `label_params` refuses a parameter without a rule and a rule without a parameter.
+# First match wins; `label_params` refuses a parameter without a rule, and a rule without a parameter unless it is of a
+# part that the model does not have (`PARTS`).
 # Every parameter decays, norms included: without it their scales and the output RMS grow (arXiv:2502.16982, app. D).
 RULES = (
     (r"^(embed|head)$", "adamw"),
     (r"norm$", "adamw"),
     (r"/w_router$", "router"),
-    (r"/w_(q|k|v|o|gate|up|down)$", "matrix"),
+    (r"/w_(q|k|v|o|gate|up|down|q_down|q_up|kv_down|k_rope|k_up|v_up)$", "matrix"),
 )
+PARTS = {r"/w_router$": "/moe/"}  # rules of a part, and how paths into it read
 
 # Matrices of the leaves that are Muon's: the axes, of which the last two are input and output. Gate and up projections
 # are leaves of their own. The router is a matrix like the others: Moonlight's released code gives Muon every weight of
@@ -27,6 +29,7 @@ RULES = (
 GEOMETRY = (
     (r"/w_router$", "layers in out"),
     (r"(^|/)attention/w_(q|k|v)$", "layers in heads"),
+    (r"(^|/)attention/w_(q_down|q_up|kv_down|k_rope|k_up|v_up)$", "layers in out"),
     (r"(^|/)attention/w_o$", "layers heads out"),
     (r"(^|/)moe/w_(gate|up|down)$", "layers experts in out"),
     (r"(^|/)(mlp|shared)/w_(gate|up|down)$", "layers in out"),
@@ -51,6 +54,8 @@ def label_params(params: Any) -> Any:
         raise ValueError(f"no optimizer rule for the parameter {name}; add one to optim.RULES")
 
     labels = jax.tree_util.tree_map_with_path(label, params)
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    unused -= {pattern for pattern, part in PARTS.items() if not any(part in path for path in paths)}
     if unused:
         raise ValueError(f"optimizer rules that match no parameter: {sorted(unused)}")
     return labels

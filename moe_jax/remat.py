@@ -2,12 +2,13 @@
 
 `selective` keeps the values named here, which cost a matmul, a sort or a collective sum to have again, and computes
 again what costs one pass over memory: norms, RoPE, SiLU·up, casts, the K copies of a token that go to its experts.
-In numbers of a token and layer, N·H and M·H the widths of queries and keys:
+In numbers of a token and layer, N·H and M·H the widths of queries and keys, N·W that of MLA's values:
 
 | name           | what                                                        | numbers                         |
 |----------------|-------------------------------------------------------------|---------------------------------|
 | (the layer's input, which the scan over layers keeps in any case)            | D                               |
 | `qkv`          | projections, before norm and RoPE                           | N·H + 2·M·H                     |
+|                | MLA, of latents C (and of queries Q), P numbers rotated     | C + P + N·(2·H − P + W) (+ Q)   |
 | `attention`    | its result; flash attention: and the logsumexp a query      | N·H (+ N float32)               |
 | `residual`     | the layer's input plus attention                            | D                               |
 | `router`       | logits                                                      | E float32                       |

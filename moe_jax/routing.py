@@ -125,7 +125,9 @@ def route(
     if cfg.top_groups < cfg.num_groups:
         ranked = _limit_groups(ranked, cfg)
     _, experts = jax.lax.top_k(ranked, cfg.top_k)
-    if cfg.score_order == "topk_score":
+    if cfg.combine == "one":
+        weights = jnp.ones(experts.shape, jnp.float32)
+    elif cfg.score_order == "topk_score":
         weights = jax.nn.softmax(_pick(logits, experts), axis=-1)
     else:
         weights = _pick(scores, experts)

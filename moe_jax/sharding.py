@@ -22,7 +22,7 @@ BATCH = PartitionSpec(AXES)  # the leading (batch) dimension of activations and 
 
 # Logical axes of weights: what may be sharded, in the order in which it is tried, and what never is.
 FSDP_ORDER = ("vocab", "embed", "mlp", "heads")
-REPLICATED = ("layers", "norm", "router_embed", "router_experts")
+REPLICATED = ("layers", "norm", "latent", "router_embed", "router_experts")
 
 
 def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:

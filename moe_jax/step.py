@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax import attention, losses, model, optim, routing, sharding
-from moe_jax.config import RunConfig
+from moe_jax import attention, losses, mla, model, optim, routing, sharding
+from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.layers import weight
 from moe_jax.losses import BatchSums, Maxima
 from moe_jax.moe import TokenInfo
@@ -79,21 +79,30 @@ def _under(mesh: Mesh, fn: Callable) -> Callable:
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
-def init_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
-    """A fresh state, born sharded: no device ever holds all of it."""
+def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = None) -> TrainState:
+    """A fresh state, born sharded: no device ever holds all of it. weights: (params, router_bias) to start from."""
     with jax.set_mesh(mesh):
-        return _init(cfg, jax.jit)
+        return _init(cfg, jax.jit, weights)
 
 
-def _init(cfg: RunConfig, jit: Callable) -> TrainState:
-    params, bias = model.init(cfg.model, jax.random.key(cfg.seed))
+def _init(cfg: RunConfig, jit: Callable, weights: tuple[dict, dict] | None = None) -> TrainState:
+    params, bias = weights or model.init(cfg.model, jax.random.key(cfg.seed))
     opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim).init)(params)
     return TrainState(jnp.zeros((), jnp.int32), params, bias, opt_state)
 
 
 def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-    abstract = _under(mesh, functools.partial(jax.eval_shape, functools.partial(_init, cfg, lambda f: f)))()
+    return _abstract(mesh, functools.partial(_init, cfg, lambda f: f))
+
+
+def abstract_weights(cfg: ModelConfig, mesh: Mesh) -> tuple[dict, dict]:
+    """The same of parameters and router biases only: what `weights.load_weights` takes."""
+    return _abstract(mesh, functools.partial(model.init, cfg, jax.random.key(0)))
+
+
+def _abstract(mesh: Mesh, fn: Callable) -> Any:
+    abstract = _under(mesh, functools.partial(jax.eval_shape, fn))()
     concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding is not None else P())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), abstract)
 
@@ -262,7 +271,11 @@ def _clip_logits(params: dict, maxima: Maxima | None, threshold: float) -> tuple
     """QK-clip of all layers, from the maxima of the step's own forward pass, and what is logged of it."""
     if maxima is None:
         return params, {}
-    clip = lambda name, top: {**params[name], "attention": attention.qk_clip(params[name]["attention"], top, threshold)}
+    of = lambda weights: mla.qk_clip if "w_kv_down" in weights else attention.qk_clip
+    clip = lambda name, top: {
+        **params[name],
+        "attention": of(params[name]["attention"])(params[name]["attention"], top, threshold),
+    }
     tops = jnp.concatenate(list(maxima.logit.values()))
     scalars = {"max_logit": jnp.max(tops), "clipped_heads": jnp.sum(tops > threshold).astype(jnp.float32)}
     return {**params, **{name: clip(name, top) for name, top in maxima.logit.items()}}, scalars

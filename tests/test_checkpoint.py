@@ -373,6 +373,16 @@ def test_config_is_written_once_and_compared(tmp_path):
         load_config(tmp_path / "run")
 
 
+def test_a_field_newer_than_the_run_has_its_default(tmp_path):
+    assert save_config(tmp_path, config.RunConfig()) == []
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["init_from"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert save_config(tmp_path, config.RunConfig()) == []
+    lines = save_config(tmp_path, config.RunConfig(init_from="runs/a"))
+    assert lines == ['config.init_from: "" in the run, "runs/a" now']
+
+
 def test_config_that_cannot_be_read(tmp_path):
     with pytest.raises(CheckpointError, match="is not a run directory"):
         load_config(tmp_path)

@@ -12,12 +12,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from moe_jax import checkpoint, model, optim, sharding
 from moe_jax import config as config_lib
-from moe_jax import model, optim, sharding
 from moe_jax.config import ModelConfig, MoEConfig, RunConfig
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 NAMES = [f.stem for f in FILES]
+OF_A_RUN = "continued"  # takes its model from a run directory
 MESH = dict(data=2, fsdp=8, expert=8)
 LARGE = 2**20  # elements; a weight beyond this must be split over the mesh
 
@@ -33,6 +34,10 @@ def load(name: str) -> tuple[str, RunConfig]:
     spec.loader.exec_module(module)
     if not inspect.signature(module.get_config).parameters:
         return module.__doc__, config_lib.build(module.get_config())
+    if name == OF_A_RUN:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save_config(folder, RunConfig())
+            return module.__doc__, config_lib.build(module.get_config(folder))
     with tempfile.TemporaryDirectory() as folder:  # a config of a folder of text
         for domain in ("law", "prose"):
             Path(folder, f"{domain}.txt").write_text(f"{domain}\n")
@@ -73,7 +78,9 @@ def test_docstring(name):
 def test_parameters_line(name):
     form = r"([\d,]+) total, ([\d,]+) active(?: \(([\d,]+) without embedding and head\))?"
     match = re.fullmatch(form, entry(name, "Parameters"))
-    assert match
+    assert match or name == OF_A_RUN
+    if not match:
+        return
     total, active, rest = (int(x.replace(",", "")) if x else None for x in match.groups())
     counts = model.count_parameters(load(name)[1].model)
     assert (total, active) == (counts.total, counts.active)
@@ -84,6 +91,18 @@ def test_parameters_line(name):
 def test_counts_of_the_paper(name):
     counts = model.count_parameters(load(name)[1].model)
     assert (counts.total, counts.active) == pytest.approx(PAPER[name], rel=0.02)
+
+
+def test_counts_of_moonlight():
+    """15.29B and 2.24B, as released: without the embedding and the head."""
+    cfg = load("moonlight_16b_a3b")[1].model
+    counts = model.count_parameters(cfg)
+    assert counts.total - 2 * cfg.vocab_size * cfg.d_model == 15_289_019_904
+    assert counts.active_no_embedding == 2_243_685_888
+
+
+def test_counts_of_olmoe():
+    assert model.count_parameters(load("olmoe_1b_7b")[1].model).total == 6_919_161_856  # as released
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,7 +26,10 @@ EVERYTHING = dataclasses.replace(
     PLAIN, num_layers=3, num_dense_layers=1, d_ff=20, num_kv_heads=2, qk_norm=True, tie_embeddings=True,
     moe=dataclasses.replace(MOE, num_shared_experts=1, score="sigmoid", selection_bias=True),
 )  # fmt: skip
-CONFIGS = {"plain": PLAIN, "everything": EVERYTHING}
+# No gate matrices, in a dense layer, the routed and the shared experts.
+UNGATED = dataclasses.replace(PLAIN, activation="relu2", num_layers=3, num_dense_layers=1, d_ff=20,
+                              moe=dataclasses.replace(MOE, num_shared_experts=1))  # fmt: skip
+CONFIGS = {"plain": PLAIN, "everything": EVERYTHING, "ungated": UNGATED}
 
 
 @functools.cache
@@ -115,6 +118,8 @@ def plain_attention(cfg, w, x, inputs):
 
 
 def plain_glu(w, x):
+    if "w_gate" not in w:
+        return jnp.maximum(x @ w["w_up"], 0) ** 2 @ w["w_down"]
     return (jax.nn.silu(x @ w["w_gate"]) * (x @ w["w_up"])) @ w["w_down"]
 
 
@@ -128,7 +133,7 @@ def plain_moe(cfg, w, bias, x, counted):
     weights = weights / weights.sum(-1, keepdims=True) * counted[..., None]
     y = plain_glu(w["shared"], x) if cfg.num_shared_experts else 0
     for e in range(cfg.num_experts):
-        y = y + weights[..., e : e + 1] * plain_glu({n: w[n][e] for n in ("w_gate", "w_up", "w_down")}, x)
+        y = y + weights[..., e : e + 1] * plain_glu({n: w[n][e] for n in ("w_gate", "w_up", "w_down") if n in w}, x)
     return y, jnp.sum(chosen * counted[..., None], (0, 1))
 
 
@@ -189,8 +194,9 @@ def test_scanned_layers_equal_a_plain_loop(name):
 def counted_by_hand(cfg):
     d, h, moe = cfg.d_model, cfg.head_dim, cfg.moe
     attention = 2 * d * cfg.num_heads * h + 2 * d * cfg.num_kv_heads * h + (2 * h if cfg.qk_norm else 0) + 2 * d
-    sparse = d * moe.num_experts + 3 * d * moe.d_expert * (moe.num_experts + moe.num_shared_experts)
-    layers = cfg.num_layers * attention + cfg.num_dense_layers * 3 * d * cfg.d_ff
+    mlp = (3 if cfg.activation == "swiglu" else 2) * d
+    sparse = d * moe.num_experts + mlp * moe.d_expert * (moe.num_experts + moe.num_shared_experts)
+    layers = cfg.num_layers * attention + cfg.num_dense_layers * mlp * cfg.d_ff
     layers += (cfg.num_layers - cfg.num_dense_layers) * sparse
     return layers + d + cfg.vocab_size * d * (1 if cfg.tie_embeddings else 2)
 

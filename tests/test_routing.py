@@ -27,6 +27,7 @@ VARIANTS = {
         MoEConfig(num_experts=6, top_k=4, score="sigmoid", renormalize=True, routed_scaling=2.446),
     ),
     "top_1": (5, MoEConfig(num_experts=4, top_k=1, renormalize=True)),
+    "weights_of_one": (5, MoEConfig(num_experts=6, top_k=3, combine="one", routed_scaling=0.5)),
     "all_experts": (4, MoEConfig(num_experts=5, top_k=5)),
     "groups": (6, MoEConfig(num_experts=12, top_k=3, num_groups=4, top_groups=2)),
     "groups_top_1": (6, MoEConfig(num_experts=6, top_k=1, num_groups=3, top_groups=1)),
@@ -120,6 +121,7 @@ def by_hand(inputs, cfg, logits=None, experts=None):
         scores = scores_of(row, cfg)
         weights = softmax(row[ids]) if cfg.score_order == "topk_score" else scores[ids]
         weights = weights / weights.sum() if cfg.renormalize else weights
+        weights = np.ones(len(ids)) if cfg.combine == "one" else weights
         out["experts"].append(ids)
         out["weights"].append(weights * cfg.routed_scaling)
         out["probs"].append(scores / scores.sum())

@@ -5,16 +5,15 @@ A config file returns an `ml_collections.ConfigDict` (start from `default_config
 value, the rule and the nearest valid choice.
 """
 
-from moe_jax.config.convert import build, default_config, load_balance, source, to_dict
+from moe_jax.config.convert import build, build_model, default_config, load_balance, source, to_dict
+from moe_jax.config.fields import ConfigError, nearest_divisor
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
+from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.schema import (
-    ConfigError,
     DataConfig,
     LoadBalanceConfig,
     LossConfig,
     MeshConfig,
-    ModelConfig,
-    MoEConfig,
     OptimConfig,
     RunConfig,
     SampleConfig,
@@ -28,22 +27,26 @@ __all__ = [
     "DataConfig",
     "LoadBalanceConfig",
     "LossConfig",
+    "MLAConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
+    "RopeScalingConfig",
     "RunConfig",
     "SampleConfig",
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
     "build",
+    "build_model",
     "check_devices",
     "check_steps",
     "check_vocabulary",
     "default_config",
     "for_evaluation",
     "load_balance",
+    "nearest_divisor",
     "source",
     "to_dict",
 ]

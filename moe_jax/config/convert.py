@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import ml_collections
 
-from moe_jax.config.schema import ConfigError, LoadBalanceConfig, RunConfig, SourceConfig, require
+from moe_jax.config.fields import ConfigError, require
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.schema import LoadBalanceConfig, RunConfig, SourceConfig
 
 
 def _build(cls: type, values: Any):
@@ -77,6 +79,11 @@ def build(config: ml_collections.ConfigDict | dict) -> RunConfig:
     if not hasattr(config, "items"):
         raise ConfigError("*", config, "must be a group of RunConfig fields")
     return _build(RunConfig, dict(config.items()))
+
+
+def build_model(values: dict) -> ModelConfig:
+    """The validated dataclasses of the model alone, for weights without a run. Raises ConfigError."""
+    return _build_inside(ModelConfig, values, "model")
 
 
 def to_dict(cfg: Any) -> dict:

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from moe_jax.config.schema import RunConfig, nearest_divisor, require
+from moe_jax.config.fields import nearest_divisor, require
+from moe_jax.config.schema import RunConfig
 
 
 def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: str = "") -> tuple[int, int, int]:
@@ -11,7 +12,7 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
     shape = _mesh_shape(cfg, num_devices)
     moe, b, a = cfg.model.moe, cfg.data.batch_size, cfg.train.micro_batches
     require(
-        moe.num_experts % shape[2] == 0,
+        moe.num_experts % shape[2] == 0 or not cfg.model.num_moe_layers,
         "mesh.expert",
         shape[2],
         f"must divide model.moe.num_experts={moe.num_experts}",

@@ -1,155 +1,23 @@
-"""The schema: one frozen dataclass per component, with its ranges and rules. Every default lives here."""
+"""The schema: one frozen dataclass per component, with its ranges and rules; the model's are in model.py."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A mistake in a configuration, in one line."""
-
-    def __init__(self, name: str, value: Any, rule: str, hint: str = ""):
-        self.name, self.value, self.rule, self.hint = name, value, rule, hint
-        super().__init__(f"config.{name}={value!r}: {rule}" + (f"; {hint}" if hint else ""))
-
-    def inside(self, prefix: str) -> "ConfigError":
-        return ConfigError(f"{prefix}.{self.name}", self.value, self.rule, self.hint)
-
-
-def require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:
-    if not ok:
-        raise ConfigError(name, value, rule, hint)
-
-
-def nearest_divisor(of: int, near: int) -> int:
-    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: abs(d - near))
-
-
-def _bounds(low: float, high: float = float("inf")) -> dict:
-    return {"low": low, "high": high}
-
-
-def _number(default, low, high=float("inf")):
-    """A numeric field with its closed range; the range is checked for every dataclass in `_Checked`."""
-    return field(default=default, metadata=_bounds(low, high))
-
-
-class _Checked:
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if "low" in f.metadata and isinstance(value, int | float):
-                low, high = f.metadata["low"], f.metadata["high"]
-                rule = f"must be ≥ {low}" if high == float("inf") else f"must be in [{low}, {high}]"
-                finite = isinstance(value, int) or math.isfinite(value)
-                require(finite, f.name, value, f"must be finite and {rule[8:]}", f"nearest valid: {low}")
-                nearest = type(value)(min(max(value, low), high))
-                require(low <= value <= high, f.name, value, rule, f"nearest valid: {nearest}")
-        self.check()
-
-    def check(self) -> None:
-        """Rules between fields of this dataclass."""
-
-
-@dataclass(frozen=True)
-class MoEConfig(_Checked):
-    """Routing and experts of one MoE layer."""
-
-    num_experts: int = _number(8, 1)
-    top_k: int = _number(2, 1)
-    d_expert: int = _number(256, 1)  # hidden width of one expert
-    num_shared_experts: int = _number(0, 0)  # always on; computed as one GLU of width num_shared_experts · d_expert
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    score_order: Literal["score_topk", "topk_score"] = "score_topk"  # softmax over all experts, or over the chosen K
-    renormalize: bool = False  # combine weights of a token sum to 1 (before routed_scaling)
-    routed_scaling: float = _number(1.0, 0.0)
-    num_groups: int = _number(1, 1)  # group-limited selection (DeepSeek-V2): experts in equal groups …
-    top_groups: int = _number(1, 1)  # … of which a token may use this many
-    selection_bias: bool = False  # a bias per expert added for selection only (`router_bias` of the train state)
-    compute: Literal["grouped", "dense", "capacity"] = "grouped"
-    capacity_factor: float = _number(1.25, 0.01)  # compute="capacity": an expert takes ⌈factor · K · T / E⌉ rows
-    # How tokens reach the experts of other devices; "auto": what sends fewer bytes (moe_jax/exchange.py).
-    exchange: Literal["auto", "ring", "all_to_all"] = "auto"
-    exchange_chunks: int = _number(1, 1)  # a device's tokens are sent and computed in so many parts, which may overlap
-    grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper"] = "auto"
-
-    def check(self):
-        e, k = self.num_experts, self.top_k
-        require(k <= e, "top_k", k, f"must be ≤ num_experts={e}", f"nearest valid: {e}")
-        g = self.num_groups
-        require(e % g == 0, "num_groups", g, f"must divide num_experts={e}", f"nearest valid: {nearest_divisor(e, g)}")
-        require(self.top_groups <= g, "top_groups", self.top_groups, f"must be ≤ num_groups={g}", f"nearest valid: {g}")
-        require(
-            self.exchange_chunks == 1 or self.compute != "capacity",
-            "exchange_chunks", self.exchange_chunks, "would change which rows compute='capacity' drops",
-            "nearest valid: 1",
-        )  # fmt: skip
-        room = self.top_groups * (e // g)
-        require(
-            k <= room, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {room}", f"nearest valid: {room}"
-        )
-        require(
-            not (self.score == "sigmoid" and self.score_order == "topk_score"),
-            "score_order", self.score_order, "needs score='softmax' (a sigmoid does not depend on the other experts)",
-            "nearest valid: 'score_topk'",
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ModelConfig(_Checked):
-    """A pre-norm decoder: `num_dense_layers` dense blocks, then MoE blocks, `num_layers` in all."""
-
-    vocab_size: int = _number(512, 2)
-    d_model: int = _number(128, 2)
-    num_layers: int = _number(4, 1)
-    num_dense_layers: int = _number(0, 0)
-    d_ff: int = _number(512, 1)  # hidden width of the leading dense blocks
-    num_heads: int = _number(4, 1)
-    num_kv_heads: int = _number(4, 1)
-    head_dim: int = _number(32, 2)
-    qk_norm: bool = False
-    rope_theta: float = _number(10_000.0, 1.0)
-    norm_eps: float = _number(1e-6, 0.0, 1.0)
-    tie_embeddings: bool = False
-    init_std: float = _number(0.02, 0.0)
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # Of the weights, and so of their gradients and optimizer states. In bfloat16 small updates round away; the router's
-    # weights stay float32.
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    # What the backward pass computes again of a layer: nothing, all but plain matmuls, what is cheap, everything
-    # (moe_jax/remat.py).
-    remat: Literal["none", "dots", "selective", "full"] = "none"
-    # Layers in one turn of the loop over layers. A loop has what layers keep and their gradients copied into stacks of
-    # all layers; a turn of all layers has not, and compiles longer.
-    unroll: int = _number(1, 1)
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    segment_mask: bool = True  # False: attention crosses the borders of documents packed in one row
-    moe: MoEConfig = field(default_factory=MoEConfig)
-
-    def check(self):
-        n, m = self.num_heads, self.num_kv_heads
-        require(n % m == 0, "num_kv_heads", m, f"must divide num_heads={n}", f"nearest valid: {nearest_divisor(n, m)}")
-        require(self.unroll <= self.num_layers, "unroll", self.unroll, f"must be ≤ num_layers={self.num_layers}",
-                f"nearest valid: {self.num_layers}")  # fmt: skip
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)",
-                 f"nearest valid: {self.head_dim + 1}")  # fmt: skip
-        require(self.num_dense_layers < self.num_layers, "num_dense_layers", self.num_dense_layers,
-                 f"must be < num_layers={self.num_layers} (at least one MoE layer)",
-                 f"nearest valid: {self.num_layers - 1}")  # fmt: skip
-
+from moe_jax.config.fields import Checked, nearest_divisor, number, require
+from moe_jax.config.model import ModelConfig
 
 Scope = int | Literal["global"]  # sequences that are balanced together; "global": the whole optimizer batch
 
 
 @dataclass(frozen=True)
-class LoadBalanceConfig(_Checked):
+class LoadBalanceConfig(Checked):
     """One load-balancing loss: its weight, its scope, and the steps (from 0) at which it is on."""
 
-    coef: float = _number(0.0, 0.0)
+    coef: float = number(0.0, 0.0)
     balance_batch: Scope = "global"
-    start_step: int = _number(0, 0)
-    stop_step: int = _number(0, 0)  # the first step without it; 0: never
+    start_step: int = number(0, 0)
+    stop_step: int = number(0, 0)  # the first step without it; 0: never
 
     def check(self):
         _check_scope(self.balance_batch)
@@ -157,24 +25,24 @@ class LoadBalanceConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class LossConfig(_Checked):
+class LossConfig(Checked):
     """Router losses. docs/balancing.md has the definitions and what other frameworks' coefficients are here."""
 
-    load_balance_coef: float = _number(0.01, 0.0)
+    load_balance_coef: float = number(0.01, 0.0)
     # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
     balance_batch: Scope = "global"
-    load_balance_stop: int = _number(0, 0)  # the first step without this loss (to switch the scope); 0: never
+    load_balance_stop: int = number(0, 0)  # the first step without this loss (to switch the scope); 0: never
     # More load-balancing losses, each with its own coefficient, scope and steps, logged as load_balance/<name>.
     more_load_balance: dict[str, LoadBalanceConfig] = field(default_factory=dict)
     # Ablation (arXiv:2501.11873, §5): tokens are dealt at random to groups as large as balance_batch sequences.
     shuffle_tokens: bool = False
     # "running": micro-batches see the expert counts so far (arXiv:2501.11873, algorithm 1). An approximation.
     accumulation: Literal["exact", "running"] = "exact"
-    router_z_coef: float = _number(0.001, 0.0)
+    router_z_coef: float = number(0.001, 0.0)
     router_loss_layers: Literal["mean", "sum"] = "mean"  # over MoE layers, of both kinds of router loss
     # model.moe.selection_bias: b += rate · sign(target − load); "centred" subtracts the mean of the signs (Moonlight).
     bias_update: Literal["sign", "centred"] = "sign"
-    bias_update_rate: float = _number(0.001, 0.0)
+    bias_update_rate: float = number(0.001, 0.0)
     bias_target: tuple[float, ...] = ()  # relative target load of each expert; (): all alike
 
     def check(self):
@@ -208,30 +76,30 @@ def _check_steps(start: int, stop: int, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class OptimConfig(_Checked):
+class OptimConfig(Checked):
     name: Literal["muon", "adamw"] = "muon"
-    lr: float = _number(1e-3, 0.0)
+    lr: float = number(1e-3, 0.0)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_steps: int = _number(0, 0)
-    decay_fraction: float = _number(0.2, 0.0, 1.0)  # wsd: the share of steps spent decaying
-    final_lr_fraction: float = _number(0.1, 0.0, 1.0)
-    weight_decay: float = _number(0.1, 0.0)
-    clip_norm: float = _number(1.0, 0.0)  # global gradient norm; 0 switches clipping off
-    beta1: float = _number(0.9, 0.0, 1.0)  # AdamW
-    beta2: float = _number(0.95, 0.0, 1.0)
-    eps: float = _number(1e-8, 0.0)
-    momentum: float = _number(0.95, 0.0, 1.0)  # Muon
+    warmup_steps: int = number(0, 0)
+    decay_fraction: float = number(0.2, 0.0, 1.0)  # wsd: the share of steps spent decaying
+    final_lr_fraction: float = number(0.1, 0.0, 1.0)
+    weight_decay: float = number(0.1, 0.0)
+    clip_norm: float = number(1.0, 0.0)  # global gradient norm; 0 switches clipping off
+    beta1: float = number(0.9, 0.0, 1.0)  # AdamW
+    beta2: float = number(0.95, 0.0, 1.0)
+    eps: float = number(1e-8, 0.0)
+    momentum: float = number(0.95, 0.0, 1.0)  # Muon
     nesterov: bool = True
     # Polynomials of Newton–Schulz, with 5 steps but for deepseek_v4's 10; jordan's may be repeated any number of times.
     coefficients: Literal["jordan", "you", "polar_express", "cans", "deepseek_v4"] = "jordan"
-    newton_schulz_steps: int = _number(5, 1, 20)
+    newton_schulz_steps: int = number(5, 1, 20)
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     scale: Literal["match_rms", "spectral"] = "match_rms"  # update_rms · √max(in, out), or √max(1, out/in)
-    update_rms: float = _number(0.2, 0.0)
+    update_rms: float = number(0.2, 0.0)
     per_head: bool = False  # each head of w_q, w_k, w_v and w_o is a matrix of its own
     cautious_decay: bool = False  # Muon's matrices decay only where the update shrinks them too (arXiv:2510.12402)
     router: Literal["muon", "adamw"] = "muon"  # who updates the router; Moonlight's released code: Muon
-    qk_clip: float = _number(0.0, 0.0)  # attention logits above it shrink w_q and w_k (Kimi K2: 100); 0 is off
+    qk_clip: float = number(0.0, 0.0)  # attention logits above it shrink w_q and w_k (Kimi K2: 100); 0 is off
 
     def check(self):
         need = {"jordan": self.newton_schulz_steps, "deepseek_v4": 10}.get(self.coefficients, 5)
@@ -241,7 +109,7 @@ class OptimConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class SourceConfig(_Checked):
+class SourceConfig(Checked):
     """One named source of documents."""
 
     kind: Literal["tfds", "files"] = "tfds"
@@ -253,8 +121,8 @@ class SourceConfig(_Checked):
     domain_field: str = ""
     split: str = "train"
     validation_split: str = "validation"
-    validation_fraction: float = _number(0.05, 0.0, 0.9)  # files: by a hash of the document, so the split is stable
-    weight: float = _number(1.0, 0.0)
+    validation_fraction: float = number(0.05, 0.0, 0.9)  # files: by a hash of the document, so the split is stable
+    weight: float = number(1.0, 0.0)
 
     def check(self):
         require(self.kind != "tfds" or self.name, "name", self.name, "is needed for kind='tfds'", "try 'stdlib_text'")
@@ -262,10 +130,10 @@ class SourceConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(_Checked):
+class TokenizerConfig(Checked):
     kind: Literal["bytes", "bpe", "huggingface", "sentencepiece"] = "bytes"
-    vocab_size: int = _number(4096, 257)  # bpe: trained on the corpus and kept in the run directory
-    train_bytes: int = _number(10_000_000, 1)  # bpe: at most this much text is used for training it
+    vocab_size: int = number(4096, 257)  # bpe: trained on the corpus and kept in the run directory
+    train_bytes: int = number(10_000_000, 1)  # bpe: at most this much text is used for training it
     path: str = ""  # huggingface: a tokenizer.json; sentencepiece: a .model file
     end_of_text: str = ""  # the token between documents; "" looks for the usual names
 
@@ -279,12 +147,12 @@ def _default_sources():
 
 
 @dataclass(frozen=True)
-class DataConfig(_Checked):
-    batch_size: int = _number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
-    seq_len: int = _number(256, 2)
+class DataConfig(Checked):
+    batch_size: int = number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
+    seq_len: int = number(256, 2)
     sources: dict[str, SourceConfig] = field(default_factory=_default_sources)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    num_workers: int = _number(0, 0, 256)  # reader processes; 0 reads in threads of this process
+    num_workers: int = number(0, 0, 256)  # reader processes; 0 reads in threads of this process
     cache_dir: str = ""  # "" is $MOE_JAX_CACHE or ~/.cache/moe_jax
 
     def check(self):
@@ -294,12 +162,12 @@ class DataConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class MeshConfig(_Checked):
+class MeshConfig(Checked):
     """Sizes of the mesh axes; −1, at most once, takes the devices that are left."""
 
-    data: int = _number(-1, -1)
-    fsdp: int = _number(1, -1)
-    expert: int = _number(1, -1)
+    data: int = number(-1, -1)
+    fsdp: int = number(1, -1)
+    expert: int = number(1, -1)
 
     def check(self):
         for name in ("data", "fsdp", "expert"):
@@ -310,31 +178,32 @@ class MeshConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Checked):
-    steps: int = _number(1000, 1)
-    micro_batches: int = _number(1, 1)  # the batch is computed in this many parts; never changes the objective
-    log_every: int = _number(10, 1)
-    eval_every: int = _number(0, 0)  # 0: only at the end
-    eval_batches: int = _number(0, 0)  # 0: the whole held-out split
-    checkpoint_every: int = _number(200, 1)
-    keep_checkpoints: int = _number(2, 1)
+class TrainConfig(Checked):
+    steps: int = number(1000, 1)
+    micro_batches: int = number(1, 1)  # the batch is computed in this many parts; never changes the objective
+    log_every: int = number(10, 1)
+    eval_every: int = number(0, 0)  # 0: only at the end
+    eval_batches: int = number(0, 0)  # 0: the whole held-out split
+    checkpoint_every: int = number(200, 1)
+    keep_checkpoints: int = number(2, 1)
     tensorboard: bool = True
     wandb_project: str = ""  # "" is off
 
 
 @dataclass(frozen=True)
-class SampleConfig(_Checked):
+class SampleConfig(Checked):
     """The text written at the end of a run."""
 
     prompt: str = "def "
-    tokens: int = _number(120, 0)
-    temperature: float = _number(0.8, 0.0)  # 0 is greedy
-    top_p: float = _number(0.95, 0.0, 1.0)
+    tokens: int = number(120, 0)
+    temperature: float = number(0.8, 0.0)  # 0 is greedy
+    top_p: float = number(0.95, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
-class RunConfig(_Checked):
-    seed: int = _number(0, 0, 2**31 - 1)
+class RunConfig(Checked):
+    seed: int = number(0, 0, 2**31 - 1)
+    init_from: str = ""  # a run directory whose weights a new run starts from; "": fresh weights
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -357,6 +226,12 @@ class RunConfig(_Checked):
         require(not (self.optim.qk_clip and self.model.qk_norm), "optim.qk_clip", self.optim.qk_clip,
                  "has no effect with model.qk_norm=True, which undoes any scale of w_q and w_k and bounds the logits",
                  "nearest valid: 0.0")  # fmt: skip
+
+        require(not (self.optim.per_head and self.model.mla.kv_rank), "optim.per_head", True,
+                "is not for model.mla.kv_rank > 0, whose heads have several sizes", "nearest valid: False")  # fmt: skip
+        longest = self.model.max_seq_len
+        require(self.data.seq_len <= (longest or self.data.seq_len), "data.seq_len", self.data.seq_len,
+                f"must be ≤ model.max_seq_len={longest}", f"nearest valid: {longest}")  # fmt: skip
 
     def _check_loss(self, b: int) -> None:
         more = self.loss.more_load_balance.items()

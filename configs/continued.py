@@ -1,0 +1,49 @@
+"""Further training of a run directory's weights: imported, upcycled or trained before. The optimizer starts fresh.
+
+    python train.py --config=configs/continued.py:runs/moe --workdir=runs/moe_trained
+
+Hardware: whatever holds the model; a laptop CPU for small ones
+Time: depends on the model
+Parameters: the run's
+Expect: the loss that the run ended with, at the first step, and then a lower one
+
+After the colon: the run directory, and after a comma a folder of text with one domain an entry, as for
+configs/balance_scope.py; without one the text is the standard library of the Python that runs this. Model, tokenizer
+and sequence length are the run's. The learning rate rises again before it falls, which arXiv:2410.07524 (§3.1) found
+better than going on at the lowest one.
+"""
+
+from pathlib import Path
+
+from configs import balance_scope
+from moe_jax import checkpoint
+from moe_jax import config as config_lib
+
+STEPS, BATCH, LONGEST = 300, 16, 512
+
+
+def get_config(where: str = "runs/moe"):
+    run, _, folder = where.partition(",")
+    earlier = config_lib.to_dict(checkpoint.load_config(run))
+    config = config_lib.default_config()
+    config.init_from = run
+    config.model.update(earlier["model"])
+
+    config.loss.load_balance_coef = 0.01
+    config.loss.balance_batch = "global"
+
+    config.optim.name = "adamw"
+    config.optim.lr = 1e-4
+    config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 10
+    config.optim.final_lr_fraction = 0.1
+
+    config.data.batch_size = BATCH
+    config.data.seq_len = min(earlier["data"]["seq_len"], LONGEST)
+    config.data.tokenizer.update(earlier["data"]["tokenizer"])
+    if folder:
+        tokens = STEPS * BATCH * config.data.seq_len
+        config.data.sources = balance_scope.sources(Path(folder).expanduser(), tokens)
+
+    config.train.steps = STEPS
+    return config

@@ -1,0 +1,141 @@
+"""One dense model, several ways to go on with it: as it is, or upcycled, on the same text for as many tokens.
+
+    python -m moe_jax.hf import --from=SmolLM2-135M.gguf --workdir=runs/dense
+    python -m experiments.multi_domain_text data/domains --local=FOLDER
+    python -m experiments.upcycling --run=runs/dense --data=data/domains --out=runs/upcycling
+
+Every arm of `ARMS` is made by `python -m moe_jax.upcycle` with its options, then trained by `configs/continued.py` with
+its fields changed: same text, same batches. Held-out loss before the first step, against tokens and against FLOPs, and
+how alike the experts of a layer are over time: OUT/table.md, OUT/results.json, OUT/loss.png and OUT/similarity.png.
+Run again to go on; `--report_only` just compares. A trained arm's checkpoints are deleted once its experts are
+measured, which `--keep` prevents: an arm of 64 experts has 8 GB a checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import pool, upcycling_report
+from experiments.pool import Job, Run
+
+CONFIG = "configs/continued.py"
+STEPS, BATCH = 600, 128
+PEAK, LOWEST = 3e-4, 3e-5  # learning rate: risen again, and the least of its schedule
+CHECKPOINTS = 4  # of a run, for the experts' similarity
+
+E8G1T2 = ("--expansion=8", "--granularity=1", "--top_k=2")
+E8G8T8 = ("--expansion=8", "--granularity=8", "--top_k=8")
+CONSTANT = {"optim.schedule": "constant", "optim.lr": LOWEST, "optim.warmup_steps": 0}
+MUON = {"optim.name": "muon"}
+
+
+class Arm(NamedTuple):
+    label: str
+    options: tuple[str, ...] | None  # of `python -m moe_jax.upcycle`; None: the dense model
+    overrides: dict[str, Any]
+
+
+ARMS = {
+    "dense": Arm("dense", None, {}),
+    "copy": Arm("copies, E8G1T2", E8G1T2, {}),
+    "exact": Arm("virtual groups, E8G8T8", E8G8T8, {}),
+    "paper": Arm("… scale of the paper", (*E8G8T8, "--scale=paper"), {}),
+    "unscaled": Arm("… no scale", (*E8G8T8, "--scale=none"), {}),
+    "softmax_topk": Arm("… softmax, then top-k", (*E8G8T8, "--score_order=score_topk"), {}),
+    "softmax_topk_small": Arm(
+        "… softmax, then top-k, small router", (*E8G8T8, "--score_order=score_topk", "--router_std=0.0005"), {}
+    ),
+    "drop": Arm("copies, Drop-Upcycling 0.5", (*E8G1T2, "--drop=0.5"), {}),
+    "dense_muon": Arm("dense, Muon", None, MUON),
+    "exact_muon": Arm("virtual groups, Muon", E8G8T8, MUON),
+    "dense_constant": Arm("dense, constant lowest rate", None, CONSTANT),
+    "exact_constant": Arm("virtual groups, constant lowest rate", E8G8T8, CONSTANT),
+}
+
+DEFAULTS = {
+    "data.batch_size": BATCH,
+    "optim.lr": PEAK,
+    "optim.final_lr_fraction": LOWEST / PEAK,
+    "optim.warmup_steps": 20,
+    "sample.tokens": 0,
+    "train.keep_checkpoints": CHECKPOINTS,
+    "train.log_every": 5,
+    "train.steps": STEPS,
+    "train.tensorboard": "false",
+}
+
+
+def weights_of(name: str, run: Path, out: Path) -> Path:
+    """The run directory that an arm starts from."""
+    return run if ARMS[name].options is None else out / "weights" / "_".join(ARMS[name].options).replace("--", "")
+
+
+def make_run(name: str, out: Path, extra: dict[str, str]) -> Run:
+    steps = int(extra.get("train.steps", STEPS))
+    times = {"train.eval_every": max(1, steps // 12), "train.checkpoint_every": max(1, steps // CHECKPOINTS)}
+    return Run(name, 0, out / name / "seed0", DEFAULTS | times | extra | ARMS[name].overrides)
+
+
+def jobs(names: list[str], run: Path, data: str, out: Path, extra: dict[str, str], keep: bool) -> list[Job]:
+    """What can be done by now. Measurements come first: checkpoints are large."""
+    measure, train, convert = [], [], {}
+    for name in names:
+        arm, one, source = ARMS[name], make_run(name, out, extra), weights_of(name, run, out)
+        if arm.options is not None:  # into a folder inside the job's, which is new or complete
+            command = ["-m", "moe_jax.upcycle", f"--from={run}", f"--workdir={source / 'run'}", *arm.options]
+            convert[source] = Job(f"weights of {name}", source, command, "run/config.json")
+            source /= "run"
+        if (source / "config.json").is_file():
+            train.append(pool.training(one, CONFIG, f"{source},{data}"))
+        if one.done:
+            command = ["-m", "experiments.upcycling_measure", str(one.folder), *(["--keep"] if keep else [])]
+            measure.append(Job(f"measures of {name}", one.folder, command, "measures.json"))
+    return [*measure, *convert.values(), *train]
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/dense"), help="run directory of a dense model")
+    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
+    pool.add_flags(parser, "runs/upcycling")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    return arguments, names, pool.extra_fields(parser, arguments)
+
+
+def main() -> int:
+    arguments, names, extra = parse()
+    out, run, failed = arguments.out.resolve(), arguments.run.resolve(), []
+    if not arguments.report_only:
+        data = str(Path(arguments.data).resolve())
+        if not (run / "config.json").is_file():
+            print(f"error: --run={arguments.run}: is not a run directory", file=sys.stderr)
+            return 2
+        # Fields do not depend on the arm's weights, so those of the dense model show every mistake.
+        configs = pool.checked_configs(CONFIG, f"{run},{data}", [make_run(name, out, extra) for name in names])
+        if configs is None:
+            return 2
+        jax.config.update("jax_platforms", "cpu")  # of this process only
+        pool.prepare(configs[names[0]], out)
+        plan = lambda: jobs(names, run, data, out, extra, arguments.keep)
+        failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
+    finished = upcycling_report.load(out, {name: arm.label for name, arm in ARMS.items()})
+    if not finished:
+        print(f"error: {out} holds no finished run", file=sys.stderr)
+        return 1
+    upcycling_report.write(out, finished)
+    print((out / "table.md").read_text())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

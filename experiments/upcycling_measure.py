@@ -1,0 +1,64 @@
+"""A finished run of `experiments/upcycling.py`: held-out loss before its first step, similarity of its experts.
+
+    python -m experiments.upcycling_measure RUN_DIRECTORY [--keep]
+
+Writes measures.json into the run directory, and then deletes its checkpoints unless told to keep them.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+
+from moe_jax import analysis, checkpoint, config, data, evaluate, model, sharding, step, weights
+from moe_jax.config import RunConfig
+
+
+def granularity(origin: list[dict]) -> int:
+    """G of the virtual groups that the weights were made with, 1 without any."""
+    chains = [event["chain"] for event in origin if event.get("event") == "upcycle"]
+    return next((t["granularity"] for chain in chains for t in chain if t["transform"] == "VirtualGroups"), 1)
+
+
+def similarity(params: dict, origin: list[dict]) -> dict[str, list[float]]:
+    """`{"expert gate": by layer, …}`, {} for a dense model."""
+    g = granularity(origin)
+    found = {kind: x for kind, x in analysis.matrices(params).items() if kind.startswith("expert ")}
+    return {kind: analysis.expert_similarity(x, g).tolist() for kind, x in found.items()}
+
+
+def measure(folder: Path) -> dict:
+    cfg: RunConfig = checkpoint.load_config(folder)
+    device = jax.devices()[0]
+    mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
+    abstract = step.abstract_weights(cfg.model, mesh)
+    params, bias, origin = weights.load_weights(cfg.init_from, *abstract, cast=True)
+    corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
+    result = evaluate.evaluate(cfg, mesh, params, bias, corpus, limit=cfg.train.eval_batches, progress=False)
+    alike = {0: similarity(params, origin)}
+    del params
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        steps = checkpoints.steps()
+    for n in steps:
+        alike[n] = similarity(weights.load_weights(folder, *abstract, step=n)[0], origin)
+    counts = model.count_parameters(cfg.model)
+    return {
+        "start": {row["domain"]: row["xent"] for row in result.rows()},
+        "similarity": alike,
+        "flops_per_token": model.flops_per_token(cfg.model, cfg.data.seq_len),
+        "parameters": [counts.total, counts.active],
+        "origin": origin,
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    (folder / "measures.json").write_text(json.dumps(measure(folder), indent=1) + "\n")
+    if "--keep" not in sys.argv[2:]:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

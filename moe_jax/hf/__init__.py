@@ -1,0 +1,9 @@
+"""Hugging Face ⇄ moe_jax: configurations and weights, both directions from one table per architecture.
+
+python -m moe_jax.hf import --from DIR --workdir runs/a          python -m moe_jax.hf export --workdir runs/a --to DIR
+"""
+
+from moe_jax.hf.architectures import FormatError
+from moe_jax.hf.convert import export_run, import_model
+
+__all__ = ["FormatError", "export_run", "import_model"]

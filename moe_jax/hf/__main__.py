@@ -1,0 +1,38 @@
+"""Import a model into a run directory, or export a run.
+
+    python -m moe_jax.hf import --from=DIR --workdir=runs/a       config.json and safetensors, or a .gguf file
+    python -m moe_jax.hf export --workdir=runs/a --to=DIR         for transformers' from_pretrained
+
+Then: python eval.py --workdir=runs/a, or training from it with --config.init_from=runs/a. See docs/checkpoints.md.
+"""
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.hf.convert import export_run, import_model
+
+WORKDIR = flags.DEFINE_string("workdir", None, "run directory; import makes it", required=True)
+FROM = flags.DEFINE_string("from", None, "import: a directory of config.json and safetensors, or a .gguf file")
+TO = flags.DEFINE_string("to", None, "export: the directory to make")
+SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "import: data.seq_len of the run; 0: the model's, at most 2048", 0)
+STEP = flags.DEFINE_integer("step", None, "export: the checkpoint; default: the newest")
+DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"], "export: default: the parameters' own")
+
+
+def main(argv):
+    command = argv[1] if len(argv) == 2 else " ".join(argv[1:])
+    if command == "import":
+        if not FROM.value or TO.value:
+            raise cli.UserError("import needs --from=DIR and --workdir=RUN, and no --to")
+        import_model(FROM.value, WORKDIR.value, seq_len=SEQ_LEN.value)
+        print(f"next: python eval.py --workdir={WORKDIR.value}")
+    elif command == "export":
+        if not TO.value or FROM.value:
+            raise cli.UserError("export needs --workdir=RUN and --to=DIR, and no --from")
+        export_run(WORKDIR.value, TO.value, at=STEP.value, dtype=DTYPE.value)
+    else:
+        raise cli.UserError(f"unknown command {command!r}; nearest valid: import or export")
+
+
+if __name__ == "__main__":
+    cli.run(main)

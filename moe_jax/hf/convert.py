@@ -1,0 +1,215 @@
+"""A model's files → a run directory of weights, and back: tensor by tensor, all or nothing."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import config, sharding, step, weights
+from moe_jax.checkpoint import load_config
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.data.tokenizers import END_OF_TEXT
+from moe_jax.hf import gguf, safetensors, tables
+from moe_jax.hf.architectures import KEPT, FormatError, read_config, write_config
+from moe_jax.hf.devices import Assembly, fetch, flatten
+
+TOKENIZER_FILES = (  # none is code
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+IGNORED = ".rotary_emb.inv_freq"  # of old Llama files: follows from the configuration
+SEQ_LEN = 2048  # of the run's configuration, if the model is good for it
+
+
+def whole_mesh() -> Mesh:
+    """All devices, weights split over them."""
+    return sharding.make_mesh((1, jax.device_count(), 1))
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def import_model(
+    source: str | os.PathLike, workdir: str | os.PathLike, *, seq_len: int = 0, mesh: Mesh | None = None,
+    say: Callable[[str], Any] = print,
+) -> RunConfig:  # fmt: skip
+    """Makes a run directory of the model in `source`: a directory with config.json and safetensors, or a GGUF file.
+
+    seq_len: of the run's configuration; 0: what the model is good for, at most `SEQ_LEN`. mesh: where the weights are
+        on their way, by default spread over all devices; the result does not depend on it.
+    Raises FormatError, ConfigError or CheckpointError in one line, and then `workdir` is as it was.
+    """
+    source, mesh = Path(source), mesh or whole_mesh()
+    weights.check_free(workdir)
+    if source.suffix == ".gguf":
+        hf, entries, files = gguf.open_model(source)
+        table = "gguf"
+    else:
+        if source.is_file():
+            raise FormatError(f"{source}: must be a directory of config.json and safetensors, or a .gguf file")
+        if not source.is_dir():
+            raise FormatError(f"{source}: no such directory")
+        hf = safetensors.read_json(source / "config.json")
+        entries = safetensors.open_model(source)
+        files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+        table = ""
+    name, model, lines = read_config(hf, str(source))
+    for line in lines:
+        say(line)
+    model = _in_dtype(model, entries)
+    abstract = step.abstract_weights(model, mesh)
+    shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
+    wanted = tables.tensors(table or name, model, shapes)
+    skipped = check_names(source, wanted, entries, model.tie_embeddings)
+    cfg = _run_config(model, workdir, files, seq_len)
+    for tensor in skipped:
+        say(f"{tensor}: not needed")
+
+    trees = [Assembly(tree) for tree in abstract]
+    owner = {path: tree for tree, a in zip(trees, abstract, strict=True) for path in flatten(a)}
+    for tensor in wanted:
+        for target, part in tensor.split(entries[tensor.name].read()):
+            owner[target.path].put(target.path, target.index, part)
+    params, bias = (tree.finish() for tree in trees)
+    kept = {key: hf[key] for key in KEPT if key in hf}
+    origin = {"event": "import", "from": str(source), "architecture": name, "config": kept}
+    weights.save_weights(workdir, cfg, params, bias, [origin], files)
+    total = sum(math.prod(shape) for path, shape in shapes.items() if not path.endswith("router_bias"))
+    say(f"{name}: {total:,} parameters in {len(wanted):,} tensors, {model.param_dtype}, → {workdir}")
+    if "tokenizer.json" not in files and "tokenizer.model" not in files:
+        say(f"no tokenizer came with it: put its tokenizer.json into {workdir}")
+    return cfg
+
+
+def _in_dtype(model: ModelConfig, entries: dict[str, Any]) -> ModelConfig:
+    """Weights are kept in bfloat16 if nothing is lost by it. (What is float32 here in any case may be in either.)"""
+    always = ("gate.weight", "e_score_correction_bias")
+    lossless = all(e.dtype.name == "bfloat16" or name.endswith(always) for name, e in entries.items())
+    return dataclasses.replace(model, param_dtype="bfloat16" if lossless else "float32")
+
+
+def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, Any], tied: bool) -> list[str]:
+    """That the files have these tensors, of these shapes, and no others. Returns the names of those not needed."""
+    names = {tensor.name for tensor in wanted}
+    for tensor in wanted:
+        if tensor.name not in entries:
+            raise FormatError(f"{source}: has no {tensor.name}, which its config.json asks for")
+        if entries[tensor.name].shape != tensor.shape:
+            have, want = list(entries[tensor.name].shape), list(tensor.shape)
+            raise FormatError(f"{source}: {tensor.name} has shape {have}; by its config.json it must be {want}")
+    skipped = [name for name in entries if name not in names and name.endswith(IGNORED)]
+    head = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}
+    for name in entries:
+        if tied and name in head and head[name] in names:
+            if not np.array_equal(entries[name].read(), entries[head[name]].read()):
+                raise FormatError(f"{source}: {name} is not {head[name]}, though config.json ties them")
+            skipped.append(name)
+    if unknown := [name for name in entries if name not in names and name not in skipped]:
+        rule = f"has {unknown[0]}, for which there is no rule ({len(unknown)} such); nothing is dropped silently"
+        raise FormatError(f"{source}: {rule}")
+    return skipped
+
+
+def _run_config(model: ModelConfig, workdir: str | os.PathLike, files: dict[str, bytes], seq_len: int) -> RunConfig:
+    """The configuration of the new run directory: the model's, with its tokenizer; the rest as by default."""
+    kind, name = ("huggingface", "tokenizer.json")
+    if "tokenizer.json" not in files and "tokenizer.model" in files:
+        kind, name = ("sentencepiece", "tokenizer.model")
+    tokenizer = {"kind": kind, "path": str(Path(workdir) / name), "end_of_text": _end_of_text(files)}
+    if "tokenizer.json" in files:
+        _check_vocabulary(model, files["tokenizer.json"])
+    length = seq_len or min(model.max_seq_len, SEQ_LEN)
+    return config.build(
+        {
+            "model": config.to_dict(model),
+            "data": {"tokenizer": tokenizer, "seq_len": length},
+            "sample": {"prompt": "The "},
+        }
+    )
+
+
+def _check_vocabulary(model: ModelConfig, data: bytes) -> None:
+    import tokenizers
+
+    try:
+        vocabulary = tokenizers.Tokenizer.from_str(data.decode("utf-8")).get_vocab(with_added_tokens=True)
+    except Exception as e:  # the library raises bare Exception
+        raise FormatError(f"tokenizer.json: is none: {e}") from None
+    largest = max(vocabulary.values(), default=0)
+    if largest >= model.vocab_size:
+        rule = f"has token {largest}, but config.json says vocab_size={model.vocab_size}"
+        raise FormatError(f"tokenizer.json: {rule}: it belongs to another model")
+
+
+def _end_of_text(files: dict[str, bytes]) -> str:
+    """What tokenizer_config.json calls the end-of-text token; "" if nothing."""
+    try:
+        token = json.loads(files.get("tokenizer_config.json", b"{}")).get("eos_token", "")
+    except (ValueError, AttributeError):
+        raise FormatError("tokenizer_config.json: is not a JSON object") from None
+    token = token.get("content", "") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def export_run(
+    workdir: str | os.PathLike, target: str | os.PathLike, *, at: int | None = None, dtype: str = "",
+    mesh: Mesh | None = None, max_file: int = 5_000_000_000, say: Callable[[str], Any] = print,
+) -> str:  # fmt: skip
+    """Writes a run's weights as a directory that transformers' `from_pretrained` loads. Returns the architecture.
+
+    at: a checkpoint; by default the newest. dtype: of the files, by default that of the parameters. max_file: bytes.
+    Raises FormatError if no architecture that is known here computes the run's model.
+    """
+    target = weights.check_free(target)
+    cfg = load_config(workdir)
+    dtype = np.dtype(safetensors.DTYPES[_code(dtype or cfg.model.param_dtype)])
+    params, bias, origin = weights.load_weights(
+        workdir, *step.abstract_weights(cfg.model, mesh or whole_mesh()), step=at
+    )
+    imported = next((event for event in origin if event.get("event") == "import"), {})
+    name, hf = write_config(cfg.model, cfg.data.seq_len, imported.get("architecture", ""))
+    hf |= imported.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}
+    leaves = flatten(params) | flatten(bias)
+    found = tables.tensors(name, cfg.model, {path: leaf.shape for path, leaf in leaves.items()})
+    kind = lambda t: np.dtype("float32") if t.targets[0].path.endswith("router_bias") else dtype
+    specs = [safetensors.Spec(t.name, kind(t), t.shape) for t in found]
+
+    def values() -> Iterator[np.ndarray]:
+        for tensor in found:
+            parts = [fetch(leaves[target.path], target.index) for target in tensor.targets]
+            yield tensor.join(parts, kind(tensor))
+
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    try:
+        partial.mkdir(parents=True)
+        (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        for file in TOKENIZER_FILES:
+            if (Path(workdir) / file).is_file():
+                shutil.copyfile(Path(workdir) / file, partial / file)
+        if (partial / "tokenizer.json").exists() and not (partial / "tokenizer_config.json").exists():
+            end = cfg.data.tokenizer.end_of_text or END_OF_TEXT
+            kind_of = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+            (partial / "tokenizer_config.json").write_text(json.dumps(kind_of, indent=2) + "\n", encoding="utf-8")
+        safetensors.write_model(partial, specs, values(), max_file)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    say(f"{name}: {len(found):,} tensors, {dtype.name}, {sum(s.size for s in specs):,} bytes, → {target}")
+    return name
+
+
+def _code(dtype: str) -> str:
+    return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]

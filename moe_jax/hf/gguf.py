@@ -1,0 +1,102 @@
+"""GGUF files of Llama's architecture, read with the `gguf` package: every quantisation it knows becomes float32."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.hf.architectures import FormatError
+
+# key of the file below `llama.`, key of config.json
+KEYS = (
+    ("embedding_length", "hidden_size"),
+    ("block_count", "num_hidden_layers"),
+    ("feed_forward_length", "intermediate_size"),
+    ("attention.head_count", "num_attention_heads"),
+    ("attention.head_count_kv", "num_key_value_heads"),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
+    ("context_length", "max_position_embeddings"),
+)
+CONTROL = 3  # a token's type: special
+
+
+class Entry(NamedTuple):
+    """A tensor of the file."""
+
+    tensor: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        return dequantize(self.tensor.data, self.tensor.tensor_type).reshape(self.shape)
+
+
+def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, bytes]]:
+    """config.json as it would be, the tensors by name, the tokenizer's files. Raises FormatError."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise FormatError(f"{path}: reading GGUF needs a package: pip install gguf") from None
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        reader = GGUFReader(str(path))
+        value = lambda key: None if key not in reader.fields else reader.fields[key].contents()
+        kind = value("general.architecture")
+        if kind != "llama":
+            raise FormatError(f"{path}: general.architecture={kind!r}; nearest valid: 'llama', the only one from GGUF")
+        hf = {theirs: value(f"llama.{ours}") for ours, theirs in KEYS}
+        width, heads = hf["hidden_size"], hf["num_attention_heads"]
+        entries = {}
+        for t in reader.tensors:
+            if t.name in entries:
+                raise FormatError(f"{path}: has {t.name} twice")
+            entries[t.name] = Entry(t, tuple(int(n) for n in t.shape[::-1]), np.dtype("float32"))
+        rope = {"rope_theta": float(value("llama.rope.freq_base") or 10_000.0), "rope_type": "default"}
+        if value("llama.rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in entries:
+            rope["rope_type"] = "scaled"
+        head = value("llama.attention.key_length") or value("llama.rope.dimension_count") or width // heads
+        tied = "output.weight" not in entries
+        hf |= {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": rope,
+            "head_dim": head, "tie_word_embeddings": tied, "vocab_size": entries["token_embd.weight"].shape[0],
+            "bos_token_id": value("tokenizer.ggml.bos_token_id"), "eos_token_id": value("tokenizer.ggml.eos_token_id"),
+        }  # fmt: skip
+        files = _tokenizer_files(value)
+    except FormatError:
+        raise
+    except Exception as e:  # of a file that is not what it says, the package raises anything
+        raise FormatError(f"{path}: is not a whole GGUF file: {type(e).__name__}: {e}") from None
+    return hf, entries, files
+
+
+def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json of a byte-level BPE whose splitting is known; {} for any other."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    splits = {  # names of llama.cpp
+        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    }
+    if value("tokenizer.ggml.model") != "gpt2" or value("tokenizer.ggml.pre") not in splits:
+        return {}
+    words, merges = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.merges")
+    bpe = models.BPE({word: i for i, word in enumerate(words)}, [tuple(pair.split(" ")) for pair in merges])
+    made = tokenizers.Tokenizer(bpe)
+    made.pre_tokenizer = pre_tokenizers.Sequence(splits[value("tokenizer.ggml.pre")])
+    made.decoder = decoders.ByteLevel()
+    kinds = zip(words, value("tokenizer.ggml.token_type") or [], strict=False)
+    made.add_special_tokens([word for word, kind in kinds if kind == CONTROL])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    for name in ("bos", "eos", "unknown"):
+        if (i := value(f"tokenizer.ggml.{name}_token_id")) is not None:
+            settings[f"{name[:3]}_token"] = words[i]
+    if template := value("tokenizer.chat_template"):
+        settings["chat_template"] = template
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    return {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": text.encode()}

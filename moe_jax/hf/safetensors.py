@@ -1,0 +1,207 @@
+"""Safetensors files: read and written one tensor at a time, with nothing of a file believed unchecked.
+
+The format: 8 bytes of header length, a JSON header `{name: {dtype, shape, data_offsets}}`, the numbers. A model is one
+file, or several beside `model.safetensors.index.json`, which says who holds what. No other format is opened: a pickle
+(`.bin`, `.pt`) can run code when it is loaded.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.hf.architectures import FormatError
+
+DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Entry(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # byte of the file
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The numbers: read, not mapped, so that they leave memory with the array."""
+        out = np.empty(self.shape, self.dtype)
+        with open(self.file, "rb", buffering=0) as f:
+            f.seek(self.start)
+            view = memoryview(out.reshape(-1).view(np.uint8))
+            while len(view):
+                count = f.readinto(view)
+                if not count:
+                    raise FormatError(f"{self.file}: is cut short")
+                view = view[count:]
+        return out
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a name that occurs twice in it is refused."""
+
+    def unique(pairs):
+        names = [name for name, _ in pairs]
+        if twice := next((n for n in names if names.count(n) > 1), None) if len(names) != len(set(names)) else None:
+            raise FormatError(f"{path}: has {twice!r} twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise FormatError(f"{path}: is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def open_model(folder: Path) -> dict[str, Entry]:
+    """All tensors of a model's files, by name. Raises FormatError for anything missing, doubled or cut short."""
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such directory")
+    if (folder / INDEX).exists():
+        return _open_shards(folder)
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+    if pickles:
+        rule = f"{pickles[0]} is a pickle, which can run code when it is loaded, and is never opened"
+        raise FormatError(f"{folder}: {rule}; convert the model to safetensors where it comes from")
+    raise FormatError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+
+
+def _open_shards(folder: Path) -> dict[str, Entry]:
+    where = folder / INDEX
+    owners = read_json(where).get("weight_map")
+    if not (isinstance(owners, dict) and owners and all(isinstance(f, str) for f in owners.values())):
+        raise FormatError(f"{where}: must have a weight_map of tensor names to file names")
+    found: dict[str, Entry] = {}
+    names = sorted(set(owners.values()))
+    for name in names:
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise FormatError(f"{where}: {name!r} is not the name of a .safetensors file beside it")
+        if not (folder / name).is_file():
+            raise FormatError(f"{where}: the file {name} is missing")
+    for name in names:
+        for tensor, entry in read_header(folder / name).items():
+            if tensor in found:
+                raise FormatError(f"{folder}: {tensor} is both in {found[tensor].file.name} and in {name}")
+            if owners.get(tensor) != name:
+                raise FormatError(f"{where}: says that {tensor} is in {owners.get(tensor)}, but {name} has it")
+            found[tensor] = entry
+    if missing := next((t for t in owners if t not in found), None):
+        raise FormatError(f"{folder / owners[missing]}: has no {missing}, which {INDEX} says it has")
+    return found
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one file, none of whose numbers is read."""
+    total = path.stat().st_size
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if total < 8 or length > min(HEADER_LIMIT, total - 8):
+            rule = f"a header of {length:,} bytes cannot be: the file has {total:,}, and {HEADER_LIMIT:,} is the limit"
+            raise FormatError(f"{path}: {rule}")
+        text = f.read(length)
+    header = _parse_header(path, text)
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, body, 8 + length, total) for name, body in header.items()}
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs):
+        if len({name for name, _ in pairs}) != len(pairs):
+            raise FormatError(f"{path}: its header names a tensor twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{path}: its header is not valid JSON: {e}") from None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: its header is not a JSON object")
+    return header
+
+
+def _entry(path: Path, name: str, body: Any, base: int, total: int) -> Entry:
+    try:
+        code, shape, (start, end) = body["dtype"], tuple(body["shape"]), body["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise FormatError(f"{path}: the header's entry of {name} is broken")
+    if code not in DTYPES:
+        raise FormatError(f"{path}: {name} is of type {code}; must be one of {', '.join(DTYPES)}")
+    entry = Entry(path, DTYPES[code], shape, base + start)
+    if entry.size != end - start:
+        raise FormatError(
+            f"{path}: {name} of shape {list(shape)} in {code} is {entry.size:,} bytes, not {end - start:,}"
+        )
+    if base + end > total:
+        raise FormatError(f"{path}: is cut short: {name} ends at byte {base + end:,}, the file at {total:,}")
+    return entry
+
+
+class Spec(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_model(folder: Path, specs: list[Spec], tensors: Iterable[np.ndarray], max_file: int = 5_000_000_000) -> None:
+    """Writes the tensors of `specs`, which come one by one, into as few files as hold `max_file` bytes each."""
+    files: list[list[Spec]] = []
+    for spec in specs:
+        if not files or sum(s.size for s in files[-1]) + spec.size > max_file:
+            files.append([])
+        files[-1].append(spec)
+    count, source = len(files), iter(tensors)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for name, members in zip(names, files, strict=True):
+        _write_file(folder / name, members, source)
+    if count > 1:
+        total = sum(spec.size for spec in specs)
+        owners = {spec.name: name for name, members in zip(names, files, strict=True) for spec in members}
+        index = {"metadata": {"total_size": total}, "weight_map": owners}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, specs: list[Spec], tensors: Iterable[np.ndarray]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.size],
+        }
+        at += spec.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for spec, x in zip(specs, tensors, strict=False):  # the others are for the files to come
+            if x.shape != spec.shape or x.dtype != spec.dtype:
+                raise ValueError(f"{spec.name}: {x.dtype}{x.shape} came for {spec}")
+            f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,206 @@
+"""Names and layouts of weights: which rows of which tensor are which of our parameters. Total in both directions.
+
+A linear map is `[out, in]` there and `[in, out]` here. A rule is (tensor, our parameters, layout); the layout says
+which rows of the tensor go to which parameter, in which order, so that the way back is the same rows the other way.
+Layers and experts are tensors of their own there, and leading axes here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.config import ModelConfig
+from moe_jax.hf.architectures import FormatError
+
+Rule = tuple[str, str, str]  # tensor's name below its layer, our parameters below the stack (by commas), layout
+
+TABLES: tuple[Rule, ...] = (
+    ("model.embed_tokens.weight", "embed", "same"),
+    ("model.norm.weight", "final_norm", "same"),
+)
+HEAD: tuple[Rule, ...] = (("lm_head.weight", "head", "same"),)
+NORMS: tuple[Rule, ...] = (
+    ("input_layernorm.weight", "attention_norm", "same"),
+    ("post_attention_layernorm.weight", "mlp_norm", "same"),
+)
+ATTENTION: tuple[Rule, ...] = (
+    ("self_attn.q_proj.weight", "attention/w_q", "linear"),
+    ("self_attn.k_proj.weight", "attention/w_k", "linear"),
+    ("self_attn.v_proj.weight", "attention/w_v", "linear"),
+    ("self_attn.o_proj.weight", "attention/w_o", "linear"),
+)
+QK_NORM: tuple[Rule, ...] = (
+    ("self_attn.q_norm.weight", "attention/q_norm", "same"),
+    ("self_attn.k_norm.weight", "attention/k_norm", "same"),
+)
+MLA: tuple[Rule, ...] = (
+    ("self_attn.kv_a_proj_with_mqa.weight", "attention/w_kv_down,attention/w_k_rope", "latent_and_rope"),
+    ("self_attn.kv_a_layernorm.weight", "attention/kv_norm", "same"),
+    ("self_attn.kv_b_proj.weight", "attention/w_k_up,attention/w_v_up", "heads_of_k_and_v"),
+    ("self_attn.o_proj.weight", "attention/w_o", "linear"),
+)
+MLA_Q: tuple[Rule, ...] = (("self_attn.q_proj.weight", "attention/w_q", "heads_with_rope"),)
+MLA_Q_LATENT: tuple[Rule, ...] = (
+    ("self_attn.q_a_proj.weight", "attention/w_q_down", "linear"),
+    ("self_attn.q_a_layernorm.weight", "attention/q_norm", "same"),
+    ("self_attn.q_b_proj.weight", "attention/w_q_up", "heads_with_rope"),
+)
+GLU = ("gate_proj", "up_proj", "down_proj")
+
+
+def _glu(theirs: str, ours: str, names: tuple[str, str, str] = GLU) -> tuple[Rule, ...]:
+    return tuple(
+        (f"{theirs}.{name}.weight", f"{ours}/w_{kind}", "linear")
+        for name, kind in zip(names, ("gate", "up", "down"), strict=True)
+    )
+
+
+DENSE = _glu("mlp", "mlp")
+MOE = (("mlp.gate.weight", "moe/w_router", "linear"), *_glu("mlp.experts.{expert}", "moe"))
+MIXTRAL = (
+    ("block_sparse_moe.gate.weight", "moe/w_router", "linear"),
+    *_glu("block_sparse_moe.experts.{expert}", "moe", ("w1", "w3", "w2")),
+)
+SHARED = _glu("mlp.shared_experts", "moe/shared")
+BIAS: tuple[Rule, ...] = (("mlp.gate.e_score_correction_bias", "moe/router_bias", "same"),)
+
+GGUF_TABLES: tuple[Rule, ...] = (("token_embd.weight", "embed", "same"), ("output_norm.weight", "final_norm", "same"))
+GGUF_HEAD: tuple[Rule, ...] = (("output.weight", "head", "same"),)
+GGUF_LAYER: tuple[Rule, ...] = (  # of Llama: queries and keys are stored with RoPE's pairs side by side
+    ("attn_norm.weight", "attention_norm", "same"),
+    ("ffn_norm.weight", "mlp_norm", "same"),
+    ("attn_q.weight", "attention/w_q", "pairs"),
+    ("attn_k.weight", "attention/w_k", "pairs"),
+    ("attn_v.weight", "attention/w_v", "linear"),
+    ("attn_output.weight", "attention/w_o", "linear"),
+    ("ffn_gate.weight", "mlp/w_gate", "linear"),
+    ("ffn_up.weight", "mlp/w_up", "linear"),
+    ("ffn_down.weight", "mlp/w_down", "linear"),
+)
+
+
+def rules(name: str, cfg: ModelConfig) -> tuple[tuple[Rule, ...], tuple[Rule, ...], str]:
+    """Rules outside the layers, rules of a layer, and the layer's prefix, for an architecture or "gguf"."""
+    if name == "gguf":
+        return (*GGUF_TABLES, *(() if cfg.tie_embeddings else GGUF_HEAD)), GGUF_LAYER, "blk.{layer}."
+    attention = ATTENTION + (QK_NORM if cfg.qk_norm else ())
+    if cfg.mla.kv_rank:
+        attention = MLA + (MLA_Q_LATENT if cfg.mla.q_rank else MLA_Q)
+    layer = NORMS + attention + (DENSE if cfg.num_dense_layers else ())
+    if cfg.num_moe_layers:
+        layer += MIXTRAL if name == "MixtralForCausalLM" else MOE
+        layer += (SHARED if cfg.moe.num_shared_experts else ()) + (BIAS if cfg.moe.selection_bias else ())
+    return (*TABLES, *(() if cfg.tie_embeddings else HEAD)), layer, "model.layers.{layer}."
+
+
+# --- layouts: (cfg, rows of the tensor) → rows of each parameter -----------------------------------------------------
+
+
+def _apart(size: int) -> np.ndarray:
+    """Pairs (0, 1), (2, 3), … → first halves, then second halves: from RoPE's pairs side by side to ours."""
+    return np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
+
+
+def _of_heads(rows: int, size: int, of_head: np.ndarray) -> np.ndarray:
+    return (np.arange(0, rows, size)[:, None] + of_head[None, :]).reshape(-1)
+
+
+def _heads_with_rope(cfg: ModelConfig, rows: int) -> list[np.ndarray]:
+    plain = cfg.head_dim - cfg.mla.rope_dim
+    return [_of_heads(rows, cfg.head_dim, np.concatenate([np.arange(plain), plain + _apart(cfg.mla.rope_dim)]))]
+
+
+def _heads_of_k_and_v(cfg: ModelConfig, rows: int) -> list[np.ndarray]:
+    plain, v = cfg.head_dim - cfg.mla.rope_dim, cfg.mla.v_dim
+    return [_of_heads(rows, plain + v, part) for part in (np.arange(plain), plain + np.arange(v))]
+
+
+LAYOUTS: dict[str, Callable[[ModelConfig, int], list[np.ndarray | None]]] = {
+    "same": lambda cfg, rows: [None],  # not a linear map: nothing is transposed
+    "linear": lambda cfg, rows: [None],
+    "pairs": lambda cfg, rows: [_of_heads(rows, cfg.head_dim, _apart(cfg.head_dim))],
+    "heads_with_rope": _heads_with_rope,
+    "latent_and_rope": lambda cfg, rows: [np.arange(cfg.mla.kv_rank), cfg.mla.kv_rank + _apart(cfg.mla.rope_dim)],
+    "heads_of_k_and_v": _heads_of_k_and_v,
+}
+
+
+# --- every tensor ----------------------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    path: str  # of our parameter: `layers/moe/w_gate`
+    index: tuple[int, ...]  # in its leading axes: layer, expert
+    rows: np.ndarray | None  # of the tensor; None: all
+
+
+class Tensor(NamedTuple):
+    """One tensor of theirs, and where its rows belong."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+    targets: tuple[Target, ...]
+
+    def split(self, x: np.ndarray) -> Iterator[tuple[Target, np.ndarray]]:
+        for target in self.targets:
+            part = x if target.rows is None else x[target.rows]
+            yield target, part.T if self.transposed else part
+
+    def join(self, parts: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+        """The inverse of `split`."""
+        out = np.empty(self.shape, dtype)
+        for target, part in zip(self.targets, parts, strict=True):
+            part = part.T if self.transposed else part
+            out[slice(None) if target.rows is None else target.rows] = part.astype(dtype)
+        return out
+
+
+def tensors(name: str, cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
+    """All tensors of an architecture, in its order. shapes: of every parameter and router bias here, by path.
+
+    Raises FormatError for a parameter without a rule, for a rule without a parameter, and for one written twice.
+    """
+    outside, layer_rules, prefix = rules(name, cfg)
+    found = [_tensor(cfg, rule, rule[0], "", (), shapes) for rule in outside]
+    used = set()
+    for i in range(cfg.num_layers):
+        dense = i < cfg.num_dense_layers
+        stack, l = ("dense_layers/", i) if dense else ("layers/", i - cfg.num_dense_layers)
+        for rule in layer_rules:
+            if f"{stack}{rule[1].split(',')[0]}" not in shapes:
+                continue  # the other kind of layer
+            used.add(rule)
+            experts = range(cfg.moe.num_experts) if "{expert}" in rule[0] else (None,)
+            for e in experts:
+                index = (l,) if e is None else (l, e)
+                full = (prefix + rule[0]).format(layer=i, expert=e)
+                found.append(_tensor(cfg, rule, full, stack, index, shapes))
+    if unused := [rule for rule in layer_rules if rule not in used]:
+        raise FormatError(f"the rule for {unused[0][0]} matches no parameter of this model; see moe_jax/hf/tables.py")
+    _check_total(found, shapes)
+    return found
+
+
+def _tensor(cfg, rule: Rule, name: str, stack: str, index: tuple[int, ...], shapes) -> Tensor:
+    paths = [stack + path for path in rule[1].split(",")]
+    if missing := next((path for path in paths if path not in shapes), None):
+        raise FormatError(f"the rule for {name} is for {missing}, which this model has not; see moe_jax/hf/tables.py")
+    tails = [shapes[path][len(index) :] for path in paths]
+    transposed = rule[2] != "same"
+    shape = (sum(tail[1] for tail in tails), tails[0][0]) if transposed else tails[0]
+    rows = LAYOUTS[rule[2]](cfg, shape[0])
+    targets = tuple(Target(path, index, r) for path, r in zip(paths, rows, strict=True))
+    return Tensor(name, shape, transposed, targets)
+
+
+def _check_total(found: list[Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    places = [(target.path, target.index) for tensor in found for target in tensor.targets]
+    if len(places) != len(set(places)) or len(found) != len({tensor.name for tensor in found}):
+        raise FormatError("two rules of moe_jax/hf/tables.py are for the same tensor or parameter")
+    for path, shape in shapes.items():
+        indices = [index for p, index in places if p == path]
+        depth = len(indices[0]) if indices else 0
+        if len(indices) != int(np.prod(shape[:depth])) or not indices:
+            raise FormatError(f"no rule for the parameter {path}, or not for all of it; see moe_jax/hf/tables.py")

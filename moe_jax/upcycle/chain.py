@@ -1,0 +1,207 @@
+"""A chain of transforms, applied: parameters go in and come out sharded as the model's spec table says."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, Key
+
+from moe_jax import model, sharding, step
+from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.layers import weight
+from moe_jax.moe import TokenInfo
+from moe_jax.optim import path_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """One step of a chain. Its fields are what `describe` writes down."""
+
+    def config(self, cfg: ModelConfig) -> ModelConfig:
+        """The model that it makes. Raises ConfigError for what it cannot do, named `upcycle.<field>`."""
+        raise NotImplementedError
+
+    def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
+        """Its parameters, by path, from those of `cfg`. Pure, and traced."""
+        raise NotImplementedError
+
+    def changes(self, cfg: ModelConfig) -> str:
+        """Why the model made does not compute the function of `cfg`; "" if it does."""
+        raise NotImplementedError
+
+
+def require(ok: bool, name: str, value: Any, rule: str, hint: str) -> None:
+    if not ok:
+        raise ConfigError(f"upcycle.{name}", value, rule, hint)
+
+
+def require_dense(cfg: ModelConfig) -> None:
+    layers, dense = cfg.num_layers, cfg.num_dense_layers
+    rule = f"the model is a Mixture of Experts already, in its last {layers - dense} of {layers} layers"
+    require(layers == dense, "from", f"num_dense_layers={dense}", rule, "nearest valid: a model without MoE layers")
+
+
+def describe(chain: Sequence[Transform]) -> list[dict[str, Any]]:
+    """What a checkpoint's origin says of a chain: one JSON object for each transform."""
+    return [{"transform": type(t).__name__, **dataclasses.asdict(t)} for t in chain]
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def flatten(params: dict) -> dict[str, Array]:
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def nest(flat: dict[str, Any]) -> dict:
+    out: dict = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        functools.reduce(lambda node, folder: node.setdefault(folder, {}), folders, out)[name] = value
+    return out
+
+
+Rules = Iterable[tuple[str, str, Callable]]
+
+
+def by_table(rules: Rules, shapes: dict[str, Any], params: dict[str, Array]) -> dict[str, Array]:
+    """The parameters of a model of these shapes, from rules (its parameter, the one it comes from, how).
+
+    The first rule whose pattern is the whole path decides; what it comes from may be "". Total both ways: a parameter
+    without a rule, and one of `params` that nothing comes from, are ValueErrors.
+    """
+    made, unused = {}, set(params)
+    for path in shapes:
+        found = next(((m, source, how) for p, source, how in rules if (m := re.fullmatch(p, path))), None)
+        if found is None:
+            raise ValueError(f"no upcycling rule for the parameter {path}")
+        match, source, how = found
+        name = match.expand(source)
+        unused.discard(name)
+        made[path] = how(params[name] if name else None, path)
+    if unused:
+        raise ValueError(f"no parameter comes from {', '.join(sorted(unused))}")
+    return made
+
+
+def scaled(w: Array, factor: Any) -> Array:
+    """w · factor, computed in float32; `w` itself for a factor of 1."""
+    if isinstance(factor, float) and factor == 1.0:
+        return w
+    return (w.astype(jnp.float32) * factor).astype(w.dtype)
+
+
+# --- application -----------------------------------------------------------------------------------------------------
+
+
+def final_config(chain: Sequence[Transform], cfg: ModelConfig) -> ModelConfig:
+    return functools.reduce(lambda c, t: t.config(c), chain, cfg)
+
+
+def specs_of(cfg: ModelConfig) -> dict:
+    """The sharding of a model's parameters on the mesh in use."""
+    graph, sizes = model.abstract(cfg), sharding.current_sizes()
+    return jax.tree.map(lambda x, axes: sharding.weight_spec(axes, x.shape, sizes), graph.shapes, graph.axes)
+
+
+def traced(chain: Sequence[Transform], cfg: ModelConfig) -> Callable[[dict, Key[Array, ""]], dict]:
+    """The function (params, key) → params of a chain, jitted; under a mesh its result is born sharded on it.
+
+    Inside, the compiler spreads the work from what is asked of the result: no device, and so no host, ever holds all
+    experts.
+    """
+    shapes = flatten(model.abstract(final_config(chain, cfg)).shapes)
+
+    def run(params, key):
+        here, flat = cfg, flatten(params)
+        for i, transform in enumerate(chain):
+            flat = transform.params(here, flat, jax.random.fold_in(key, i))
+            here = transform.config(here)
+        for path, x in shapes.items():
+            if (flat[path].shape, flat[path].dtype) != (x.shape, x.dtype):
+                raise ValueError(f"{path} became {jax.typeof(flat[path])}, the model has {x.dtype}{list(x.shape)}")
+        if extra := set(flat) - set(shapes):
+            raise ValueError(f"{sorted(extra)[0]} is not a parameter of the model")
+        return nest(flat)
+
+    if sharding.current_sizes():
+        run = jax.sharding.auto_axes(run, out_sharding=specs_of(final_config(chain, cfg)))
+    return jax.jit(run)
+
+
+def apply(chain: Sequence[Transform], cfg: ModelConfig, params: dict, seed: int = 0) -> tuple[ModelConfig, dict]:
+    """The model that a chain makes of a model, under the mesh in use (`jax.set_mesh`), if any.
+
+    The values do not depend on the mesh. Raises ConfigError before anything is compiled.
+    """
+    final = final_config(chain, cfg)
+    return final, traced(chain, cfg)(params, jax.random.key(seed))
+
+
+@jax.jit
+def _mean(total: dict, params: dict, share: float) -> dict:
+    return jax.tree.map(lambda t, p: t + share * p.astype(jnp.float32), total, params)
+
+
+def average(several: Iterable[dict], count: int) -> dict:
+    """The mean of `count` models' parameters, summed in float32, in the dtypes of the first. One is held at a time.
+
+    Checkpoint averaging, arXiv:2203.05482 (model soups).
+    """
+    total, dtypes = None, None
+    for params in several:
+        dtypes = dtypes or jax.tree.map(lambda p: p.dtype, params)
+        total = total or jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+        total = _mean(total, params, 1.0 / count)
+    return jax.tree.map(lambda t, dtype: t.astype(dtype), total, dtypes)
+
+
+# --- what came of it -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _forward(cfg: ModelConfig) -> Callable[..., Array]:
+    graph = model.abstract(cfg)
+
+    @jax.jit
+    def run(params, bias, tokens):
+        b, s = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s), out_sharding=sharding.BATCH)
+        info = TokenInfo(jnp.ones_like(tokens, bool), jnp.zeros_like(tokens))
+        net = graph.bind(params, bias)
+        hidden = net(model.Inputs(tokens, positions, None, info)).hidden
+        out = jax.sharding.PartitionSpec(sharding.AXES, None, None)
+        matrix = weight(net.output_matrix, jnp.float32)
+        return jnp.einsum("bsd,vd->bsv", hidden, matrix, precision=jax.lax.Precision.HIGHEST, out_sharding=out)
+
+    return run
+
+
+def logits(cfg: ModelConfig, params: dict, tokens: Int[np.ndarray, "B S"], mesh: Mesh) -> Float[Array, "B S V"]:
+    """Of a model in float32, with selection biases of zero. B is a multiple of the devices."""
+    cfg = dataclasses.replace(cfg, compute_dtype="float32", attention="xla", remat="none")
+    with jax.set_mesh(mesh):
+        bias = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.abstract_weights(cfg, mesh)[1])
+        return _forward(cfg)(params, bias, jax.device_put(tokens, NamedSharding(mesh, sharding.BATCH)))
+
+
+@jax.jit
+def _relative(a: Array, b: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(b - a)) / jnp.sum(jnp.square(a)))
+
+
+def logits_error(before: tuple[ModelConfig, dict], after: tuple[ModelConfig, dict], mesh: Mesh,
+                 tokens: Int[np.ndarray, "B S"] | None = None) -> float:  # fmt: skip
+    """‖logits after − logits before‖ / ‖logits before‖ in float32, over `tokens` (default: random ones)."""
+    if tokens is None:
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, before[0].vocab_size, (mesh.size, 64)).astype(np.int32)
+    out = [logits(cfg, params, tokens, mesh) for cfg, params in (before, after)]
+    with jax.set_mesh(mesh):
+        return float(_relative(*out))

@@ -1,0 +1,105 @@
+"""EMoE: the hidden units of a dense layer, clustered into experts; no parameter is new. Source: arXiv:2310.10908.
+
+Letters: L layers, D model, F hidden units, E experts, f = F/E.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from moe_jax import model
+from moe_jax.config import ModelConfig, nearest_divisor
+from moe_jax.layers import ACTIVATIONS
+from moe_jax.upcycle.chain import Transform, by_table, flatten, require, require_dense
+from moe_jax.upcycle.experts import carried, check_dense_layers, moe_config
+
+
+def assign(distance: Float[Array, "F E"]) -> Int[Array, " F"]:
+    """Each unit to a cluster, F/E to each: shortest distances first, as far as there is room.
+
+    Found by proposals: every unit asks its nearest cluster, a cluster keeps the F/E nearest, who is refused asks the
+    next. That is the assignment that taking all F·E pairs in the order of their distance gives.
+    """
+    units, clusters = distance.shape
+    room = units // clusters
+    preference = jnp.argsort(distance, axis=1)
+
+    def refused(asked):
+        """Which units their cluster has no room for."""
+        cluster = jnp.take_along_axis(preference, asked[:, None], axis=1)[:, 0]
+        order = jnp.lexsort((jnp.take_along_axis(distance, cluster[:, None], axis=1)[:, 0], cluster))
+        place = jnp.zeros(units, jnp.int32).at[order].set(jnp.arange(units, dtype=jnp.int32))
+        size = jnp.zeros(clusters, jnp.int32).at[cluster].add(1)
+        return place - (jnp.cumsum(size) - size)[cluster] >= room
+
+    step = lambda state: (state[0] + state[1], refused(state[0] + state[1]))
+    start = jnp.zeros(units, jnp.int32)
+    asked, _ = jax.lax.while_loop(lambda state: jnp.any(state[1]), step, (start, refused(start)))
+    return jnp.take_along_axis(preference, asked[:, None], axis=1)[:, 0]
+
+
+def cluster(keys: Float[Array, "D F"], experts: int, rounds: int, key: Key[Array, ""]) -> Int[Array, " F"]:
+    """Balanced k-means of the units' keys, each of length 1. Returns the units, those of one expert in a row."""
+    x_FD = (keys / (jnp.linalg.norm(keys, axis=0, keepdims=True) + 1e-20)).T
+    first = x_FD[jax.random.permutation(key, x_FD.shape[0])[:experts]]
+
+    def step(_, centre_ED):
+        one_hot = jax.nn.one_hot(labels(centre_ED), experts)
+        return jnp.einsum("fe,fd->ed", one_hot, x_FD) / (x_FD.shape[0] // experts)
+
+    # ‖x − c‖² less ‖x‖², which is 1 for all.
+    labels = lambda c_ED: assign(jnp.sum(jnp.square(c_ED), axis=1)[None] - 2 * jnp.einsum("fd,ed->fe", x_FD, c_ED))
+    return jnp.argsort(labels(jax.lax.fori_loop(0, rounds, step, first)), stable=True)
+
+
+@dataclass(frozen=True)
+class Cluster(Transform):
+    """Emergent MoE: F hidden units in E equal clusters by their keys (the columns of gate, or of up without a gate).
+
+    An expert's router row is the mean of its keys, and every chosen expert weighs 1 (`moe.combine="one"`): with all
+    experts chosen the layer is the dense one.
+    """
+
+    num_experts: int = 64
+    top_k: int = 16
+    dense_layers: int = 0  # the first so many layers stay dense
+    rounds: int = 10  # of k-means
+
+    def config(self, cfg: ModelConfig) -> ModelConfig:
+        require_dense(cfg)
+        f, e = cfg.d_ff, self.num_experts
+        require(e >= 1, "num_experts", e, "must be ≥ 1", "nearest valid: 1")
+        near = nearest_divisor(f, e)
+        require(f % e == 0, "num_experts", e, f"must divide the dense d_ff={f}", f"nearest valid: {near}")
+        check_dense_layers(self.dense_layers, cfg)
+        moe = moe_config(num_experts=e, top_k=self.top_k, d_expert=f // e, combine="one")
+        return dataclasses.replace(cfg, num_dense_layers=self.dense_layers, moe=moe)
+
+    def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
+        final, e, n = self.config(cfg), self.num_experts, self.dense_layers
+        gate = "w_gate" if ACTIVATIONS[cfg.activation].gated else "w_up"
+        keys = params[f"dense_layers/mlp/{gate}"][n:].astype(jnp.float32)
+        of_layer = lambda pair: cluster(pair[0], e, self.rounds, pair[1])
+        unit_LF = jax.lax.map(of_layer, (keys, jax.random.split(key, keys.shape[0])))
+
+        def experts(w, path):
+            layers, rows, columns = w[n:].shape
+            if path.endswith("w_down"):
+                return jnp.take_along_axis(w[n:], unit_LF[..., None], axis=1).reshape(layers, e, rows // e, columns)
+            dealt = jnp.take_along_axis(w[n:], unit_LF[:, None], axis=2)
+            return jnp.moveaxis(dealt.reshape(layers, rows, e, columns // e), 2, 1)
+
+        rules = (
+            *carried(n),
+            (r"layers/moe/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", experts),
+            (r"layers/moe/w_router", f"dense_layers/mlp/{gate}",
+             lambda w, path: jnp.mean(experts(w, path).astype(jnp.float32), axis=-1).swapaxes(1, 2)),
+        )  # fmt: skip
+        return by_table(rules, flatten(model.abstract(final).shapes), params)
+
+    def changes(self, cfg: ModelConfig) -> str:
+        k, e = self.top_k, self.num_experts
+        return f"a token uses {k} of the {e} clusters of its layer" if k < e else ""

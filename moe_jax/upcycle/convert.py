@@ -1,0 +1,181 @@
+"""Run directory → run directory: loads, transforms, measures what became of the function, saves with its origin."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import checkpoint, model, sharding, step, weights
+from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.hf.convert import TOKENIZER_FILES
+from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
+from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
+
+ROUTER_SCALES = (0.0, 0.01, 0.1, 1.0)  # of `router_std`, for which a deviation is measured
+
+
+class Report(NamedTuple):
+    """What a conversion made."""
+
+    cfg: RunConfig
+    changes: str  # why the function is another one, "" if it is the same
+    error: float | None  # ‖logits after − before‖ / ‖before‖ in float32, None unmeasured
+    deviation: dict[float, float]  # the same by router_std, for routing whose combine weights have no fixed sum
+
+
+def source_of(text: str) -> tuple[Path, int | None]:
+    """`RUN` or `RUN@STEP`."""
+    folder, at, number = text.rpartition("@")
+    if at and number.isdigit() and not Path(text).exists():
+        return Path(folder), int(number)
+    return Path(text), None
+
+
+def mesh_for(num_experts: int) -> Mesh:
+    """All devices, of which as many as divide the experts hold different ones and the others parts of them."""
+    devices = jax.device_count()
+    expert = math.gcd(num_experts, devices)
+    return sharding.make_mesh((1, devices // expert, expert))
+
+
+def convert(
+    sources: Sequence[str],
+    workdir: str | os.PathLike,
+    chain: Sequence[Transform],
+    *,
+    seed: int = 0,
+    check: bool = True,
+    say: Callable[[str], Any] = print,
+) -> Report:
+    """Makes the run directory of weights `workdir`, all of it or nothing, from run directories.
+
+    sources: RUN or RUN@STEP; the newest step by default, and the mean of the weights if there are several.
+    check: also run the model before and after on random tokens, and say how far their logits are apart.
+    Raises ConfigError, or CheckpointError, before anything is compiled or written. Every process calls this.
+    """
+    runs = [source_of(text) for text in sources]
+    require(bool(runs), "from", "", "must name a run directory", "for example --from=runs/a")
+    weights.check_free(workdir)
+    configs = [_config(folder) for folder, _ in runs]
+    for folder, _ in runs[1:]:
+        weights.check_same_model(dataclasses.replace(configs[0], init_from=str(folder)))
+    before, after = configs[0].model, final_config(chain, configs[0].model)
+    for folder, number in runs:
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.contents(number)  # raises if there is no such step
+    changes = [reason for reason in _changes(chain, before) if reason]
+    cfg = _new_config(configs[0], after, runs[0][0], Path(workdir))
+
+    mesh = mesh_for(after.moe.num_experts if after.num_moe_layers else jax.device_count())
+    say(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
+    origins: list[list[dict]] = []
+
+    def load(run):
+        folder, number = run
+        abstract = step.abstract_weights(before, mesh)
+        params, _, origin = weights.load_weights(folder, *abstract, step=number, cast=True)
+        origins.append(origin)
+        return params
+
+    with jax.set_mesh(mesh):
+        params = load(runs[0]) if len(runs) == 1 else average(map(load, runs), len(runs))
+        for line in explain(chain, before):
+            say(line)
+        _, made = apply(chain, before, params, seed)
+    say(f"now {_size(after)}")
+    error, deviation = None, {}
+    if check:
+        error = logits_error((before, params), (after, made), mesh)
+        deviation = _deviation(chain, (before, params), (after, made), mesh)
+    same = "changed: " + "; ".join(changes) if changes else "that of the model it came from"
+    say(f"function: {same}")
+    if error is not None:
+        say(f"relative error of the logits on random tokens: {error:.2g}")
+    for std, value in deviation.items():
+        say(f"  with router_std={std:g}: {value:.2g}")
+
+    zeros = jax.tree.map(_zeros, step.abstract_weights(after, mesh)[1])
+    own = {"event": "upcycle", "from": list(sources), "seed": seed, "chain": describe(chain)}
+    earlier = origins[0] if len(runs) == 1 else [{"event": "average", "origins": origins}]
+    weights.save_weights(workdir, cfg, made, zeros, [*earlier, own], _tokenizer_files(runs[0][0]))
+    say(f"written {workdir}: weights and their origin; training starts with a fresh optimizer state")
+    return Report(cfg, "; ".join(changes), error, deviation)
+
+
+def _config(folder: Path) -> RunConfig:
+    if not folder.is_dir():
+        raise CheckpointError(f"--from={folder}: no such run directory")
+    return checkpoint.load_config(folder)
+
+
+def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> RunConfig:
+    """The source's, with the model made; a tokenizer file of its run directory is that of the new one."""
+    tokenizer = cfg.data.tokenizer
+    if Path(tokenizer.path).absolute().parent == source.absolute():
+        tokenizer = dataclasses.replace(tokenizer, path=str(workdir / Path(tokenizer.path).name))
+    data, loss = dataclasses.replace(cfg.data, tokenizer=tokenizer), dataclasses.replace(cfg.loss, bias_target=())
+    return dataclasses.replace(cfg, init_from="", model=after, loss=loss, data=data)
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """What a run of train.py, or an import, keeps of its tokenizer."""
+    found = {*folder.glob("tokenizer*"), *(folder / name for name in TOKENIZER_FILES)}
+    return {path.name: path.read_bytes() for path in sorted(found) if path.is_file()}
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jax.numpy.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+
+
+def _size(cfg: ModelConfig) -> str:
+    counts, experts = model.count_parameters(cfg), ""
+    if cfg.num_moe_layers:
+        moe = cfg.moe
+        experts = f" with {moe.num_experts} experts of width {moe.d_expert}, {moe.top_k} a token"
+    shape = f"{cfg.num_moe_layers} MoE of {cfg.num_layers} layers{experts}" if experts else f"{cfg.num_layers} layers"
+    return f"{shape}, width {cfg.d_model}, {counts.total:,} parameters, {counts.active:,} active"
+
+
+def _changes(chain: Sequence[Transform], cfg: ModelConfig) -> list[str]:
+    out = []
+    for transform in chain:
+        out.append(transform.changes(cfg))
+        cfg = transform.config(cfg)
+    return out
+
+
+def explain(chain: Sequence[Transform], cfg: ModelConfig) -> list[str]:
+    """A line for each transform; with the factors of the matrices where experts are scaled."""
+    lines = []
+    for transform in chain:
+        fields = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
+        line = f"{type(transform).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+        after = transform.config(cfg)
+        if isinstance(transform, VirtualGroups):
+            k = kappa(after.moe, transform.granularity)
+            factors = {n: k**power for n, power in SCALES[transform.scale][cfg.activation].items() if power}
+            line += f"\n  the sum of the routed experts is 1/κ of the dense layer, κ = {k:.4g}: "
+            line += ", ".join(f"{name} × {factor:.4g}" for name, factor in factors.items()) or "nothing is scaled"
+        lines.append(line)
+        cfg = after
+    return lines
+
+
+def _deviation(chain: Sequence[Transform], before, after, mesh: Mesh) -> dict[float, float]:
+    """The error by router scale, for routing whose weights have no fixed sum; {} for other routing."""
+    made = [t for t in chain if isinstance(t, VirtualGroups)]
+    if not made or fixed_sum(after[0].moe):
+        return {}
+    moe = after[1]["layers"]["moe"]
+
+    def at(scale):
+        layers = {**after[1]["layers"], "moe": {**moe, "w_router": scale * moe["w_router"]}}
+        return logits_error(before, (after[0], {**after[1], "layers": layers}), mesh)
+
+    return {scale * made[0].router_std: at(scale) for scale in ROUTER_SCALES}

@@ -1,0 +1,142 @@
+"""Weights without a training run around them: what import and upcycling write, and what `config.init_from` reads.
+
+A run directory of weights holds `config.json` and `checkpoints/0/`, whose `state` item has only `params/…` and
+`router_bias/…`, and whose `data` item is `{"origin": [...]}`: how the weights came to be, the first event first.
+Reading works on such a directory and on one of train.py alike.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from moe_jax import config
+from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, check_fits, load_config, save_config
+
+CASTABLE = ("float32", "bfloat16")
+HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
+# Fields of `model` that say how it is computed, and not which function it is.
+MACHINE = {"init_std", "max_seq_len", "compute_dtype", "param_dtype", "remat", "attention", "segment_mask"}
+MOE_MACHINE = {"compute", "capacity_factor", "exchange", "exchange_chunks", "grouped_matmul"}
+
+
+def check_free(workdir: str | os.PathLike) -> Path:
+    """The path of a run directory yet to be made. Raises CheckpointError if there is anything in it."""
+    path = Path(workdir).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} is not empty: weights are written to a new run directory only")
+    return path
+
+
+def save_weights(
+    workdir: str | os.PathLike,
+    cfg: config.RunConfig,
+    params: dict,
+    router_bias: dict,
+    origin: list[dict],
+    files: dict[str, bytes] | None = None,
+) -> None:
+    """Makes a run directory of weights, all of it or nothing: a failure leaves the place as it was.
+
+    origin: one JSON object for each thing that happened to the weights, the latest last.
+    files: more to put in the directory, by name (a tokenizer).
+    Raises CheckpointError for a directory that is not empty. Every process calls this.
+    """
+    path = check_free(workdir)
+    partial = path.with_name(f".{path.name}.partial")
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    _barrier("weights: begin")
+    try:
+        save_config(partial, cfg)
+        _barrier("weights: config")
+        with Checkpoints(partial, keep=1, host_bytes=HOST_BYTES) as checkpoints:
+            state = {"params": params, "router_bias": router_bias}
+            checkpoints.save(0, state, {"origin": origin}, wait=True)
+        if first:
+            for name, data in (files or {}).items():
+                (partial / name).write_bytes(data)
+            os.replace(partial, path)  # an empty directory gives way
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _barrier("weights: end")
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def load_weights(
+    workdir: str | os.PathLike,
+    abstract_params: dict,
+    abstract_bias: dict,
+    *,
+    step: int | None = None,
+    cast: bool = False,
+) -> tuple[dict, dict, list[dict]]:
+    """Parameters, router biases and origin of a run directory, of weights or of training, on any mesh.
+
+    abstract_params, abstract_bias: as in `step.abstract_weights`, with the shardings to load them to.
+    step: a checkpoint of a training run; by default the newest. Its optimizer state is not read.
+    cast: float32 and bfloat16 may stand for each other; else a dtype that differs is refused.
+    Raises CheckpointError naming the first parameter whose presence, shape or dtype differs.
+    """
+    if not Path(workdir).is_dir():
+        raise CheckpointError(f"{workdir}: no such run directory")
+    want = {"params": abstract_params, "router_bias": abstract_bias}
+    with Checkpoints(workdir) as checkpoints:
+        step, saved = checkpoints.contents(step)
+        rest = {name: jax.tree.map(lambda _: PLACEHOLDER, saved[name]) for name in saved if name not in want}
+        have = {name: saved.get(name) or {} for name in want}
+        as_saved = jax.tree.map(_in_dtype_of, want, have) if cast and _alike(want, have) else want
+        check_fits(as_saved, have, checkpoints.name(step))
+        state, (data, *_) = checkpoints.read({**rest, **{n: as_saved[n] for n in want if n in saved}}, step)
+    loaded = {name: state.get(name) or {} for name in want}
+    loaded = jax.tree.map(lambda x, a: x if x.dtype == a.dtype else jnp.astype(x, a.dtype), loaded, want)
+    origin = data.get("origin", [])
+    if "step" in saved:
+        origin = [*origin, {"event": "train", "workdir": str(workdir), "steps": step, "tokens": data.get("tokens")}]
+    return loaded["params"], loaded["router_bias"], origin
+
+
+def _alike(want: dict, have: dict) -> bool:
+    return jax.tree.structure(want) == jax.tree.structure(jax.tree.map(lambda _: 0, have))
+
+
+def _in_dtype_of(want: jax.ShapeDtypeStruct, have: Any) -> jax.ShapeDtypeStruct:
+    both = {str(want.dtype), str(have.dtype)} <= set(CASTABLE)
+    return jax.ShapeDtypeStruct(want.shape, have.dtype if both else want.dtype, sharding=want.sharding)
+
+
+def check_same_model(cfg: config.RunConfig) -> list[str]:
+    """That the weights of `cfg.init_from` are of the model `cfg.model`: from its config.json, before compilation.
+
+    Returns lines about what may differ (how the model is computed, the dtype its weights are in).
+    Raises CheckpointError with the fields that make it another model.
+    """
+    new, old = (_fields({"model": config.to_dict(c.model)}) for c in (cfg, load_config(cfg.init_from)))
+    lines = {
+        name: f"config.{name}: {json.dumps(old[name])} in {cfg.init_from}, {json.dumps(new[name])} now"
+        for name in new
+        if new[name] != old[name]
+    }
+    ours = {f"model.{n}" for n in MACHINE} | {f"model.moe.{n}" for n in MOE_MACHINE}
+    refused = [line for name, line in lines.items() if name not in ours]
+    if refused:
+        raise CheckpointError(f"config.init_from={cfg.init_from!r} has another model ({'; '.join(refused[:5])})")
+    return list(lines.values())
+
+
+def _fields(values: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {name: values}
+    return {k: v for key, item in values.items() for k, v in _fields(item, f"{name}.{key}" if name else key).items()}

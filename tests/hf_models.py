@@ -1,0 +1,77 @@
+"""Tiny models of transformers with random weights, one of each architecture and of what it may vary. Needs torch."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIZE = dict(
+    vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=40, max_position_embeddings=64, rope_theta=1000.0,
+)  # fmt: skip
+EXPERTS = dict(num_experts_per_tok=3, moe_intermediate_size=24)
+MLA = dict(
+    num_key_value_heads=4, kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14, n_routed_experts=8,
+    n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=2.446, norm_topk_prob=True,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", rope_theta=1000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)  # fmt: skip
+# Our name for it: (transformers' name, what its config has beyond or instead of SIZE).
+MODELS = {
+    "llama": ("Llama", dict(head_dim=12)),
+    "smollm2": ("Llama", dict(tie_word_embeddings=True, num_attention_heads=2, num_key_value_heads=1)),
+    "llama3": ("Llama", dict(rope_theta=None, rope_parameters=LLAMA3)),
+    "mistral": ("Mistral", dict(sliding_window=None, head_dim=8)),
+    "qwen3": ("Qwen3", dict(head_dim=10, tie_word_embeddings=True)),
+    "mixtral": ("Mixtral", dict(num_local_experts=6, num_experts_per_tok=2)),
+    "olmoe": ("Olmoe", dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False)),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | dict(num_experts=8, norm_topk_prob=True, head_dim=10, mlp_only_layers=[0])),
+    "moonlight": ("DeepseekV3", EXPERTS | MLA | dict(n_group=1, topk_group=1, q_lora_rank=None)),
+    "deepseek_v3": ("DeepseekV3", EXPERTS | MLA | dict(n_group=4, topk_group=2, q_lora_rank=18, num_experts_per_tok=3)),
+}
+TOKENS = np.random.default_rng(0).integers(0, 96, (8, 12)).astype(np.int32)
+
+
+@functools.cache
+def build(name: str):
+    """The model, in float32, whose every weight is drawn so that it matters."""
+    kind, more = MODELS[name]
+    fields = {k: v for k, v in (SIZE | more).items() if v is not None or k in ("sliding_window", "q_lora_rank")}
+    torch.manual_seed(sorted(MODELS).index(name))
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**fields)).eval()
+    model.generation_config = transformers.GenerationConfig()
+    with torch.no_grad():
+        for tensor_name, x in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in tensor_name:
+                x.copy_(1 + 0.3 * torch.randn_like(x))
+            elif "e_score_correction_bias" in tensor_name:
+                x.copy_(0.1 * torch.randn_like(x))
+            elif "inv_freq" not in tensor_name:
+                x.copy_(torch.randn_like(x) * (1.0 if "embed" in tensor_name else 1.5 / x.shape[-1] ** 0.5))
+    return model
+
+
+@functools.cache
+def saved(name: str) -> Path:
+    """Its files, as transformers writes them; in two or more shards."""
+    folder = Path(tempfile.mkdtemp(prefix=f"hf-{name}-"))
+    build(name).save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+def forward(model, tokens) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits `[B, S, V]`, and the experts each MoE layer chose, sorted, `[B·S, K]`."""
+    chosen = []
+    take = lambda module, args, out: chosen.append(np.sort(out[2].numpy(), axis=-1))
+    routers = [m for m in model.modules() if type(m).__name__.endswith("Router")]
+    hooks = [m.register_forward_hook(take) for m in routers]
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens, dtype=torch.long), use_cache=False).logits.numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, chosen

@@ -1,0 +1,152 @@
+"""Import and export against transformers: logits, chosen experts, the KV cache, bit-identical files. CPU, float32."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+hf_models = pytest.importorskip("tests.hf_models" if __package__ else "hf_models")
+
+from hf_models import MODELS, TOKENS, build, forward, saved, torch, transformers  # noqa: E402
+
+from moe_jax import model, sharding, step, weights  # noqa: E402
+from moe_jax.hf import export_run, import_model  # noqa: E402
+from moe_jax.hf import safetensors as files  # noqa: E402
+from moe_jax.layers import weight  # noqa: E402
+from moe_jax.moe import TokenInfo  # noqa: E402
+
+# Compiling is what takes time: the fast tests have one model of each architecture, two of them with a cache.
+SLOW = {"llama", "smollm2", "mistral", "deepseek_v3"}
+some = lambda slow: [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in sorted(MODELS)]
+QUIET = lambda line: None
+
+
+@functools.cache
+def mesh_of(*shape):
+    return sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+
+
+@functools.cache
+def imported(name, shape=(1, 1, 1)):
+    """The run directory of a model, and its configuration in float32."""
+    workdir = Path(tempfile.mkdtemp(prefix=f"run-{name}-")) / "run"
+    cfg = import_model(saved(name), workdir, mesh=mesh_of(*shape), say=QUIET)
+    return workdir, dataclasses.replace(cfg.model, compute_dtype="float32")
+
+
+@functools.cache
+def load(name):
+    workdir, cfg = imported(name)
+    params, bias, _ = weights.load_weights(workdir, *step.abstract_weights(cfg, mesh_of(1, 1, 1)))
+    return cfg, params, bias
+
+
+def logits_of(cfg, params, bias, tokens, prefill=None):
+    """`[B, S, V]`, and all choices; with `prefill`, through a cache: so many tokens, then one at a time."""
+    graph, mesh = model.abstract(cfg, record=True), mesh_of(1, 1, 1)
+
+    @jax.jit
+    def run(params, bias, tokens, cache, start):
+        net = graph.bind(params, bias)
+        at = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = jax.sharding.reshard(jnp.broadcast_to(at[None], tokens.shape), sharding.BATCH)
+        info = TokenInfo(tokens >= 0, jnp.zeros_like(tokens))
+        out = net(model.Inputs(tokens, positions, None, info), cache, start if cache else None)
+        head = weight(net.output_matrix, "float32")
+        return jnp.einsum("bsd,vd->bsv", out.hidden, head), out.cache, out.choices.experts
+
+    with jax.set_mesh(mesh):
+        tokens = jax.device_put(tokens, sharding.batch_sharding(mesh))
+        if prefill is None:
+            logits, _, experts = run(params, bias, tokens, None, jnp.int32(0))
+            return np.asarray(logits), np.asarray(experts)
+        cache, parts = graph.bind(params, bias).empty_cache(*tokens.shape), []
+        for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, tokens.shape[1]))]:
+            logits, cache, _ = run(params, bias, tokens[:, start:stop], cache, jnp.int32(start))
+            parts.append(np.asarray(logits))
+    return np.concatenate(parts, axis=1), None
+
+
+def error(got, want):
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", some(SLOW))
+def test_same_logits_and_experts(name):
+    want, chosen = forward(build(name), TOKENS)
+    cfg, params, bias = load(name)
+    got, experts = logits_of(cfg, params, bias, TOKENS)
+    assert experts.shape[0] == cfg.num_moe_layers == len(chosen)
+    for mine, theirs in zip(experts, chosen, strict=True):
+        np.testing.assert_array_equal(np.sort(mine, axis=-1).reshape(theirs.shape), theirs)
+    assert error(got, want) < 1e-5 and want.std() > 0.1
+
+
+@pytest.mark.parametrize("name", some(set(MODELS) - {"moonlight", "llama3"}))
+def test_same_logits_through_the_cache(name):
+    want, _ = forward(build(name), TOKENS)
+    assert error(logits_of(*load(name), TOKENS, prefill=9)[0], want) < 1e-5
+
+
+def tensors(folder):
+    return {name: entry.read() for name, entry in files.open_model(folder).items()}
+
+
+@pytest.mark.parametrize("name", some(SLOW))
+def test_export_is_bit_identical_and_loads(name, tmp_path):
+    workdir, _ = imported(name)
+    mesh = mesh_of(2, 2, 2) if name == "moonlight" else mesh_of(1, 1, 1)
+    architecture = export_run(workdir, tmp_path / "out", mesh=mesh, max_file=60_000, say=QUIET)
+    assert architecture == f"{MODELS[name][0]}ForCausalLM"
+    got, want = tensors(tmp_path / "out"), tensors(saved(name))
+    assert set(got) == set(want) and (tmp_path / "out" / files.INDEX).exists()
+    for tensor in want:
+        assert got[tensor].dtype == want[tensor].dtype
+        np.testing.assert_array_equal(got[tensor], want[tensor], err_msg=tensor)
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(back) is type(build(name)) and back.dtype == torch.float32
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    np.testing.assert_array_equal(forward(back.eval(), TOKENS)[0], forward(build(name), TOKENS)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", ["moonlight", "smollm2"])
+def test_any_mesh_imports_the_same(name, shape):
+    """Every leaf of the run directory, read back onto one mesh."""
+    one, other = imported(name)[0], imported(name, shape)[0]
+    cfg = imported(name)[1]
+    abstract = step.abstract_weights(cfg, mesh_of(1, 1, 1))
+    a, b = (weights.load_weights(folder, *abstract) for folder in (one, other))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a[:2], b[:2])
+    assert (one / "config.json").read_text().replace(str(one), "") == (
+        (other / "config.json").read_text().replace(str(other), "")
+    )
+
+
+def test_origin_says_where_they_came_from():
+    workdir, cfg = imported("moonlight")
+    _, _, origin = weights.load_weights(workdir, *step.abstract_weights(cfg, mesh_of(1, 1, 1)))
+    assert [event["event"] for event in origin] == ["import"]
+    assert origin[0]["architecture"] == "DeepseekV3ForCausalLM" and origin[0]["from"] == str(saved("moonlight"))
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    """… and the router's weights, which are float32 here, come back as they were."""
+    there = build("qwen3_moe").to(torch.bfloat16)
+    there.save_pretrained(tmp_path / "in")
+    there.to(torch.float32)  # rounded from here on: the models are shared
+    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh_of(1, 1, 1), say=QUIET)
+    assert cfg.model.param_dtype == "bfloat16"
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh_of(1, 1, 1), say=QUIET)
+    got, want = tensors(tmp_path / "out"), tensors(tmp_path / "in")
+    assert set(got) == set(want) and {x.dtype.name for x in got.values()} == {"bfloat16"}
+    for name in want:
+        np.testing.assert_array_equal(got[name].view(np.uint16), want[name].view(np.uint16))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -1,0 +1,317 @@
+"""Files that are not what they should be: each is refused in one line, and nothing is left behind. No torch needed."""
+
+import dataclasses
+import json
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_configs import load
+
+from moe_jax import config, sharding, step, weights
+from moe_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
+from moe_jax.hf import FormatError, export_run, import_model, tables
+from moe_jax.hf import safetensors as files
+from moe_jax.hf.architectures import ARCHITECTURES, differences, read_config, write_config
+from moe_jax.hf.devices import flatten
+
+REPO = Path(__file__).parents[1]
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 300, "hidden_size": 8,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False, "hidden_act": "silu", "eos_token_id": 2,
+}  # fmt: skip
+EMBED = "model.embed_tokens.weight"
+
+
+def mesh():
+    return sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+def shapes_of(model):
+    return {path: x.shape for tree in step.abstract_weights(model, mesh()) for path, x in flatten(tree).items()}
+
+
+def write(folder, change=None, **hf):
+    """A whole Llama in one file, its tensors changed by `change(dict)`, its config.json by keywords."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _, model, _ = read_config(CONFIG, "here")
+    rng = np.random.default_rng(0)
+    numbers = {
+        t.name: rng.normal(size=t.shape).astype(np.float32)
+        for t in tables.tensors("LlamaForCausalLM", model, shapes_of(model))
+    }
+    if change:
+        change(numbers)
+    specs = [files.Spec(name, x.dtype, x.shape) for name, x in numbers.items()]
+    files.write_model(folder, specs, numbers.values())
+    (folder / "config.json").write_text(json.dumps(CONFIG | hf))
+    return folder
+
+
+def shards(folder):
+    """… in two files with an index."""
+    write(folder)
+    numbers = {name: entry.read() for name, entry in files.open_model(folder).items()}
+    (folder / files.SINGLE).unlink()
+    specs = [files.Spec(name, x.dtype, x.shape) for name, x in numbers.items()]
+    files.write_model(folder, specs, numbers.values(), max_file=sum(s.size for s in specs) // 2 + 4000)
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    return folder
+
+
+def edit_index(folder, edit):
+    path = folder / files.INDEX
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def header(folder, edit=None, length=None, name=files.SINGLE):
+    """Writes the file anew with another header."""
+    path = folder / name
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    text = data[8 : 8 + size]
+    if edit:
+        text = edit(text)
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data[8 + size :])
+
+
+def as_json(edit):
+    def of(text):
+        body = json.loads(text)
+        edit(body)
+        return json.dumps(body).encode()
+
+    return of
+
+
+def truncated(folder):
+    path = write(folder) / files.SINGLE
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def pickled(folder):
+    (write(folder) / files.SINGLE).unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(CONFIG))
+
+
+def with_tokenizer(folder):
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(301)}, unk_token="0"))
+    (write(folder) / "tokenizer.json").write_text(made.to_str())
+
+
+# Ways to break a whole model: its header, one entry of it, the index, its tensors, its config.json.
+head = lambda edit: lambda f: header(write(f), edit)
+entry = lambda **fields: head(as_json(lambda h: h[EMBED].update(fields)))
+index = lambda **owners: lambda f: edit_index(shards(f), lambda m: m.update(owners))
+embed_in = lambda file: index(**{EMBED: file})
+held = lambda change: lambda f: write(f, change)
+said = lambda **hf: lambda f: write(f, **hf)
+file = lambda name, edit: lambda f: edit(write(f) / name)
+SECOND = "model-00002-of-00002.safetensors"
+OUTSIDE = "is not the name of a .safetensors file beside it"
+
+BROKEN = {
+    "cut short": (truncated, "model.safetensors: is cut short: .* ends at byte"),
+    "empty file": (file(files.SINGLE, lambda p: p.write_bytes(b"abc")), "a header of .* bytes cannot be"),
+    "absurd header": (lambda f: header(write(f), length=2**62), r"a header of 4,611,686,018,427,387,904 bytes cannot"),
+    "header no JSON": (head(lambda t: t[:-30]), "header is not valid JSON"),
+    "deep header": (head(lambda t: b"[" * 100_000), "header is not valid JSON"),
+    "doubled name": (
+        head(lambda t: t.replace(b"layers.1.mlp.up", b"layers.0.mlp.up")),
+        "its header names a tensor twice",
+    ),
+    "negative offset": (entry(data_offsets=[-8, 9592]), "entry of .* is broken"),
+    "beyond the end": (entry(data_offsets=[10**9, 10**9 + 9600]), "is cut short"),
+    "wrong size": (entry(shape=[301, 8]), r"is 9,632 bytes, not 9,600"),
+    "huge shape": (entry(shape=[2**40, 2**40]), "bytes, not 9,600"),
+    "unknown dtype": (entry(dtype="F8_E4M3"), "is of type F8_E4M3; must be"),
+    "missing shard": (lambda f: next(shards(f).glob("*2.safetensors")).unlink(), "of-00002.safetensors is missing"),
+    "shard outside": (embed_in("../model.safetensors"), OUTSIDE),
+    "absolute shard": (embed_in("/etc/x.safetensors"), OUTSIDE),
+    "pickled shard": (embed_in("model.bin"), OUTSIDE),
+    "index lies": (embed_in(SECOND), "says that"),
+    "index asks for more": (index(x=SECOND), "has no x, which"),
+    "index no map": (file(files.INDEX, lambda p: p.write_text("{}")), "must have a weight_map"),
+    "pickle": (pickled, "pytorch_model.bin is a pickle, .* never opened"),
+    "no weights": (file(files.SINGLE, Path.unlink), "has neither model.safetensors nor"),
+    "missing tensor": (held(lambda n: n.pop("model.layers.1.mlp.up_proj.weight")), "has no model.layers.1.mlp.up_proj"),
+    "unknown tensor": (held(lambda n: n.update({"model.extra": np.zeros(3, np.float32)})), "model.extra, .* no rule"),
+    "wrong shape": (held(lambda n: n.update({"model.norm.weight": np.zeros(9, np.float32)})), r"shape \[9\]; .* \[8\]"),
+    "another vocabulary": (said(vocab_size=299), r"has shape \[300, 8\]; .* must be \[299, 8\]"),
+    "another tokenizer": (with_tokenizer, "has token 300, but config.json says vocab_size=300"),
+    "untied after all": (said(tie_word_embeddings=True), "lm_head.weight is not model.embed_tokens.weight"),
+    "unknown architecture": (
+        said(architectures=["GPT2LMHeadModel"]),
+        r"'GPT2LMHeadModel'\] is not among those .* LlamaF",
+    ),
+    "no architecture": (said(architectures=None), "architectures=None is not among"),
+    "other activation": (said(hidden_act="gelu"), "hidden_act='gelu' is not computed here; .* 'silu'"),
+    "biases": (said(attention_bias=True), "attention_bias=True is not computed here"),
+    "quantised": (said(quantization_config={"bits": 4}), "quantization_config=.* is not computed here"),
+    "yarn": (said(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_type='yarn' is not computed"),
+    "odd number": (said(hidden_size="8"), "hidden_size must be a number"),
+    "broken rule": (said(num_key_value_heads=3), "num_kv_heads=3: must divide num_heads=2"),
+    "no config": (file("config.json", Path.unlink), "config.json: no such file"),
+    "config cut short": (file("config.json", lambda p: p.write_text('{"a": ')), "config.json: is not valid JSON"),
+    "no directory": (lambda f: None, "no such directory"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_input_is_one_line_and_leaves_nothing(tmp_path, what):
+    make, message = BROKEN[what]
+    make(tmp_path / "in")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FormatError, match=message) as error:
+        import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_command_line(tmp_path):
+    """Exit status 2 and one line; then the way in, and out again."""
+    run = lambda *args: subprocess.run(
+        [sys.executable, "-m", "moe_jax.hf", *args], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
+    pickled(tmp_path / "in")
+    done = run("import", f"--from={tmp_path / 'in'}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not done.stdout and sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    done = run("imprt", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2 and "nearest valid: import or export" in done.stderr
+    write(tmp_path / "in", strange_key=1)
+    done = run("import", f"--from={tmp_path / 'in'}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "strange_key=1 in config.json is not known here" in done.stdout
+    assert "no tokenizer came with it" in done.stdout and "next: python eval.py" in done.stdout
+    cfg = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert cfg["data"]["seq_len"] == 16 and cfg["model"]["num_dense_layers"] == 2
+
+
+def test_nothing_is_overwritten(tmp_path):
+    write(tmp_path / "in")
+    import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
+    for call in (
+        lambda: import_model(tmp_path / "in", tmp_path / "run", mesh=mesh()),
+        lambda: export_run(tmp_path / "run", tmp_path / "in", mesh=mesh()),
+    ):
+        with pytest.raises(weights.CheckpointError, match="is not empty"):
+            call()
+
+
+def test_tokenizer_files_travel(tmp_path):
+    write(tmp_path / "in")
+    for name, text in (
+        ("tokenizer_config.json", '{"eos_token": {"content": "</s>"}}'),
+        ("merges.txt", "a b"),
+        ("x.py", "1"),
+    ):
+        (tmp_path / "in" / name).write_text(text)
+    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
+    assert cfg.data.tokenizer.kind == "huggingface" and cfg.data.tokenizer.end_of_text == "</s>"
+    assert cfg.data.tokenizer.path == str(tmp_path / "run" / "tokenizer.json")
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), say=lambda line: None)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    write(tmp_path / "in")
+    import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
+    monkeypatch.setattr("moe_jax.hf.convert.fetch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_run(tmp_path / "run", tmp_path / "out", mesh=mesh())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "run"]
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+DENSE = ModelConfig(num_layers=2, num_dense_layers=2, max_seq_len=64)
+MOE = ModelConfig(num_layers=2, max_seq_len=64)
+SIGMOID = MoEConfig(score="sigmoid", selection_bias=True, num_shared_experts=1)
+SAID = {
+    "LlamaForCausalLM": dataclasses.replace(DENSE, rope_scaling=RopeScalingConfig(8.0)),
+    "Qwen3ForCausalLM": dataclasses.replace(DENSE, qk_norm=True, head_dim=24),
+    "MixtralForCausalLM": dataclasses.replace(MOE, moe=MoEConfig(renormalize=True)),
+    "OlmoeForCausalLM": dataclasses.replace(MOE, qk_norm=True, qk_norm_over="projection"),
+    "Qwen3MoeForCausalLM": dataclasses.replace(MOE, qk_norm=True, num_dense_layers=1, head_dim=24),
+    "DeepseekV3ForCausalLM": dataclasses.replace(MOE, num_dense_layers=1, mla=MLAConfig(8, 0, 8, 16), moe=SIGMOID),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_model_finds_its_architecture(name):
+    found, hf = write_config(SAID[name], 64)
+    assert found == name and read_config(json.loads(json.dumps(hf)), "")[1] == SAID[name]
+
+
+def test_a_model_of_no_architecture_is_refused():
+    for change, message in (
+        ({"moe": MoEConfig(score="sigmoid")}, "has another"),
+        ({"num_dense_layers": 1}, "num_dense_layers"),
+        ({"moe": MoEConfig(num_shared_experts=1, renormalize=True)}, "num_shared_experts"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            write_config(dataclasses.replace(MOE, **change), 64)
+
+
+def test_sliding_window_bounds_the_positions():
+    mistral = CONFIG | {"architectures": ["MistralForCausalLM"], "sliding_window": 12}
+    _, model, lines = read_config(mistral, "")
+    assert model.max_seq_len == 12 and "sliding_window=12" in lines[0]
+    assert read_config(mistral | {"use_sliding_window": False}, "")[1].max_seq_len == 16
+    with pytest.raises(config.ConfigError, match=r"seq_len=13: must be ≤ model\.max_seq_len=12"):
+        config.build({"model": config.to_dict(model), "data": {"seq_len": 13}})
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_tables_are_total(name, monkeypatch):
+    model = SAID[name]
+    shapes = shapes_of(model)
+    assert len(tables.tensors(name, model, shapes)) >= len(shapes)
+    with pytest.raises(FormatError, match="no rule for the parameter layers/new"):
+        tables.tensors(name, model, shapes | {"layers/new": (2, 3)})
+    stack = "dense_layers" if model.num_dense_layers == 2 else "layers"
+    with pytest.raises(FormatError, match=r"attention/w_o, which this model has not|matches no parameter"):
+        tables.tensors(name, model, {path: s for path, s in shapes.items() if not path.endswith("attention/w_o")})
+    with pytest.raises(FormatError, match=f"no rule for the parameter {stack}/attention_norm, or not for all"):
+        tables.tensors(name, model, shapes | {f"{stack}/attention_norm": (7, 8)})
+
+
+# Of the release, with the keys that say nothing about how it computes left out.
+MOONLIGHT = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 11264, "kv_lora_rank": 512,
+    "max_position_embeddings": 8192, "model_type": "deepseek_v3", "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+    "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": True, "num_attention_heads": 16,
+    "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 1,
+    "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 163840,
+}  # fmt: skip
+
+
+def test_configs_are_the_releases():
+    """configs/ of published models: the same function of the same weights, found again from the model alone."""
+    name, model, lines = read_config(MOONLIGHT, "")
+    assert name == "DeepseekV3ForCausalLM" and not lines
+    assert differences(load("moonlight_16b_a3b")[1].model, model) == []
+    assert write_config(model, 8192)[0] == name
+    assert write_config(load("olmoe_1b_7b")[1].model, 4096)[0] == "OlmoeForCausalLM"
+
+
+def test_every_architecture_is_tested():
+    assert set(SAID) | {"MistralForCausalLM"} == set(ARCHITECTURES)  # a Mistral without window is a Llama

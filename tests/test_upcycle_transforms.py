@@ -1,0 +1,191 @@
+"""The transforms beside virtual groups: noise, Drop-Upcycling, EMoE's clusters, depth, width, averages."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import upcycle
+from moe_jax.upcycle import Cluster, Depth, Drop, Noise, VirtualGroups, Width, cluster
+from tests.upcycle_source import SOURCE, STD, apply, dense, dense_logits, error, mesh_of
+
+EXPERTS = ("w_gate", "w_up", "w_down")
+
+
+@functools.cache
+def experts(*more, g=2) -> dict[str, np.ndarray]:
+    """`[L, E, …]` of an upcycled model."""
+    made = apply([VirtualGroups(4, g, g), *more])[1]["layers"]["moe"]
+    return {name: np.asarray(made[name], np.float64) for name in EXPERTS}
+
+
+def units(name, w):
+    """The hidden units first: `[L, E, f, D]`."""
+    return w if name == "w_down" else np.swapaxes(w, 2, 3)
+
+
+def test_noise():
+    """Of the size asked for, another for every expert, on nothing but experts."""
+    before, after = experts(), experts(Noise(0.1))
+    for name in EXPERTS:
+        noise = after[name] - before[name]
+        size = noise.std((2, 3)) / before[name].std((2, 3))
+        np.testing.assert_allclose(size, 0.1, rtol=0.2)
+        flat = noise.reshape(2, 8, -1)
+        like = np.corrcoef(flat.reshape(16, -1)) - np.eye(16)
+        assert np.abs(like).max() < 0.35
+    chain = [VirtualGroups(4, 2, 2, router_std=STD), Noise(0.0)]
+    assert error(chain) < 1e-5 and not chain[1].changes(SOURCE) and Noise(0.1).changes(SOURCE)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_drop(shared):
+    """Exactly r·f units of every expert are new, in all three matrices the same ones if shared."""
+    before, after = experts(), experts(Drop(0.375, shared))
+    changed = {}
+    for name in EXPERTS:
+        a, b = units(name, before[name]), units(name, after[name])
+        changed[name] = (a != b).any(-1)
+        assert (changed[name] == (a != b).all(-1)).all()
+        assert (changed[name].sum(-1) == 6).all()  # of 16
+    assert (len({changed[n].tobytes() for n in EXPERTS}) == 1) == shared
+    assert len({row.tobytes() for row in changed["w_up"].reshape(8, -1)}) == 8  # experts differ
+
+
+def test_statistics_of_what_is_dropped():
+    """Mean and deviation of the new units are those of the ones that they replace, in each expert."""
+    cfg, params = dense(d_ff=1024)
+    shifted = {**params["dense_layers"]["mlp"]}
+    shifted["w_up"] = shifted["w_up"] * jnp.arange(1, 3)[:, None, None] + 0.5
+    params = {**params, "dense_layers": {**params["dense_layers"], "mlp": shifted}}
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        made = upcycle.apply([VirtualGroups(2, 1, 1), Drop(0.5)], cfg, params)[1]["layers"]["moe"]
+    for name in EXPERTS:
+        old, new = np.asarray(shifted[name], np.float64)[:, None], np.asarray(made[name], np.float64)
+        picked = units(name, old != new).all(-1)
+        for layer, e in np.ndindex(2, 2):
+            was, now = (units(name, w)[layer, e % w.shape[1]][picked[layer, e]] for w in (old, new))
+            assert was.shape == (512, 16)
+            assert now.std() == pytest.approx(was.std(), rel=0.03)
+            assert now.mean() == pytest.approx(was.mean(), abs=0.04 * was.std())
+
+
+def test_nothing_dropped_is_exact_and_everything_dropped_is_not():
+    chain = lambda r: [VirtualGroups(4, 2, 2, router_std=STD), Drop(r)]
+    assert error(chain(0.0)) < 1e-5 < 0.1 < error(chain(1.0))
+    moe = VirtualGroups(4, 2, 2).config(SOURCE)
+    assert not Drop(0.0).changes(moe) and "50%" in Drop(0.5).changes(moe)
+
+
+# --- EMoE ------------------------------------------------------------------------------------------------------------
+
+
+def test_clusters_are_the_dense_layer():
+    """All chosen: the dense function, for gated and plain layers. Fewer: not."""
+    assert error([Cluster(8, 8)]) < 1e-5 and error([Cluster(8, 8, dense_layers=1)], "gelu") < 1e-5
+    assert error([Cluster(8, 4)]) > 0.1
+    assert not Cluster(8, 8).changes(SOURCE) and "4 of the 8" in Cluster(8, 4).changes(SOURCE)
+
+
+def test_every_unit_is_in_one_cluster():
+    """No parameter is new: experts are the dense units dealt out, router rows the mean of an expert's keys."""
+    source = {n: np.asarray(w) for n, w in dense()[1]["dense_layers"]["mlp"].items()}
+    made = jax.tree.map(np.asarray, apply([Cluster(4, 2)])[1]["layers"]["moe"])
+    for layer in range(2):
+        rows = {n: units(n, made[n])[layer].reshape(32, 16) for n in EXPERTS}
+        old = {n: source[n][layer] if n == "w_down" else source[n][layer].T for n in EXPERTS}
+        order = [int(np.flatnonzero((old["w_gate"] == row).all(1))[0]) for row in rows["w_gate"]]
+        assert sorted(order) == list(range(32))
+        for n in EXPERTS:
+            np.testing.assert_array_equal(rows[n], old[n][order])
+        np.testing.assert_allclose(made["w_router"][layer].T, rows["w_gate"].reshape(4, 8, 16).mean(1), atol=1e-6)
+
+
+def test_assignment_takes_the_shortest_distances_first():
+    rng = np.random.default_rng(3)
+    for f, e in ((12, 3), (20, 5), (8, 8), (6, 1)):
+        distance = rng.normal(size=(f, e)).astype(np.float32)
+        want, left = np.full(f, -1), np.full(e, f // e)
+        for i in np.argsort(distance, axis=None):
+            unit, c = divmod(int(i), e)
+            if want[unit] < 0 and left[c]:
+                want[unit], left[c] = c, left[c] - 1
+        np.testing.assert_array_equal(jax.jit(cluster.assign)(distance), want)
+
+
+def test_clusters_are_found():
+    """Four planted directions, eight units each, shuffled."""
+    rng = np.random.default_rng(4)
+    truth = rng.permutation(np.repeat(np.arange(4), 8))
+    keys = (np.eye(16)[:, truth] + 0.05 * rng.normal(size=(16, 32))) * rng.uniform(0.5, 3.0, 32)
+    found = jax.jit(cluster.cluster, static_argnums=(1, 2))(jnp.asarray(keys, jnp.float32), 4, 10, jax.random.key(3))
+    assert all(len(set(truth[np.asarray(found)[i : i + 8]])) == 1 for i in range(0, 32, 8))
+
+
+# --- growth ----------------------------------------------------------------------------------------------------------
+
+
+def test_depth():
+    assert Depth(5, "stack").sources(2) == [0, 1, 0, 1, 0] and Depth(5).sources(2) == [0, 0, 0, 1, 1]
+    cfg, params = apply([Depth(5, "stack")])
+    assert cfg.num_layers == cfg.num_dense_layers == 5
+    old = dense()[1]["dense_layers"]["mlp"]["w_up"]
+    np.testing.assert_array_equal(params["dense_layers"]["mlp"]["w_up"], old[np.asarray([0, 1, 0, 1, 0])])
+    assert error([Depth(5)]) > 0.1 and Depth(5).changes(SOURCE)
+    for order in ("stack", "interpolate"):
+        chain = [Depth(5, order, "identity"), VirtualGroups(4, 2, 2, router_std=STD)]
+        assert error(chain) < 1e-5 and not chain[0].changes(SOURCE)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_width(activation):
+    """Channels, hidden units and heads are copied, the function stays; then experts are made of the wide model."""
+    chain = [Width(48, 72, 6)]
+    cfg, params = apply(chain, activation)
+    assert (cfg.d_model, cfg.d_ff, cfg.num_heads, cfg.num_kv_heads) == (48, 72, 6, 3)
+    assert params["dense_layers"]["attention"]["w_o"].shape == (2, 48, 48)
+    # An RMSNorm's eps counts as much as before, so nothing is lost but rounding.
+    assert error(chain, activation) < 1e-5
+    if activation == "swiglu":
+        assert error([*chain, VirtualGroups(4, 8, 8, router_std=STD)]) < 1e-5
+
+
+def test_width_with_one_table_and_a_norm_over_all_heads():
+    cfg, params = dense(tie_embeddings=True, qk_norm_over="projection")
+    tokens, mesh = np.arange(32, dtype=np.int32).reshape(2, 16), mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        wide = upcycle.apply([Width(32, 0, 4)], cfg, params)
+    a, b = (np.asarray(upcycle.logits(*x, tokens, mesh)) for x in ((cfg, params), wide))
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+
+
+def test_average():
+    params = [dense()[1], jax.tree.map(lambda w: 3 * w, dense()[1])]
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        mean = upcycle.average(iter(params), 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-6), mean, params[0])
+    half = dense(param_dtype="bfloat16")[1]
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        same = upcycle.average(iter([half] * 3), 3)
+    jax.tree.map(np.testing.assert_array_equal, same, half)
+
+
+def test_what_is_written_down():
+    """Plain JSON values, from which the chain can be made again."""
+    chain = [Depth(4, new="identity"), VirtualGroups(4, 2, 4, moe={"selection_bias": True}), Drop(0.25)]
+    written = upcycle.describe(chain)
+    assert [w["transform"] for w in written] == ["Depth", "VirtualGroups", "Drop"]
+    assert written[2] == {"transform": "Drop", "ratio": 0.25, "shared_indices": True}
+    again = [getattr(upcycle, w["transform"])(**{k: v for k, v in w.items() if k != "transform"}) for w in written]
+    assert again == chain
+
+
+def test_the_seed_draws_router_and_noise():
+    chain = [VirtualGroups(4, 2, 2), Drop(0.5)]
+    one, same, other = (apply(chain, seed=seed)[1]["layers"]["moe"] for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert all((np.asarray(one[n]) != np.asarray(other[n])).any() for n in ("w_router", "w_up"))
+    assert dataclasses.replace(chain[0], router_std=0.0) != chain[0] and dense_logits().shape == (8, 16, 32)

@@ -1,0 +1,164 @@
+"""experiments/upcycling.py: what is done in which order, the comparison, and all of it at toy size."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import pool, upcycling, upcycling_measure, upcycling_report
+from moe_jax import analysis, checkpoint, config, model, sharding, weights
+
+TINY = config.ModelConfig(vocab_size=257, d_model=16, num_layers=2, num_dense_layers=2, d_ff=32, num_heads=2,
+                          num_kv_heads=2, head_dim=8, compute_dtype="float32")  # fmt: skip
+RUN = config.RunConfig(model=TINY, data=config.DataConfig(seq_len=32))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    made = tmp_path_factory.mktemp("experiment")
+    for name, word in (("law", "whereas"), ("prose", "a fine day")):
+        (made / "domains" / name).mkdir(parents=True)
+        for i in range(20):
+            (made / "domains" / name / f"{i}.txt").write_text(f"{word} {i}\n" * 40)
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
+        weights.save_weights(made / "dense", RUN, model.init(TINY, jax.random.key(0))[0], {}, [])
+    return made
+
+
+def planned(root, names, out):
+    found = upcycling.jobs(names, root / "dense", str(root / "domains"), out, {"train.steps": "40"}, False)
+    return [job for job in found if not job.done]
+
+
+def test_order(root, tmp_path):
+    """Weights before training, measures before more training, one conversion for arms that share it."""
+    names = ["dense", "exact", "exact_muon"]
+    assert [job.name for job in planned(root, names, tmp_path)] == ["weights of exact_muon", "dense, seed 0"]
+    made = upcycling.weights_of("exact", root / "dense", tmp_path)
+    assert made == upcycling.weights_of("exact_muon", root / "dense", tmp_path)
+    (made / "run").mkdir(parents=True)
+    (made / "run" / "config.json").write_text("{}")
+    trains = planned(root, names, tmp_path)
+    assert [job.name for job in trains] == [f"{name}, seed 0" for name in names]
+    assert f"--config=configs/continued.py:{made}/run,{root}/domains" in trains[1].command
+    (tmp_path / "dense" / "seed0").mkdir(parents=True)
+    (tmp_path / "dense" / "seed0" / "eval.json").write_text("{}")
+    assert planned(root, names, tmp_path)[0].name == "measures of dense"
+
+
+def test_every_arm_is_a_valid_config(root, tmp_path):
+    for name, arm in upcycling.ARMS.items():
+        run = upcycling.make_run(name, tmp_path, {"train.steps": "80"})
+        cfg = pool.load_config(upcycling.CONFIG, f"{root}/dense,{root}/domains", run.overrides)
+        assert (cfg.train.steps, cfg.train.checkpoint_every, cfg.init_from) == (80, 20, f"{root}/dense")
+        assert cfg.optim.name == ("muon" if "muon" in name else "adamw")
+        constant = name.endswith("constant")
+        assert (cfg.optim.schedule, cfg.optim.lr) == (("constant", 3e-5) if constant else ("cosine", 3e-4))
+        assert list(cfg.data.sources) == ["law", "prose"] and arm.label
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--only=exakt"], "no arm 'exakt'"),
+        (["--run=nowhere"], "--run=nowhere: is not a run directory"),
+        (["--set", "train.stepz=5"], "stepz"),
+        (["--report_only"], "holds no finished run"),
+    ],
+)
+def test_command_line(root, tmp_path, flags, says, monkeypatch, capsys):
+    command = ["upcycling", f"--run={root}/dense", f"--data={root}/domains", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", command + flags)
+    try:
+        status = upcycling.main()
+    except SystemExit as stop:
+        status = stop.code
+    assert status in (1, 2) and says in capsys.readouterr().err
+
+
+# --- the measure -----------------------------------------------------------------------------------------------------
+
+
+def test_similarity_of_experts():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 6, 8))
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    cosine = float((a * b).sum())
+    copies, shards = np.stack([a, 3 * a, a])[None], np.stack([a, b, a, 2 * b])[None]
+    np.testing.assert_allclose(analysis.expert_similarity(copies), [1.0])
+    np.testing.assert_allclose(analysis.expert_similarity(shards, 2), [1.0])
+    np.testing.assert_allclose(analysis.expert_similarity(shards), [(2 + 4 * cosine) / 6])
+    np.testing.assert_allclose(analysis.expert_similarity(np.stack([a, -a])[None]), [-1.0])
+    assert np.isnan(analysis.expert_similarity(copies[:, :1])).all()
+
+
+def test_granularity_of_the_origin():
+    chain = [{"transform": "Depth"}, {"transform": "VirtualGroups", "granularity": 4}]
+    assert upcycling_measure.granularity([{"event": "import"}, {"event": "upcycle", "chain": chain}]) == 4
+    assert upcycling_measure.granularity([{"event": "train"}]) == 1
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def fake_run(out: Path, arm: str, start: float, end: float, alike: list[float], flops: float) -> None:
+    """100 steps of 1000 tokens, the loss on a line."""
+    folder = out / arm / "seed0"
+    folder.mkdir(parents=True)
+    line = lambda step: start + (end - start) * step / 100
+    rows = [{"kind": "train", "step": s, "tokens": 1e3 * s, "xent": line(s)} for s in range(1, 101)]
+    rows += [{"kind": "eval", "step": s, "xent": line(s)} for s in range(25, 101, 25)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "eval.json").write_text(json.dumps({"domains": [{"domain": "all", "perplexity": float(np.exp(end))}]}))
+    steps = dict(zip((0, 50, 100), alike, strict=False))
+    similarity = {n: {"expert up": [x, x], "expert down": [x, x]} for n, x in steps.items()} or {0: {}}
+    measures = {"start": {"all": start}, "similarity": similarity, "flops_per_token": flops, "parameters": [2e6, 1e6]}
+    (folder / "measures.json").write_text(json.dumps(measures))
+
+
+def test_comparison(tmp_path):
+    labels = {name: arm.label for name, arm in upcycling.ARMS.items()}
+    fake_run(tmp_path, "dense", 3.0, 2.0, [], 1e6)
+    fake_run(tmp_path, "exact", 3.0, 1.9, [1.0, 0.9, 0.8], 1.1e6)
+    (tmp_path / "drop" / "seed0").mkdir(parents=True)  # still running
+    runs = upcycling_report.load(tmp_path, labels)
+    assert list(runs) == ["dense", "exact"] and runs["exact"].at(0.5) == pytest.approx(2.45)
+    upcycling_report.write(tmp_path, runs)
+    text = (tmp_path / "table.md").read_text()
+    assert "| dense | 2.0M | 1.0M | 1.00 | 3.000 | 2.750 | 2.500 | 2.000 | 7.39 | +0.00% |  |" in text
+    assert (
+        "| virtual groups, E8G8T8 | 2.0M | 1.0M | 1.10 | 3.000 | 2.725 | 2.450 | 1.900 | 6.69 | -9.52% | 0.800 |"
+        in text
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["exact"]["tokens"] == [0.0, 25e3, 50e3, 75e3, 100e3]
+    for name in ("loss.png", "similarity.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_toy_experiment(root, tmp_path, monkeypatch, capsys):
+    """Dense and two upcycled models from conversion to figures: both exact ones begin at the dense model's loss."""
+    fields = {"train.steps": 8, "data.batch_size": 8, "optim.warmup_steps": 1, "data.num_workers": 0,
+              "data.cache_dir": root / "cache"}  # fmt: skip
+    command = ["upcycling", f"--run={root}/dense", f"--data={root}/domains", f"--out={tmp_path}", "--gpus=0",
+               "--only=dense,exact,unscaled"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command + [x for n, v in fields.items() for x in ("--set", f"{n}={v}")])
+    monkeypatch.setattr(upcycling, "CHECKPOINTS", 2)
+    status = upcycling.main()
+    logs = [file.read_text()[-1500:] for file in tmp_path.glob("*/*/output.txt")]
+    assert status == 0, "\n".join(logs)
+    runs = upcycling_report.load(tmp_path, dict.fromkeys(upcycling.ARMS, ""))
+    start = {name: run.loss[0] for name, run in runs.items()}
+    assert start["exact"] == pytest.approx(start["dense"], rel=1e-5)
+    assert abs(start["unscaled"] / start["dense"] - 1) > 1e-5
+    assert list(runs["exact"].similarity) == [0, 4, 8] and runs["exact"].alike()[0] == pytest.approx(1.0)
+    assert all(run.loss[-1] < run.loss[0] for run in runs.values())
+    assert not (tmp_path / "exact" / "seed0" / "checkpoints").exists()
+    assert "| virtual groups, E8G8T8 |" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "weights")
+    assert checkpoint.load_config(tmp_path / "exact" / "seed0").model.moe.num_experts == 64

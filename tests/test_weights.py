@@ -1,0 +1,136 @@
+"""Weights without a run around them: written whole or not at all, read on any mesh, started from by train.py."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import sharding, step, weights
+from moe_jax.checkpoint import CheckpointError, Checkpoints, load_config
+from moe_jax.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
+
+MODEL = ModelConfig(
+    vocab_size=264, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
+    moe=MoEConfig(num_experts=4, top_k=2, d_expert=8, selection_bias=True, score="sigmoid"),
+)  # fmt: skip
+CFG = RunConfig(model=MODEL, data=DataConfig(batch_size=8, seq_len=8), optim=OptimConfig(name="adamw"))
+ORIGIN = [{"event": "import", "from": "somewhere"}, {"event": "upcycle", "experts": 4}]
+
+
+def mesh_of(*shape):
+    return sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+
+
+@pytest.fixture(scope="module")
+def state():
+    return step.init_state(CFG, mesh_of(2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def saved(state, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("weights") / "run"
+    bias = jax.tree.map(lambda b: b + 1, state.router_bias)
+    weights.save_weights(workdir, CFG, state.params, bias, ORIGIN, {"tokenizer.json": b"{}"})
+    return workdir
+
+
+def equal(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), got, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2)])
+def test_loads_on_any_mesh(saved, state, shape):
+    mesh = mesh_of(*shape)
+    abstract = step.abstract_weights(MODEL, mesh)
+    params, bias, origin = weights.load_weights(saved, *abstract)
+    equal(params, state.params)
+    assert all((np.asarray(b) == 1).all() for b in jax.tree.leaves(bias)) and jax.tree.leaves(bias)
+    assert origin == ORIGIN
+    jax.tree.map(lambda x, a: None if x.sharding == a.sharding else pytest.fail(str(a)), params, abstract[0])
+    assert load_config(saved) == CFG
+    assert (saved / "tokenizer.json").read_bytes() == b"{}"
+    names = os.listdir(saved / "checkpoints")
+    assert names == ["0"] and not list(saved.parent.glob(".*"))
+
+
+def test_loads_from_a_training_run(state, tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(7, state, {"batches": [], "tokens": 56.0, "origin": ORIGIN})
+    params, _, origin = weights.load_weights(tmp_path, *step.abstract_weights(MODEL, mesh_of(8, 1, 1)))
+    equal(params, state.params)
+    assert origin[:2] == ORIGIN
+    assert origin[2:] == [{"event": "train", "workdir": str(tmp_path), "steps": 7, "tokens": 56.0}]
+
+
+def test_casts_only_when_told_to(saved, state):
+    abstract = step.abstract_weights(dataclasses.replace(MODEL, param_dtype="bfloat16"), mesh_of(2, 2, 2))
+    with pytest.raises(CheckpointError, match="params/embed has dtype float32, this model needs bfloat16"):
+        weights.load_weights(saved, *abstract)
+    params, _, _ = weights.load_weights(saved, *abstract, cast=True)
+    assert params["embed"].dtype == "bfloat16" and params["layers"]["moe"]["w_router"].dtype == "float32"
+    assert params["embed"].sharding == abstract[0]["embed"].sharding
+    equal(params, jax.tree.map(lambda x, a: x.astype(a.dtype), state.params, abstract[0]))
+
+
+def test_another_model_is_refused(saved):
+    mesh = mesh_of(1, 1, 1)
+    for change, message in (
+        ({"qk_norm": True}, "has no params/layers/attention/k_norm"),
+        ({"d_model": 8}, r"has shape \(264, 16\), this model needs \(264, 8\)"),
+        ({"tie_embeddings": True}, "has params/head, which this model has not"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            weights.load_weights(saved, *step.abstract_weights(dataclasses.replace(MODEL, **change), mesh), cast=True)
+
+
+def test_a_training_run_does_not_go_on_from_weights(saved):
+    with Checkpoints(saved) as checkpoints, pytest.raises(CheckpointError, match=r"weights only: .*config\.init_from"):
+        checkpoints.restore(step.abstract_state(CFG, mesh_of(1, 1, 1)))
+
+
+def test_nothing_is_overwritten(saved, state, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in saved.rglob("*")}
+    with pytest.raises(CheckpointError, match="is not empty"):
+        weights.save_weights(saved, CFG, state.params, state.router_bias, ORIGIN)
+    assert before == {p: p.stat().st_mtime_ns for p in saved.rglob("*")}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    weights.save_weights(empty, CFG, state.params, state.router_bias, ORIGIN)
+    assert (empty / "config.json").exists()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_leaves_nothing(state, tmp_path, existing):
+    workdir = tmp_path / "run"
+    if existing:
+        workdir.mkdir()
+    with pytest.raises(TypeError):
+        weights.save_weights(workdir, CFG, state.params, state.router_bias, ORIGIN, {"tokenizer.json": 3})
+    assert [p.name for p in tmp_path.rglob("*")] == (["run"] if existing else [])
+
+
+def test_init_from_compares_the_models_before_compilation(saved):
+    cfg = dataclasses.replace(CFG, init_from=str(saved))
+    assert weights.check_same_model(cfg) == []
+    lower = dataclasses.replace(MODEL, param_dtype="bfloat16", remat="full")
+    lines = weights.check_same_model(dataclasses.replace(cfg, model=lower))
+    assert [line.split(":")[0] for line in lines] == ["config.model.param_dtype", "config.model.remat"]
+    other = dataclasses.replace(MODEL, rope_theta=5e5, moe=dataclasses.replace(MODEL.moe, top_k=1))
+    with pytest.raises(CheckpointError) as error:
+        weights.check_same_model(dataclasses.replace(cfg, model=other))
+    for part in ("config.model.rope_theta: 10000.0 in", "500000.0 now", "config.model.moe.top_k: 2 in"):
+        assert part in str(error.value)
+    with pytest.raises(CheckpointError, match="is not a run directory"):
+        weights.check_same_model(dataclasses.replace(cfg, init_from=str(saved / "missing")))
+
+
+def test_state_from_weights_is_fresh_but_for_them(saved):
+    mesh = mesh_of(2, 2, 2)
+    params, bias, _ = weights.load_weights(saved, *step.abstract_weights(MODEL, mesh))
+    made = step.init_state(CFG, mesh, (params, bias))
+    equal(made.params, params)
+    equal(made.router_bias, bias)
+    like = step.abstract_state(CFG, mesh)
+    assert jax.tree.structure(made) == jax.tree.structure(like) and int(made.step) == 0

@@ -81,7 +81,7 @@ def seconds(fn, *args, repeats: int = 20) -> float:
 
 def main(_):
     device = jax.devices()[0]
-    backends = BACKENDS.value or [choose_backend("auto", device.platform, device.device_kind, 128, 128, "bfloat16")[0]]
+    backends = BACKENDS.value or [choose_backend("auto", device.platform, device.device_kind, "bfloat16")[0]]
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     rng = np.random.default_rng(0)
     for backend in backends:

@@ -40,9 +40,7 @@ class Backends(NamedTuple):
     ) -> tuple["Backends", str]:
         """peers: devices of the mesh's `expert` axis; tokens: those of one device in a forward pass."""
         attention, why_a = choose_attention(cfg, platform, device_kind, seq_len)
-        matmul, why_m = choose_backend(
-            cfg.moe.grouped_matmul, platform, device_kind, cfg.d_model, cfg.moe.d_expert, cfg.compute_dtype
-        )
+        matmul, why_m = choose_backend(cfg.moe.grouped_matmul, platform, device_kind, cfg.compute_dtype)
         itemsize = jnp.dtype(cfg.compute_dtype).itemsize
         exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize)
         if not cfg.num_moe_layers:

@@ -44,12 +44,6 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         "use 'auto'",
     )
     if moe.grouped_matmul == "hopper":
-        for name, width in (("model.d_model", cfg.model.d_model), ("model.moe.d_expert", moe.d_expert)):
-            rule = "must be a multiple of 128 for model.moe.grouped_matmul='hopper'"
-            require(width % 128 == 0, name, width, rule, f"nearest valid: {max(128, round(width / 128) * 128)}")
-        rule = "or model.moe.d_expert must be a multiple of 256 for model.moe.grouped_matmul='hopper'"
-        near = f"nearest valid: {max(256, round(cfg.model.d_model / 256) * 256)}"
-        require(cfg.model.d_model % 256 == 0 or moe.d_expert % 256 == 0, "model.d_model", cfg.model.d_model, rule, near)
         dtype = cfg.model.compute_dtype
         rule = "must be 'bfloat16' for model.moe.grouped_matmul='hopper'"
         require(dtype == "bfloat16", "model.compute_dtype", dtype, rule, "use 'auto'")

@@ -32,18 +32,14 @@ class Backend(Protocol):
         """xᵀ·dy of every group; what x and dy hold past the last group does not count."""
 
 
-def choose_backend(
-    name: str, platform: str, device_kind: str, d_model: int, d_expert: int, dtype: str
-) -> tuple[str, str]:
+def choose_backend(name: str, platform: str, device_kind: str, dtype: str) -> tuple[str, str]:
     """The back end for a platform, and why: printed once at start-up. `name` other than "auto" is taken as it is."""
     if name != "auto":
         return name, "set in the config"
     if platform == "tpu":
         return "ragged_dot", "TPU"
     if platform in ("gpu", "cuda") and is_hopper(device_kind):
-        if dtype == "bfloat16" and hopper.fits(d_model, d_expert):
-            return "hopper", device_kind
-        return "reference", f"slow: the Hopper kernel needs bfloat16 and {hopper.WIDTHS}"
+        return ("hopper", device_kind) if dtype == "bfloat16" else ("reference", "slow: the Hopper kernel is bfloat16")
     if platform in ("gpu", "cuda"):
         return "reference", f"slow: no grouped-matmul kernel for {device_kind} yet"
     return "reference", platform

@@ -6,6 +6,7 @@ What is read begins at a multiple of 8 rows and may reach into the groups before
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +20,6 @@ from moe_jax.kernels.tiles import DEPTH, HALF, STAGES, Tiling
 
 TABLE = Path(__file__).with_name("hopper_tilings.json")  # the fastest tiling by shape
 ALIGN = 8  # rows read begin at multiples of this
-WIDTHS = f"D and F that are multiples of {HALF}, one of them of {2 * HALF}"
-
-
-def fits(d_model: int, d_expert: int) -> bool:
-    """Whether all products of an expert can be cut into tiles: `WIDTHS`."""
-    return d_model % HALF == d_expert % HALF == 0 and (d_model % (2 * HALF) == 0 or d_expert % (2 * HALF) == 0)
 
 
 def candidates(kind: str, inner: int, columns: int) -> list[Tiling]:
@@ -130,17 +125,33 @@ def weight_gradient(
 
 
 class Hopper:
-    """The back end. In bf16, whatever it is given."""
+    """The back end. In bf16, whatever it is given; widths that cannot be cut into tiles are padded with zeros."""
 
     groups = staticmethod(find_groups)
 
     def rows(self, xs, ws, groups, transpose):
-        dtype = xs[0].dtype
-        xs, ws = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (xs, ws))
-        return rows_times_weights(xs, ws, groups, transpose=transpose).astype(dtype)
+        dtype, (columns, inner) = xs[0].dtype, (ws[0].shape[1:] if transpose else ws[0].shape[:0:-1])
+        wide = _up(columns, HALF), _up(inner, DEPTH)
+        xs = tuple(_bf16(x, wide[1]) for x in xs)
+        ws = tuple(_bf16(w, *(wide if transpose else wide[::-1])) for w in ws)
+        return rows_times_weights(xs, ws, groups, transpose=transpose)[:, :columns].astype(dtype)
 
     def weights(self, x, dy, groups):
-        return weight_gradient(x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), groups)
+        d, f = x.shape[1], dy.shape[1]
+        wide = min(((_up(d, HALF), _up(f, 2 * HALF)), (_up(d, 2 * HALF), _up(f, HALF))), key=math.prod)
+        return weight_gradient(_bf16(x, wide[0]), _bf16(dy, wide[1]), groups)[:, :d, :f]
+
+
+def _up(width: int, unit: int) -> int:
+    return width + -width % unit
+
+
+def _bf16(a: Array, *widths: int) -> Array:
+    """In bfloat16, the last dimensions padded with zeros to `widths`."""
+    missing = [(0, 0)] * (a.ndim - len(widths)) + [
+        (0, w - n) for w, n in zip(widths, a.shape[-len(widths) :], strict=True)
+    ]
+    return jnp.pad(a.astype(jnp.bfloat16), missing)
 
 
 # --- the kernels -----------------------------------------------------------------------------------------------------

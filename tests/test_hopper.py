@@ -58,7 +58,7 @@ def test_every_group_by_its_own_matrix(sizes, tiling, columns):
 @pytest.mark.parametrize("columns", [128, 72])
 @pytest.mark.usefixtures("interpreter")
 def test_back_end_and_its_gradients(columns):
-    """Against the reference back end: ys, dx and dws, rows past the last group included, and widths of no whole tile."""
+    """Against the reference back end: ys, dx and dws; rows past the last group, and widths of no whole tile, too."""
     x, w, dy = arrays(columns)
     x, w = (x, w) if columns == 128 else (x[:, :200], w[:, :200])
     sizes = jnp.asarray([1, 129, 0, 200], jnp.int32)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe_jax.kernels import hopper
 from moe_jax.kernels.common import is_hopper, varying_like
-from moe_jax.remat import keep
 
 BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of each other on 2 CPU cores
 
@@ -61,7 +61,9 @@ def grouped_matmuls(
     x: Float[Array, "R D"], ws: tuple[Float[Array, "E D F"], ...], sizes: Int[Array, " E"], backend: str
 ) -> tuple[Float[Array, "R F"], ...]:
     """`grouped_matmul` of the same rows with several matrices: their gradients in x are summed in one product."""
-    return _matmuls(x, ws, sizes, keep(BACKENDS[backend].groups(sizes, x.shape[0]), "rows"), backend)
+    groups = BACKENDS[backend].groups(sizes, x.shape[0])
+    groups = jax.tree.map(lambda a: checkpoint_name(a, "rows"), groups)  # one of remat.KEPT
+    return _matmuls(x, ws, sizes, groups, backend)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import struct
 import subprocess
@@ -324,6 +325,9 @@ def test_configs_are_the_releases():
     assert name == "DeepseekV3ForCausalLM" and not lines
     assert differences(load("moonlight_16b_a3b")[1].model, model) == []
     assert write_config(model, 8192)[0] == name
+    found = tables.tensors(name, model, shapes_of(model))
+    assert sum(math.prod(t.shape) for t in found) == 15_289_019_904 + 2 * 163_840 * 2048 + 26 * 64  # and the biases
+    assert len(found) == len({t.name for t in found}) == 3 + 27 * 7 + 3 + 26 * (2 + 3 + 64 * 3)
     assert write_config(load("olmoe_1b_7b")[1].model, 4096)[0] == "OlmoeForCausalLM"
 
 

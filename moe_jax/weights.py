@@ -5,6 +5,7 @@ A run directory of weights holds `config.json` and `checkpoints/0/`, whose `stat
 Reading works on such a directory and on one of train.py alike.
 """
 
+import difflib
 import json
 import os
 import shutil
@@ -121,8 +122,14 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
     """That the weights of `cfg.init_from` are of the model `cfg.model`: from its config.json, before compilation.
 
     Returns lines about what may differ (how the model is computed, the dtype its weights are in).
-    Raises CheckpointError with the fields that make it another model.
+    Raises ConfigError for what is no run directory, CheckpointError with the fields that make it another model.
     """
+    path = Path(cfg.init_from)
+    if not (path / "config.json").is_file():
+        near = [p.as_posix() for p in sorted(path.parent.glob("*")) if (p / "config.json").is_file()]
+        close = difflib.get_close_matches(path.as_posix(), near, 1, 0.0)
+        hint = f"nearest valid: {close[0]!r}" if close else "import or train one first"
+        raise config.ConfigError("init_from", cfg.init_from, "is not a run directory", hint)
     new, old = (_fields({"model": config.to_dict(c.model)}) for c in (cfg, load_config(cfg.init_from)))
     lines = {
         name: f"config.{name}: {json.dumps(old[name])} in {cfg.init_from}, {json.dumps(new[name])} now"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from moe_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.hf import FormatError, export_run, import_model, tables
 from moe_jax.hf import safetensors as files
 from moe_jax.hf.architectures import ARCHITECTURES, differences, read_config, write_config
+from moe_jax.hf.convert import check_size
 from moe_jax.hf.devices import flatten
 
 REPO = Path(__file__).parents[1]
@@ -25,6 +27,18 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 300, "hidden_size": 8,
     "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 16,
     "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False, "hidden_act": "silu", "eos_token_id": 2,
+}  # fmt: skip
+# Of the release, with the keys that say nothing about how it computes left out.
+MOONLIGHT = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 11264, "kv_lora_rank": 512,
+    "max_position_embeddings": 8192, "model_type": "deepseek_v3", "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+    "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": True, "num_attention_heads": 16,
+    "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 1,
+    "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 163840,
 }  # fmt: skip
 EMBED = "model.embed_tokens.weight"
 
@@ -178,6 +192,21 @@ def test_broken_input_is_one_line_and_leaves_nothing(tmp_path, what):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_no_value_in_config_json_is_a_traceback():
+    """Every key with values of every kind: refused in one line, or a model of a size that is looked at."""
+    values = (None, "x", -1, 0, 1.5, float("nan"), True, [], [1], {}, {"type": 3}, 10**12)
+    accepted = 0
+    for base in (CONFIG, MOONLIGHT):
+        for key in (*base, "rope_parameters", "mlp_only_layers", "sliding_window", "rope_scaling", "head_dim"):
+            for value in values:
+                try:
+                    check_size(Path("here"), read_config(base | {key: value}, "here")[1], 2000)
+                    accepted += 1
+                except FormatError as e:
+                    assert "\n" not in str(e)
+    assert accepted < 400
+
+
 def test_command_line(tmp_path):
     """Exit status 2 and one line; then the way in, and out again."""
     run = lambda *args: subprocess.run(
@@ -290,26 +319,15 @@ def test_tables_are_total(name, monkeypatch):
         tables.tensors(name, model, shapes | {f"{stack}/attention_norm": (7, 8)})
 
 
-# Of the release, with the keys that say nothing about how it computes left out.
-MOONLIGHT = {
-    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 11264, "kv_lora_rank": 512,
-    "max_position_embeddings": 8192, "model_type": "deepseek_v3", "moe_intermediate_size": 1408, "moe_layer_freq": 1,
-    "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": True, "num_attention_heads": 16,
-    "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.446, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 1,
-    "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 163840,
-}  # fmt: skip
-
-
 def test_configs_are_the_releases():
     """configs/ of published models: the same function of the same weights, found again from the model alone."""
     name, model, lines = read_config(MOONLIGHT, "")
     assert name == "DeepseekV3ForCausalLM" and not lines
     assert differences(load("moonlight_16b_a3b")[1].model, model) == []
     assert write_config(model, 8192)[0] == name
+    found = tables.tensors(name, model, shapes_of(model))
+    assert sum(math.prod(t.shape) for t in found) == 15_289_019_904 + 2 * 163_840 * 2048 + 26 * 64  # and the biases
+    assert len(found) == len({t.name for t in found}) == 3 + 27 * 7 + 3 + 26 * (2 + 3 + 64 * 3)
     assert write_config(load("olmoe_1b_7b")[1].model, 4096)[0] == "OlmoeForCausalLM"
 
 

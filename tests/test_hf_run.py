@@ -4,12 +4,18 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+import two_processes
 from test_hf_files import CONFIG, write
 from test_train import REPO, finish, rows, run, write_text
 
+from moe_jax import step, weights
 from moe_jax.data.tokenizers import train_bpe
+from moe_jax.hf import import_model
 from moe_jax.hf import safetensors as files
+from moe_jax.hf.convert import whole_mesh
 
 # What docs/checkpoints.md shows: the configuration of a run, to start another from it.
 FROM_RUN = """
@@ -61,6 +67,21 @@ def test_evaluate_train_and_export(tmp_path):
     assert set(before) == set(after) and (tmp_path / "out" / "tokenizer.json").exists()
     assert "eos_token" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert any((before[name].read() != after[name].read()).any() for name in before)
+
+
+@pytest.mark.slow
+def test_two_processes_import_what_one_does(tmp_path):
+    """Each process puts the parts of its own devices; process 0 makes the directory."""
+    write(tmp_path / "in")
+    two_processes.run(f"""
+from moe_jax.hf import import_model
+import_model({str(tmp_path / "in")!r}, {str(tmp_path / "two")!r})
+""")
+    cfg = import_model(tmp_path / "in", tmp_path / "one", say=lambda line: None)
+    abstract = step.abstract_weights(cfg.model, whole_mesh())
+    one, two = (weights.load_weights(tmp_path / name, *abstract) for name in ("one", "two"))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one[:2], two[:2])
+    assert one[2] == two[2] and sorted(p.name for p in tmp_path.iterdir()) == ["in", "one", "two"]
 
 
 def run_module(*flags: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import sharding, step, weights
 from moe_jax.checkpoint import CheckpointError, Checkpoints, load_config
-from moe_jax.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
+from moe_jax.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 
 MODEL = ModelConfig(
     vocab_size=264, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
@@ -122,8 +122,8 @@ def test_init_from_compares_the_models_before_compilation(saved):
         weights.check_same_model(dataclasses.replace(cfg, model=other))
     for part in ("config.model.rope_theta: 10000.0 in", "500000.0 now", "config.model.moe.top_k: 2 in"):
         assert part in str(error.value)
-    with pytest.raises(CheckpointError, match="is not a run directory"):
-        weights.check_same_model(dataclasses.replace(cfg, init_from=str(saved / "missing")))
+    with pytest.raises(ConfigError, match=rf"is not a run directory; nearest valid: '{saved}'"):
+        weights.check_same_model(dataclasses.replace(cfg, init_from=f"{saved}2"))
 
 
 def test_state_from_weights_is_fresh_but_for_them(saved):

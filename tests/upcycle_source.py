@@ -56,7 +56,11 @@ def apply(chain, activation="swiglu", shape=(1, 1, 1), seed=0):
         return upcycle.apply(chain, *dense(activation, shape), seed)
 
 
+def distance(logits, activation="swiglu") -> float:
+    """Largest difference of a logit from the dense model's, over its largest."""
+    return float(np.abs(logits - dense_logits(activation)).max() / np.abs(dense_logits(activation)).max())
+
+
 def error(chain, activation="swiglu", shape=(1, 1, 1)) -> float:
-    """Largest difference of a logit, over the largest logit."""
-    got = upcycle.logits(*apply(chain, activation, shape), TOKENS, mesh_of(*shape))
-    return float(np.abs(got - dense_logits(activation)).max() / np.abs(dense_logits(activation)).max())
+    """`distance` of what a chain makes."""
+    return distance(upcycle.logits(*apply(chain, activation, shape), TOKENS, mesh_of(*shape)), activation)

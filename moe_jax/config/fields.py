@@ -23,7 +23,8 @@ def require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:
 
 
 def nearest_divisor(of: int, near: int) -> int:
-    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: abs(d - near))
+    small = [d for d in range(1, math.isqrt(of) + 1) if of % d == 0]
+    return min(sorted({*small, *(of // d for d in small)}), key=lambda d: abs(d - near))
 
 
 def _bounds(low: float, high: float = float("inf")) -> dict:

@@ -43,7 +43,7 @@ MLA: tuple[Field, ...] = (
 # Where a key may be missing: the value it then has, from what is there.
 DEFAULTS: dict[str, Callable[[dict], Any]] = {
     "num_key_value_heads": lambda c: c["num_attention_heads"],
-    "head_dim": lambda c: c["hidden_size"] // c["num_attention_heads"],
+    "head_dim": lambda c: c["hidden_size"] // max(c["num_attention_heads"], 1),
     "tie_word_embeddings": lambda c: False,
     "initializer_range": lambda c: 0.02,
     "q_lora_rank": lambda c: 0,
@@ -63,6 +63,7 @@ MUST = {  # the only value that is computed here; a missing key has it
     "topk_method": "noaux_tc",
     "partial_rotary_factor": 1.0,
 }
+LARGEST = 2**31 - 1
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # written again on export
 ELSEWHERE = {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types",
              "max_window_layers", "mlp_only_layers", "qk_nope_head_dim", "qk_head_dim", "head_dim"}  # fmt: skip
@@ -163,6 +164,8 @@ def _value(hf: dict[str, Any], keys: list[str], where: str) -> Any:
         value = DEFAULTS[keys[0]](hf)
     if not isinstance(value, int | float):  # bool is int
         raise FormatError(f"{where}: {keys[0]} must be a number or true or false, not {value!r}")
+    if abs(value) > LARGEST:
+        raise FormatError(f"{where}: {keys[0]}={value!r} cannot be; the largest number is {LARGEST:,}")
     return value
 
 
@@ -179,7 +182,10 @@ def _model(flat: dict[str, Any], where: str) -> ModelConfig:
 
 def _rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
     """transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
-    rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+    parts = [hf.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise FormatError(f"{where}: rope_scaling and rope_parameters must be JSON objects")
+    rope = parts[0] | parts[1]
     theta = rope.get("rope_theta", hf.get("rope_theta"))
     if theta is None and hf.get("model_type") == "llama":
         theta = 10_000.0  # the first Llama's files do not say it
@@ -202,7 +208,7 @@ def _layers(hf: dict[str, Any], arch: Architecture, where: str) -> dict[str, Any
     if "moe.top_k" not in dict(map(reversed, arch.fields)):
         return {"num_dense_layers": hf["num_hidden_layers"]}
     dense = hf.get("mlp_only_layers") or []
-    if dense != list(range(len(dense))):
+    if not isinstance(dense, list) or dense != list(range(len(dense))):
         raise FormatError(f"{where}: mlp_only_layers={dense!r}: dense layers must be the first ones")
     return {"num_dense_layers": len(dense)} if arch.model_type == "qwen3_moe" else {}
 

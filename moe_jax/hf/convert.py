@@ -65,6 +65,7 @@ def import_model(
     for line in lines:
         say(line)
     model = _in_dtype(model, entries)
+    check_size(source, model, len(entries))
     abstract = step.abstract_weights(model, mesh)
     shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
     wanted = tables.tensors(table or name, model, shapes)
@@ -94,6 +95,14 @@ def _in_dtype(model: ModelConfig, entries: dict[str, Any]) -> ModelConfig:
     always = ("gate.weight", "e_score_correction_bias")
     lossless = all(e.dtype.name == "bfloat16" or name.endswith(always) for name, e in entries.items())
     return dataclasses.replace(model, param_dtype="bfloat16" if lossless else "float32")
+
+
+def check_size(source: Path, model: ModelConfig, tensors: int) -> None:
+    """That a model has about as many tensors as its config.json says, before a list is made of them."""
+    experts = model.num_moe_layers * model.moe.num_experts
+    if max(model.num_layers, experts) > tensors:
+        rule = f"has {tensors:,} tensors, too few for {model.num_layers:,} layers with {experts:,} experts in all"
+        raise FormatError(f"{source}: {rule}, as its config.json says")
 
 
 def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, Any], tied: bool) -> list[str]:

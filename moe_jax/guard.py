@@ -2,8 +2,8 @@
 
 A step is bad if its loss or the norm of its gradient is not finite, or (`train.spike` = k > 0) either is more than k
 median deviations above its median over the last `train.spike_window` good steps. A bad step leaves weights, moments and
-router biases as they were, and the learning rate's schedule with them: for the optimizer it never was. Its batch is
-spent all the same.
+router biases as they were, and the learning rate's schedule with them: for the optimizer it never was, and its
+tokens are not counted. Its batch is spent all the same.
 
 The decision is a select inside the jitted step. The limits of a spike come from steps that the host has read already,
 n − 2 and earlier for step n, so nothing waits for them; the same ones after a resume.

@@ -268,7 +268,8 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[..., tuple[TrainStat
         made = (params, bias, opt_state)
         if cfg.train.skip_nonfinite:
             bad = guard.is_bad(loss, aux["grad_norm"], limits)
-            made, aux["skipped"] = guard.unless(bad, made, tuple(state[1:])), bad.astype(jnp.float32)
+            made, aux["tokens"] = guard.unless(bad, (made, sums.tokens), (tuple(state[1:]), 0.0))
+            aux["skipped"] = bad.astype(jnp.float32)
         return TrainState(state.step + 1, *made), aux
 
     return _under(mesh, jax.jit(train_step, donate_argnums=0))

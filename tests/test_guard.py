@@ -79,7 +79,7 @@ def test_a_bad_step_changes_nothing_but_the_count(run):
     before = leaves(run.state[1:])
     assert np.asarray(jax.tree.leaves(run.state.router_bias)[0]).any()
     aux = run.take(3, poisoned(rows_of(3)))
-    assert aux["skipped"] == 1 and np.isnan(aux["loss"]) and np.isnan(aux["grad_norm"])
+    assert aux["skipped"] == 1 and np.isnan(aux["loss"]) and np.isnan(aux["grad_norm"]) and aux["tokens"] == 0
     assert leaves(run.state[1:]) == before and int(run.state.step) == 3  # params, router bias, optimizer state
     assert (
         run.watch.skipped == run.watch.in_a_row == 1
@@ -109,7 +109,7 @@ def test_nothing_bad_is_bit_identical_to_no_check(run):
     assert not np.isfinite(np.asarray(plain.state.params["embed"], np.float32)).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_three_in_a_row_stop_and_the_dump_replays(run, tmp_path, shape):
     reset(run).take(1, rows_of(1))
     for n in (2, 3, 4):

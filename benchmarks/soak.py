@@ -61,8 +61,10 @@ def main():
     for i in range(args.lives):
         samples = live(args, 60 * args.minutes / args.lives)
         third, last = samples[len(samples) // 3], samples[-1]
-        print(f"life {i}: steps {samples[0][0]}–{last[0]}; at step {third[0]} {third[1]:.0f} MB, {third[2]} descriptors; "
-              f"at step {last[0]} {last[1]:.0f} MB, {last[2]} descriptors", flush=True)  # fmt: skip
+        at = [
+            f"at step {n} {megabytes:.0f} MB, {descriptors} descriptors" for n, megabytes, descriptors in (third, last)
+        ]
+        print(f"life {i}, from step {samples[0][0]}: {at[0]}; {at[1]}", flush=True)
     steps = logged(args.root / "run")
     whole = steps == list(range(1, len(steps) + 1))
     print(f"steps logged: 1 to {steps[-1]}, {'every one once, rising' if whole else 'WITH GAPS'}")

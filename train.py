@@ -3,7 +3,7 @@
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=200
 
 Running the same command again resumes. The run directory holds config.json, metrics.jsonl, TensorBoard events, the
-tokenizer, checkpoints/, and at the end eval.json and sample.txt.
+tokenizer, checkpoints/, and at the end eval.json and sample.txt. What a run survives is in docs/survival.md.
 """
 
 import sys
@@ -19,18 +19,23 @@ from moe_jax import (
     data,
     evaluate,
     generate,
+    guard,
     losses,
     metrics,
     model,
     optim,
+    replay,
     sharding,
     step,
+    survive,
     weights,
 )
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not", required=True)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
+RESUME_STEP = flags.DEFINE_integer("resume_step", None, "go on from this checkpoint; later ones are set aside", 1)
+REPLAY = flags.DEFINE_string("replay", None, "take the step of a dump again, and nothing else; see docs/survival.md")
 
 
 def main(argv):
@@ -38,6 +43,8 @@ def main(argv):
         raise cli.UserError(f"unexpected argument {argv[1]!r}; options start with --")
     if CONFIG.value is None:
         raise cli.UserError("--config is needed, for example --config=configs/quickstart.py")
+
+    preemption = survive.Preemption(DISTRIBUTED.value)
 
     # --- configuration: every rule is checked before anything is compiled ---------------------------------------------
     cfg = config.build(CONFIG.value)
@@ -50,10 +57,13 @@ def main(argv):
         cli.join_processes()
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    cli.check_writable(workdir)
+    say = print if jax.process_index() == 0 else lambda *_: None
+    if REPLAY.value:
+        say(replay.replay(cfg, mesh, Path(REPLAY.value)))
+        return
+    lock = survive.RunLock(cli.check_writable(workdir))
     with checkpoint.Checkpoints(workdir) as existing:
         differs = weights.check_same_model(cfg) if cfg.init_from and existing.latest() is None else []
-    say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- data ---------------------------------------------------------------------------------------------------------
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
@@ -81,12 +91,19 @@ def main(argv):
     # --- state: the order is important --------------------------------------------------------------------------------
     # 1. the newest complete checkpoint of this run directory; 2. the weights of config.init_from, the optimizer fresh;
     # 3. fresh.
-    checkpoints = checkpoint.Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
-    start, tokens, origin = 0, 0.0, []
+    steps, every = cfg.train.steps, cfg.train
+    checkpoints = checkpoint.Checkpoints(
+        workdir, keep=every.keep_checkpoints, keep_every=every.keep_every, keep_best=every.keep_best
+    )
+    if RESUME_STEP.value is not None:
+        for later in checkpoints.rewind(RESUME_STEP.value):
+            say(f"checkpoint {later} is set aside in {workdir}/checkpoints.dropped")
+    start, tokens, origin, watch = 0, 0.0, [], guard.Watch(every)
     if checkpoints.latest() is not None:
         state, saved = checkpoints.restore(step.abstract_state(cfg, mesh))
         batches.set_state(saved["batches"])
         start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
+        watch = guard.Watch(every, saved.get("watch"))
         config.check_steps(cfg, start)
         say(f"resumed after step {start}")
     elif cfg.init_from:
@@ -99,7 +116,8 @@ def main(argv):
         state = step.init_state(cfg, mesh)
 
     # --- loop: metrics are read one step behind, so that reading never leaves the device idle -------------------------
-    steps, every = cfg.train.steps, cfg.train
+    scores = checkpoints.scores
+    scores.update(evaluate.scores(workdir, start))
     train_step = step.make_train_step(cfg, mesh)
     pending, clock = metrics.OneBehind(), metrics.Throughput(tokens)
     writer = metrics.Writer(
@@ -116,6 +134,11 @@ def main(argv):
             return
         n, aux = done
         clock.add(aux["tokens"])
+        if skip := watch.see(n, aux):
+            writer.write(n, guard.row(skip, batch=n - 1), kind="skipped")
+            progress.write(f"step {n} skipped, {skip.reason}; batch {n - 1} of seed {cfg.seed}")
+        if "skipped" in aux:
+            aux["skipped"] = watch.skipped
         log = n % every.log_every == 0 or n == steps
         if log:
             aux = metrics.train_metrics(n, aux, top_k=cfg.model.moe.top_k, **clock.read(),
@@ -123,31 +146,53 @@ def main(argv):
             writer.write(n, aux)
         progress.update(n, aux, log=log)
 
+    def held_out(n):
+        with clock.paused():
+            result = preemption.interruptibly(
+                lambda: evaluate.evaluate(cfg, mesh, state.params, state.router_bias, corpus, limit=every.eval_batches)
+            )
+        if result is not None and n not in scores:
+            row = metrics.eval_metrics(result.rows())
+            writer.write(n, row, kind="eval")
+            scores[n] = row["xent"]
+        return result
+
+    due = lambda n: every.eval_every and n % every.eval_every == 0 and 0 < n < steps and n not in scores
+
     with checkpoints, writer, progress:
+        preemption.begin()
+        if due(start):  # the run ended between a checkpoint and its evaluation
+            held_out(start)
         for n in range(start + 1, steps + 1):
-            state, aux = train_step(state, step.put_batch(next(batches), mesh, cfg))
+            rows, limits = next(batches), watch.limits(n)
+            state, aux = train_step(state, step.put_batch(rows, mesh, cfg), limits)
             record(pending.push(n, aux))
-            last = n == steps
-            if last or n % every.checkpoint_every == 0:
+            if watch.near:
                 record(pending.flush())
-                with clock.paused():
-                    checkpoints.save(
-                        n, state, {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin}
-                    )
-            if every.eval_every and n % every.eval_every == 0 and not last:
+            if watch.stopped:
+                replay.give_up(workdir, cfg, state, rows, watch.last, limits)
+            if due(n):
                 record(pending.flush())
+                held_out(n)
+            stop = preemption.reached(n)
+            if stop or n == steps or n % every.checkpoint_every == 0:
+                record(pending.flush())
+                saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin}
                 with clock.paused():
-                    result = evaluate.evaluate(
-                        cfg, mesh, state.params, state.router_bias, corpus, limit=every.eval_batches
-                    )
-                    writer.write(n, metrics.eval_metrics(result.rows()), kind="eval")
+                    checkpoints.save(n, state, saved | {"watch": watch.state()}, wait=stop)
+            if stop:
+                survive.say_stopped(n)
+                raise survive.Stopped
         batches.close()
         progress.close()
+        checkpoints.wait()
+        preemption.end()
 
         # --- the end: held-out text, and a sample ---------------------------------------------------------------------
-        result = evaluate.evaluate(cfg, mesh, state.params, state.router_bias, corpus, limit=every.eval_batches)
+        result = held_out(steps)
+        if result is None:
+            raise survive.Stopped
         baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
-        writer.write(steps, metrics.eval_metrics(result.rows()), kind="eval")
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
     say(evaluate.table(result, baselines))
     text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
@@ -155,6 +200,7 @@ def main(argv):
     if jax.process_index() == 0:
         (workdir / "eval.json").write_text(evaluate.to_json(steps, result, baselines))
         (workdir / "sample.txt").write_text(text + "\n")
+    lock.close()
     say(f"\nrun directory: {workdir}; next: python eval.py --workdir={workdir}")
 
 

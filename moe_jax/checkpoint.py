@@ -6,19 +6,25 @@ A checkpoint is `<workdir>/checkpoints/<step>/`, committed as a whole or not at 
   its own dtype. The names are the paths through the pytree, so reading it needs no class from the past.
 - `data`: the iterator state of the input pipeline as JSON, one entry a process where processes differ.
 
+Beside them are the checksums of all files, compared before anything is read (moe_jax/checksums.py).
+
 What the arrays mean is `<workdir>/config.json`, written once when the run begins. No pickle anywhere.
 
 Resuming is the same command again:
-    1. the newest complete checkpoint in the run directory, if there is one;
+    1. the newest complete checkpoint in the run directory, if there is one, or the one of `--resume_step`;
     2. else what the configuration starts from (imported or upcycled weights);
     3. else fresh weights.
 A changed configuration is refused by the caller, which shows the lines that `save_config` returns.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +33,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from moe_jax import config
+from moe_jax import checksums, config, preserve
 
 PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
 
@@ -184,13 +190,27 @@ class Checkpoints:
 
     keep: how many of the newest checkpoints stay. None opens the directory for reading only, beside a run that may be
         writing to it: nothing is created, cleaned or deleted.
+    keep_every, keep_best: besides, those of steps that `keep_every` divides, and so many with the lowest score.
     host_bytes: about so much of the state is on the host at a time while it is saved, at least one array's part; None:
         all of it, so that saving holds up training the least.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int | None = None, host_bytes: int | None = None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        keep: int | None = None,
+        host_bytes: int | None = None,
+        keep_every: int = 0,
+        keep_best: int = 0,
+    ):
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._keep, self._host_bytes = keep, host_bytes
+        self.scores: dict[int, float] = {}  # held-out loss by step, as far as it is known
+        self._policy = ocp.training.preservation_policies.PreserveAll()
+        if keep is not None:
+            self._policy = preserve.Keep(keep, keep_every, keep_best, self.scores)
+        self._sealer: checksums.Sealer | None = None
+        self._saving: int | None = None
         self._at: int | None = None  # the step last saved or restored through this object
         self._orbax: ocp.training.Checkpointer | None = None
         if keep is not None or self.directory.is_dir():
@@ -204,12 +224,11 @@ class Checkpoints:
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.memory.transfer_concurrent_bytes = self._host_bytes
-        policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # when is the caller's say
-            preservation_policy=policies.PreserveAll() if self._keep is None else policies.LatestN(self._keep),
+            preservation_policy=self._policy,
             cleanup_tmp_directories=self._keep is not None,
         )
 
@@ -233,8 +252,8 @@ class Checkpoints:
         """Saves state and data state together; writes in the background, the arrays may be donated at once.
 
         state: any pytree of `jax.Array`s. data_state: JSON-serialisable (a tuple comes back as a list).
-        A step this object has just saved or restored is not written again. A failure in the background is raised by
-        the next call. Raises CheckpointError for a step that is not after the newest one.
+        A step this object has just saved or restored is not written again. A failure in the background, such as a full
+        disk, is raised by the next call. Raises CheckpointError for that and for a step that is not after the newest.
         """
         if self._keep is None:
             raise CheckpointError(f"{self.directory} is open for reading only; give Checkpoints a keep=")
@@ -243,9 +262,12 @@ class Checkpoints:
             if newest is not None and step <= newest:
                 raise CheckpointError(f"{self.directory} has step {newest} already; step {step} would rewrite the past")
             items = {"state": state, "data": {"processes": _gather_json(data_state)}}
-            if self._orbax.save_checkpointables_async(step, items, force=True) is None:
-                raise CheckpointError(f"{self.directory}: Orbax refused to save step {step}")
-            self._at = step
+            with self._named(step):
+                if self._orbax.save_checkpointables_async(step, items, force=True) is None:
+                    raise CheckpointError(f"{self.directory}: Orbax refused to save step {step}")
+            self._at = self._saving = step
+            if jax.process_index() == 0:
+                self._sealer = checksums.Sealer(self.directory / str(step))
         if wait:
             self.wait()
 
@@ -262,11 +284,47 @@ class Checkpoints:
         self._at = step
         return state, _own_json(data, self.name(step))
 
+    def _verify(self, step: int) -> None:
+        found = [checksums.damage(self.directory / str(step)) if jax.process_index() == 0 else ""]
+        if jax.process_count() > 1:
+            found = [text for text in _gather_json(found[0]) if text != ""]
+        if None in found and jax.process_index() == 0:
+            print(f"{self.name(step)} has no checksums; read unverified", file=sys.stderr, flush=True)
+        if damage := next(filter(None, found), ""):
+            before = [s for s in self.steps() if s < step]
+            way = f"--resume_step={before[-1]} goes on from the one before" if before else "there is none before it"
+            raise CheckpointError(f"{self.name(step)} is damaged: {damage}; {way}")
+
+    def rewind(self, step: int) -> list[int]:
+        """Sets the checkpoints after `step` aside, into `<workdir>/checkpoints.dropped/`, and returns their steps.
+
+        Nothing else may have used this object yet. Raises CheckpointError if `step` is not a checkpoint.
+        """
+        steps = self.steps()
+        if step not in steps:
+            has = f"nearest valid: {min(steps, key=lambda s: abs(s - step))}" if steps else "the run has none"
+            raise CheckpointError(f"--resume_step={step}: is not a checkpoint of the run; {has}")
+        later = [s for s in steps if s > step]
+        self.close()
+        if jax.process_index() == 0:
+            for name in map(str, later):
+                aside = self.directory.with_name("checkpoints.dropped") / name
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier rewind
+                aside.parent.mkdir(exist_ok=True)
+                os.rename(self.directory / name, aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("rewind")
+        self._open()
+        return later
+
     def name(self, step: int) -> str:
         return str(self.directory / str(step))
 
     def contents(self, step: int | None = None) -> tuple[int, Any]:
-        """A step (the newest by default), and the nested dicts of its state's shapes and dtypes."""
+        """A step (the newest by default), and the nested dicts of its state's shapes and dtypes.
+
+        Raises CheckpointError, here already, if a file is not as it was written.
+        """
         newest = self.latest()
         if newest is None:
             raise CheckpointError(f"{self.directory} has no complete checkpoint")
@@ -274,6 +332,7 @@ class Checkpoints:
         steps = self.steps()
         if step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, steps))}")
+        self._verify(step)
         try:  # a process killed while deleting an old checkpoint leaves a part of it
             saved = self._orbax.checkpointables_metadata(step).metadata["state"]
         except Exception as e:
@@ -291,15 +350,39 @@ class Checkpoints:
         return items["state"], items["data"]["processes"]
 
     def wait(self) -> None:
-        """Returns when the save under way is complete, or raises what went wrong with it."""
+        """Returns when the save under way is complete, or raises CheckpointError with what went wrong with it."""
         if self._orbax is not None:
-            self._orbax.wait()
+            self._settle(self._orbax.wait)
 
     def close(self) -> None:
         """Completes the save under way. Closing twice does nothing."""
         orbax, self._orbax = self._orbax, None
         if orbax is not None:
-            orbax.close()
+            self._settle(orbax.close)
+
+    def _settle(self, end: Callable[[], None]) -> None:
+        sealer, self._sealer = self._sealer, None
+        with self._named(self._saving):
+            try:
+                end()
+            finally:
+                if sealer is not None:
+                    sealer.finish()
+
+    @contextlib.contextmanager
+    def _named(self, step: int | None) -> Iterator[None]:
+        """What goes wrong while saving, in one line."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as e:
+            if step is None:
+                raise
+            self._at = None
+            full = isinstance(e, OSError) and e.errno == errno.ENOSPC
+            why = "no space left on the device" if full else _first_line(e.__cause__ or e)
+            raise CheckpointError(f"{self.name(step)} could not be saved: {why}; earlier checkpoints are intact") from e
 
     def __enter__(self) -> "Checkpoints":
         return self

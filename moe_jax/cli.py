@@ -1,6 +1,7 @@
 """What train.py and eval.py share on the command line: user mistakes are one line and exit status 2, no traceback."""
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -18,9 +19,13 @@ from ml_collections.config_flags import config_path
 
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError
+from moe_jax.guard import BadNumbers
+from moe_jax.survive import Busy
 
 # What a value on the command line becomes, by the type of the field it replaces.
 _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
+
+HEARTBEAT = 20  # seconds; several processes
 
 
 class UserError(Exception):
@@ -215,25 +220,49 @@ def keep_compiled(folder: Path) -> None:
 def join_processes() -> None:
     """`jax.distributed.initialize()`, which finds its peers by itself on TPU pods and under SLURM.
 
-    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
+    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. A process that is
+    not heard of for HEARTBEAT seconds ends the others.
     """
     count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
-        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+        jax.distributed.initialize(
+            num_processes=count and int(count), process_id=index and int(index),
+            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
+        )  # fmt: skip
     except (ValueError, RuntimeError) as e:
         raise UserError(
             f"--distributed: {e}; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
 
 
+def _end_with_the_others(error: Exception) -> None:
+    """One of several processes whose computation failed, most often since another one has died. There is nobody left to
+    wait for, so it ends without the usual goodbyes."""
+    traceback.print_exception(error)
+    line = " ".join(str(error).split())[:300]
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    why = f"another process has died, or a computation over all of them failed ({line})"
+    print(f"error: {who} ends: {why}; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+    os._exit(3)
+
+
 def run(main: Callable[[list[str]], None]) -> None:
-    """`app.run` for a main whose ConfigError, CheckpointError or UserError is the user's to mend."""
+    """`app.run` for a main whose one-line errors are the user's to mend."""
 
     def guarded(argv):
         try:
             main(argv)
-        except (ConfigError, CheckpointError, UserError) as e:
+        except (ConfigError, CheckpointError, UserError, BadNumbers, Busy) as e:
             _stop(e)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f" ({e.filename})" if e.filename else ""
+            _stop(f"no space left on the device{where}; the newest checkpoint is intact: make room and run it again")
+        except jax.errors.JaxRuntimeError as e:
+            if jax.process_count() == 1:
+                raise
+            _end_with_the_others(e)
 
     logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO
     app.run(guarded, flags_parser=_parse)

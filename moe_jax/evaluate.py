@@ -4,7 +4,9 @@ import gzip
 import json
 import lzma
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moe_jax import step
+from moe_jax import metrics, step
 from moe_jax.config import ConfigError, RunConfig
 from moe_jax.data import Corpus
 from moe_jax.routing import ChoiceSums, RouterStats
@@ -112,6 +114,14 @@ def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
         line += f" {r['bits_per_byte']:>9.3f}"
         lines.append(line + "".join(f" {b.get(r['domain'], math.nan):>8.3f}" for b in baselines.values()))
     return "\n".join(lines)
+
+
+def scores(workdir: str | os.PathLike, until: int) -> dict[int, float]:
+    """Held-out loss by step, of the evaluations in a run's `metrics.jsonl` up to a step."""
+    if not (Path(workdir) / "metrics.jsonl").exists():
+        return {}
+    rows = metrics.read_metrics(workdir, "eval")
+    return {row["step"]: row["xent"] for row in rows if row["step"] <= until and row["xent"] is not None}
 
 
 def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:

@@ -75,13 +75,13 @@ def train_metrics(
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
     aux: the step's result on the host: scalars loss, xent, load_balance, router_z (as `losses.total_loss` names its
-        parts), grad_norm, lr, with QK-clip max_logit and clipped_heads (above the threshold), router: `RouterStats`.
+        parts), grad_norm, lr, with QK-clip max_logit and clipped_heads, skipped (steps so far), router: `RouterStats`.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward by formula. peak: FLOP/s of all devices together; mfu is their ratio.
     """
     parts = [name for name in aux if name.split("/")[0] == "load_balance"]  # load_balance/<name> of further losses
     names = ["loss", "xent", *parts, "router_z", "grad_norm", "lr"]
-    names += [name for name in ("max_logit", "clipped_heads") if name in aux]
+    names += [name for name in ("max_logit", "clipped_heads", "skipped") if name in aux]
     row = {"step": int(step)} | {name: float(aux[name]) for name in names}
     row |= {
         "tokens": float(tokens),
@@ -266,8 +266,8 @@ def _open_wandb(workdir: Path, project: str, config: dict | None):
 class Writer:
     """Keeps rows in a run directory: `metrics.jsonl`, TensorBoard's `tensorboard/`, Weights & Biases if asked for.
 
-    A line of `metrics.jsonl` is valid JSON with `kind` ("train" or "eval") and `step` first. A value that is not finite
-    is written as null and named in `nonfinite`. Only process 0 writes; elsewhere every method does nothing.
+    A line of `metrics.jsonl` is valid JSON with `kind` ("train", "eval", "skipped") and `step` first. A value that is
+    not finite is written as null and named in `nonfinite`. Only process 0 writes; elsewhere every method does nothing.
 
     resume_step: training goes on after this step, so later lines (of a run that died after its last checkpoint) are
         moved to `metrics.dropped.jsonl`. None keeps every whole line.
@@ -298,7 +298,7 @@ class Writer:
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, flush_secs=30)
 
     def write(self, step: int, row: dict[str, Any], kind: str = "train") -> None:
-        """Appends one row. kind: "train" or "eval"; it also prefixes the names in TensorBoard and W&B."""
+        """Appends one row. kind: as above; it also prefixes the names in TensorBoard and W&B."""
         if self._file is None:
             return
         values = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in row.items() if n not in ("kind", "step")}

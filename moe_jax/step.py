@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax import attention, losses, mla, model, optim, routing, sharding
+from moe_jax import attention, guard, losses, mla, model, optim, routing, sharding
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.layers import weight
 from moe_jax.losses import BatchSums, Maxima
@@ -239,13 +239,16 @@ def _deal_tokens(cfg: RunConfig, shape: tuple[int, int], step: Int[Array, ""]) -
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """Jitted (state, batch) → (new state, what metrics.py names). The old state's buffers are donated."""
+def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[..., tuple[TrainState, dict]]:
+    """Jitted (state, batch[, limits]) → (new state, what metrics.py names). The old state's buffers are donated.
+
+    A bad step (moe_jax/guard.py; limits: `Watch.limits`) counts as one and changes nothing else of the state.
+    """
     gradients = make_gradients(cfg, mesh)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
     lr = optim.schedule(cfg.optim, cfg.train.steps)
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, limits=None):
         (loss, (parts, sums)), grads = gradients(state.params, state.router_bias, batch, state.step)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -257,14 +260,25 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
             "loss": loss,
             **parts.scalars(),
             "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(lr(state.step), jnp.float32),
+            "lr": jnp.asarray(lr(_updates(state)), jnp.float32),
             "tokens": sums.tokens,
             "router": sums.router,
             **clipping,
         }
-        return TrainState(state.step + 1, params, bias, opt_state), aux
+        made = (params, bias, opt_state)
+        if cfg.train.skip_nonfinite:
+            bad = guard.is_bad(loss, aux["grad_norm"], limits)
+            made, aux["tokens"] = guard.unless(bad, (made, sums.tokens), (tuple(state[1:]), 0.0))
+            aux["skipped"] = bad.astype(jnp.float32)
+        return TrainState(state.step + 1, *made), aux
 
     return _under(mesh, jax.jit(train_step, donate_argnums=0))
+
+
+def _updates(state: TrainState) -> Int[Array, ""]:
+    """How often the optimizer has been applied: the step, less those skipped."""
+    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+    return counts[0][1] if counts else state.step
 
 
 def _clip_logits(params: dict, maxima: Maxima | None, threshold: float) -> tuple[dict, dict]:

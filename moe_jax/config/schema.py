@@ -185,9 +185,22 @@ class TrainConfig(Checked):
     eval_every: int = number(0, 0)  # 0: only at the end
     eval_batches: int = number(0, 0)  # 0: the whole held-out split
     checkpoint_every: int = number(200, 1)
-    keep_checkpoints: int = number(2, 1)
+    keep_checkpoints: int = number(2, 1)  # the newest so many stay, and …
+    keep_every: int = number(0, 0)  # … those of steps that it divides; 0: none …
+    keep_best: int = number(0, 0)  # … and so many with the lowest held-out loss
+    skip_nonfinite: bool = True  # a step whose loss or gradient is not finite changes nothing (moe_jax/guard.py)
+    spike: float = number(0.0, 0.0)  # nor one so many median deviations above the median; 0 is off
+    spike_window: int = number(128, 8)  # … of so many good steps before it
+    max_skipped: int = number(10, 1)  # so many skipped steps in a row stop the run
     tensorboard: bool = True
     wandb_project: str = ""  # "" is off
+
+    def check(self):
+        require(self.skip_nonfinite or not self.spike, "spike", self.spike, "needs skip_nonfinite=True",
+                "nearest valid: 0.0")  # fmt: skip
+        told = self.eval_every > 0 and self.checkpoint_every % self.eval_every == 0
+        rule = f"needs an eval_every that divides checkpoint_every={self.checkpoint_every}, to tell the best"
+        require(told or not self.keep_best, "keep_best", self.keep_best, rule, "nearest valid: 0")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""Trains for so many minutes with a stop and a resume now and then, and watches what could leak.
+
+    python -m benchmarks.soak --minutes=30 --lives=3 --root=/tmp/soak
+
+Of every life: resident memory and open descriptors of the process at a third of its steps (all is compiled and every
+kind of save has happened by then) and at its end. Of the run: the steps logged, which must be 1, 2, 3, … without a gap.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TRAIN = ("log_every=1", "eval_every=40", "checkpoint_every=20", "keep_checkpoints=2", "steps=1000000")
+
+
+def start(args) -> subprocess.Popen:
+    train = [f"--config.train.{text}" for text in TRAIN]
+    command = [sys.executable, "train.py", f"--config={args.config}", f"--workdir={args.root}/run", *train]
+    with open(args.root / "log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def logged(run: Path) -> list[int]:
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    return [row["step"] for row in map(json.loads, text.split("\n")[:-1]) if row["kind"] == "train"]
+
+
+def sample(pid: int) -> tuple[float, int]:
+    """MB resident, descriptors."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def live(args, seconds: float) -> list[tuple[int, float, int]]:
+    """One life, ended by SIGTERM: (step, MB, descriptors) every second from its first step on."""
+    process, run, samples = start(args), args.root / "run", []
+    before, end = len(logged(run)), time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(1)
+        if len(steps := logged(run)) > before:
+            samples.append((steps[-1], *sample(process.pid)))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0, f"see {args.root}/log"
+    return samples
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--lives", type=int, default=3)
+    parser.add_argument("--root", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--config", default="configs/debug.py")
+    args = parser.parse_args()
+    args.root.mkdir(parents=True, exist_ok=True)
+    for i in range(args.lives):
+        samples = live(args, 60 * args.minutes / args.lives)
+        third, last = samples[len(samples) // 3], samples[-1]
+        at = [
+            f"at step {n} {megabytes:.0f} MB, {descriptors} descriptors" for n, megabytes, descriptors in (third, last)
+        ]
+        print(f"life {i}, from step {samples[0][0]}: {at[0]}; {at[1]}", flush=True)
+    steps = logged(args.root / "run")
+    whole = steps == list(range(1, len(steps) + 1))
+    print(f"steps logged: 1 to {steps[-1]}, {'every one once, rising' if whole else 'WITH GAPS'}")
+    sys.exit(not whole)
+
+
+if __name__ == "__main__":
+    main()

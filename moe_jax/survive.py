@@ -1,0 +1,123 @@
+"""What keeps a run whole from outside: one owner of its directory, and an end at a step when it is told to stop."""
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+Result = TypeVar("Result")
+
+
+class Stopped(SystemExit):
+    """Ends the program with exit status 0: it was told to stop, and nothing is lost."""
+
+    def __init__(self):
+        super().__init__(0)
+
+
+class Busy(RuntimeError):
+    """Another process owns the run directory; in one line."""
+
+
+# --- the owner -------------------------------------------------------------------------------------------------------
+
+
+class RunLock:
+    """One training run at a time in a directory: `<workdir>/lock`, held by the kernel until the process ends, however.
+
+    Process 0 holds it for all processes of a run. Raises Busy, in every one of them, if another run does.
+    """
+
+    def __init__(self, workdir: str | os.PathLike):
+        self._file, owner = None, ""
+        if jax.process_index() == 0:
+            self._file = open(Path(workdir) / "lock", "a+", encoding="utf-8")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.seek(0)
+                owner = self._file.read().strip() or "another process"
+            else:
+                self._file.truncate(0)
+                self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                self._file.flush()
+        taken = bool(owner)
+        if jax.process_count() > 1:
+            taken = bool(multihost_utils.broadcast_one_to_all(np.int32(taken)))
+        if taken:
+            self.close()
+            whose = owner or "see the message of process 0"
+            raise Busy(f"--workdir={workdir}: another run is training in it ({whose}); wait for it, or use another")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+# --- told to stop ----------------------------------------------------------------------------------------------------
+
+
+class Preemption:
+    """SIGTERM, or a maintenance notice that JAX's preemption service has heard of.
+
+    Until the first step the signal ends the program at once, with exit status 0. While steps are taken it is noted, and
+    `reached(n)` says so after the step: the same step on every process.
+    """
+
+    def __init__(self, several: bool):
+        self._asked, self._at_once, self._several = False, True, several
+        if not several:  # else JAX's service installs its own handler
+            signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, *_) -> None:
+        self._asked = True
+        if self._at_once:
+            raise Stopped
+
+    def begin(self) -> None:
+        """From here on there are steps that would be lost."""
+        self._at_once = False
+
+    def end(self) -> None:
+        """No more steps: whatever is left is done again by the next start."""
+        self._at_once = True
+        if self._asked and not self._several:
+            raise Stopped
+
+    def reached(self, step: int) -> bool:
+        """The run is to end after `step`. Every process calls it for every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._asked
+
+    def interruptibly(self, work: Callable[[], Result]) -> Result | None:
+        """What `work()` returns; None if the program is told to stop before or meanwhile.
+
+        Work of several processes is collective, so it is finished first.
+        """
+        if self._several:
+            return work()
+        try:
+            self._at_once = True
+            return None if self._asked else work()
+        except Stopped:
+            return None
+        finally:
+            self._at_once = False
+
+
+def say_stopped(step: int) -> None:
+    print(f"stopped after step {step}, which is saved; the same command goes on", file=sys.stderr, flush=True)

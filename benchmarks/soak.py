@@ -38,12 +38,13 @@ def sample(pid: int) -> tuple[float, int]:
 
 
 def live(args, seconds: float) -> list[tuple[int, float, int]]:
-    """One life, ended by SIGTERM: (step, MB, descriptors) every second from its first step on."""
+    """One life, ended by SIGTERM so long after its first step: (step, MB, descriptors) every second from there on."""
     process, run, samples = start(args), args.root / "run", []
-    before, end = len(logged(run)), time.monotonic() + seconds
+    before, end = len(logged(run)), float("inf")
     while time.monotonic() < end and process.poll() is None:
         time.sleep(1)
         if len(steps := logged(run)) > before:
+            end = min(end, time.monotonic() + seconds)
             samples.append((steps[-1], *sample(process.pid)))
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0, f"see {args.root}/log"

@@ -2,8 +2,9 @@
 
     python -m benchmarks.soak --minutes=30 --lives=3 --root=/tmp/soak
 
-Of every life: resident memory and open descriptors of the process at a third of its steps (all is compiled and every
-kind of save has happened by then) and at its end. Of the run: the steps logged, which must be 1, 2, 3, … without a gap.
+Of every life: resident memory and open descriptors of the process, least and most, in the middle and the last third of
+its time. Descriptors go up and down (Orbax's event loops, until they are collected): a leak is a least that rises. Of
+the run: the steps logged, which must be 1, 2, 3, … without a gap.
 """
 
 import argparse
@@ -38,12 +39,13 @@ def sample(pid: int) -> tuple[float, int]:
 
 
 def live(args, seconds: float) -> list[tuple[int, float, int]]:
-    """One life, ended by SIGTERM: (step, MB, descriptors) every second from its first step on."""
+    """One life, ended by SIGTERM so long after its first step: (step, MB, descriptors) every second from there on."""
     process, run, samples = start(args), args.root / "run", []
-    before, end = len(logged(run)), time.monotonic() + seconds
+    before, end = len(logged(run)), float("inf")
     while time.monotonic() < end and process.poll() is None:
         time.sleep(1)
         if len(steps := logged(run)) > before:
+            end = min(end, time.monotonic() + seconds)
             samples.append((steps[-1], *sample(process.pid)))
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0, f"see {args.root}/log"
@@ -60,11 +62,11 @@ def main():
     args.root.mkdir(parents=True, exist_ok=True)
     for i in range(args.lives):
         samples = live(args, 60 * args.minutes / args.lives)
-        third, last = samples[len(samples) // 3], samples[-1]
-        at = [
-            f"at step {n} {megabytes:.0f} MB, {descriptors} descriptors" for n, megabytes, descriptors in (third, last)
-        ]
-        print(f"life {i}, from step {samples[0][0]}: {at[0]}; {at[1]}", flush=True)
+        third = len(samples) // 3
+        print(f"life {i}, steps {samples[0][0]}–{samples[-1][0]}", flush=True)
+        for name, part in (("middle", samples[third : 2 * third]), ("last", samples[2 * third :])):
+            _, megabytes, descriptors = (f"{min(v):.0f}–{max(v):.0f}" for v in zip(*part, strict=True))
+            print(f"  {name} third of the time: {megabytes} MB, {descriptors} descriptors", flush=True)
     steps = logged(args.root / "run")
     whole = steps == list(range(1, len(steps) + 1))
     print(f"steps logged: 1 to {steps[-1]}, {'every one once, rising' if whole else 'WITH GAPS'}")

@@ -40,6 +40,7 @@ class RunLock:
         self._file, owner = None, ""
         if jax.process_index() == 0:
             self._file = open(Path(workdir) / "lock", "a+", encoding="utf-8")
+            os.register_at_fork(after_in_child=self.close)  # a reader process that outlives its parent holds nothing
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -135,9 +135,12 @@ def test_the_policy_is_applied_and_survives_a_restart(tmp_path):
 # --- one owner -------------------------------------------------------------------------------------------------------
 
 OWNER = """
-import sys, time
+import os, sys, time
 from moe_jax import survive
 lock = survive.RunLock(sys.argv[1])
+if os.fork() == 0:  # a reader process that nobody ends
+    time.sleep(15)
+    os._exit(0)
 print("mine", flush=True)
 time.sleep(60)
 """
@@ -153,7 +156,8 @@ def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
         assert f"process {owner.pid}" in (tmp_path / "lock").read_text()
     finally:
         owner.send_signal(signal.SIGKILL)
-        owner.communicate()
+        owner.wait()
+        owner.stdout.close()
     with survive.RunLock(tmp_path):  # nothing is left behind
         with pytest.raises(survive.Busy):
             survive.RunLock(tmp_path)

@@ -15,6 +15,7 @@ from absl import flags
 from moe_jax import (
     checkpoint,
     cli,
+    compile_only,
     config,
     data,
     evaluate,
@@ -29,7 +30,10 @@ from moe_jax import (
 )
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not")
+COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only", None, "compile for TPUs that are not here, e.g. v5p:4x4x4, and report"
+)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 
 
@@ -41,6 +45,10 @@ def main(argv):
 
     # --- configuration: every rule is checked before anything is compiled ---------------------------------------------
     cfg = config.build(CONFIG.value)
+    if COMPILE_ONLY.value:
+        return compile_only.main(cfg, COMPILE_ONLY.value)
+    if WORKDIR.value is None:
+        raise cli.UserError("--workdir is needed, for example --workdir=runs/a")
     workdir = Path(WORKDIR.value)
     if (workdir / "config.json").exists():
         checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))

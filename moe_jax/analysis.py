@@ -4,6 +4,8 @@ Letters: L MoE layers, G domains, E experts, K experts per token. A domain witho
 """
 
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from moe_jax.config import FileError
 from moe_jax.optim import path_of
 from moe_jax.routing import ChoiceSums, RouterStats
 
@@ -65,8 +68,11 @@ def analyse(
 
 def load(path: Path | str) -> Analysis:
     """What `Analysis.save` wrote."""
-    with np.load(path) as arrays:
-        found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as e:
+        raise FileError(f"{path}: is not an analysis: {e}") from None
     number = lambda name: found[name] if found[name] is None else int(found[name])
     names = tuple(found["domains"].tolist())
     return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})

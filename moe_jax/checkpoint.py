@@ -75,10 +75,13 @@ def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> list[str]:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        return value
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a run directory") from None
-    except ValueError as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}") from None
 
 
@@ -286,9 +289,9 @@ class Checkpoints:
         """State and the data states of all processes (one if they are equal), unchecked."""
         try:
             items = self._orbax.load_checkpointables(step, {"state": abstract_state, "data": None})
+            return items["state"], list(items["data"]["processes"])
         except Exception as e:
             raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e.__cause__ or e)}") from e
-        return items["state"], items["data"]["processes"]
 
     def wait(self) -> None:
         """Returns when the save under way is complete, or raises what went wrong with it."""

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
 from moe_jax.checkpoint import CheckpointError
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, FileError
 
 # What a value on the command line becomes, by the type of the field it replaces.
 _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
@@ -227,12 +227,12 @@ def join_processes() -> None:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """`app.run` for a main whose ConfigError, CheckpointError or UserError is the user's to mend."""
+    """`app.run` for a main whose ConfigError, FileError, CheckpointError or UserError is the user's to mend."""
 
     def guarded(argv):
         try:
             main(argv)
-        except (ConfigError, CheckpointError, UserError) as e:
+        except (ConfigError, FileError, CheckpointError, UserError) as e:
             _stop(e)
 
     logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO

@@ -68,6 +68,7 @@ def _convert(hint: Any, value: Any, name: str):
         )
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 2**1023, name, value, "must be of a float's size")
         return float(value)
     ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     require(ok, name, value, f"must be of type {hint.__name__}, not {type(value).__name__}")

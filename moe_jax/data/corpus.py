@@ -51,7 +51,8 @@ class TokenStore:
             self.offsets = self._load("offsets", self.num_documents + 1)
             self.document_domains = self._load("domains", self.num_documents)
             self.document_bytes = self._load("bytes", self.num_documents)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            self._check()
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
             raise ValueError(f"{self.folder} is not a complete token store: {error}") from error
 
     def _load(self, name: str, length: int) -> np.ndarray:
@@ -60,6 +61,13 @@ class TokenStore:
         if array.shape != (length,):
             raise ValueError(f"{path} has shape {array.shape}, not {(length,)}")
         return array
+
+    def _check(self) -> None:
+        """That what points into another array stays inside it."""
+        ends, inside = (0, len(self.tokens) - 1), self.document_domains
+        ordered = tuple(self.offsets[[0, -1]]) == ends and bool((np.diff(self.offsets) > 0).all())
+        if not ordered or (len(inside) and not 0 <= inside.min() <= inside.max() < len(self.domains)):
+            raise ValueError("its offsets or domains point outside")
 
     def __reduce__(self):
         return TokenStore, (self.folder,)

@@ -59,6 +59,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
+        if path.stat().st_size > HEADER_LIMIT:
+            raise FormatError(f"{path}: has {path.stat().st_size:,} bytes, and {HEADER_LIMIT:,} is the limit")
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
@@ -110,6 +112,8 @@ def _open_shards(folder: Path) -> dict[str, Entry]:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one file, none of whose numbers is read."""
+    if not path.is_file():
+        raise FormatError(f"{path}: is not a file")
     total = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")

@@ -4,8 +4,6 @@ Letters: L MoE layers, G domains, E experts, K experts per token. A domain witho
 """
 
 import re
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,11 +69,11 @@ def load(path: Path | str) -> Analysis:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-        raise FileError(f"{path}: is not an analysis: {e}") from None
-    number = lambda name: found[name] if found[name] is None else int(found[name])
-    names = tuple(found["domains"].tolist())
-    return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})
+        number = lambda name: found[name] if found[name] is None else int(found[name])
+        names = tuple(found["domains"].tolist())
+        return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})
+    except Exception as e:  # of a zip file, numpy's header in it or the numbers: anything
+        raise FileError(f"{path}: is not an analysis: {type(e).__name__}: {e}") from None
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -38,8 +38,8 @@ def of_count(n):
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
-ABSURD = [b"9" * 30, b"-1", b"1e999", b"NaN", b"null", b'""', b"[]", b"{}", b"\xff\xfe", b"\0" * 9, b"../../x", b"[" * 9999,
-          b"\xff" * 8, (2**62).to_bytes(8, "little"), b"true", b"0"]  # fmt: skip
+ABSURD = [b"9" * 30, b"-1", b"1e999", b"NaN", b"null", b'""', b"[]", b"{}", b"\xff\xfe", b"\0" * 9, b"../../x",
+          b"[" * 9999, b"\xff" * 8, (2**62).to_bytes(8, "little"), b"true", b"0"]  # fmt: skip
 
 
 def damaged(data: bytes, seed: int) -> bytes:
@@ -112,7 +112,7 @@ def write_store(folder: Path) -> None:
 
 def write_analysis(path: Path) -> None:
     fields = {name: np.ones((2, 2)) for name in analysis.Analysis._fields}
-    np.savez_compressed(path, **fields | {"domains": np.array(["a", "b"]), "top_k": 2})
+    np.savez_compressed(path, **fields | {"domains": np.array(["a", "b"]), "top_k": 2, "earlier_step": 1})
 
 
 def write_gguf(path: Path) -> None:
@@ -289,8 +289,8 @@ def test_configurations_thousands():
 
 
 @of_count(200)
-@given(st.sampled_from(["train.steps", "optim.lr", "mesh.fsdp", "model", "data.sources.x", "a[", "", "model.moe"])
-       | st.text(max_size=12), st.text(max_size=12) | st.none() | st.lists(st.text(max_size=4), max_size=1))  # fmt: skip
+@given(st.sampled_from(["train.steps", "optim.lr", "mesh.fsdp", "model", "data.x", "a[", ""]) | st.text(max_size=12),
+       st.text(max_size=12) | st.none() | st.lists(st.text(max_size=4), max_size=1))  # fmt: skip
 def test_overrides(name, value):
     check(lambda: cli._check_override(config.default_config(), name, value), Path("/nonexistent"))
 
@@ -304,7 +304,7 @@ def test_paths_do_not_leave_their_folder(tmp_path):
     index = json.loads(where.read_text())
     for name in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", ""):
         where.write_text(json.dumps(index | {"weight_map": {"t0": name}}))
-        with pytest.raises(CheckpointError, match="is not the name of a .safetensors file beside it"):
+        with pytest.raises(CheckpointError, match="is not the name of"):
             safetensors.open_model(tmp_path)
 
 

@@ -17,6 +17,9 @@ _SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _SENDS = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _TO_HOST = re.compile(r"= (.*?) send\(.*is_host_transfer=true.*megascale")
+_MESH = re.compile(
+    r"replica_groups=(?:@?\w*)?mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _CALLS = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
 
 
@@ -85,6 +88,8 @@ def _axes(line: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
         dims, turn = _dims(iota[3]), _dims(iota[4] or "")
         ids = np.arange(math.prod(dims)).reshape(dims)
         group = (ids.transpose(turn) if turn else ids).reshape(int(iota[1]), int(iota[2]))[0]
+    elif named := _MESH.search(line):
+        group = _along(*named.groups())
     elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         group = np.array(_dims(listed[1]))
     elif pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
@@ -92,6 +97,21 @@ def _axes(line: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
         group = np.array(next(([a, b] for a, b in ends if a != b), [0]))
     where = np.unravel_index(group, tuple(sizes.values()))
     return tuple(a for a, at in zip(sizes, where, strict=True) if len(set(at.tolist())) > 1), len(group)
+
+
+def _along(mesh: str, dims: str | None, turn: str | None, names: str) -> np.ndarray:
+    """The first group of devices along named axes of XLA's own mesh; `'a':(2)4` is a part of an axis, after 2 others."""
+    axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    ids = np.arange(math.prod(axes.values()))
+    if dims:
+        ids = ids.reshape(_dims(dims)).transpose(_dims(turn) if turn else None)
+    parts = {name: (before or "1", size) for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", names)}
+    shape, pick = [], []
+    for name, n in axes.items():
+        before, size = (int(parts[name][0]), int(parts[name][1] or n)) if name in parts else (n, 1)
+        shape += [before, size, n // before // size]
+        pick += [0, slice(None), 0]
+    return ids.reshape(shape)[tuple(pick)].reshape(-1)
 
 
 # --- how often -------------------------------------------------------------------------------------------------------

@@ -176,7 +176,9 @@ def check_earlier(earlier: int | None, step: int | None, steps: list[int]) -> No
 
 
 def _stop(message: object) -> None:
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    text = " ".join(str(message).split())
+    text = text if len(text) <= 2000 else f"{text[:2000]}…"  # of a name or a value that is someone's joke
+    print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -1,6 +1,7 @@
 """`--compile_only`: what a program sends, read from its text; the step compiled for TPUs that are not here."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -132,5 +133,38 @@ def report():
 
 @pytest.mark.slow
 def test_experts_stay_where_they_are(report):
-    for c in report.sent:
-        print(c)
+    """Over `fsdp` a chip gathers its own experts, half of them here; over `expert` tokens travel and no weight does."""
+    weights = [c for c in report.sent if any({D, F} <= set(s) for s in c.shapes) and "/optimizer/" not in c.name]
+    assert {c.kind for c in weights if "fsdp" in c.axes} >= {"all-gather", "reduce-scatter"}
+    for c in weights:
+        assert "expert" not in c.axes and all(E // 2 in s and E not in s for s in c.shapes if F in s), c
+    tokens = [c for c in report.sent if c.kind == "ragged-all-to-all"]
+    # Rows out and home, going forward (in both passes and again for the backward one) and back, in each layer.
+    assert tokens and {c.axes for c in tokens} == {("expert",)} and {c.times for c in tokens} == {2 * L}
+
+
+@pytest.mark.slow
+def test_statistics_are_a_few_numbers(report):
+    """An all-reduce of assignments G·E a layer in the first pass, of them and the probabilities in the second."""
+    found = [c for c in report.sent if any(E in s and D not in s for s in c.shapes)]
+    assert {c.kind for c in found} == {"all-reduce"} and {c.axes for c in found} == {("data", "fsdp", "expert")}
+    groups, micro = 4, 2
+    numbers = sum(c.times * math.prod(s) for c in found for s in c.shapes if E in s)
+    assert numbers == 3 * micro * L * groups * E
+
+
+@pytest.mark.slow
+def test_the_optimizer_sends_what_its_plan_says(report):
+    cfg = small()
+    plan = optim.muon_plan(cfg.optim, model.abstract(cfg.model), report.mesh, cfg.model.head_dim)
+    found = [c for c in report.sent if "/optimizer/shard_map/" in c.name]
+    assert {c.kind for c in found} == {"all-to-all", "all-gather"}
+    assert sum(c.sent for c in found) == pytest.approx(plan.bytes, rel=0.02)
+
+
+@pytest.mark.slow
+def test_it_fits_and_says_so(report):
+    text = "\n".join(compile_only.lines(small(), report))
+    assert report.fits and "fits: " in text and "estimate from the data sheet, not measured" in text
+    state = report.memory["parameters"] + report.memory["moments"]
+    assert 0 < state < sum(report.memory.values()) < 95e9

@@ -82,8 +82,7 @@ def check(read, folder: Path, expected=SAID):
     try:
         read()
     except expected as e:
-        text = " ".join(str(e).split())
-        assert text and len(text) < 20_000
+        assert str(e).strip()
     assert time.monotonic() - began < SECONDS
     assert tree_of(folder) == before
 
@@ -177,7 +176,7 @@ READERS = {  # file → what reads it, given its folder
     **{f"store/{name}": lambda folder: rows_of(folder / "store")
        for name in ("meta.json", "offsets.npy", "domains.npy", "tokens.npy", "bytes.npy")},
 }  # fmt: skip
-EXPECTED = {"m.gguf": (*SAID, KeyError)}  # an unknown type: open_model says it
+EXPECTED = {"m.gguf": (*SAID, KeyError, ValueError)}  # an unknown type, no bytes: open_model says it
 
 
 def rows_of(folder: Path):

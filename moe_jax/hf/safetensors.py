@@ -96,7 +96,7 @@ def _open_shards(folder: Path) -> dict[str, Entry]:
     for name in names:
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise FormatError(f"{where}: {name!r} is not the name of a .safetensors file beside it")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # also of a name that no file can have
             raise FormatError(f"{where}: the file {name} is missing")
     for name in names:
         for tensor, entry in read_header(folder / name).items():

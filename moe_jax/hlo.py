@@ -100,7 +100,7 @@ def _axes(line: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
 
 
 def _along(mesh: str, dims: str | None, turn: str | None, names: str) -> np.ndarray:
-    """The first group of devices along named axes of XLA's own mesh; `'a':(2)4` is a part of an axis, after 2 others."""
+    """The first group of devices along axes of XLA's own mesh; `'a':(2)4` is a part of an axis, after 2 others."""
     axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(axes.values()))
     if dims:

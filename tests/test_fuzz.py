@@ -28,7 +28,7 @@ from moe_jax.hf.architectures import read_config
 
 SAID = (ConfigError, FileError, CheckpointError, cli.UserError)  # cli.run prints these as one line
 SECONDS = 20.0  # far more than any case takes, on a machine that has other work
-FEW, MANY = 40, 1000
+FEW, MANY = 40, 500
 
 
 def of_count(n):

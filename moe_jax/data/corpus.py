@@ -21,7 +21,12 @@ from tqdm import tqdm
 from moe_jax.data.tokenizers import Tokenizer
 
 _VERSION = 1
-BAD_HEADER = (SyntaxError, tokenize.TokenError)  # besides ValueError: numpy reads the header of a file as a literal
+BAD_HEADER = (
+    SyntaxError,
+    OverflowError,
+    MemoryError,
+    tokenize.TokenError,
+)  # and ValueError: numpy reads the header of a file as a literal
 _BATCH = 64  # documents tokenised together
 
 

@@ -21,12 +21,8 @@ from tqdm import tqdm
 from moe_jax.data.tokenizers import Tokenizer
 
 _VERSION = 1
-BAD_HEADER = (
-    SyntaxError,
-    OverflowError,
-    MemoryError,
-    tokenize.TokenError,
-)  # and ValueError: numpy reads the header of a file as a literal
+# What numpy raises, besides ValueError, for a header that it reads as a literal, and for absurd numbers in it.
+BAD_HEADER = (SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 _BATCH = 64  # documents tokenised together
 
 

@@ -40,6 +40,7 @@ def _convert(hint: Any, value: Any, name: str):
         return _build_inside(hint, value, name)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
+        require(hasattr(value, "items"), name, value, "must be a group of named entries", "nearest valid: {}")
         try:
             return {key: _convert(args[1], item, key) for key, item in value.items()}
         except ConfigError as e:

@@ -75,10 +75,7 @@ def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> list[str]:
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-        return value
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a run directory") from None
     except (ValueError, RecursionError, OSError) as e:

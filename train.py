@@ -40,6 +40,8 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes 
 def main(argv):
     if argv[1:]:
         raise cli.UserError(f"unexpected argument {argv[1]!r}; options start with --")
+    if WORKDIR.value is None and not COMPILE_ONLY.value:
+        raise cli.UserError("--workdir is needed, for example --workdir=runs/a")
     if CONFIG.value is None:
         raise cli.UserError("--config is needed, for example --config=configs/quickstart.py")
 
@@ -47,8 +49,6 @@ def main(argv):
     cfg = config.build(CONFIG.value)
     if COMPILE_ONLY.value:
         return compile_only.main(cfg, COMPILE_ONLY.value)
-    if WORKDIR.value is None:
-        raise cli.UserError("--workdir is needed, for example --workdir=runs/a")
     workdir = Path(WORKDIR.value)
     if (workdir / "config.json").exists():
         checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))

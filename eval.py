@@ -29,7 +29,7 @@ def main(argv):
         raise cli.UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
     cfg = checkpoint.load_config(workdir)
     cli.check_writable(workdir)
-    cli.keep_compiled(data.cache_folder(cfg.data) / "compiled")
+    cli.keep_compiled(data.cache_folder() / "compiled")  # code: never from where a run directory says
     if DISTRIBUTED.value:
         cli.join_processes()
     say = print if jax.process_index() == 0 else lambda *_: None

@@ -15,6 +15,7 @@ from absl import flags
 from moe_jax import (
     checkpoint,
     cli,
+    compile_only,
     config,
     data,
     evaluate,
@@ -32,7 +33,10 @@ from moe_jax import (
 )
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not")
+COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only", None, "compile for TPUs that are not here, e.g. v5p:4x4x4, and report"
+)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 RESUME_STEP = flags.DEFINE_integer("resume_step", None, "go on from this checkpoint; later ones are set aside", 1)
 REPLAY = flags.DEFINE_string("replay", None, "take the step of a dump again, and nothing else; see docs/survival.md")
@@ -41,6 +45,8 @@ REPLAY = flags.DEFINE_string("replay", None, "take the step of a dump again, and
 def main(argv):
     if argv[1:]:
         raise cli.UserError(f"unexpected argument {argv[1]!r}; options start with --")
+    if WORKDIR.value is None and not COMPILE_ONLY.value:
+        raise cli.UserError("--workdir is needed, for example --workdir=runs/a")
     if CONFIG.value is None:
         raise cli.UserError("--config is needed, for example --config=configs/quickstart.py")
 
@@ -48,6 +54,8 @@ def main(argv):
 
     # --- configuration: every rule is checked before anything is compiled ---------------------------------------------
     cfg = config.build(CONFIG.value)
+    if COMPILE_ONLY.value:
+        return compile_only.main(cfg, COMPILE_ONLY.value)
     workdir = Path(WORKDIR.value)
     if (workdir / "config.json").exists():
         checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))

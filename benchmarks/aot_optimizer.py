@@ -10,38 +10,16 @@ bytes that collectives receive, next to the plan's; bytes of arguments and tempo
 """
 
 import math
-import os
-import re
 import time
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax
 from absl import flags
-from jax.experimental import topologies
 
-from moe_jax import cli, config, model, newton_schulz, optim, sharding, step
+from moe_jax import cli, compile_only, config, hlo, model, newton_schulz, optim, sharding, step
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5p:2x4x8", "v5p:4x8x8"], "TPU topologies, 64 and 256 chips")
 MESH = flags.DEFINE_string("mesh", "", "data,fsdp,expert with one -1; default: the config's expert axis, fsdp the rest")
-
-BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
-COLLECTIVES = "all-to-all|all-gather|reduce-scatter|all-reduce|collective-permute|ragged-all-to-all"
-SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-
-
-def size_of(shapes: str) -> int:
-    """Bytes of the arrays in an HLO result type."""
-    one = lambda kind, dims: BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
-    return sum(one(kind, dims) for kind, dims in SHAPE.findall(shapes))
-
-
-def received(text: str) -> dict[str, int]:
-    """Bytes of the results of each kind of collective in a compiled module; loops are counted once."""
-    out: dict[str, int] = {}
-    for result, kind in re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text):
-        out[kind] = out.get(kind, 0) + size_of(result.split(")")[0])
-    return out
 
 
 def shape_of(chips: int, cfg: config.RunConfig) -> tuple[int, int, int]:
@@ -57,13 +35,15 @@ def main(_):
     cfg = config.build(CONFIG.value)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
     for name in TOPOLOGY.value:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = compile_only.devices(name)
         mesh = sharding.make_mesh(shape_of(len(devices), cfg), devices)
         state = step.abstract_state(cfg, mesh)
         began = time.time()
         with jax.set_mesh(mesh):
             compiled = jax.jit(optimizer.update).lower(state.params, state.opt_state, state.params).compile()
-        memory, moved = compiled.memory_analysis(), received(compiled.as_text())
+        memory, moved = compiled.memory_analysis(), {}
+        for c in hlo.collectives(compiled.as_text(), dict(mesh.shape)):
+            moved[c.kind] = moved.get(c.kind, 0) + c.size  # loops once
         counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
         plan = optim.muon_plan(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim)
         fair = sum(r.matrices * newton_schulz.flops(*r.shape, plan.steps) for r in plan.rows) / len(devices)

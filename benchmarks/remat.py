@@ -16,12 +16,11 @@ import os
 import re
 import time
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from moe_jax import cli, config, model, remat, sharding, step
+from moe_jax import cli, compile_only, config, model, remat, sharding, step
 from moe_jax.moe import TokenInfo
 
 CONFIG = cli.define_config()
@@ -31,21 +30,8 @@ HLO = flags.DEFINE_string("hlo", "", "write the compiled programs to this folder
 
 
 def mesh_of(cfg: config.RunConfig) -> jax.sharding.Mesh:
-    if not TOPOLOGY.value:
-        device = jax.devices()[0]
-        return sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices[:1]
-    return sharding.make_mesh(config.check_devices(cfg, 1, "tpu", device[0].device_kind), device)
-
-
-def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh):
-    shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
-    dtypes = [jnp.float32 if name == "weights" else jnp.int32 for name in step.Batch._fields]
-    batch = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for dtype in dtypes))
-    with jax.set_mesh(mesh):
-        return step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch).compile()
+    chips = compile_only.devices(TOPOLOGY.value)[:1] if TOPOLOGY.value else jax.devices()
+    return compile_only.mesh_of(cfg, chips)
 
 
 def kept(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> float:
@@ -95,7 +81,7 @@ def main(_):
         this = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=policy))
         row = f"{policy:10} kept {kept(this, mesh) / 1e3:7.1f} kB a token and layer, "
         try:
-            compiled = compile_step(this, mesh)
+            compiled = compile_only.compile_step(this, mesh)
         except jax.errors.JaxRuntimeError as e:  # does not fit
             print(row + " ".join(str(e).split())[:160], flush=True)
             continue

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from moe_jax.config import FileError
 from moe_jax.optim import path_of
 from moe_jax.routing import ChoiceSums, RouterStats
 
@@ -65,11 +66,14 @@ def analyse(
 
 def load(path: Path | str) -> Analysis:
     """What `Analysis.save` wrote."""
-    with np.load(path) as arrays:
-        found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
-    number = lambda name: found[name] if found[name] is None else int(found[name])
-    names = tuple(found["domains"].tolist())
-    return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
+        number = lambda name: found[name] if found[name] is None else int(found[name])
+        names = tuple(found["domains"].tolist())
+        return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})
+    except Exception as e:  # of a zip file, numpy's header in it or the numbers: anything
+        raise FileError(f"{path}: is not an analysis: {type(e).__name__}: {e}") from None
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -84,7 +84,7 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a run directory") from None
-    except ValueError as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}") from None
 
 
@@ -345,9 +345,9 @@ class Checkpoints:
         """State and the data states of all processes (one if they are equal), unchecked."""
         try:
             items = self._orbax.load_checkpointables(step, {"state": abstract_state, "data": None})
+            return items["state"], list(items["data"]["processes"])
         except Exception as e:
             raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e.__cause__ or e)}") from e
-        return items["state"], items["data"]["processes"]
 
     def wait(self) -> None:
         """Returns when the save under way is complete, or raises CheckpointError with what went wrong with it."""

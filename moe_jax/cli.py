@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
 from moe_jax.checkpoint import CheckpointError
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, FileError
 from moe_jax.guard import BadNumbers
 from moe_jax.survive import Busy
 
@@ -181,7 +181,9 @@ def check_earlier(earlier: int | None, step: int | None, steps: list[int]) -> No
 
 
 def _stop(message: object) -> None:
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    text = " ".join(str(message).split())
+    text = text if len(text) <= 2000 else f"{text[:2000]}…"  # of a name or a value that is someone's joke
+    print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -252,7 +254,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     def guarded(argv):
         try:
             main(argv)
-        except (ConfigError, CheckpointError, UserError, BadNumbers, Busy) as e:
+        except (ConfigError, FileError, CheckpointError, UserError, BadNumbers, Busy) as e:
             _stop(e)
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from moe_jax import config
 from moe_jax.config import MoEConfig
 from moe_jax.experts import COMPUTE, ExpertWeights, permute
 from moe_jax.routing import Routing
@@ -206,12 +207,12 @@ def bytes_sent(cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: 
 
 
 def choose_exchange(
-    cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: int, itemsize: int
+    cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: int, itemsize: int, device_kind: str = ""
 ) -> tuple[str, str]:
     """The exchange, and the line that tells it, printed once at start-up. `moe.exchange` other than "auto" is taken.
 
-    "auto" is the one that sends fewer bytes on TPU, and `ring` on CPU, which would pad, and on GPU, where the ragged
-    all-to-all has not been measured.
+    "auto" is the one that sends fewer bytes on TPU, and `ring` on CPU, which would pad, on GPU, where the ragged
+    all-to-all has not been measured, and on TPU v5e, for which XLA refuses to compile it.
     """
     if peers == 1:
         return "ring", "none (mesh.expert=1)"  # its collectives over one device are nothing
@@ -219,8 +220,9 @@ def choose_exchange(
     name, why = cfg.exchange, "set in the config"
     if name == "auto":
         name, why = min(sent, key=sent.get), "sends less"
-        if platform != "tpu":
-            name, why = "ring", "no ragged all-to-all on CPU" if platform == "cpu" else "not measured on GPU yet"
+        if platform != "tpu" or not config.has_ragged_exchange(device_kind):
+            missing = {"cpu": "no ragged all-to-all on CPU", "tpu": "no ragged all-to-all on TPU v5e"}
+            name, why = "ring", missing.get(platform, "not measured on GPU yet")
     elif platform == "cpu" and name == "all_to_all":
         why += ", padded on CPU"
     (other,) = set(sent) - {name}

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from moe_jax.config import FileError
+
 # --- sums → scalars --------------------------------------------------------------------------------------------------
 
 
@@ -273,15 +275,8 @@ class Writer:
         moved to `metrics.dropped.jsonl`. None keeps every whole line.
     """
 
-    def __init__(
-        self,
-        workdir: str | os.PathLike,
-        *,
-        resume_step: int | None = None,
-        tensorboard: bool = True,
-        wandb_project: str = "",
-        config: dict | None = None,
-    ):
+    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True,
+                 wandb_project: str = "", config: dict | None = None):  # fmt: skip
         self._file = self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return
@@ -336,9 +331,12 @@ class Writer:
 
 def read_metrics(workdir: str | os.PathLike, kind: str = "train") -> list[dict[str, Any]]:
     """The rows of one kind in a run's `metrics.jsonl`; a last line still being written is left out."""
-    text = (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = map(json.loads, text.split("\n")[:-1])
-    return [row for row in rows if row["kind"] == kind]
+    path = Path(workdir) / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise FileError(f"{path}: is not a run's metrics: {type(e).__name__}: {e}") from None
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Backends(NamedTuple):
         attention, why_a = choose_attention(cfg, platform, device_kind, seq_len)
         matmul, why_m = choose_backend(cfg.moe.grouped_matmul, platform, device_kind, cfg.compute_dtype)
         itemsize = jnp.dtype(cfg.compute_dtype).itemsize
-        exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize)
+        exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize, device_kind)
         if not cfg.num_moe_layers:
             return cls(attention, exchange, matmul), f"attention: {attention} ({why_a}); no experts"
         text = f"attention: {attention} ({why_a}); experts: {cfg.moe.compute}"

@@ -15,7 +15,10 @@ import math
 from collections.abc import Callable
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.config.fields import require
 
 AXES = ("data", "fsdp", "expert")
 BATCH = PartitionSpec(AXES)  # the leading (batch) dimension of activations and data
@@ -26,8 +29,26 @@ REPLICATED = ("layers", "norm", "latent", "router_embed", "router_experts")
 
 
 def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:
-    """The mesh of `(data, fsdp, expert)` sizes over `devices` (default: all)."""
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    """The mesh of `(data, fsdp, expert)` sizes over the first of `devices` (default: all).
+
+    An axis may be a part of an axis of a TPU's torus (8 chips of 4 × 4 × 4). Of several TPU slices each has its own
+    part of `data`, so that nothing else crosses the network between them; ConfigError where it cannot be divided so.
+    """
+    devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
+    slices = count_slices(devices)
+    rule = f"must be a multiple of the {slices} slices: only data lies across them"
+    require(shape[0] % slices == 0, "mesh.data", shape[0], rule, f"nearest valid: {-(-shape[0] // slices) * slices}")
+    if slices > 1:
+        of_slice = (shape[0] // slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def count_slices(devices) -> int:
+    """TPU slices that these devices are of: within one chips are wired together, between them there is a network."""
+    return len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"} or {None})
 
 
 def weight_spec(axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:

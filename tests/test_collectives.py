@@ -1,15 +1,10 @@
 """What a compiled training step sends: for load balancing expert statistics, to the experts tokens, never weights."""
 
-import re
-
-import jax
-import numpy as np
 import pytest
 
-from moe_jax import config, sharding, step
+from moe_jax import compile_only, config, hlo, sharding, step
 
 B, S, E, K, D, F, GROUPS = 32, 28, 10, 3, 16, 12, 4  # ten of nothing else: a dimension of 10 is the experts'
-COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
 def collectives(micro_batches: int, accumulation: str, exchange: str) -> list[tuple[str, list[tuple[int, ...]], str]]:
@@ -23,20 +18,11 @@ def collectives(micro_batches: int, accumulation: str, exchange: str) -> list[tu
     c.data.tokenizer.update(kind="huggingface", path="none")
     c.train.micro_batches = micro_batches
     cfg, mesh = config.build(c), sharding.make_mesh((2, 2, 2))
-    like = lambda name: jax.ShapeDtypeStruct(
-        (B, S), np.float32 if name == "weights" else np.int32, sharding=sharding.batch_sharding(mesh)
-    )
-    batch = step.Batch(*(like(name) for name in step.Batch._fields))
-    state = step.abstract_state(cfg, mesh)
-    with jax.set_mesh(mesh):
-        compiled = step.make_train_step(cfg, mesh).__wrapped__.lower(state, batch).compile()
+    state, compiled = step.abstract_state(cfg, mesh), compile_only.compile_step(cfg, mesh)
     # The new state takes the old one's place: all of it, and nothing else, is donated.
-    of_device = [np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)]
-    assert compiled.memory_analysis().alias_size_in_bytes == sum(of_device)
-    text = compiled.as_text()
-    found = re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(.*?op_name=\"([^\"]*)\"", text)
-    dims = lambda shapes: [tuple(int(n) for n in s.split(",") if n) for s in re.findall(r"\w\d+\[([\d,]*)\]", shapes)]
-    return [(kind, dims(shapes), name) for shapes, kind, name in found]
+    assert compiled.memory_analysis().alias_size_in_bytes == compile_only.bytes_of_device(state)
+    found = hlo.collectives(compiled.as_text(), dict(mesh.shape))
+    return [(c.kind, c.shapes, c.name) for c in found if c.name]
 
 
 @pytest.mark.parametrize(

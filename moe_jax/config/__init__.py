@@ -6,8 +6,8 @@ value, the rule and the nearest valid choice.
 """
 
 from moe_jax.config.convert import build, build_model, default_config, load_balance, source, to_dict
-from moe_jax.config.fields import ConfigError, nearest_divisor
-from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
+from moe_jax.config.fields import ConfigError, FileError, nearest_divisor
+from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation, has_ragged_exchange
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.schema import (
     DataConfig,
@@ -25,6 +25,7 @@ from moe_jax.config.schema import (
 __all__ = [
     "ConfigError",
     "DataConfig",
+    "FileError",
     "LoadBalanceConfig",
     "LossConfig",
     "MLAConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "check_vocabulary",
     "default_config",
     "for_evaluation",
+    "has_ragged_exchange",
     "load_balance",
     "nearest_divisor",
     "source",

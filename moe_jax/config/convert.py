@@ -40,6 +40,7 @@ def _convert(hint: Any, value: Any, name: str):
         return _build_inside(hint, value, name)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
+        require(hasattr(value, "items"), name, value, "must be a group of named entries", "nearest valid: {}")
         try:
             return {key: _convert(args[1], item, key) for key, item in value.items()}
         except ConfigError as e:
@@ -68,6 +69,7 @@ def _convert(hint: Any, value: Any, name: str):
         )
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 2**1023, name, value, "must be of a float's size")
         return float(value)
     ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     require(ok, name, value, f"must be of type {hint.__name__}, not {type(value).__name__}")

@@ -11,10 +11,20 @@ class ConfigError(ValueError):
 
     def __init__(self, name: str, value: Any, rule: str, hint: str = ""):
         self.name, self.value, self.rule, self.hint = name, value, rule, hint
-        super().__init__(f"config.{name}={value!r}: {rule}" + (f"; {hint}" if hint else ""))
+        super().__init__(f"config.{name}={shown(value)}: {rule}" + (f"; {hint}" if hint else ""))
 
     def inside(self, prefix: str) -> "ConfigError":
         return ConfigError(f"{prefix}.{self.name}", self.value, self.rule, self.hint)
+
+
+class FileError(ValueError):
+    """A file that is not what it should be, in one line."""
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """repr of a value, cut short."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
 def require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:
@@ -23,8 +33,13 @@ def require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:
 
 
 def nearest_divisor(of: int, near: int) -> int:
-    small = [d for d in range(1, math.isqrt(of) + 1) if of % d == 0]
-    return min(sorted({*small, *(of // d for d in small)}), key=lambda d: abs(d - near))
+    """The divisor of `of` nearest to `near`, the smaller of two; a near one where both are beyond all use."""
+    near = min(max(near, 1), of)
+    for off in range(100_000):
+        for d in (near - off, near + off):
+            if 0 < d <= of and of % d == 0:
+                return d
+    return math.gcd(of, near)
 
 
 def _bounds(low: float, high: float = float("inf")) -> dict:

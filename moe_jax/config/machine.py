@@ -34,6 +34,13 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         f"must divide a device's {tokens} tokens of a micro-batch",
         f"nearest valid: {nearest_divisor(tokens, chunks)}",
     )
+    require(
+        shape[2] == 1 or moe.exchange != "all_to_all" or has_ragged_exchange(device_kind),
+        "model.moe.exchange",
+        "all_to_all",
+        f"needs a ragged all-to-all, which XLA does not have for {device_kind}",
+        "use 'auto' or 'ring'",
+    )
     hopper = platform == "gpu" and any(name in device_kind for name in ("H100", "H200", "H800", "GH200"))
     here = device_kind or platform
     require(
@@ -49,6 +56,11 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         require(dtype == "bfloat16", "model.compute_dtype", dtype, rule, "use 'auto'")
     _check_attention(cfg, platform, here)
     return shape
+
+
+def has_ragged_exchange(device_kind: str) -> bool:
+    """Whether XLA compiles a ragged all-to-all for it: not for TPU v5e ("limited ICI routing"), libtpu 0.0.42."""
+    return device_kind not in ("TPU v5 lite", "TPU v5e")
 
 
 def _check_attention(cfg: RunConfig, platform: str, here: str) -> None:

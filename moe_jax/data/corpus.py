@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from moe_jax.data.tokenizers import Tokenizer
 
 _VERSION = 1
+# What numpy raises, besides ValueError, for a header that it reads as a literal, and for absurd numbers in it.
+BAD_HEADER = (SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 _BATCH = 64  # documents tokenised together
 
 
@@ -44,14 +47,15 @@ class TokenStore:
             meta = json.loads((self.folder / "meta.json").read_text())
             if meta["version"] != _VERSION:
                 raise ValueError(f"version {meta['version']}")
-            self.domains: tuple[str, ...] = tuple(meta["domains"])
-            self.end_of_text: int = meta["end_of_text"]
+            self.domains: tuple[str, ...] = tuple(map(str, meta["domains"]))
+            self.end_of_text: int = int(meta["end_of_text"])
             self.num_documents: int = meta["documents"]
             self.tokens = self._load("tokens", meta["tokens"])
             self.offsets = self._load("offsets", self.num_documents + 1)
             self.document_domains = self._load("domains", self.num_documents)
             self.document_bytes = self._load("bytes", self.num_documents)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            self._check()
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, *BAD_HEADER) as error:
             raise ValueError(f"{self.folder} is not a complete token store: {error}") from error
 
     def _load(self, name: str, length: int) -> np.ndarray:
@@ -60,6 +64,15 @@ class TokenStore:
         if array.shape != (length,):
             raise ValueError(f"{path} has shape {array.shape}, not {(length,)}")
         return array
+
+    def _check(self) -> None:
+        """That what points into another array stays inside it."""
+        ends, inside = (0, len(self.tokens) - 1), self.document_domains
+        whole = all(a.dtype.kind in "iu" for a in (self.tokens, self.offsets, inside, self.document_bytes))
+        ordered = whole and tuple(self.offsets[[0, -1]]) == ends and bool((np.diff(self.offsets) > 0).all())
+        outside = len(inside) and not 0 <= inside.min() <= inside.max() < len(self.domains)
+        if not ordered or outside or not 0 <= self.end_of_text < 2**31:
+            raise ValueError("its numbers are no token store's")
 
     def __reduce__(self):
         return TokenStore, (self.folder,)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -38,9 +39,9 @@ class Source(Protocol):
     def documents(self, split: Split) -> Sequence[dict[str, str]]: ...
 
 
-def cache_folder(cfg: DataConfig) -> Path:
+def cache_folder(cfg: DataConfig | None = None) -> Path:
     """Where prepared data lives: `cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
-    return Path(cfg.cache_dir or os.environ.get("MOE_JAX_CACHE") or "~/.cache/moe_jax").expanduser()
+    return Path((cfg and cfg.cache_dir) or os.environ.get("MOE_JAX_CACHE") or "~/.cache/moe_jax").expanduser()
 
 
 def open_source(name: str, cfg: SourceConfig, cache: Path, progress: bool = False) -> Source:
@@ -161,7 +162,7 @@ class FilesSource:
                 yield from read(path)
             except ConfigError:
                 raise
-            except (OSError, EOFError, ValueError, csv.Error) as error:
+            except (OSError, EOFError, ValueError, RecursionError, NotImplementedError, zlib.error, csv.Error) as error:
                 raise self._error("path", f"cannot be read: {path}: {error}".replace("\n", " ")) from error
 
     def _read_txt(self, path: Path) -> Iterator[tuple[str, str]]:
@@ -268,6 +269,9 @@ class TfdsSource:
         """The TFDS builder; nothing is downloaded or generated yet."""
         import tensorflow_datasets as tfds
 
+        if ":" in self.cfg.name.split("/")[0]:
+            rule = "names a community's data set, whose builder is code from elsewhere, and is not opened"
+            raise self._error("name", rule, "nearest valid: 'stdlib_text', or files of text")
         if self.cfg.name == "stdlib_text":
             from moe_jax.data.stdlib_text import StdlibText
 

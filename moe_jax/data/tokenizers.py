@@ -16,11 +16,13 @@ from typing import Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 
-from moe_jax.config import ConfigError, TokenizerConfig
+from moe_jax.config import ConfigError, FileError, TokenizerConfig
+from moe_jax.config.fields import shown
 
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
 _SETTINGS = "tokenizer_settings.json"
+_MOST = 200_000_000  # bytes of a tokenizer file; the largest in use have a tenth
 _FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 
 
@@ -52,6 +54,17 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
     os.chmod(name, 0o644)
     os.replace(name, path)
+
+
+def read_file(path: Path, most: int = _MOST) -> bytes:
+    """A file of at most `most` bytes. Raises FileError."""
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise FileError(f"{path}: has {size:,} bytes; a tokenizer has at most {most:,}")
+        return path.read_bytes()
+    except OSError as e:
+        raise FileError(f"{path}: cannot be read: {e.strerror}") from None
 
 
 class BytesTokenizer:
@@ -91,14 +104,16 @@ class JsonTokenizer:
         self._data = data
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
             raise ConfigError("data.tokenizer.path", path, f"is no tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is these letters, not the token
         special = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
         self._word, self.end_of_text = _find_end_of_text(self._tokenizer.token_to_id, end_of_text, sorted(special))
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # it has end_of_text
         self.fingerprint = _digest(b"json-1", data, self._word.encode())
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -205,14 +220,25 @@ def load(workdir: str | Path) -> Tokenizer | None:
     path = Path(workdir) / _SETTINGS
     if not path.is_file():
         return None
-    settings = json.loads(path.read_text())
+    settings = _read_settings(path)
     if settings["kind"] == "bytes":
         return BytesTokenizer()
     file = Path(workdir) / _FILES[settings["kind"]]
     if not file.is_file():
         return None
     made = SentencePieceTokenizer if settings["kind"] == "sentencepiece" else JsonTokenizer
-    return made(file.read_bytes(), settings.get("end_of_text") or "", str(file))
+    return made(read_file(file), settings.get("end_of_text") or "", str(file))
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(read_file(path))
+        if settings["kind"] in ("bytes", *_FILES) and isinstance(settings.get("end_of_text", ""), str):
+            return settings
+        problem = f"kind={shown(settings['kind'])}, end_of_text={shown(settings.get('end_of_text'))}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        problem = f"{type(e).__name__}: {e}"
+    raise FileError(f"{path}: is not a tokenizer's settings: {problem}")
 
 
 def load_or_make(cfg: TokenizerConfig, workdir: str | Path, training_text) -> Tokenizer:
@@ -224,7 +250,7 @@ def load_or_make(cfg: TokenizerConfig, workdir: str | Path, training_text) -> To
     path = Path(workdir) / _SETTINGS
     kept = load(workdir)
     if kept is not None:
-        settings, wanted = json.loads(path.read_text()), _settings(cfg)
+        settings, wanted = _read_settings(path), _settings(cfg)
         for name, value in wanted.items():
             if settings.get(name) != value:
                 rule = f"differs from {path}, which has {settings.get(name)!r}"
@@ -241,6 +267,6 @@ def load_or_make(cfg: TokenizerConfig, workdir: str | Path, training_text) -> To
         if not file.is_file():
             raise ConfigError("data.tokenizer.path", cfg.path, "is not a file", "a tokenizer.json or a .model file")
         kind = JsonTokenizer if cfg.kind == "huggingface" else SentencePieceTokenizer
-        made = kind(file.read_bytes(), cfg.end_of_text, cfg.path)
+        made = kind(read_file(file), cfg.end_of_text, cfg.path)
     save(made, cfg, workdir)
     return made

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from moe_jax import config, sharding, step, weights
 from moe_jax.checkpoint import load_config
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.data.tokenizers import END_OF_TEXT
+from moe_jax.data.tokenizers import END_OF_TEXT, read_file
 from moe_jax.hf import gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, FormatError, read_config, write_config
 from moe_jax.hf.devices import Assembly, fetch, flatten
@@ -59,7 +59,7 @@ def import_model(
             raise FormatError(f"{source}: no such directory")
         hf = safetensors.read_json(source / "config.json")
         entries = safetensors.open_model(source)
-        files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+        files = {name: read_file(source / name) for name in TOKENIZER_FILES if (source / name).is_file()}
         table = ""
     name, model, lines = read_config(hf, str(source))
     for line in lines:
@@ -150,7 +150,9 @@ def _check_vocabulary(model: ModelConfig, data: bytes) -> None:
 
     try:
         vocabulary = tokenizers.Tokenizer.from_str(data.decode("utf-8")).get_vocab(with_added_tokens=True)
-    except Exception as e:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and PanicException, which is none
         raise FormatError(f"tokenizer.json: is none: {e}") from None
     largest = max(vocabulary.values(), default=0)
     if largest >= model.vocab_size:
@@ -162,7 +164,7 @@ def _end_of_text(files: dict[str, bytes]) -> str:
     """What tokenizer_config.json calls the end-of-text token; "" if nothing."""
     try:
         token = json.loads(files.get("tokenizer_config.json", b"{}")).get("eos_token", "")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise FormatError("tokenizer_config.json: is not a JSON object") from None
     token = token.get("content", "") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""

@@ -44,6 +44,7 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     try:
+        _check_lengths(path)
         reader = GGUFReader(str(path))
         value = lambda key: None if key not in reader.fields else reader.fields[key].contents()
         kind = value("general.architecture")
@@ -72,6 +73,49 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
     except Exception as e:  # of a file that is not what it says, the package raises anything
         raise FormatError(f"{path}: is not a whole GGUF file: {type(e).__name__}: {e}") from None
     return hf, entries, files
+
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type; 8: text, 9: array
+
+
+def _check_lengths(path: Path) -> None:
+    """That every count and length of the header stays inside the file: the package believes them, and would loop."""
+    data = np.memmap(path, np.uint8, "r")
+    at = 0
+
+    def take(n: int) -> int:
+        nonlocal at
+        if n > len(data) - at:
+            raise FormatError(f"{path}: a length of {n:,} bytes at byte {at:,} cannot be: the file has {len(data):,}")
+        at += n
+        return at - n
+
+    def number(size: int) -> int:
+        return int.from_bytes(data[(begin := take(size)) : begin + size].tobytes(), "little")
+
+    def skip(kind: int, depth: int = 0) -> None:
+        if kind == 8:
+            take(number(8))
+        elif kind == 9 and depth < 2:
+            inner, count = number(4), number(8)
+            if inner in _SIZES:
+                take(count * _SIZES[inner])
+                return
+            if 8 * count > len(data):
+                take(8 * count)  # which there is no room for
+            for _ in range(count):
+                skip(inner, depth + 1)
+        else:
+            take(_SIZES[kind])
+
+    take(8)
+    tensors, values = number(8), number(8)
+    for _ in range(values):
+        take(number(8))
+        skip(number(4))
+    for _ in range(tensors):
+        take(number(8))
+        take(8 * number(4) + 12)
 
 
 def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:

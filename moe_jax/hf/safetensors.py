@@ -59,6 +59,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
+        if path.stat().st_size > HEADER_LIMIT:
+            raise FormatError(f"{path}: has {path.stat().st_size:,} bytes, and {HEADER_LIMIT:,} is the limit")
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
@@ -94,7 +96,7 @@ def _open_shards(folder: Path) -> dict[str, Entry]:
     for name in names:
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise FormatError(f"{where}: {name!r} is not the name of a .safetensors file beside it")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # also of a name that no file can have
             raise FormatError(f"{where}: the file {name} is missing")
     for name in names:
         for tensor, entry in read_header(folder / name).items():
@@ -110,6 +112,8 @@ def _open_shards(folder: Path) -> dict[str, Entry]:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one file, none of whose numbers is read."""
+    if not path.is_file():
+        raise FormatError(f"{path}: is not a file")
     total = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")

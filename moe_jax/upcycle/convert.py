@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from moe_jax import checkpoint, model, sharding, step, weights
 from moe_jax.checkpoint import CheckpointError, Checkpoints
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.data.tokenizers import read_file
 from moe_jax.hf.convert import TOKENIZER_FILES
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
@@ -126,7 +127,7 @@ def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path)
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
     """What a run of train.py, or an import, keeps of its tokenizer."""
     found = {*folder.glob("tokenizer*"), *(folder / name for name in TOKENIZER_FILES)}
-    return {path.name: path.read_bytes() for path in sorted(found) if path.is_file()}
+    return {path.name: read_file(path) for path in sorted(found) if path.is_file()}
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:

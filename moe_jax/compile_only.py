@@ -1,0 +1,243 @@
+"""The train step compiled for TPUs that are not here: does it fit, what does it send, how long may it take.
+
+`train.py --compile_only=v5p:4x4x4` on any machine with the package libtpu; `2xv5p:4x4x4` are two such slices, joined by
+the data-centre network. Nothing is run, read or written. That it fits is the TPU compiler's word. Bytes sent are from
+the compiled program, a ragged exchange's at uniform routing; FLOPs by formula; times from both and the data sheet.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import config, exchange, hlo, metrics, model, optim, sharding, step
+from moe_jax.cli import UserError
+
+# Per chip: bytes, bytes/s of its memory, bytes/s that its links send, bytes/s to the data-centre network (Google's
+# pages on v5e, v5p and v6e). The peak of FLOPs is metrics.py's.
+CHIPS = {
+    "v5e": (16e9, 0.819e12, 200e9, 3.125e9),
+    "v5p": (95e9, 2.765e12, 600e9, 6.25e9),
+    "v6e": (32e9, 1.6e12, 400e9, 12.5e9),
+}
+MOST = 256  # chips of a slice
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",
+         "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+         "TPU_STDERR_LOG_LEVEL": "3"}  # fmt: skip
+
+
+class Report(NamedTuple):
+    """Of one chip, in bytes; a chip's memory holds arguments and temporaries."""
+
+    topology: str
+    mesh: dict[str, int]
+    fits: bool
+    memory: dict[str, float]  # by kind; the last is what is left of the total
+    capacity: float
+    seconds: float  # to compile
+    sent: list[hlo.Collective]
+    text: str  # the program, "" if it does not fit
+
+
+# --- the machine that is not here ------------------------------------------------------------------------------------
+
+
+def devices(topology: str) -> list[jax.Device]:
+    """The chips of `[<slices>x]<v5e|v5p|v6e>:<n>x<n>[x<n>]`. Raises UserError."""
+    found = re.fullmatch(r"(?:([1-9]\d?)x)?(\w+?):(\d{1,3}(?:x\d{1,3}){1,2})", topology)
+    chips = math.prod(map(int, found[3].split("x"))) if found else 0
+    if not found or found[2] not in CHIPS or not 0 < chips <= MOST:
+        rule = f"must be [<slices>x]<{'|'.join(CHIPS)}>:<sizes> with at most {MOST} chips a slice"
+        raise UserError(f"--compile_only={topology}: {rule}; nearest valid: {_nearest(found)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f'--compile_only={topology}: needs the TPU compiler; pip install "{_libtpu()}"')
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    more = {"num_slices": int(found[1])} if int(found[1] or 1) > 1 else {}
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.removeprefix(f"{found[1]}x"), **more
+        ).devices
+    except Exception as e:  # libtpu's own
+        rule = f"libtpu refuses it ({str(e).splitlines()[0][:120]})"
+        raise UserError(f"--compile_only={topology}: {rule}; nearest valid: {_nearest(found)}") from None
+
+
+def _nearest(found: re.Match | None) -> str:
+    return {"v5e": "v5e:8x8", "v6e": "v6e:16x16"}.get(found[2] if found else "", "v5p:4x4x4")
+
+
+def _libtpu() -> str:
+    """What the installed jax asks for in its extra "tpu"."""
+    asked = [r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
+    return asked[0] if asked else "libtpu"
+
+
+def mesh_of(cfg: config.RunConfig, chips: list[jax.Device]) -> jax.sharding.Mesh:
+    """Raises ConfigError where the config does not suit these chips."""
+    shape = config.check_devices(cfg, len(chips), chips[0].platform, chips[0].device_kind)
+    return sharding.make_mesh(shape, chips)
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """The train step for a mesh of any devices, from shapes alone."""
+    shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
+    dtypes = [jnp.float32 if name == "weights" else jnp.int32 for name in step.Batch._fields]
+    batch = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for dtype in dtypes))
+    with jax.set_mesh(mesh):
+        return step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch).compile()
+
+
+def bytes_of_device(tree: Any) -> int:
+    """Of abstract arrays with shardings: what one device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_report(cfg: config.RunConfig, topology: str) -> Report:
+    """Compiles, which takes minutes. Raises UserError and ConfigError."""
+    mesh, began = mesh_of(cfg, devices(topology)), time.perf_counter()
+    state = step.abstract_state(cfg, mesh)
+    memory = {"parameters": bytes_of_device((state.params, state.router_bias)),
+              "moments": bytes_of_device(state.opt_state)}  # fmt: skip
+    capacity, sent, text = CHIPS[_chip(topology)][0], [], ""
+    try:
+        compiled = compile_step(cfg, mesh)
+    except jax.errors.JaxRuntimeError as e:
+        used = re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", str(e))
+        if not used:
+            raise UserError(f"--compile_only={topology}: XLA refuses it: {str(e)[:300]}") from None
+        unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+        total, capacity = float(used[1]) * unit[used[2]], float(used[3]) * unit[used[4]]
+    else:
+        m, text = compiled.memory_analysis(), compiled.as_text()
+        total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        total += m.temp_size_in_bytes + m.generated_code_size_in_bytes
+        sizes = dict(mesh.shape) | {"data": mesh.shape["data"] // sharding.count_slices(mesh.devices.flat)}
+        sent = hlo.collectives(text, sizes)
+    memory["gradients, activations and work space"] = total - sum(memory.values())
+    return Report(topology, dict(mesh.shape), bool(text), memory, capacity, time.perf_counter() - began, sent, text)
+
+
+def _chip(topology: str) -> str:
+    return next(name for name in CHIPS if name in topology)
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def bytes_sent(cfg: config.RunConfig, report: Report) -> dict[tuple[str, str], tuple[int, float]]:
+    """(kind, mesh axes) → times and bytes that a chip sends in a step; the most first.
+
+    The room of a ragged exchange is for the worst case; it is counted as used at uniform routing.
+    """
+    peers, out = report.mesh["expert"], {}
+    used = exchange.devices_per_token(cfg.model.moe, peers) / peers if cfg.model.num_moe_layers else 1
+    for c in report.sent:
+        key = c.kind, "·".join(c.axes) or "none"
+        times, size = out.get(key, (0, 0.0))
+        out[key] = times + c.times, size + c.sent * (used if c.kind.startswith("ragged") else 1)
+    return dict(sorted(out.items(), key=lambda item: -item[1][1]))
+
+
+def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
+    """Seconds a step that each part of a chip needs at its data sheet's rate; the first is of arithmetic.
+
+    FLOPs: of the model, and again of the forward passes that `remat="full"` and exact accumulation repeat, and Muon's.
+    Memory: state read and written, gradients written and read (and again by each micro-batch), gathered weights in
+    the compute dtype written and read in each pass; activations are left out, so this is a lower bound.
+    """
+    _, memory_rate, link_rate, network_rate = CHIPS[_chip(report.topology)]
+    m, a, chips = cfg.model, cfg.train.micro_batches, math.prod(report.mesh.values())
+    flops = model.flops_per_token(m, cfg.data.seq_len) * cfg.data.batch_size * cfg.data.seq_len / chips
+    twice = a > 1 and cfg.loss.accumulation == "exact"
+    passes = 3 + (m.remat == "full") + twice
+    flops *= passes / 3
+    if optim.owners(cfg.optim)["matrix"] == "muon":
+        flops += optim.muon_plan(cfg.optim, model.abstract(m), report.mesh, m.head_dim).flops
+    state = report.memory["parameters"] + report.memory["moments"]
+    weights = model.count_parameters(m).total * jnp.dtype(m.compute_dtype).itemsize / report.mesh["expert"]
+    moved = 2 * state + 2 * a * report.memory["parameters"] + 2 * weights * passes * a
+    sent = bytes_sent(cfg, report).items()
+    over = lambda network: sum(size for (kind, _), (_, size) in sent if (kind == hlo.NETWORK) == network)
+    peak, _ = metrics.peak_flops(devices(report.topology)[0])
+    times = {"arithmetic": flops / peak, "memory": moved / memory_rate, "links": over(False) / link_rate}
+    return times | ({"network": over(True) / network_rate} if over(True) else {})
+
+
+def suggestions(cfg: config.RunConfig, report: Report) -> str:
+    """The smallest change that should make it fit: by proportion, not compiled."""
+    state, total, chips = report.memory["parameters"] * 2 + report.memory["moments"], sum(report.memory.values()), 0
+    chips, a = math.prod(report.mesh.values()), cfg.train.micro_batches
+    rows, room = cfg.data.batch_size // chips, report.capacity - state
+    if room > 0.1 * report.capacity:  # the state fits
+        if cfg.model.remat == "none":
+            return "--config.model.remat=selective"
+        need = (total - state) / room * a
+        choices = [n for n in range(a + 1, rows + 1) if rows % n == 0]
+        if choices:
+            n = next((n for n in choices if n >= need), choices[-1])
+            return f"--config.train.micro_batches={n}, {rows // n} sequences of a chip at a time"
+        if cfg.model.remat != "full":
+            return "--config.model.remat=full"
+        if report.mesh["expert"] > 1 and cfg.model.moe.exchange_chunks < 8:
+            return f"--config.model.moe.exchange_chunks={2 * cfg.model.moe.exchange_chunks}"
+    if report.mesh["data"] > 1:
+        fsdp = report.mesh["fsdp"] * 2
+        return f"--config.mesh.data=-1 --config.mesh.fsdp={fsdp}, the state in twice as many parts"
+    if cfg.model.param_dtype == "float32":
+        return "--config.model.param_dtype=bfloat16, which halves the state"
+    return "more chips, or ones with more memory"
+
+
+def lines(cfg: config.RunConfig, report: Report) -> Iterator[str]:
+    """The report in words."""
+    gb = lambda n: f"{n / 1e9:,.2f} GB" if n >= 1e7 else f"{n / 1e6:,.3f} MB"
+    m, tokens, total = cfg.model, cfg.data.batch_size * cfg.data.seq_len, sum(report.memory.values())
+    chips = math.prod(report.mesh.values())
+    per_pass = cfg.data.batch_size // (chips * cfg.train.micro_batches)
+    yield (f"{report.topology}: {chips} chips, mesh {report.mesh}; {cfg.data.batch_size} x {cfg.data.seq_len} tokens, "
+           f"{cfg.train.micro_batches} micro-batches of {per_pass} sequences a chip, remat {m.remat}")  # fmt: skip
+    verdict = "fits" if report.fits else "DOES NOT FIT"
+    yield f"{verdict}: {gb(total)} of {gb(report.capacity)} a chip, by the TPU compiler, in {report.seconds:.0f} s"
+    yield "memory: " + ", ".join(f"{name} {gb(n)}" for name, n in report.memory.items())
+    flops = model.flops_per_token(m, cfg.data.seq_len) * tokens
+    yield f"FLOPs by formula: {flops / 1e12:,.2f} TFLOP a step, {flops / chips / 1e12:,.2f} TFLOP a chip"
+    if not report.fits:
+        yield f"the smallest change that should fit, by proportion and not compiled: {suggestions(cfg, report)}"
+        return
+    yield "sent by a chip in a step (loops followed; ragged exchanges at uniform routing):"
+    for (kind, axes), (times, size) in bytes_sent(cfg, report).items():
+        yield f"  {kind:18} {axes:20} {times:6,} times {gb(size):>12}"
+    times = estimate(cfg, report)
+    low, high = max(times.values()), sum(times.values())
+    parts = ", ".join(f"{name} {t:.3g} s" for name, t in times.items())
+    yield f"estimate from the data sheet, not measured: {parts}"
+    yield (f"estimate: {low:.3g} s a step if all overlaps, {high:.3g} s if nothing does: "
+           f"{tokens / high:,.0f} to {tokens / low:,.0f} tokens/s")  # fmt: skip
+
+
+def main(cfg: config.RunConfig, topology: str) -> None:
+    """Prints all of it. Raises UserError and ConfigError."""
+    jax.config.update("jax_platforms", "cpu")  # whatever is here stays unused
+    chips = devices(topology)
+    print(step.describe_backends(cfg, mesh_of(cfg, chips)), flush=True)
+    if optim.owners(cfg.optim)["matrix"] == "muon":
+        plan = optim.muon_plan(
+            cfg.optim, model.abstract(cfg.model), dict(mesh_of(cfg, chips).shape), cfg.model.head_dim
+        )
+        print(plan, flush=True)
+    print("compiling; minutes for large models", flush=True)
+    for line in lines(cfg, compile_report(cfg, topology)):
+        print(line, flush=True)

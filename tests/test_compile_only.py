@@ -1,0 +1,172 @@
+"""`--compile_only`: what a program sends, read from its text; the step compiled for TPUs that are not here."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_jax import cli, compile_only, config, hlo, model, optim
+
+REPO = Path(__file__).parents[1]
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+PROGRAM = """\
+HloModule jit_step, num_partitions=8
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(6)
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}
+
+%all-reduce-scatter.1 (p: f32[8,4]) -> f32[2,4] {
+  %all-reduce.9 = f32[8,4]{1,0} all-reduce(%p), channel_id=9, replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %ag = (bf16[2,8]{1,0}, bf16[8,8]{1,0:T(8,128)(2,1)}) all-gather-start(%x), replica_groups=[2,4]<=[2,4], dimensions={0}
+  %agd = bf16[8,8]{1,0} all-gather-done(%ag)
+  %rs = f32[2,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%cond, body=%body
+  %ar = (f32[3,5]{1,0}, f32[]) all-reduce(%b, %c), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add, \
+metadata={op_name="jit(step)/psum"}
+  %a2a = bf16[4,2]{1,0} all-to-all(%d), replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}
+  %cp = u8[16]{0} collective-permute(%e), source_target_pairs={{0,0},{0,1},{1,0}}
+  %s = (f32[1,8,128]{2,1,0}, u32[], token[]) send(%ar, %token), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+}
+"""
+
+
+def test_a_program_is_read():
+    found = {c.kind: c for c in hlo.collectives(PROGRAM, {"data": 2, "fsdp": 2, "expert": 2})}
+    assert len(found) == 6
+    as_tuple = lambda kind: (
+        found[kind].shapes,
+        found[kind].size,
+        found[kind].axes,
+        found[kind].times,
+        found[kind].sent,
+    )
+    inner = ("fsdp", "expert")
+    assert as_tuple("all-gather") == ([(8, 8)], 128, inner, 6, 6 * 128 * 3 / 4)
+    assert as_tuple("reduce-scatter") == ([(8, 4)], 32, inner, 6, 6 * 32 * 3)
+    assert as_tuple("all-reduce") == ([(3, 5), ()], 64, ("data",), 1, 64)
+    assert found["all-reduce"].name == "jit(step)/psum"
+    assert as_tuple("all-to-all") == ([(4, 2)], 16, ("fsdp",), 1, 8)
+    assert as_tuple("collective-permute") == ([(16,)], 16, ("expert",), 1, 16)
+    assert as_tuple(hlo.NETWORK) == ([(1, 8, 128)], 4096, ("data",), 1, 4096)
+
+
+@pytest.mark.parametrize("name", ["v5p", "v9:2x2", "v5e:32x32", "v5p:4x4x", "0xv5p:4x4x4", "v5p:0x2x2", "../v5p:2x2x1"])
+def test_a_topology_that_is_none(name):
+    with pytest.raises(cli.UserError, match=r"must be \[<slices>x\].*nearest valid: v"):
+        compile_only.devices(name)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(cli.UserError, match=r'^--compile_only=v5p:2x2x1: needs the TPU compiler; pip install "libtpu'):
+        compile_only.devices("v5p:2x2x1")
+
+
+def run_config(**values):
+    c = config.default_config()
+    c.update_from_flattened_dict(values)
+    return config.build(c)
+
+
+@pytest.mark.parametrize(
+    ("values", "total", "expected"),
+    [
+        ({"train.micro_batches": 2, "data.batch_size": 64}, 30, "--config.model.remat=selective"),
+        (
+            {"train.micro_batches": 2, "data.batch_size": 64, "model.remat": "full"},
+            30,
+            "--config.train.micro_batches=8",
+        ),
+        ({"data.batch_size": 4, "model.remat": "selective"}, 30, "--config.model.remat=full"),
+        ({"data.batch_size": 4, "model.remat": "full"}, 30, "--config.mesh.data=-1 --config.mesh.fsdp=2"),
+    ],
+)
+def test_the_smallest_change(values, total, expected):
+    memory = {"parameters": 1.0, "moments": 2.0, "rest": total - 3.0}
+    report = compile_only.Report("v5e:2x2", {"data": 4, "fsdp": 1, "expert": 1}, False, memory, 16.0, 1.0, [], "")
+    assert compile_only.suggestions(run_config(**values), report).startswith(expected)
+
+
+def test_nothing_is_touched(tmp_path):
+    """One line and exit status 2 for a mistake, no run directory asked for, none made."""
+    argv = [sys.executable, REPO / "train.py", f"--config={REPO}/configs/debug.py", "--compile_only=v5p:9"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path)})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nearest valid: v5p:4x4x4" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- with libtpu -----------------------------------------------------------------------------------------------------
+
+E, K, D, F, L, V = 24, 3, 256, 384, 3, 640
+
+
+def small(**values):
+    """Widths that are no other's, so that a shape says what it is."""
+    return run_config(**{
+        "model.vocab_size": V, "model.d_model": D, "model.num_layers": L, "model.num_heads": 4, "model.num_kv_heads": 2,
+        "model.head_dim": 128, "model.remat": "full", "model.moe.num_experts": E, "model.moe.top_k": K,
+        "model.moe.d_expert": F, "optim.name": "muon", "data.batch_size": 32, "data.seq_len": 256,
+        "data.tokenizer.kind": "huggingface", "data.tokenizer.path": "none", "mesh.data": 2, "mesh.fsdp": 2,
+        "mesh.expert": 2, "train.micro_batches": 2, "loss.balance_batch": "8", **values})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report():
+    if not LIBTPU:
+        pytest.skip("needs libtpu")
+    return compile_only.compile_report(small(), "v5p:2x2x2")
+
+
+@pytest.mark.slow
+def test_experts_stay_where_they_are(report):
+    """Over `fsdp` a chip gathers its own experts, half of them here; over `expert` tokens travel and no weight does."""
+    weights = [c for c in report.sent if any({D, F} <= set(s) for s in c.shapes) and "/optimizer/" not in c.name]
+    assert "all-gather" in {c.kind for c in weights if c.axes == ("fsdp",)}
+    mine = [s for c in report.sent if c.kind == "reduce-scatter" and c.axes == ("fsdp",) for s in c.shapes]
+    assert mine and all(s == (E // 2, D // 2, F) or D not in s for s in mine)  # gradients
+    for c in weights:
+        assert "expert" not in c.axes and all(E // 2 in s and E not in s for s in c.shapes if F in s), c
+    tokens = [c for c in report.sent if c.kind == "ragged-all-to-all"]
+    # Rows out and home, going forward (in both passes and again for the backward one) and back, in each layer.
+    assert tokens and {c.axes for c in tokens} == {("expert",)} and {c.times for c in tokens} == {2 * L}
+
+
+@pytest.mark.slow
+def test_statistics_are_a_few_numbers(report):
+    """An all-reduce of assignments G·E a layer in the first pass, of them and the probabilities in the second."""
+    found = [c for c in report.sent if any(E in s and D not in s for s in c.shapes)]
+    assert {c.kind for c in found} == {"all-reduce"} and {c.axes for c in found} == {("data", "fsdp", "expert")}
+    groups, micro = 4, 2
+    numbers = sum(c.times * math.prod(s) for c in found for s in c.shapes if E in s)
+    assert numbers == 3 * micro * L * groups * E
+
+
+@pytest.mark.slow
+def test_the_optimizer_sends_what_its_plan_says(report):
+    cfg = small()
+    plan = optim.muon_plan(cfg.optim, model.abstract(cfg.model), report.mesh, cfg.model.head_dim)
+    found = [c for c in report.sent if "/optimizer/shard_map/" in c.name]
+    assert {c.kind for c in found} == {"all-to-all", "all-gather"}
+    assert sum(c.sent for c in found) == pytest.approx(plan.bytes, rel=0.02)
+
+
+@pytest.mark.slow
+def test_it_fits_and_says_so(report):
+    text = "\n".join(compile_only.lines(small(), report))
+    assert report.fits and "fits: " in text and "estimate from the data sheet, not measured" in text
+    state = report.memory["parameters"] + report.memory["moments"]
+    assert 0 < state < sum(report.memory.values()) < 95e9

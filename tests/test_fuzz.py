@@ -1,0 +1,337 @@
+"""Files and configurations of others: whatever is in them, a reader returns or says what is wrong in one line.
+
+Each case damages something that was whole: bytes flipped, cut, doubled, put in; numbers made absurd; JSON of any shape.
+No hang, no other exception, nothing written. A few hundred cases here, more than ten thousand among the slow tests.
+"""
+
+import copy
+import gzip
+import importlib.util
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_jax import analysis, checkpoint, cli, config, metrics
+from moe_jax.checkpoint import CheckpointError
+from moe_jax.config import ConfigError, FileError
+from moe_jax.data import corpus, sources, tokenizers
+from moe_jax.hf import convert, gguf, safetensors
+from moe_jax.hf.architectures import read_config
+
+SAID = (ConfigError, FileError, CheckpointError, cli.UserError)  # cli.run prints these as one line
+SECONDS = 20.0  # far more than any case takes, on a machine that has other work
+FEW, MANY = 40, 500
+
+
+def of_count(n):
+    health = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    return settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=health)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+ABSURD = [b"9" * 30, b"-1", b"1e999", b"NaN", b"null", b'""', b"[]", b"{}", b"\xff\xfe", b"\0" * 9, b"../../x",
+          b"[" * 9999, b"\xff" * 8, (2**62).to_bytes(8, "little"), b"true", b"0"]  # fmt: skip
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    rng, out = random.Random(seed), bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 5, 20))):
+        at, span = rng.randrange(len(out) + 1), rng.choice((1, 1, 2, 4, 8, 64, 4096))
+        what = rng.randrange(6)
+        if what == 0 and at < len(out):
+            out[at] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            del out[at : at + span]
+        elif what == 2:
+            out[at:at] = rng.choice(ABSURD)
+        elif what == 3:
+            out[at : at + span] = rng.choice(ABSURD)
+        elif what == 4:
+            out[at:at] = out[max(0, at - span) : at]
+        elif rng.random() < 0.3:
+            del out[at:]
+        elif numbers := [i for i, c in enumerate(out) if 48 <= c <= 57]:
+            i = rng.choice(numbers)
+            out[i : i + 1] = rng.choice(ABSURD)
+    return bytes(out)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(10**8, 10**400) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def tree_of(folder: Path) -> dict:
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
+
+
+def check(read, folder: Path, expected=SAID):
+    """read() returns or raises one of `expected`, in one line, soon, and leaves the folder alone."""
+    before, began = tree_of(folder), time.monotonic()
+    try:
+        read()
+    except expected as e:
+        assert str(e).strip()
+    assert time.monotonic() - began < SECONDS
+    assert tree_of(folder) == before
+
+
+# --- whole files -----------------------------------------------------------------------------------------------------
+
+
+def hf_config() -> dict:
+    return {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 32, "hidden_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 64, "intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2,
+            "norm_topk_prob": False, "rope_theta": 10000.0, "sliding_window": None}  # fmt: skip
+
+
+def write_shards(folder: Path) -> None:
+    numbers = [np.ones((2, 3), np.float32), np.ones(4, jnp.bfloat16)]
+    specs = [safetensors.Spec(f"t{i}", x.dtype, x.shape) for i, x in enumerate(numbers)]
+    safetensors.write_model(folder, specs, numbers, max_file=24)
+
+
+def write_store(folder: Path) -> None:
+    folder.mkdir()
+    documents = [{"text": "one " * i, "domain": "ab"[i % 2]} for i in range(1, 9)]
+    corpus._write_store(folder, documents, tokenizers.BytesTokenizer(), "x", False)
+
+
+def write_analysis(path: Path) -> None:
+    fields = {name: np.ones((2, 2)) for name in analysis.Analysis._fields}
+    np.savez_compressed(path, **fields | {"domains": np.array(["a", "b"]), "top_k": 2, "earlier_step": 1})
+
+
+def write_gguf(path: Path) -> None:
+    text = lambda s: len(s).to_bytes(8, "little") + s
+    n = lambda value, size=4: value.to_bytes(size, "little")
+    values = text(b"general.architecture") + n(8) + text(b"llama") + text(b"llama.block_count") + n(4) + n(1)
+    values += text(b"tokenizer.ggml.tokens") + n(9) + n(8) + n(2, 8) + text(b"a") + text(b"b")
+    values += text(b"scores") + n(9) + n(6) + n(2, 8) + bytes(8)
+    tensor = text(b"token_embd.weight") + n(2) + n(4, 8) + n(2, 8) + n(0) + n(0, 8)
+    path.write_bytes(b"GGUF" + n(3) + n(1, 8) + n(4, 8) + values + tensor + bytes(64))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    write_shards(folder)
+    (folder / "hf.json").write_text(json.dumps(hf_config()))
+    made = tokenizers.train_bpe(["some text, and more text; numbers 1 2 3"] * 3, 300)
+    made.save(folder)
+    (folder / "tokenizer_settings.json").write_text(json.dumps({"kind": "huggingface", "end_of_text": ""}))
+    (folder / "config.json").write_text(json.dumps(config.to_dict(config.RunConfig())))
+    rows = [{"kind": "train", "step": i, "loss": 1.0 / i} for i in range(1, 5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_analysis(folder / "analysis.npz")
+    write_store(folder / "store")
+    write_gguf(folder / "m.gguf")
+    lines = "".join(json.dumps({"text": f"line {i}", "domain": "d"}) + "\n" for i in range(9))
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "a.csv").write_text('text,domain\n"one, two",d\n' + "x,y\n" * 9)
+    (folder / "a.txt").write_text("some text\n\nmore\n" * 9)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": ["a", "bc"] * 20, "domain": ["d", "e"] * 20})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    return folder
+
+
+def read_source(path: Path):
+    cfg = config.SourceConfig(kind="files", path=str(path), text_field="text", validation_fraction=0.5)
+    source = sources.open_source("s", cfg, path.parent)
+    return [source.documents(split) for split in sources.SPLITS]
+
+
+def read_all(entries):
+    return [e.read() for e in entries.values()]
+
+
+READERS = {  # file → what reads it, given its folder
+    "model-00001-of-00002.safetensors": lambda folder: read_all(safetensors.open_model(folder)),
+    "model.safetensors.index.json": lambda folder: read_all(safetensors.open_model(folder)),
+    "hf.json": lambda folder: read_config(safetensors.read_json(folder / "hf.json"), "x"),
+    "tokenizer.json": lambda folder: tokenizers.load(folder),
+    "tokenizer_settings.json": lambda folder: tokenizers.load(folder),
+    "config.json": lambda folder: checkpoint.load_config(folder),
+    "metrics.jsonl": lambda folder: metrics.read_metrics(folder),
+    "analysis.npz": lambda folder: analysis.load(folder / "analysis.npz"),
+    **{name: lambda folder, name=name: read_source(folder / name)
+       for name in ("a.jsonl", "a.csv", "a.txt", "b.jsonl.gz", "a.parquet")},
+    "m.gguf": lambda folder: gguf._check_lengths(folder / "m.gguf"),
+    **{f"store/{name}": lambda folder: rows_of(folder / "store")
+       for name in ("meta.json", "offsets.npy", "domains.npy", "tokens.npy", "bytes.npy")},
+}  # fmt: skip
+EXPECTED = {"m.gguf": (*SAID, KeyError, ValueError)}  # an unknown type, no bytes: open_model says it
+
+
+def rows_of(folder: Path):
+    try:
+        rows = corpus.PackedRows(corpus.TokenStore(folder), 4, 0)
+    except ValueError as e:  # the caller prepares the store anew
+        raise FileError(str(e)) from None
+    return [rows[i] for i in range(min(len(rows), 50))]
+
+
+def check_file(whole: Path, tmp_path: Path, name: str, data: bytes):
+    folder = tmp_path / "case"
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "store").mkdir()
+        for path in whole.rglob("*"):
+            if path.is_file():
+                os.link(path, folder / path.relative_to(whole))
+    target = folder / name
+    target.unlink(missing_ok=True)
+    target.write_bytes(data)
+    check(lambda: READERS[name](folder), folder, EXPECTED.get(name, SAID))
+
+
+def check_reader(whole, tmp_path, name, count):
+    data = (whole / name).read_bytes()
+    READERS[name](whole)  # whole, it can be read
+
+    @of_count(count)
+    @given(st.integers(0, 2**40))
+    def bytes_(seed):
+        check_file(whole, tmp_path, name, damaged(data, seed))
+
+    @of_count(count // 2)
+    @given(anything)
+    def json_(value):
+        check_file(whole, tmp_path, name, json.dumps(value).encode() + b"\n")
+
+    bytes_()
+    if "json" in name:
+        json_()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files(whole, tmp_path, name):
+    check_reader(whole, tmp_path, name, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_thousands(whole, tmp_path, name):
+    check_reader(whole, tmp_path, name, MANY)
+
+
+def test_one_field_of_any_value(whole, tmp_path):
+    """JSON that is whole but for one value, which gets further into a reader than broken syntax."""
+
+    @of_count(4 * FEW)
+    @given(st.sampled_from(["hf.json", "config.json", "tokenizer_settings.json", "store/meta.json"]), st.data())
+    def case(name, data):
+        value = json.loads((whole / name).read_bytes())
+        replace_one(value, data)
+        check_file(whole, tmp_path, name, json.dumps(value).encode())
+
+    case()
+
+
+def replace_one(value: dict, data) -> None:
+    while True:
+        key = data.draw(st.sampled_from(sorted(value)))
+        if isinstance(value[key], dict) and value[key] and data.draw(st.booleans()):
+            value = value[key]
+            continue
+        value[key] = data.draw(anything)
+        return
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+def check_config(count):
+    base = config.to_dict(config.RunConfig())
+    numbers = st.integers(-2, 10) | st.integers(10**6, 10**30) | st.floats()
+
+    @of_count(count)
+    @given(st.data(), st.integers(1, 4), st.sampled_from([1, 8, 64]))
+    def case(data, changes, devices):
+        values = copy.deepcopy(base)
+        for _ in range(changes):
+            group = values
+            while True:
+                key = data.draw(st.sampled_from(sorted(group)))
+                if not (isinstance(group[key], dict) and group[key]):
+                    break
+                group = group[key]
+            group[key] = data.draw(numbers | anything)
+        check(lambda: config.check_devices(config.build(values), devices, "cpu"), Path("/nonexistent"))
+
+    case()
+
+
+def test_configurations():
+    check_config(300)
+
+
+@pytest.mark.slow
+def test_configurations_thousands():
+    check_config(4000)
+
+
+@of_count(200)
+@given(st.sampled_from(["train.steps", "optim.lr", "mesh.fsdp", "model", "data.x", "a[", ""]) | st.text(max_size=12),
+       st.text(max_size=12) | st.none() | st.lists(st.text(max_size=4), max_size=1))  # fmt: skip
+def test_overrides(name, value):
+    check(lambda: cli._check_override(config.default_config(), name, value), Path("/nonexistent"))
+
+
+# --- what must be refused --------------------------------------------------------------------------------------------
+
+
+def test_paths_do_not_leave_their_folder(tmp_path):
+    write_shards(tmp_path)
+    where = tmp_path / safetensors.INDEX
+    index = json.loads(where.read_text())
+    for name in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", ""):
+        where.write_text(json.dumps(index | {"weight_map": {"t0": name}}))
+        with pytest.raises(CheckpointError, match="is not the name of"):
+            safetensors.open_model(tmp_path)
+
+
+def test_absurd_sizes(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer_settings.json").write_text('{"kind": "huggingface"}')
+    with open(tmp_path / "tokenizer.json", "wb") as f:
+        f.truncate(10**12)  # sparse
+    with pytest.raises(FileError, match="a tokenizer has at most"):
+        tokenizers.load(tmp_path)
+    with open(tmp_path / "model.safetensors", "wb") as f:
+        f.write((10**11).to_bytes(8, "little"))
+        f.truncate(10**12)
+    with pytest.raises(CheckpointError, match=r"a header of 100,000,000,000 bytes cannot be"):
+        safetensors.open_model(tmp_path)
+    write_gguf(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes().replace((2).to_bytes(8, "little"), (2**60).to_bytes(8, "little"))
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match="cannot be"):
+        gguf._check_lengths(tmp_path / "m.gguf")
+    assert config.nearest_divisor(2**61 - 1, 10**17) == 1
+
+
+def test_no_pickle_and_no_code():
+    """In the text of all that reads: nothing that runs what it reads, but for the user's own --config."""
+    root = Path(importlib.util.find_spec("moe_jax").submodule_search_locations[0])
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        assert "allow_pickle=True" not in text and "import pickle" not in text, path
+        assert text.count("exec(") == (path.name == "cli.py"), path
+        assert " eval(" not in text, path
+    assert convert.TOKENIZER_FILES and not any(n.endswith((".py", ".bin", ".pt")) for n in convert.TOKENIZER_FILES)

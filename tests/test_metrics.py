@@ -392,9 +392,9 @@ def test_importing_it_pulls_in_neither_tensorflow_nor_wandb(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
 
 
-def test_metrics_imports_nothing_of_the_package():
+def test_metrics_imports_nothing_of_the_package_but_errors():
     """`metrics` takes RouterStats by its fields, so that analysis can read a run without building a model."""
     tree = ast.parse(Path(metrics.__file__).read_text(encoding="utf-8"))
     names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert not [name for name in names if name.startswith("moe_jax")]
+    assert {name for name in names if name.startswith("moe_jax")} == {"moe_jax.config"}

@@ -24,7 +24,6 @@ VARIANTS = {
     "dense": dataclasses.replace(BASE, num_dense_layers=3, moe=config.MoEConfig()),
     "norm over projection": dataclasses.replace(BASE, qk_norm_over="projection"),
 }
-FAST = ("dense mla",)  # latent queries too
 
 
 @functools.cache
@@ -44,7 +43,8 @@ def after_a_step(name, shape, micro):
     return jax.device_get(train_step(state, step.put_batch(batch_rows(0.25), mesh, cfg)))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in VARIANTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_mesh_and_micro_batches_change_nothing(name):
     (one, aux), (other, aux_2) = after_a_step(name, (1, 1, 1), 1), after_a_step(name, (2, 2, 2), 2)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)

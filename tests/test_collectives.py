@@ -27,7 +27,11 @@ def collectives(micro_batches: int, accumulation: str, exchange: str) -> list[tu
 
 @pytest.mark.parametrize(
     ("micro_batches", "accumulation", "exchange"),
-    [(1, "exact", "all_to_all"), (2, "exact", "ring"), (2, "running", "all_to_all")],
+    [
+        pytest.param(1, "exact", "all_to_all", marks=pytest.mark.slow),
+        (2, "exact", "ring"),
+        (2, "running", "all_to_all"),
+    ],
 )
 def test_what_is_sent(micro_batches, accumulation, exchange):
     found = collectives(micro_batches, accumulation, exchange)

@@ -98,6 +98,7 @@ def test_a_bad_step_changes_nothing_but_the_count(run):
     assert last["lr"] == lr and leaves(run.state[1:]) == got
 
 
+@pytest.mark.slow
 def test_nothing_bad_is_bit_identical_to_no_check(run):
     plain = Run(run_config(skip_nonfinite=False))
     reset(run)

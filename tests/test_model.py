@@ -171,7 +171,9 @@ def gradients(cfg):
         return compiled(params, biased(bias), packed()[0]), compiled.cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "everything" else pytest.mark.slow) for n in CONFIGS]
+)
 def test_scanned_layers_equal_a_plain_loop(name):
     """Hidden states, expert loads, and the gradient of a function of the logits in every parameter."""
     cfg = CONFIGS[name]
@@ -336,6 +338,7 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward(name):
     assert generate(cfg, mesh_of(1, 1, 1), params, bias, PROMPTS, 0) == PROMPTS
 
 
+@pytest.mark.slow
 def test_generation_is_the_same_on_a_mesh():
     """Sampled, not greedy: the same draws although the batch is padded from 4 rows to 8."""
     kw = dict(tokens=6, temperature=0.8, top_p=0.9, seed=3)

@@ -95,7 +95,7 @@ def test_broken_gguf(tmp_path):
         import_model(path, tmp_path / "run", mesh=mesh())
     for data in (b"", b"GGUF", b"GGUF" + bytes(60), b"\x80\x04pickle"):
         path.write_bytes(data)
-        with pytest.raises(FormatError, match="is not a whole GGUF file"):
+        with pytest.raises(FormatError, match=r"is not a whole GGUF file|cannot be: the file has"):
             import_model(path, tmp_path / "run", mesh=mesh())
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 

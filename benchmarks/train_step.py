@@ -1,7 +1,12 @@
-"""Time one training step of a config on the devices at hand: random tokens, the router's own choices.
+"""Time one training step of a config on the devices at hand: random tokens or text, the router's own choices.
 
     python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py --steps=10
+    python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py --text --settle=100
     python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py --loads=own,1,1.5,2,4
+
+With --text every step has its own batch of the config's training text, on the device before the clock starts;
+--settle=N trains N steps on it first, since a router that was just drawn tells frequent tokens apart and little else.
+--tokens_to keeps the first of these batches' tokens, for a peer.
 
 Prints one row: step time, tokens/s, model TFLOP/s by formula (6 per active matmul weight and token, plus causal
 attention), MFU against the datasheet, maximum expert load, dropped share, peak memory, and the versions.
@@ -10,19 +15,25 @@ With --loads one row each, in turns, of one compiled step at learning rate 0: `o
 drawn; a number, those under selection biases that give one expert of each layer so many times the mean load.
 """
 
+import itertools
 import statistics
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from benchmarks.rows import milliseconds, random_rows, steer, where
-from moe_jax import cli, config, metrics, model, sharding, step
+from moe_jax import cli, config, data, metrics, model, sharding, step
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "timed steps", 1)
 WARMUP = flags.DEFINE_integer("warmup", 4, "steps before the clock starts, compilation included", 1)
+TEXT = flags.DEFINE_bool("text", False, "the config's training text instead of random tokens")
+SETTLE = flags.DEFINE_integer("settle", 0, "training steps before all others", 0)
+TOKENS_TO = flags.DEFINE_string("tokens_to", "", "with --text: .npy file for the tokens of one batch, [B, S]")
 LOADS = flags.DEFINE_list("loads", [], "own, or maximum load over mean")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "with --loads: times that every load has its turn", 1)
 
@@ -37,17 +48,31 @@ def build() -> config.RunConfig:
     return config.build(c)
 
 
+def batches(cfg: config.RunConfig, rows: list[int], count: int) -> list[dict[str, np.ndarray]]:
+    if not TEXT.value:
+        return [random_rows(cfg, rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
+        config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
+        iterator = corpus.train_iterator(rows)
+        found = list(itertools.islice(iterator, count))
+        iterator.close()
+    if TOKENS_TO.value:
+        np.save(TOKENS_TO.value, found[0]["tokens"])
+    return found
+
+
 def main(_):
     cfg = build()
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     print(step.describe_backends(cfg, mesh), flush=True)
-    rows = random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size))
-    batch = step.put_batch(rows, mesh, cfg)
+    rows = batches(cfg, step.process_rows(mesh, cfg.data.batch_size), SETTLE.value + WARMUP.value + STEPS.value)
+    ready = itertools.cycle([step.put_batch(row, mesh, cfg) for row in rows])
     state, train_step = step.init_state(cfg, mesh), step.make_train_step(cfg, mesh)
     biases = {"": state.router_bias}
     if LOADS.value:
-        by_domain, evaluate = step.put_batch(rows, mesh, cfg, by_domain=True), step.make_eval_step(cfg, mesh, 1)
+        by_domain, evaluate = step.put_batch(rows[0], mesh, cfg, by_domain=True), step.make_eval_step(cfg, mesh, 1)
         stats = lambda bias: evaluate(state.params, bias, by_domain).router
         with jax.set_mesh(mesh):
             steered = lambda load: steer(state.router_bias, stats, cfg.model.moe, float(load))
@@ -56,8 +81,8 @@ def main(_):
         del stats, evaluate, by_domain
 
     began = time.time()
-    for _ in range(WARMUP.value):
-        state, aux = train_step(state, batch)
+    for _ in range(SETTLE.value + WARMUP.value):
+        state, aux = train_step(state, next(ready))
     first_loss = float(aux["loss"])
     warm = time.time() - began
     turns, last = {load: [] for load in biases}, {}
@@ -68,7 +93,7 @@ def main(_):
             jax.block_until_ready(state)
             began = time.perf_counter()
             for _ in range(STEPS.value):
-                state, last[load] = train_step(state, batch)
+                state, last[load] = train_step(state, next(ready))
             jax.block_until_ready(state)
             turns[load].append((time.perf_counter() - began) / STEPS.value)
 
@@ -80,7 +105,8 @@ def main(_):
         aux, seconds = last[load], statistics.median(taken)
         router = metrics.router_metrics(metrics.to_host(aux["router"]), cfg.model.moe.top_k)
         print(
-            f"moe_jax {model.count_parameters(cfg.model).total / 1e9:.2f}B{load and f', load {load:<3}'}: "
+            f"moe_jax {model.count_parameters(cfg.model).total / 1e9:.2f}B{', text' * TEXT.value}"
+            f"{f' after {SETTLE.value} steps' * bool(SETTLE.value)}{load and f', load {load:<3}'}: "
             f"step {milliseconds(taken).strip()}, "
             f"{tokens / seconds:.0f} tokens/s, {flops / seconds / 1e12:.1f} TFLOP/s, "
             f"MFU {flops / seconds / peak / mesh.size:.1%} of {peak * mesh.size / 1e12:.2f} ({source}), "

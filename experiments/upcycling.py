@@ -5,10 +5,11 @@
     python -m experiments.upcycling --run=runs/dense --data=data/domains --out=runs/upcycling
 
 Every arm of `ARMS` is made by `python -m moe_jax.upcycle` with its options, then trained by `configs/continued.py` with
-its fields changed: same text, same batches. Held-out loss before the first step, against tokens and against FLOPs, and
-how alike the experts of a layer are over time: OUT/table.md, OUT/results.json, OUT/loss.png and OUT/similarity.png.
-Run again to go on; `--report_only` just compares. A trained arm's checkpoints are deleted once its experts are
-measured, which `--keep` prevents: an arm of 64 experts has 8 GB a checkpoint.
+its fields changed: same text, and the same batches for runs that share a seed, which new routers are drawn by, too.
+Held-out loss before the first step, against tokens and against FLOPs, and how alike the experts of a layer are over
+time: OUT/table.md, OUT/results.json, OUT/loss.png and OUT/similarity.png. Run again to go on; `--report_only` just
+compares. A run's checkpoints are deleted once its experts are measured, which `--keep` prevents: an arm of 64 experts
+has 8 GB a checkpoint.
 """
 
 import argparse
@@ -36,13 +37,15 @@ class Arm(NamedTuple):
     label: str
     options: tuple[str, ...] | None  # of `python -m moe_jax.upcycle`; None: the dense model
     overrides: dict[str, Any]
+    seeds: tuple[int, ...] = (0,)
 
 
+SEEDS = (0, 1, 2)  # of the arms that the others are compared with
 ARMS = {
-    "dense": Arm("dense", None, {}),
-    "copy": Arm("copies, E8G1T2", E8G1T2, {}),
-    "exact": Arm("virtual groups, E8G8T8", E8G8T8, {}),
-    "paper": Arm("… scale of the paper", (*E8G8T8, "--scale=paper"), {}),
+    "dense": Arm("dense", None, {}, SEEDS),
+    "copy": Arm("copies, E8G1T2", E8G1T2, {}, SEEDS),
+    "exact": Arm("virtual groups, E8G8T8", E8G8T8, {}, SEEDS),
+    "paper": Arm("… scale of the paper", (*E8G8T8, "--scale=paper"), {}, SEEDS),
     "unscaled": Arm("… no scale", (*E8G8T8, "--scale=none"), {}),
     "softmax_topk": Arm("… softmax, then top-k", (*E8G8T8, "--score_order=score_topk"), {}),
     "softmax_topk_small": Arm(
@@ -68,31 +71,40 @@ DEFAULTS = {
 }
 
 
-def weights_of(name: str, run: Path, out: Path) -> Path:
-    """The run directory that an arm starts from."""
-    return run if ARMS[name].options is None else out / "weights" / "_".join(ARMS[name].options).replace("--", "")
+def weights_of(name: str, seed: int, run: Path, out: Path) -> Path:
+    """The run directory that an arm starts from, or the folder that is to hold it."""
+    made = "_".join((*(ARMS[name].options or ()), f"seed{seed}")).replace("--", "")
+    return run if ARMS[name].options is None else out / "weights" / made
 
 
-def make_run(name: str, out: Path, extra: dict[str, str]) -> Run:
+def make_run(name: str, seed: int, out: Path, extra: dict[str, str]) -> Run:
     steps = int(extra.get("train.steps", STEPS))
     times = {"train.eval_every": max(1, steps // 12), "train.checkpoint_every": max(1, steps // CHECKPOINTS)}
-    return Run(name, 0, out / name / "seed0", DEFAULTS | times | extra | ARMS[name].overrides)
+    fields = DEFAULTS | times | extra | ARMS[name].overrides | {"seed": seed}
+    return Run(name, seed, out / name / f"seed{seed}", fields)
 
 
-def jobs(names: list[str], run: Path, data: str, out: Path, extra: dict[str, str], keep: bool) -> list[Job]:
-    """What can be done by now. Measurements come first: checkpoints are large."""
+def planned(names: list[str], out: Path, extra: dict[str, str]) -> list[Run]:
+    """Every arm with its first seed, then the other seeds: whatever is finished can be compared."""
+    pairs = sorted(((seed, name) for name in names for seed in ARMS[name].seeds), key=lambda pair: pair[0])
+    return [make_run(name, seed, out, extra) for seed, name in pairs]
+
+
+def jobs(runs: list[Run], dense: Path, data: str, out: Path, keep: bool) -> list[Job]:
+    """What can be done by now. Measurements come first: checkpoints are large. Weights come before training."""
     measure, train, convert = [], [], {}
-    for name in names:
-        arm, one, source = ARMS[name], make_run(name, out, extra), weights_of(name, run, out)
-        if arm.options is not None:  # into a folder inside the job's, which is new or complete
-            command = ["-m", "moe_jax.upcycle", f"--from={run}", f"--workdir={source / 'run'}", *arm.options]
-            convert[source] = Job(f"weights of {name}", source, command, "run/config.json")
+    for run in runs:
+        options, source = ARMS[run.arm].options, weights_of(run.arm, run.seed, dense, out)
+        if options is not None:  # into a folder inside the job's, which is new or complete
+            command = ["-m", "moe_jax.upcycle", f"--from={dense}", f"--workdir={source / 'run'}", *options]
+            command += [f"--seed={run.seed}", "--nocheck"]  # the loss before training says as much
+            convert[source] = Job(f"weights of {run.arm}, seed {run.seed}", source, command, "run/config.json")
             source /= "run"
         if (source / "config.json").is_file():
-            train.append(pool.training(one, CONFIG, f"{source},{data}"))
-        if one.done:
-            command = ["-m", "experiments.upcycling_measure", str(one.folder), *(["--keep"] if keep else [])]
-            measure.append(Job(f"measures of {name}", one.folder, command, "measures.json"))
+            train.append(pool.training(run, CONFIG, f"{source},{data}"))
+        if run.done:
+            command = ["-m", "experiments.upcycling_measure", str(run.folder), *(["--keep"] if keep else [])]
+            measure.append(Job(f"measures of {run.arm}, seed {run.seed}", run.folder, command, "measures.json"))
     return [*measure, *convert.values(), *train]
 
 
@@ -114,21 +126,22 @@ def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
 
 def main() -> int:
     arguments, names, extra = parse()
-    out, run, failed = arguments.out.resolve(), arguments.run.resolve(), []
+    out, dense, failed = arguments.out.resolve(), arguments.run.resolve(), []
     if not arguments.report_only:
         data = str(Path(arguments.data).resolve())
-        if not (run / "config.json").is_file():
+        if not (dense / "config.json").is_file():
             print(f"error: --run={arguments.run}: is not a run directory", file=sys.stderr)
             return 2
         # Fields do not depend on the arm's weights, so those of the dense model show every mistake.
-        configs = pool.checked_configs(CONFIG, f"{run},{data}", [make_run(name, out, extra) for name in names])
+        runs = planned(names, out, extra)
+        configs = pool.checked_configs(CONFIG, f"{dense},{data}", runs)
         if configs is None:
             return 2
         jax.config.update("jax_platforms", "cpu")  # of this process only
         pool.prepare(configs[names[0]], out)
-        plan = lambda: jobs(names, run, data, out, extra, arguments.keep)
+        plan = lambda: jobs(runs, dense, data, out, arguments.keep)
         failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
-    finished = upcycling_report.load(out, {name: arm.label for name, arm in ARMS.items()})
+    finished = upcycling_report.load(out, {name: (arm.label, arm.seeds) for name, arm in ARMS.items()})
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

@@ -1,10 +1,11 @@
 """The comparison of `experiments/upcycling.py`: measured runs → table, numbers and figures.
 
-A measured run is a run directory of train.py with eval.json and measures.json, OUT/<arm>/seed0.
+A measured run is a run directory of train.py with eval.json and measures.json, OUT/<arm>/seed<n>.
 """
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.balance_report import BLUE, ORANGE, OTHERS, markdown
+from experiments.balance_report import BLUE, ORANGE, OTHERS, cell, markdown
 from moe_jax.analysis import INK
 from moe_jax.figures import GRID
 from moe_jax.metrics import read_metrics
@@ -21,15 +22,14 @@ from moe_jax.metrics import read_metrics
 SHARES = (0.25, 0.5)  # of the tokens, at which the table gives the loss, beside the start and the end
 NOTES = """\
 Held-out cross-entropy, nats per token, before the first step and after shares of the {tokens:.3g} training tokens.
-*perplexity*: at the end. *against dense*: of the perplexity. *FLOPs*: of a training token, of the dense model's.
-*experts alike*: mean cosine of two experts' matrices made of the same shard of a dense layer, at the end, mean over
-layers and matrices. One seed.
+*perplexity*: at the end. *against dense*: of the perplexity, seed by seed. *FLOPs*: of a training token, of the dense
+model's. *experts alike*: mean cosine of two experts' matrices made of the same shard of a dense layer, at the end, mean
+over layers and matrices. `±` is the sample standard deviation over seeds, whose number stands behind the arm.
 """
 
 
 class Measured(NamedTuple):
-    arm: str
-    label: str
+    seed: int
     tokens: Float[np.ndarray, " n"]  # of the points of the curve, the first before any training
     loss: Float[np.ndarray, " n"]
     flops_per_token: float
@@ -49,7 +49,30 @@ class Measured(NamedTuple):
         return {n: float(np.mean(list(kinds.values()))) for n, kinds in self.similarity.items() if kinds}
 
 
-def load_run(folder: Path, label: str) -> Measured:
+class Arm(NamedTuple):
+    """The measured runs of an arm, one a seed."""
+
+    label: str
+    runs: list[Measured]
+
+    def cell(self, value: Callable[[Measured], float], form: str) -> str:
+        return cell(np.array([value(run) for run in self.runs]), form)
+
+    def against(self, base: "Arm") -> str:
+        """Perplexity against `base`, seed by seed: what differs between seeds alike in both does not count."""
+        theirs = {run.seed: run.perplexity for run in base.runs}
+        shares = [run.perplexity / theirs[run.seed] - 1 for run in self.runs if run.seed in theirs]
+        return cell(np.array(shares), "{:+.2%}") if shares else ""
+
+    def losses(self) -> Float[np.ndarray, "seeds n"]:
+        return np.stack([run.loss for run in self.runs])
+
+    def alike(self) -> Float[np.ndarray, "seeds n"]:
+        """Experts' similarity at the checkpoints of every run, [seeds, 0] for dense models."""
+        return np.array([list(run.alike().values()) for run in self.runs])
+
+
+def load_run(folder: Path) -> Measured:
     found = json.loads((folder / "measures.json").read_text())
     domains = json.loads((folder / "eval.json").read_text())["domains"]
     rows, evals = read_metrics(folder), read_metrics(folder, "eval")
@@ -57,71 +80,73 @@ def load_run(folder: Path, label: str) -> Measured:
     seen = np.interp([row["step"] for row in evals], steps, tokens)
     losses = [math.nan if row["xent"] is None else row["xent"] for row in evals]
     return Measured(
-        folder.parent.name, label, np.array([0.0, *seen]), np.array([found["start"]["all"], *losses]),
+        int(folder.name.removeprefix("seed")), np.array([0.0, *seen]), np.array([found["start"]["all"], *losses]),
         found["flops_per_token"], tuple(found["parameters"]),
         {int(n): kinds for n, kinds in found["similarity"].items()},
         {row["domain"]: row["perplexity"] for row in domains},
     )  # fmt: skip
 
 
-def load(out: Path, labels: dict[str, str]) -> dict[str, Measured]:
-    """The measured runs in the order of `labels`, {arm: label}."""
-    folders = {arm: out / arm / "seed0" for arm in labels}
-    return {
-        arm: load_run(folder, labels[arm])
-        for arm, folder in folders.items()
-        if (folder / "measures.json").is_file() and (folder / "eval.json").is_file()
-    }
+def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Arm]:
+    """The measured runs in the order of `arms`, {name: (label, seeds)}; arms with none are left out."""
+    found = {}
+    for name, (label, seeds) in arms.items():
+        folders = [out / name / f"seed{seed}" for seed in seeds]
+        products = ("measures.json", "eval.json")
+        runs = [load_run(folder) for folder in folders if all((folder / file).is_file() for file in products)]
+        if runs:
+            found[name] = Arm(label, runs)
+    return found
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def table(runs: dict[str, Measured]) -> str:
-    dense, rows = runs.get("dense"), []
-    head = ["", "parameters", "active", "FLOPs", "before", *(f"{share:.0%}" for share in SHARES), "end", "perplexity",
-            "against dense", "experts alike"]  # fmt: skip
-    for run in runs.values():
-        alike = list(run.alike().values())
+def table(arms: dict[str, Arm]) -> str:
+    dense, rows = arms.get("dense"), []
+    head = ["arm (seeds)", "parameters", "active", "FLOPs", "before", *(f"{share:.0%}" for share in SHARES), "end",
+            "perplexity", "against dense", "experts alike"]  # fmt: skip
+    for arm in arms.values():
+        first = arm.runs[0]
+        flops = dense and first.flops_per_token / dense.runs[0].flops_per_token
         rows.append([
-            run.label, *(f"{n / 1e6:,.1f}M" for n in run.parameters),
-            f"{run.flops_per_token / dense.flops_per_token:.2f}" if dense else "",
-            f"{run.loss[0]:.3f}", *(f"{run.at(share):.3f}" for share in SHARES), f"{run.loss[-1]:.3f}",
-            f"{run.perplexity:.2f}", f"{run.perplexity / dense.perplexity - 1:+.2%}" if dense else "",
-            f"{alike[-1]:.3f}" if alike else "",
+            f"{arm.label} ({len(arm.runs)})", *(f"{n / 1e6:,.1f}M" for n in first.parameters),
+            f"{flops:.2f}" if dense else "", arm.cell(lambda run: run.loss[0], "{:.3f}"),
+            *(arm.cell(lambda run, share=share: run.at(share), "{:.3f}") for share in SHARES),
+            arm.cell(lambda run: run.loss[-1], "{:.3f}"), arm.cell(lambda run: run.perplexity, "{:.2f}"),
+            arm.against(dense) if dense and arm is not dense else "",
+            arm.cell(lambda run: list(run.alike().values())[-1], "{:.3f}") if arm.alike().size else "",
         ])  # fmt: skip
-    domains = list(next(iter(runs.values())).domains)
-    by_domain = [[d, *(f"{run.domains.get(d, math.nan):.2f}" for run in runs.values())] for d in domains]
-    notes = NOTES.format(tokens=max(run.tokens[-1] for run in runs.values()))
-    per_arm = markdown(["perplexity", *(run.arm for run in runs.values())], by_domain)
-    return f"{markdown(head, rows)}\n\n{notes}\n{per_arm}\n"
+    domains = list(next(iter(arms.values())).runs[0].domains)
+    of_domain = lambda arm, d: arm.cell(lambda run: run.domains.get(d, math.nan), "{:.2f}")
+    by_domain = [[d, *(of_domain(arm, d) for arm in arms.values())] for d in domains]
+    notes = NOTES.format(tokens=max(run.tokens[-1] for arm in arms.values() for run in arm.runs))
+    return f"{markdown(head, rows)}\n\n{notes}\n{markdown(['perplexity', *arms], by_domain)}\n"
 
 
-def numbers(runs: dict[str, Measured]) -> dict[str, dict]:
-    return {
-        arm: {
-            "label": run.label, "tokens": run.tokens.tolist(), "loss": run.loss.tolist(),
-            "flops_per_token": run.flops_per_token, "parameters": run.parameters, "similarity": run.similarity,
-            "domains": run.domains,
-        }
-        for arm, run in runs.items()
+def numbers(arms: dict[str, Arm]) -> dict[str, dict]:
+    one = lambda run: {
+        "seed": run.seed, "tokens": run.tokens.tolist(), "loss": run.loss.tolist(),
+        "flops_per_token": run.flops_per_token, "parameters": run.parameters, "similarity": run.similarity,
+        "domains": run.domains,
     }  # fmt: skip
+    return {name: {"label": arm.label, "runs": [one(run) for run in arm.runs]} for name, arm in arms.items()}
 
 
-def write(out: Path, runs: dict[str, Measured]) -> None:
-    (out / "table.md").write_text(table(runs))
-    (out / "results.json").write_text(json.dumps(numbers(runs), indent=1) + "\n")
-    loss(runs).savefig(out / "loss.png", dpi=160)
-    similarity(runs).savefig(out / "similarity.png", dpi=160)
+def write(out: Path, arms: dict[str, Arm]) -> None:
+    (out / "table.md").write_text(table(arms))
+    (out / "results.json").write_text(json.dumps(numbers(arms), indent=1) + "\n")
+    loss(arms).savefig(out / "loss.png", dpi=160)
+    similarity(arms).savefig(out / "similarity.png", dpi=160)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def colours(runs: dict[str, Measured]) -> dict[str, str]:
+def colours(arms: dict[str, Arm]) -> dict[str, str]:
     own = {"dense": INK, "exact": ORANGE, "copy": BLUE}
-    rest = iter(OTHERS * len(runs))
-    return {arm: own.get(arm) or next(rest) for arm in runs}
+    rest = iter(OTHERS * len(arms))
+    return {name: own.get(name) or next(rest) for name in arms}
 
 
 def _style(axis: Axes, x: str, y: str) -> None:
@@ -132,30 +157,42 @@ def _style(axis: Axes, x: str, y: str) -> None:
     axis.grid(axis="y", color=GRID, lw=0.7)
 
 
-def loss(runs: dict[str, Measured]) -> Figure:
+def _line(axis: Axes, x: np.ndarray, y: Float[np.ndarray, "seeds n"], **style) -> None:
+    """Mean over seeds, and their range."""
+    axis.plot(x, y.mean(0), marker="o", ms=2.5, lw=1.3, **style)
+    if len(y) > 1:
+        axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2, lw=0)
+
+
+def loss(arms: dict[str, Arm]) -> Figure:
     """Held-out loss against tokens and against FLOPs, dense models dashed."""
     figure = Figure((12, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for arm, colour in colours(runs).items():
-        run = runs[arm]
-        style = "--" if not run.alike() else "-"
-        for axis, x in zip(axes, (run.tokens / 1e6, run.tokens * run.flops_per_token / 1e15), strict=True):
-            axis.plot(x, run.loss, style, marker="o", ms=2.5, color=colour, label=run.label, lw=1.3)
+    for name, colour in colours(arms).items():
+        arm, first = arms[name], arms[name].runs[0]
+        style = "-" if arm.alike().size else "--"
+        for axis, x in zip(axes, (first.tokens / 1e6, first.tokens * first.flops_per_token / 1e15), strict=True):
+            _line(axis, x, arm.losses(), color=colour, label=arm.label, ls=style)
+    # Models that do not compute the dense function begin far above: the axis shows the others' curves.
+    ends = [run.loss[-1] for arm in arms.values() for run in arm.runs]
+    starts = [float(np.median([run.loss[0] for arm in arms.values() for run in arm.runs])), max(ends)]
+    axes[0].set_ylim(min(ends) - 0.05 * (max(starts) - min(ends)), max(starts) + 0.15 * (max(starts) - min(ends)))
     _style(axes[0], "million tokens", "held-out loss, nats per token")
     _style(axes[1], "PFLOP of the model", "")
     axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def similarity(runs: dict[str, Measured]) -> Figure:
+def similarity(arms: dict[str, Arm]) -> Figure:
     """How alike two experts made of the same shard are, over the training."""
     figure = Figure((7.5, 3.8), layout="constrained")
     axis = figure.subplots()
-    for arm, colour in colours(runs).items():
-        if alike := runs[arm].alike():
-            share = np.array(list(alike)) / max(max(alike), 1)
-            axis.plot(share * runs[arm].tokens[-1] / 1e6, list(alike.values()), marker="o", ms=3, color=colour,
-                      label=runs[arm].label, lw=1.3)  # fmt: skip
+    for name, colour in colours(arms).items():
+        arm = arms[name]
+        if (alike := arm.alike()).size:
+            steps = np.array(list(arm.runs[0].alike()))
+            _line(axis, steps / max(steps.max(), 1) * arm.runs[0].tokens[-1] / 1e6, alike, color=colour,
+                  label=arm.label)  # fmt: skip
     _style(axis, "million tokens", "mean cosine of two experts")
     if axis.lines:
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -30,16 +30,18 @@ def root(tmp_path_factory):
 
 
 def planned(root, names, out):
-    found = upcycling.jobs(names, root / "dense", str(root / "domains"), out, {"train.steps": "40"}, False)
+    runs = [upcycling.make_run(name, 0, out, {"train.steps": "40"}) for name in names]
+    found = upcycling.jobs(runs, root / "dense", str(root / "domains"), out, False)
     return [job for job in found if not job.done]
 
 
 def test_order(root, tmp_path):
     """Weights before training, measures before more training, one conversion for arms that share it."""
     names = ["dense", "exact", "exact_muon"]
-    assert [job.name for job in planned(root, names, tmp_path)] == ["weights of exact_muon", "dense, seed 0"]
-    made = upcycling.weights_of("exact", root / "dense", tmp_path)
-    assert made == upcycling.weights_of("exact_muon", root / "dense", tmp_path)
+    assert [job.name for job in planned(root, names, tmp_path)] == ["weights of exact_muon, seed 0", "dense, seed 0"]
+    made = upcycling.weights_of("exact", 0, root / "dense", tmp_path)
+    assert made == upcycling.weights_of("exact_muon", 0, root / "dense", tmp_path)
+    assert made != upcycling.weights_of("exact", 1, root / "dense", tmp_path)
     (made / "run").mkdir(parents=True)
     (made / "run" / "config.json").write_text("{}")
     trains = planned(root, names, tmp_path)
@@ -47,12 +49,14 @@ def test_order(root, tmp_path):
     assert f"--config=configs/continued.py:{made}/run,{root}/domains" in trains[1].command
     (tmp_path / "dense" / "seed0").mkdir(parents=True)
     (tmp_path / "dense" / "seed0" / "eval.json").write_text("{}")
-    assert planned(root, names, tmp_path)[0].name == "measures of dense"
+    assert planned(root, names, tmp_path)[0].name == "measures of dense, seed 0"
+    seeds = [(run.arm, run.seed) for run in upcycling.planned(["exact", "drop"], tmp_path, {})]
+    assert seeds == [("exact", 0), ("drop", 0), ("exact", 1), ("exact", 2)]
 
 
 def test_every_arm_is_a_valid_config(root, tmp_path):
     for name, arm in upcycling.ARMS.items():
-        run = upcycling.make_run(name, tmp_path, {"train.steps": "80"})
+        run = upcycling.make_run(name, 0, tmp_path, {"train.steps": "80"})
         cfg = pool.load_config(upcycling.CONFIG, f"{root}/dense,{root}/domains", run.overrides)
         assert (cfg.train.steps, cfg.train.checkpoint_every, cfg.init_from) == (80, 20, f"{root}/dense")
         assert cfg.optim.name == ("muon" if "muon" in name else "adamw")
@@ -105,9 +109,9 @@ def test_granularity_of_the_origin():
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
-def fake_run(out: Path, arm: str, start: float, end: float, alike: list[float], flops: float) -> None:
+def fake_run(out: Path, arm: str, start: float, end: float, alike: list[float], flops: float, seed: int = 0) -> None:
     """100 steps of 1000 tokens, the loss on a line."""
-    folder = out / arm / "seed0"
+    folder = out / arm / f"seed{seed}"
     folder.mkdir(parents=True)
     line = lambda step: start + (end - start) * step / 100
     rows = [{"kind": "train", "step": s, "tokens": 1e3 * s, "xent": line(s)} for s in range(1, 101)]
@@ -121,21 +125,22 @@ def fake_run(out: Path, arm: str, start: float, end: float, alike: list[float], 
 
 
 def test_comparison(tmp_path):
-    labels = {name: arm.label for name, arm in upcycling.ARMS.items()}
+    arms = {name: (arm.label, arm.seeds) for name, arm in upcycling.ARMS.items()}
     fake_run(tmp_path, "dense", 3.0, 2.0, [], 1e6)
+    fake_run(tmp_path, "dense", 3.0, 2.2, [], 1e6, seed=1)
     fake_run(tmp_path, "exact", 3.0, 1.9, [1.0, 0.9, 0.8], 1.1e6)
     (tmp_path / "drop" / "seed0").mkdir(parents=True)  # still running
-    runs = upcycling_report.load(tmp_path, labels)
-    assert list(runs) == ["dense", "exact"] and runs["exact"].at(0.5) == pytest.approx(2.45)
-    upcycling_report.write(tmp_path, runs)
+    found = upcycling_report.load(tmp_path, arms)
+    assert list(found) == ["dense", "exact"] and found["exact"].runs[0].at(0.5) == pytest.approx(2.45)
+    assert [run.seed for run in found["dense"].runs] == [0, 1]
+    upcycling_report.write(tmp_path, found)
     text = (tmp_path / "table.md").read_text()
-    assert "| dense | 2.0M | 1.0M | 1.00 | 3.000 | 2.750 | 2.500 | 2.000 | 7.39 | +0.00% |  |" in text
-    assert (
-        "| virtual groups, E8G8T8 | 2.0M | 1.0M | 1.10 | 3.000 | 2.725 | 2.450 | 1.900 | 6.69 | -9.52% | 0.800 |"
-        in text
-    )
+    dense = "| dense (2) | 2.0M | 1.0M | 1.00 | 3.000 ± 0.000 | 2.775 ± 0.035 | 2.550 ± 0.071 | 2.100 ± 0.141 |"
+    assert f"{dense} 8.21 ± 1.16 |  |  |" in text
+    exact = "| virtual groups, E8G8T8 (1) | 2.0M | 1.0M | 1.10 | 3.000 | 2.725 | 2.450 | 1.900"
+    assert f"{exact} | 6.69 | -9.52% | 0.800 |" in text
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["exact"]["tokens"] == [0.0, 25e3, 50e3, 75e3, 100e3]
+    assert results["exact"]["runs"][0]["tokens"] == [0.0, 25e3, 50e3, 75e3, 100e3]
     for name in ("loss.png", "similarity.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -149,16 +154,19 @@ def test_toy_experiment(root, tmp_path, monkeypatch, capsys):
                "--only=dense,exact,unscaled"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command + [x for n, v in fields.items() for x in ("--set", f"{n}={v}")])
     monkeypatch.setattr(upcycling, "CHECKPOINTS", 2)
+    first_seeds = {name: arm._replace(seeds=(0,)) for name, arm in upcycling.ARMS.items()}
+    monkeypatch.setattr(upcycling, "ARMS", first_seeds)
     status = upcycling.main()
     logs = [file.read_text()[-1500:] for file in tmp_path.glob("*/*/output.txt")]
     assert status == 0, "\n".join(logs)
-    runs = upcycling_report.load(tmp_path, dict.fromkeys(upcycling.ARMS, ""))
+    found = upcycling_report.load(tmp_path, dict.fromkeys(upcycling.ARMS, ("", (0,))))
+    runs = {name: arm.runs[0] for name, arm in found.items()}
     start = {name: run.loss[0] for name, run in runs.items()}
     assert start["exact"] == pytest.approx(start["dense"], rel=1e-5)
     assert abs(start["unscaled"] / start["dense"] - 1) > 1e-5
     assert list(runs["exact"].similarity) == [0, 4, 8] and runs["exact"].alike()[0] == pytest.approx(1.0)
     assert all(run.loss[-1] < run.loss[0] for run in runs.values())
     assert not (tmp_path / "exact" / "seed0" / "checkpoints").exists()
-    assert "| virtual groups, E8G8T8 |" in capsys.readouterr().out
+    assert "| virtual groups, E8G8T8 (1) |" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "weights")
     assert checkpoint.load_config(tmp_path / "exact" / "seed0").model.moe.num_experts == 64

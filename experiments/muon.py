@@ -36,7 +36,7 @@ from experiments.pool import Job, Run
 CONFIG = "configs/balance_scope.py"
 MINUTES = 3.5  # of a run with all tokens on one H200
 LRS = (5e-4, 1e-3, 2e-3, 4e-3)
-EXTENSIONS = 2  # times that a sweep may go on past an end
+EXTENSIONS = 3  # times that a sweep may go on past an end
 SEEDS = (0, 1, 2)
 UPDATE_RMS = (0.05, 0.1, 0.4, 0.8)  # and the default
 TOKENS = (0.5, 0.35, 0.25)  # shares of the tokens

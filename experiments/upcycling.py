@@ -91,21 +91,22 @@ def planned(names: list[str], out: Path, extra: dict[str, str]) -> list[Run]:
 
 
 def jobs(runs: list[Run], dense: Path, data: str, out: Path, keep: bool) -> list[Job]:
-    """What can be done by now. Measurements come first: checkpoints are large. Weights come before training."""
-    measure, train, convert = [], [], {}
+    """What can be done by now, run after run. Measurements come first: checkpoints are large."""
+    measure, rest = [], []
     for run in runs:
         options, source = ARMS[run.arm].options, weights_of(run.arm, run.seed, dense, out)
         if options is not None:  # into a folder inside the job's, which is new or complete
             command = ["-m", "moe_jax.upcycle", f"--from={dense}", f"--workdir={source / 'run'}", *options]
             command += [f"--seed={run.seed}", "--nocheck"]  # the loss before training says as much
-            convert[source] = Job(f"weights of {run.arm}, seed {run.seed}", source, command, "run/config.json")
+            job = Job(f"weights of {run.arm}, seed {run.seed}", source, command, "run/config.json")
+            rest += [job] if job.folder not in {other.folder for other in rest} else []
             source /= "run"
         if (source / "config.json").is_file():
-            train.append(pool.training(run, CONFIG, f"{source},{data}"))
+            rest.append(pool.training(run, CONFIG, f"{source},{data}"))
         if run.done:
             command = ["-m", "experiments.upcycling_measure", str(run.folder), *(["--keep"] if keep else [])]
             measure.append(Job(f"measures of {run.arm}, seed {run.seed}", run.folder, command, "measures.json"))
-    return [*measure, *convert.values(), *train]
+    return [*measure, *rest]
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

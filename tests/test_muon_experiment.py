@@ -60,7 +60,7 @@ def test_a_sweep_goes_on_past_its_ends():
     falling[8e-3] = 0.0
     assert muon.sweep("adamw", best) == ([5e-4, 1e-3, 2e-3, 4e-3, 8e-3], 4e-3)
     endless = lambda optimizer, rates: rates[-1]
-    assert muon.sweep("adamw", endless) == ([5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3], 16e-3)
+    assert muon.sweep("adamw", endless) == ([5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3], 32e-3)
 
 
 def test_run(tmp_path):

@@ -36,9 +36,9 @@ def planned(root, names, out):
 
 
 def test_order(root, tmp_path):
-    """Weights before training, measures before more training, one conversion for arms that share it."""
+    """Weights before their training, measures before more training, one conversion for arms that share it."""
     names = ["dense", "exact", "exact_muon"]
-    assert [job.name for job in planned(root, names, tmp_path)] == ["weights of exact_muon, seed 0", "dense, seed 0"]
+    assert [job.name for job in planned(root, names, tmp_path)] == ["dense, seed 0", "weights of exact, seed 0"]
     made = upcycling.weights_of("exact", 0, root / "dense", tmp_path)
     assert made == upcycling.weights_of("exact_muon", 0, root / "dense", tmp_path)
     assert made != upcycling.weights_of("exact", 1, root / "dense", tmp_path)

@@ -3,7 +3,7 @@
     python -m benchmarks.soak --minutes=30 --lives=3 --root=/tmp/soak
 
 Of every life: resident memory and open descriptors of the process, least and most, in the middle and the last third of
-its time. Descriptors go up and down (Orbax's event loops, until they are collected): a leak is a least that rises. Of
+its time. Both go up and down with saves and evaluations: a leak is a least that rises from one third to the next. Of
 the run: the steps logged, which must be 1, 2, 3, … without a gap.
 """
 

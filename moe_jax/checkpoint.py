@@ -210,6 +210,7 @@ class Checkpoints:
         if keep is not None:
             self._policy = preserve.Keep(keep, keep_every, keep_best, self.scores)
         self._sealer: checksums.Sealer | None = None
+        self._response: Any = None  # what Orbax gave for the save under way
         self._saving: int | None = None
         self._at: int | None = None  # the step last saved or restored through this object
         self._orbax: ocp.training.Checkpointer | None = None
@@ -263,7 +264,8 @@ class Checkpoints:
                 raise CheckpointError(f"{self.directory} has step {newest} already; step {step} would rewrite the past")
             items = {"state": state, "data": {"processes": _gather_json(data_state)}}
             with self._named(step):
-                if self._orbax.save_checkpointables_async(step, items, force=True) is None:
+                self._response = self._orbax.save_checkpointables_async(step, items, force=True)
+                if self._response is None:
                     raise CheckpointError(f"{self.directory}: Orbax refused to save step {step}")
             self._at = self._saving = step
             if jax.process_index() == 0:
@@ -362,12 +364,13 @@ class Checkpoints:
 
     def _settle(self, end: Callable[[], None]) -> None:
         sealer, self._sealer = self._sealer, None
-        with self._named(self._saving):
-            try:
-                end()
-            finally:
-                if sealer is not None:
-                    sealer.finish()
+        response, self._response = self._response, None
+        with self._named(self._saving), contextlib.ExitStack() as after:
+            if sealer is not None:
+                after.callback(sealer.finish)
+            if response is not None:
+                after.callback(response.result)  # else Orbax's thread of this save and its event loop stay for ever
+            end()
 
     @contextlib.contextmanager
     def _named(self, step: int | None) -> Iterator[None]:

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,11 +210,24 @@ def test_a_step_whose_save_failed_is_saved_again(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(1, state, {"n": 1})
         with monkeypatch.context() as broken:
-            broken.setattr(type(checkpoints._orbax), "save_checkpointables_async", lambda *_, **__: object())
+            nothing = types.SimpleNamespace(result=lambda: True)
+            broken.setattr(type(checkpoints._orbax), "save_checkpointables_async", lambda *_, **__: nothing)
             checkpoints.save(2, state, {"n": 2}, wait=True)
         assert checkpoints.latest() == 1
         checkpoints.save(2, state, {"n": 2})
         assert checkpoints.latest() == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts the descriptors that Linux lists")
+def test_saving_again_and_again_opens_no_more_files(tmp_path):
+    """Every save of Orbax has a thread with an event loop, which ends only when its result is asked for."""
+    state, opened, threads = {"w": jnp.ones(8)}, [], []
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in range(1, 7):
+            checkpoints.save(step, state, {}, wait=True)
+            opened.append(len(os.listdir("/proc/self/fd")))
+            threads.append(threading.active_count())
+    assert opened[-1] <= opened[1] and threads[-1] <= threads[1], (opened, threads)
 
 
 def test_data_state_must_be_json(tmp_path):

@@ -8,8 +8,10 @@ Every arm of `ARMS` is made by `python -m moe_jax.upcycle` with its options, the
 its fields changed: same text, and the same batches for runs that share a seed, which new routers are drawn by, too.
 Held-out loss before the first step, against tokens and against FLOPs, and how alike the experts of a layer are over
 time: OUT/table.md, OUT/results.json, OUT/loss.png and OUT/similarity.png. Run again to go on; `--report_only` just
-compares. A run's checkpoints are deleted once its experts are measured, which `--keep` prevents: an arm of 64 experts
-has 8 GB a checkpoint.
+compares. With `--known=FILE`, a results.json (docs/upcycling_runs.json has the published runs), its runs are compared
+with the others, and those whose experts were measured are not run again: the same `--set` is needed. A run's
+checkpoints are deleted once its experts are measured, which `--keep` prevents: an arm of 64 experts has 8 GB a
+checkpoint.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import jax
 
 from experiments import pool, upcycling_report
 from experiments.pool import Job, Run
+from experiments.upcycling_report import Finished
 
 CONFIG = "configs/continued.py"
 STEPS, BATCH = 600, 128
@@ -46,6 +49,7 @@ ARMS = {
     "copy": Arm("copies, E8G1T2", E8G1T2, {}, SEEDS),
     "exact": Arm("virtual groups, E8G8T8", E8G8T8, {}, SEEDS),
     "paper": Arm("… scale of the paper", (*E8G8T8, "--scale=paper"), {}, SEEDS),
+    "large_router": Arm("… router ten times as large", (*E8G8T8, "--router_std=0.2"), {}),
     "unscaled": Arm("… no scale", (*E8G8T8, "--scale=none"), {}),
     "softmax_topk": Arm("… softmax, then top-k", (*E8G8T8, "--score_order=score_topk"), {}),
     "softmax_topk_small": Arm(
@@ -90,6 +94,10 @@ def planned(names: list[str], out: Path, extra: dict[str, str]) -> list[Run]:
     return [make_run(name, seed, out, extra) for seed, name in pairs]
 
 
+def is_measured(run: Finished | None) -> bool:
+    return run is not None and len(run.similarity) > 0
+
+
 def jobs(runs: list[Run], dense: Path, data: str, out: Path, keep: bool) -> list[Job]:
     """What can be done by now, run after run. Measurements come first: checkpoints are large."""
     measure, rest = [], []
@@ -116,6 +124,7 @@ def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/dense"), help="run directory of a dense model")
     parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    parser.add_argument("--known", type=Path, default=None, metavar="FILE", help="a results.json of finished runs")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     pool.add_flags(parser, "runs/upcycling")
     arguments = parser.parse_args()
@@ -128,25 +137,29 @@ def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
 def main() -> int:
     arguments, names, extra = parse()
     out, dense, failed = arguments.out.resolve(), arguments.run.resolve(), []
+    known = upcycling_report.read(arguments.known) if arguments.known else {}
     if not arguments.report_only:
         data = str(Path(arguments.data).resolve())
         if not (dense / "config.json").is_file():
             print(f"error: --run={arguments.run}: is not a run directory", file=sys.stderr)
             return 2
         # Fields do not depend on the arm's weights, so those of the dense model show every mistake.
-        runs = planned(names, out, extra)
+        runs = [run for run in planned(names, out, extra) if not is_measured(known.get((run.arm, run.seed)))]
         configs = pool.checked_configs(CONFIG, f"{dense},{data}", runs)
         if configs is None:
             return 2
-        jax.config.update("jax_platforms", "cpu")  # of this process only
-        pool.prepare(configs[names[0]], out)
-        plan = lambda: jobs(runs, dense, data, out, arguments.keep)
-        failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
-    finished = upcycling_report.load(out, {name: (arm.label, arm.seeds) for name, arm in ARMS.items()})
-    if not finished:
+        if configs:  # else all of it is known
+            jax.config.update("jax_platforms", "cpu")  # of this process only
+            pool.prepare(next(iter(configs.values())), out)
+            plan = lambda: jobs(runs, dense, data, out, arguments.keep)
+            failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
+    finished = known | upcycling_report.load(out)
+    arms = upcycling_report.arms_of(finished, {name: arm.label for name, arm in ARMS.items()})
+    if not arms:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
-    upcycling_report.write(out, finished)
+    out.mkdir(parents=True, exist_ok=True)
+    upcycling_report.write(out, arms)
     print((out / "table.md").read_text())
     return 1 if failed else 0
 

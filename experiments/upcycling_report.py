@@ -1,6 +1,7 @@
-"""The comparison of `experiments/upcycling.py`: measured runs → table, numbers and figures.
+"""The comparison of `experiments/upcycling.py`: finished runs → table, numbers and figures.
 
-A measured run is a run directory of train.py with eval.json and measures.json, OUT/<arm>/seed<n>.
+A finished run is a run directory of train.py with eval.json, OUT/<arm>/seed<n>; one without measures.json has no loss
+before training and no similarity.
 """
 
 import json
@@ -14,7 +15,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.balance_report import BLUE, ORANGE, OTHERS, cell, markdown
+from experiments.balance_report import BLUE, ORANGE, cell, markdown
+from moe_jax import checkpoint, model
 from moe_jax.analysis import INK
 from moe_jax.figures import GRID
 from moe_jax.metrics import read_metrics
@@ -23,18 +25,18 @@ SHARES = (0.25, 0.5)  # of the tokens, at which the table gives the loss, beside
 NOTES = """\
 Held-out cross-entropy, nats per token, before the first step and after shares of the {tokens:.3g} training tokens.
 *perplexity*: at the end. *against dense*: of the perplexity, seed by seed. *FLOPs*: of a training token, of the dense
-model's. *experts alike*: mean cosine of two experts' matrices made of the same shard of a dense layer, at the end, mean
+model's. *experts apart*: 1 − cosine of two experts' matrices made of the same shard of a dense layer, at the end, mean
 over layers and matrices. `±` is the sample standard deviation over seeds, whose number stands behind the arm.
 """
 
 
-class Measured(NamedTuple):
+class Finished(NamedTuple):
     seed: int
     tokens: Float[np.ndarray, " n"]  # of the points of the curve, the first before any training
-    loss: Float[np.ndarray, " n"]
+    loss: Float[np.ndarray, " n"]  # NaN where it was not measured
     flops_per_token: float
     parameters: tuple[int, int]  # total, active
-    similarity: dict[int, dict[str, list[float]]]  # by step, by kind of matrix, by layer; {} for dense models
+    similarity: dict[int, dict[str, list[float]]]  # by step, by kind of matrix, by layer; {} unknown
     domains: dict[str, float]  # perplexity at the end
 
     @property
@@ -44,19 +46,25 @@ class Measured(NamedTuple):
     def at(self, share: float) -> float:
         return float(np.interp(share * self.tokens[-1], self.tokens, self.loss))
 
-    def alike(self) -> dict[int, float]:
-        """Similarity by step, mean over layers and kinds."""
-        return {n: float(np.mean(list(kinds.values()))) for n, kinds in self.similarity.items() if kinds}
+    def apart(self) -> dict[int, float]:
+        """1 − cosine of experts by step, mean over layers and kinds; {} for a dense model."""
+        return {n: 1 - float(np.mean(list(kinds.values()))) for n, kinds in self.similarity.items() if kinds}
+
+    @property
+    def dense(self) -> bool:
+        return self.parameters[0] == self.parameters[1]
 
 
 class Arm(NamedTuple):
-    """The measured runs of an arm, one a seed."""
+    """The finished runs of an arm, one a seed."""
 
     label: str
-    runs: list[Measured]
+    runs: list[Finished]
 
-    def cell(self, value: Callable[[Measured], float], form: str) -> str:
-        return cell(np.array([value(run) for run in self.runs]), form)
+    def cell(self, value: Callable[[Finished], float], form: str) -> str:
+        """Over the runs that have a value."""
+        values = np.array([value(run) for run in self.runs])
+        return cell(values[np.isfinite(values)], form) if np.isfinite(values).any() else ""
 
     def against(self, base: "Arm") -> str:
         """Perplexity against `base`, seed by seed: what differs between seeds alike in both does not count."""
@@ -67,19 +75,25 @@ class Arm(NamedTuple):
     def losses(self) -> Float[np.ndarray, "seeds n"]:
         return np.stack([run.loss for run in self.runs])
 
-    def alike(self) -> Float[np.ndarray, "seeds n"]:
-        """Experts' similarity at the checkpoints of every run, [seeds, 0] for dense models."""
-        return np.array([list(run.alike().values()) for run in self.runs])
+    def apart(self) -> list[dict[int, float]]:
+        """How far apart experts are at the checkpoints of every run that has it."""
+        return [found for run in self.runs if (found := run.apart())]
 
 
-def load_run(folder: Path) -> Measured:
-    found = json.loads((folder / "measures.json").read_text())
+def load_run(folder: Path) -> Finished:
     domains = json.loads((folder / "eval.json").read_text())["domains"]
     rows, evals = read_metrics(folder), read_metrics(folder, "eval")
+    if (folder / "measures.json").is_file():
+        found = json.loads((folder / "measures.json").read_text())
+    else:
+        cfg = checkpoint.load_config(folder)
+        counts = model.count_parameters(cfg.model)
+        found = {"start": {"all": math.nan}, "similarity": {}, "parameters": [counts.total, counts.active],
+                 "flops_per_token": model.flops_per_token(cfg.model, cfg.data.seq_len)}  # fmt: skip
     steps, tokens = ([row[name] for row in rows] for name in ("step", "tokens"))
     seen = np.interp([row["step"] for row in evals], steps, tokens)
     losses = [math.nan if row["xent"] is None else row["xent"] for row in evals]
-    return Measured(
+    return Finished(
         int(folder.name.removeprefix("seed")), np.array([0.0, *seen]), np.array([found["start"]["all"], *losses]),
         found["flops_per_token"], tuple(found["parameters"]),
         {int(n): kinds for n, kinds in found["similarity"].items()},
@@ -87,16 +101,31 @@ def load_run(folder: Path) -> Measured:
     )  # fmt: skip
 
 
-def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Arm]:
-    """The measured runs in the order of `arms`, {name: (label, seeds)}; arms with none are left out."""
+Runs = dict[tuple[str, int], Finished]  # by arm and seed
+
+
+def load(out: Path) -> Runs:
+    """The finished runs of OUT/<arm>/seed<n>."""
+    folders = sorted(file.parent for file in out.glob("*/seed*/eval.json"))
+    return {(folder.parent.name, int(folder.name.removeprefix("seed"))): load_run(folder) for folder in folders}
+
+
+def read(file: Path) -> Runs:
+    """The runs of a results.json that `write` wrote."""
     found = {}
-    for name, (label, seeds) in arms.items():
-        folders = [out / name / f"seed{seed}" for seed in seeds]
-        products = ("measures.json", "eval.json")
-        runs = [load_run(folder) for folder in folders if all((folder / file).is_file() for file in products)]
-        if runs:
-            found[name] = Arm(label, runs)
+    for arm, saved in json.loads(file.read_text()).items():
+        for run in saved["runs"]:
+            loss = np.array([math.nan if x is None else x for x in run["loss"]])
+            similarity = {int(n): kinds for n, kinds in run["similarity"].items()}
+            fields = {"tokens": np.array(run["tokens"]), "loss": loss, "similarity": similarity}
+            found[arm, run["seed"]] = Finished(**run | fields | {"parameters": tuple(run["parameters"])})
     return found
+
+
+def arms_of(runs: Runs, labels: dict[str, str]) -> dict[str, Arm]:
+    """Arms with finished runs, in the order of `labels`, {arm: label}."""
+    of = lambda name: [runs[key] for key in sorted(runs) if key[0] == name]
+    return {name: Arm(label, of(name)) for name, label in labels.items() if of(name)}
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -105,7 +134,7 @@ def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, A
 def table(arms: dict[str, Arm]) -> str:
     dense, rows = arms.get("dense"), []
     head = ["arm (seeds)", "parameters", "active", "FLOPs", "before", *(f"{share:.0%}" for share in SHARES), "end",
-            "perplexity", "against dense", "experts alike"]  # fmt: skip
+            "perplexity", "against dense", "experts apart"]  # fmt: skip
     for arm in arms.values():
         first = arm.runs[0]
         flops = dense and first.flops_per_token / dense.runs[0].flops_per_token
@@ -115,7 +144,7 @@ def table(arms: dict[str, Arm]) -> str:
             *(arm.cell(lambda run, share=share: run.at(share), "{:.3f}") for share in SHARES),
             arm.cell(lambda run: run.loss[-1], "{:.3f}"), arm.cell(lambda run: run.perplexity, "{:.2f}"),
             arm.against(dense) if dense and arm is not dense else "",
-            arm.cell(lambda run: list(run.alike().values())[-1], "{:.3f}") if arm.alike().size else "",
+            arm.cell(lambda run: [math.nan, *run.apart().values()][-1], "{:.1e}"),
         ])  # fmt: skip
     domains = list(next(iter(arms.values())).runs[0].domains)
     of_domain = lambda arm, d: arm.cell(lambda run: run.domains.get(d, math.nan), "{:.2f}")
@@ -126,7 +155,7 @@ def table(arms: dict[str, Arm]) -> str:
 
 def numbers(arms: dict[str, Arm]) -> dict[str, dict]:
     one = lambda run: {
-        "seed": run.seed, "tokens": run.tokens.tolist(), "loss": run.loss.tolist(),
+        "seed": run.seed, "tokens": run.tokens.tolist(), "loss": [x if math.isfinite(x) else None for x in run.loss],
         "flops_per_token": run.flops_per_token, "parameters": run.parameters, "similarity": run.similarity,
         "domains": run.domains,
     }  # fmt: skip
@@ -144,9 +173,21 @@ def write(out: Path, arms: dict[str, Arm]) -> None:
 
 
 def colours(arms: dict[str, Arm]) -> dict[str, str]:
+    """One each."""
+    rest = [
+        "#2e8b6f",
+        "#8a5fb5",
+        "#c9a227",
+        "#d1498b",
+        "#6b7280",
+        "#17a2b8",
+        "#7a3e2b",
+        "#86b049",
+        "#e08b8b",
+        "#9ecae1",
+    ]
     own = {"dense": INK, "exact": ORANGE, "copy": BLUE}
-    rest = iter(OTHERS * len(arms))
-    return {name: own.get(name) or next(rest) for name in arms}
+    return {name: own.get(name) or rest[i % len(rest)] for i, name in enumerate(arms)}
 
 
 def _style(axis: Axes, x: str, y: str) -> None:
@@ -158,7 +199,7 @@ def _style(axis: Axes, x: str, y: str) -> None:
 
 
 def _line(axis: Axes, x: np.ndarray, y: Float[np.ndarray, "seeds n"], **style) -> None:
-    """Mean over seeds, and their range."""
+    """Mean over seeds, and their range, where all are known."""
     axis.plot(x, y.mean(0), marker="o", ms=2.5, lw=1.3, **style)
     if len(y) > 1:
         axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2, lw=0)
@@ -170,13 +211,13 @@ def loss(arms: dict[str, Arm]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for name, colour in colours(arms).items():
         arm, first = arms[name], arms[name].runs[0]
-        style = "-" if arm.alike().size else "--"
+        style = "--" if first.dense else "-"
         for axis, x in zip(axes, (first.tokens / 1e6, first.tokens * first.flops_per_token / 1e15), strict=True):
-            _line(axis, x, arm.losses(), color=colour, label=arm.label, ls=style)
+            _line(axis, x, np.stack([run.loss for run in arm.runs]), color=colour, label=arm.label, ls=style)
     # Models that do not compute the dense function begin far above: the axis shows the others' curves.
     ends = [run.loss[-1] for arm in arms.values() for run in arm.runs]
-    starts = [float(np.median([run.loss[0] for arm in arms.values() for run in arm.runs])), max(ends)]
-    axes[0].set_ylim(min(ends) - 0.05 * (max(starts) - min(ends)), max(starts) + 0.15 * (max(starts) - min(ends)))
+    top = float(np.nanmedian([run.loss[0] for arm in arms.values() for run in arm.runs]))
+    axes[0].set_ylim(min(ends) - 0.05 * (top - min(ends)), top + 0.15 * (top - min(ends)))
     _style(axes[0], "million tokens", "held-out loss, nats per token")
     _style(axes[1], "PFLOP of the model", "")
     axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -184,16 +225,17 @@ def loss(arms: dict[str, Arm]) -> Figure:
 
 
 def similarity(arms: dict[str, Arm]) -> Figure:
-    """How alike two experts made of the same shard are, over the training."""
+    """How far apart two experts made of the same shard are, over the training."""
     figure = Figure((7.5, 3.8), layout="constrained")
     axis = figure.subplots()
     for name, colour in colours(arms).items():
-        arm = arms[name]
-        if (alike := arm.alike()).size:
-            steps = np.array(list(arm.runs[0].alike()))
-            _line(axis, steps / max(steps.max(), 1) * arm.runs[0].tokens[-1] / 1e6, alike, color=colour,
-                  label=arm.label)  # fmt: skip
-    _style(axis, "million tokens", "mean cosine of two experts")
+        if found := arms[name].apart():
+            steps = [n for n in found[0] if n > 0]  # copies are not apart before training
+            values = np.array([[run[n] for n in steps] for run in found])
+            x = np.array(steps) / max(steps) * arms[name].runs[0].tokens[-1] / 1e6
+            _line(axis, x, values, color=colour, label=arms[name].label)
+    _style(axis, "million tokens", "1 − cosine of two experts")
     if axis.lines:
+        axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -125,12 +125,12 @@ def fake_run(out: Path, arm: str, start: float, end: float, alike: list[float], 
 
 
 def test_comparison(tmp_path):
-    arms = {name: (arm.label, arm.seeds) for name, arm in upcycling.ARMS.items()}
+    labels = {name: arm.label for name, arm in upcycling.ARMS.items()}
     fake_run(tmp_path, "dense", 3.0, 2.0, [], 1e6)
     fake_run(tmp_path, "dense", 3.0, 2.2, [], 1e6, seed=1)
     fake_run(tmp_path, "exact", 3.0, 1.9, [1.0, 0.9, 0.8], 1.1e6)
     (tmp_path / "drop" / "seed0").mkdir(parents=True)  # still running
-    found = upcycling_report.load(tmp_path, arms)
+    found = upcycling_report.arms_of(upcycling_report.load(tmp_path), labels)
     assert list(found) == ["dense", "exact"] and found["exact"].runs[0].at(0.5) == pytest.approx(2.45)
     assert [run.seed for run in found["dense"].runs] == [0, 1]
     upcycling_report.write(tmp_path, found)
@@ -138,9 +138,11 @@ def test_comparison(tmp_path):
     dense = "| dense (2) | 2.0M | 1.0M | 1.00 | 3.000 ± 0.000 | 2.775 ± 0.035 | 2.550 ± 0.071 | 2.100 ± 0.141 |"
     assert f"{dense} 8.21 ± 1.16 |  |  |" in text
     exact = "| virtual groups, E8G8T8 (1) | 2.0M | 1.0M | 1.10 | 3.000 | 2.725 | 2.450 | 1.900"
-    assert f"{exact} | 6.69 | -9.52% | 0.800 |" in text
+    assert f"{exact} | 6.69 | -9.52% | 2.0e-01 |" in text
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["exact"]["runs"][0]["tokens"] == [0.0, 25e3, 50e3, 75e3, 100e3]
+    again = upcycling_report.arms_of(upcycling_report.read(tmp_path / "results.json"), labels)
+    assert upcycling_report.table(again) == text and upcycling_report.numbers(again) == upcycling_report.numbers(found)
     for name in ("loss.png", "similarity.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -159,12 +161,12 @@ def test_toy_experiment(root, tmp_path, monkeypatch, capsys):
     status = upcycling.main()
     logs = [file.read_text()[-1500:] for file in tmp_path.glob("*/*/output.txt")]
     assert status == 0, "\n".join(logs)
-    found = upcycling_report.load(tmp_path, dict.fromkeys(upcycling.ARMS, ("", (0,))))
+    found = upcycling_report.arms_of(upcycling_report.load(tmp_path), dict.fromkeys(upcycling.ARMS, ""))
     runs = {name: arm.runs[0] for name, arm in found.items()}
     start = {name: run.loss[0] for name, run in runs.items()}
     assert start["exact"] == pytest.approx(start["dense"], rel=1e-5)
     assert abs(start["unscaled"] / start["dense"] - 1) > 1e-5
-    assert list(runs["exact"].similarity) == [0, 4, 8] and runs["exact"].alike()[0] == pytest.approx(1.0)
+    assert list(runs["exact"].similarity) == [0, 4, 8] and runs["exact"].apart()[0] == pytest.approx(0.0, abs=1e-6)
     assert all(run.loss[-1] < run.loss[0] for run in runs.values())
     assert not (tmp_path / "exact" / "seed0" / "checkpoints").exists()
     assert "| virtual groups, E8G8T8 (1) |" in capsys.readouterr().out

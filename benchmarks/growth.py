@@ -224,8 +224,9 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axis.plot(x, [row["bytes_ms"] for row in mine], color="#c4572e", lw=1.2, ls=":", label="… and parameter bytes")
         axis.errorbar(x, y, reach, color="#2f6fb0", marker="o", ms=5, lw=1.6, capsize=3, label="measured")
         for row in mine:
-            axis.annotate(f"{row['ms']:.3g}", (row["value"], row["high"]), xytext=(0, 4), textcoords="offset points",
-                          ha="center", fontsize=7, color=INK)  # fmt: skip
+            above = row["ms"] >= row["bytes_ms"]  # out of the way of the analytical lines
+            axis.annotate(f"{row['ms']:.3g}", (row["value"], row["high"] if above else row["low"]), fontsize=7,
+                          xytext=(0, 4 if above else -11), textcoords="offset points", ha="center", color=INK)  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(x, [f"{v // 1024}k" if v >= 1024 and v % 1024 == 0 else str(v) for v in x], fontsize=8)

@@ -225,8 +225,9 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axis.errorbar(x, y, reach, color="#2f6fb0", marker="o", ms=5, lw=1.6, capsize=3, label="measured")
         for row in mine:
             above = row["ms"] >= row["bytes_ms"]  # out of the way of the analytical lines
-            axis.annotate(f"{row['ms']:.3g}", (row["value"], row["high"] if above else row["low"]), fontsize=7,
-                          xytext=(0, 4 if above else -11), textcoords="offset points", ha="center", color=INK)  # fmt: skip
+            at, offset = (row["value"], row["high" if above else "low"]), (0, 4 if above else -11)
+            axis.annotate(f"{row['ms']:.3g}", at, xytext=offset, textcoords="offset points", ha="center", fontsize=7,
+                          color=INK)  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(x, [f"{v // 1024}k" if v >= 1024 and v % 1024 == 0 else str(v) for v in x], fontsize=8)

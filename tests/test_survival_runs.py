@@ -186,3 +186,13 @@ def test_when_one_of_two_processes_dies_the_other_ends(root, victim):
         processes[1 - victim].kill()
     assert time.monotonic() - began < 60
     assert any(text in log(root, name) for text in ("another task died", "another process has died"))
+
+
+def test_when_one_of_two_processes_is_told_to_stop_both_save_the_same_step(root):
+    processes = start_several(root, "told_one", 2, "--config.train.steps=100000")
+    until_rows(root, "told_one", 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(root, "told_one", *processes, seconds=60)
+    saved = max(int(p.name) for p in (root / "told_one" / "checkpoints").iterdir())
+    assert saved == rows(root, "told_one")[-1]["step"] >= 3
+    assert said.count(f"stopped after step {saved}, which is saved") >= 1

@@ -105,6 +105,20 @@ def bytes_of_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def memory_wanted(message: str, state: float) -> tuple[float, float] | None:
+    """Bytes that a program needs and that a chip has, by the compiler's refusal; None if it refuses something else.
+
+    state: bytes of parameters and moments, which the second of its wordings leaves out.
+    """
+    number = r"([\d.]+)([KMG]?)"
+    whole = re.search(rf"Used {number} of {number} hbm", message)
+    rest = re.search(rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)", message)
+    if (found := whole or rest) is None:
+        return None
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    return float(found[1]) * unit[found[2]] + (0 if whole else state), float(found[3]) * unit[found[4]]
+
+
 def compile_report(cfg: config.RunConfig, topology: str) -> Report:
     """Compiles, which takes minutes. Raises UserError and ConfigError."""
     mesh, began = mesh_of(cfg, devices(topology)), time.perf_counter()
@@ -115,11 +129,10 @@ def compile_report(cfg: config.RunConfig, topology: str) -> Report:
     try:
         compiled = compile_step(cfg, mesh)
     except jax.errors.JaxRuntimeError as e:
-        used = re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", str(e))
-        if not used:
+        wanted = memory_wanted(str(e), sum(memory.values()))
+        if wanted is None:
             raise UserError(f"--compile_only={topology}: XLA refuses it: {str(e)[:300]}") from None
-        unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-        total, capacity = float(used[1]) * unit[used[2]], float(used[3]) * unit[used[4]]
+        total, capacity = wanted
     else:
         m, text = compiled.memory_analysis(), compiled.as_text()
         total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes

@@ -101,6 +101,17 @@ def test_the_smallest_change(values, total, expected):
     assert compile_only.suggestions(run_config(**values), report).startswith(expected)
 
 
+def test_a_refusal_for_lack_of_memory_is_read():
+    temporaries = "the total memory required for HLO temporaries (19.50G) exceeds available HBM (15.75G)."
+    assert compile_only.memory_wanted(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {temporaries}", 2**30) == (
+        20.5 * 2**30,
+        15.75 * 2**30,
+    )
+    used = "Ran out of memory in memory space hbm. Used 16.25G of 15.75G hbm. Exceeded hbm capacity by 512.00M."
+    assert compile_only.memory_wanted(used, 2**30) == (16.25 * 2**30, 15.75 * 2**30)
+    assert compile_only.memory_wanted("UNIMPLEMENTED: a kernel", 0) is None
+
+
 def test_nothing_is_touched(tmp_path):
     """One line and exit status 2 for a mistake, no run directory asked for, none made."""
     argv = [sys.executable, REPO / "train.py", f"--config={REPO}/configs/debug.py", "--compile_only=v5p:9"]

@@ -18,6 +18,7 @@ from tests import two_processes
 
 B, S, V, E, K, HEAD = 64, 5, 11, 4, 2, 4
 SCOPES = {"load_balance": "global", "load_balance/eight": "8", "load_balance/each": "1"}
+ALONE, *OTHERS = SCOPES
 COEFS = {"load_balance": 0.7, "load_balance/eight": 0.9, "load_balance/each": 1.1}
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
 EVERYTHING = list(itertools.product(MESHES, [1, 2, 4, 8], ["none", "full"]))
@@ -153,7 +154,7 @@ def test_every_scope_full(mesh, micro, remat):
     check_all(mesh, micro, remat)
 
 
-@pytest.mark.parametrize("name", SCOPES)
+@pytest.mark.parametrize("name", [ALONE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_one_scope_alone(name):
     """Without the finer groups that several scopes share."""
     check((2, 2, 2), (4, "none", "exact", (name,)), True, expected(True, (name,)))
@@ -161,7 +162,12 @@ def test_one_scope_alone(name):
 
 @pytest.mark.parametrize(
     ("mesh", "micro", "padding"),
-    [((1, 1, 1), 8, True), ((2, 2, 2), 4, False), ((8, 1, 1), 2, True), ((1, 2, 4), 1, False)],
+    [
+        pytest.param((1, 1, 1), 8, True, marks=pytest.mark.slow),
+        ((2, 2, 2), 4, False),
+        pytest.param((8, 1, 1), 2, True, marks=pytest.mark.slow),
+        ((1, 2, 4), 1, False),
+    ],
 )
 def test_running_is_algorithm_1(mesh, micro, padding):
     want = expected(padding, ("load_balance",), micro)
@@ -170,7 +176,7 @@ def test_running_is_algorithm_1(mesh, micro, padding):
     assert (abs(want[0]["load_balance"] / exact - 1) > 1e-4) == (micro > 1)  # an approximation, seen as one
 
 
-@pytest.mark.parametrize(("mesh", "micro"), [((1, 1, 1), 1), ((2, 2, 2), 4)])
+@pytest.mark.parametrize(("mesh", "micro"), [pytest.param((1, 1, 1), 1, marks=pytest.mark.slow), ((2, 2, 2), 4)])
 def test_shuffled_tokens(mesh, micro):
     """Every group gets as many random tokens as 8 sequences have, others at each step, whatever computes them."""
     arguments = (micro, "none", "exact", ("load_balance/eight",), True)

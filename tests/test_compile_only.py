@@ -101,6 +101,14 @@ def test_the_smallest_change(values, total, expected):
     assert compile_only.suggestions(run_config(**values), report).startswith(expected)
 
 
+@pytest.mark.parametrize(("total", "expected"), [(18, "--config.model.param_dtype=bfloat16"), (30, "more chips")])
+def test_the_smallest_change_without_replicas(total, expected):
+    memory = {"parameters": 2.0, "moments": 4.0, "rest": total - 6.0}
+    report = compile_only.Report("v5e:2x2", {"data": 1, "fsdp": 4, "expert": 1}, False, memory, 16.0, 1.0, [], "")
+    cfg = run_config(**{"data.batch_size": 4, "model.remat": "full"})
+    assert compile_only.suggestions(cfg, report).startswith(expected)
+
+
 def test_a_refusal_for_lack_of_memory_is_read():
     temporaries = "the total memory required for HLO temporaries (19.50G) exceeds available HBM (15.75G)."
     assert compile_only.memory_wanted(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {temporaries}", 2**30) == (

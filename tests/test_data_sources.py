@@ -355,6 +355,7 @@ def test_a_small_library(tmp_path):
     assert long.strip() in found["a.py#docstrings"][2] and long[:40] not in found["a.py"][2]
 
 
+@pytest.mark.slow
 def test_stdlib_text_end_to_end(tmp_path):
     """Prepares the data set of this Python, without TensorFlow, and reads batches of all its domains."""
     made = data.prepare(DataConfig(cache_dir=str(tmp_path)), workdir=tmp_path / "run", seed=0, progress=False)

@@ -32,10 +32,10 @@ def wanted(mesh, micro, remat, compute, padding, exchange) -> bool:
 
 
 EVERYTHING = [case for case in itertools.product(MESHES, MICRO, REMAT, COMPUTE, PADDING, EXCHANGE) if wanted(*case)]
-# The fast part: every mesh with every number of micro-batches, the other choices in turn.
+# The fast part: every mesh with two numbers of micro-batches, the other choices in turn.
 FAST = [(m, a, REMAT[(i + 2 * j) % 3], COMPUTE[(i + j) % 3 != 2], PADDING[j % 2 ^ i % 2],
-         EXCHANGE[m[2] > 1 and (i + (j > 0)) % 2])
-        for i, m in enumerate(MESHES) for j, a in enumerate(MICRO)]  # fmt: skip
+         EXCHANGE[i == 2])
+        for i, m in enumerate(MESHES) for j, a in enumerate(MICRO) if (i + j) % 3 != 1]  # fmt: skip
 
 
 def run_config(micro=1, remat="none", compute="dense", balance_batch="8", lb_coef=0.5, z_coef=0.1,
@@ -147,6 +147,7 @@ def test_balance_scope_does_not_depend_on_mesh_or_micro_batches(balance_batch):
     assert_same(got, oracle(0.25, balance_batch))
 
 
+@pytest.mark.slow
 def test_scopes_differ():
     """The same batch has another load-balancing loss in every scope: nothing above is equal by accident."""
     values = [oracle(0.25, scope)["parts"].load_balance["load_balance"] for scope in ("1", "8", "global")]

@@ -223,6 +223,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
     assert np.abs(other["embed"] - init(EVERYTHING)[0]["embed"]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_work():
     out = {remat: gradients(dataclasses.replace(PLAIN, remat=remat)) for remat in ("none", "dots", "selective", "full")}
     for remat in ("dots", "selective", "full"):

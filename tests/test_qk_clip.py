@@ -178,6 +178,7 @@ def test_after_the_step_no_logit_of_the_batch_is_above_the_threshold():
             np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_clipping_comes_after_the_update_and_leaves_the_momentum():
     """What the step without it gives, times √γ with γ from the step's own forward pass."""
     (plain, off), (clipped, on) = after(), after(qk_clip=threshold())

@@ -140,6 +140,7 @@ def train_twice(root: Path, *flags: str, devices: int) -> None:
     assert not (root / "run" / "metrics.dropped.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_one_device(tmp_path):
     write_text(tmp_path)
     train_twice(tmp_path, devices=1)

@@ -30,7 +30,7 @@ def collectives(micro_batches: int, accumulation: str, exchange: str) -> list[tu
     [
         pytest.param(1, "exact", "all_to_all", marks=pytest.mark.slow),
         (2, "exact", "ring"),
-        (2, "running", "all_to_all"),
+        pytest.param(2, "running", "all_to_all", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_sent(micro_batches, accumulation, exchange):

@@ -213,6 +213,7 @@ def test_work(micro, remat):
 # --- what users see --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_logged():
     rates = dict(tokens=1, tokens_per_second=1, step_seconds=1, flops_per_token=1, peak=1)
     row = metrics.train_metrics(1, after(qk_clip=threshold())[1], top_k=2, **rates)

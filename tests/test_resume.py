@@ -126,6 +126,7 @@ def test_three_and_three_are_six(root, straight, num_workers):
     resumed.batches.close()
 
 
+@pytest.mark.slow
 def test_on_another_mesh(root, straight):
     with checkpoint.Checkpoints(root / "run") as checkpoints:
         resumed = Run(root, run_config(root), (2, 2, 2)).restore(checkpoints, 3)

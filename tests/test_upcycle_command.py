@@ -182,6 +182,7 @@ def test_everything_at_once(server, root):
     assert origin[0]["event"] == "average" and steps == [10, 20]
 
 
+@pytest.mark.slow
 def test_call(root, tmp_path):
     """No flags needed. Softmax over all experts: how far off, by the router's scale."""
     lines = []

@@ -205,8 +205,6 @@ def suggestions(cfg: config.RunConfig, report: Report) -> str:
             return f"--config.train.micro_batches={n}, {rows // n} sequences of a chip at a time"
         if cfg.model.remat != "full":
             return "--config.model.remat=full"
-        if report.mesh["expert"] > 1 and cfg.model.moe.exchange_chunks < 8 and total - state < 2 * room:
-            return f"--config.model.moe.exchange_chunks={2 * cfg.model.moe.exchange_chunks}"
     if report.mesh["data"] > 1:
         fsdp = report.mesh["fsdp"] * 2
         return f"--config.mesh.data=-1 --config.mesh.fsdp={fsdp}, the state in twice as many parts"

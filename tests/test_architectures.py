@@ -55,6 +55,7 @@ def test_mesh_and_micro_batches_change_nothing(name):
         assert aux["clipped_heads"] > 0 and np.isfinite(aux["max_logit"])
 
 
+@pytest.mark.slow
 def test_no_moe_layer_is_no_nan():
     """L = 0: the loss is the cross-entropy, there is no router metric, and nothing is NaN."""
     state, aux = after_a_step("dense mla", (1, 1, 1), 1)

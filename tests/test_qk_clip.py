@@ -118,12 +118,11 @@ def after(shape=ONE, **how):
     return jax.device_get(train_step(jax.tree.map(jnp.copy, state), step.put_batch(batch_rows(PADDING), mesh, cfg)))
 
 
-FAST = [(MANY, 4, "running")]
 FULL = [(shape, a, how) for shape in (ONE, MANY) for a in (1, 2, 4) for how in ("exact", "running")[:a]]
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in FULL if case not in FAST]
 
 
-@pytest.mark.parametrize(("shape", "micro", "accumulation"), FAST + SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "micro", "accumulation"), FULL)
 def test_the_same_on_every_mesh_and_for_any_micro_batches(shape, micro, accumulation):
     """The maxima of the optimizer batch, and with exact accumulation the parameters after the step."""
     state, aux = after(shape, micro=micro, accumulation=accumulation, qk_clip=threshold())

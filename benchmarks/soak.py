@@ -1,6 +1,6 @@
 """Trains for so many minutes with a stop and a resume now and then, and watches what could leak.
 
-    python -m benchmarks.soak --minutes=30 --lives=3 --root=/tmp/soak
+    python -m benchmarks.soak --minutes=30 --lives=10 --root=/tmp/soak
 
 Of every life: resident memory and open descriptors of the process, least and most, in the middle and the last third of
 its time. Both go up and down with saves and evaluations: a leak is a least that rises from one third to the next. Of

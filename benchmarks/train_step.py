@@ -39,6 +39,8 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "with --loads: times that every load 
 
 
 def build() -> config.RunConfig:
+    if TOKENS_TO.value and not TEXT.value:
+        raise cli.UserError(f"--tokens_to={TOKENS_TO.value}: needs --text")
     if not LOADS.value:
         return config.build(CONFIG.value)
     c = CONFIG.value.copy_and_resolve_references()

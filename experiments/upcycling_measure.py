@@ -12,7 +12,8 @@ from pathlib import Path
 
 import jax
 
-from moe_jax import analysis, checkpoint, config, data, evaluate, model, sharding, step, weights
+from experiments.upcycling_report import costs
+from moe_jax import analysis, checkpoint, config, data, evaluate, sharding, step, weights
 from moe_jax.config import RunConfig
 
 
@@ -43,14 +44,11 @@ def measure(folder: Path) -> dict:
         steps = checkpoints.steps()
     for n in steps:
         alike[n] = similarity(weights.load_weights(folder, *abstract, step=n)[0], origin)
-    counts = model.count_parameters(cfg.model)
     return {
         "start": {row["domain"]: row["xent"] for row in result.rows()},
         "similarity": alike,
-        "flops_per_token": model.flops_per_token(cfg.model, cfg.data.seq_len),
-        "parameters": [counts.total, counts.active],
         "origin": origin,
-    }
+    } | costs(cfg)
 
 
 def main() -> None:

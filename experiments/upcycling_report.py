@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.balance_report import BLUE, ORANGE, cell, markdown
-from moe_jax import checkpoint, model
+from moe_jax import checkpoint, config, model
 from moe_jax.analysis import INK
 from moe_jax.figures import GRID
 from moe_jax.metrics import read_metrics
@@ -80,16 +80,20 @@ class Arm(NamedTuple):
         return [found for run in self.runs if (found := run.apart())]
 
 
+def costs(cfg: config.RunConfig) -> dict:
+    """What a model needs: FLOPs of a training token, parameters in all and active."""
+    counts = model.count_parameters(cfg.model)
+    return {"flops_per_token": model.flops_per_token(cfg.model, cfg.data.seq_len),
+            "parameters": [counts.total, counts.active]}  # fmt: skip
+
+
 def load_run(folder: Path) -> Finished:
     domains = json.loads((folder / "eval.json").read_text())["domains"]
     rows, evals = read_metrics(folder), read_metrics(folder, "eval")
     if (folder / "measures.json").is_file():
         found = json.loads((folder / "measures.json").read_text())
     else:
-        cfg = checkpoint.load_config(folder)
-        counts = model.count_parameters(cfg.model)
-        found = {"start": {"all": math.nan}, "similarity": {}, "parameters": [counts.total, counts.active],
-                 "flops_per_token": model.flops_per_token(cfg.model, cfg.data.seq_len)}  # fmt: skip
+        found = {"start": {"all": math.nan}, "similarity": {}} | costs(checkpoint.load_config(folder))
     steps, tokens = ([row[name] for row in rows] for name in ("step", "tokens"))
     seen = np.interp([row["step"] for row in evals], steps, tokens)
     losses = [math.nan if row["xent"] is None else row["xent"] for row in evals]
@@ -174,18 +178,8 @@ def write(out: Path, arms: dict[str, Arm]) -> None:
 
 def colours(arms: dict[str, Arm]) -> dict[str, str]:
     """One each."""
-    rest = [
-        "#2e8b6f",
-        "#8a5fb5",
-        "#c9a227",
-        "#d1498b",
-        "#6b7280",
-        "#17a2b8",
-        "#7a3e2b",
-        "#86b049",
-        "#e08b8b",
-        "#9ecae1",
-    ]
+    rest = ["#2e8b6f", "#8a5fb5", "#c9a227", "#d1498b", "#6b7280", "#17a2b8", "#7a3e2b", "#86b049", "#e08b8b",
+            "#9ecae1"]  # fmt: skip
     own = {"dense": INK, "exact": ORANGE, "copy": BLUE}
     return {name: own.get(name) or rest[i % len(rest)] for i, name in enumerate(arms)}
 

@@ -24,15 +24,9 @@ REMAT = ["none", "selective", "full"]
 EXCHANGE = ["ring", "all_to_all"]
 
 
-CHOICES = (MESHES, MICRO, REMAT, COMPUTE, PADDING, EXCHANGE)
-
-
 def wanted(mesh, micro, remat, compute, padding, exchange) -> bool:
     """Not the whole product: selective remat and the other exchange with padding only, and an exchange only where there
-    is something to exchange, with grouped experts; of these one half, in which any three choices still meet."""
-    case = (mesh, micro, remat, compute, padding, exchange)
-    if sum(values.index(value) for values, value in zip(CHOICES, case, strict=True)) % 2:
-        return False
+    is something to exchange, with grouped experts."""
     exchanged = mesh[2] > 1 and compute == "grouped" and remat != "full"
     return (exchange == "ring" or (exchanged and padding)) and (remat != "selective" or bool(padding))
 

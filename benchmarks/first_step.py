@@ -81,7 +81,8 @@ def run_train() -> None:
 
 def one_run(arguments: list[str], cache: Path, workdir: Path) -> dict[str, Any]:
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    env |= {"MOE_JAX_CACHE": str(cache), "PYTHONPATH": os.getcwd(), CLOCK: repr(time.time())}
+    path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
+    env |= {"MOE_JAX_CACHE": str(cache), "PYTHONPATH": path, CLOCK: repr(time.time())}
     command = [sys.executable, "-m", "benchmarks.first_step", f"--workdir={workdir}", *arguments]
     done = subprocess.run(command, env=env, text=True, capture_output=True)
     shutil.rmtree(workdir, ignore_errors=True)

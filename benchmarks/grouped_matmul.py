@@ -68,7 +68,7 @@ def draw_sizes(rng: np.random.Generator, experts: int, rows: int) -> jax.Array:
     return jnp.asarray(sizes)
 
 
-def seconds(fn, *args, repeats: int = 20) -> float:
+def seconds(fn, *args, repeats: int = 100) -> float:
     """Median of three means over back-to-back calls, after a warm-up."""
     for _ in range(3):
         jax.block_until_ready(fn(*args))

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels import grouped_matmuls, hopper, tiles
-from moe_jax.kernels.tiles import Tiling
+from moe_jax.kernels.tiles import FLAT, TALL, WIDE
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels are for jax 0.11 and later")
 
 ROWS, EXPERTS, D = 400, 4, 256
 SIZES = [[136, 0, 200, 24], [1, 129, 0, 257], [0, 0, 400, 0], [0, 7, 0, 0]]
-SIDE_BY_SIDE, TALL = Tiling(tall=False), Tiling(tall=True)
 
 
 def arrays(columns: int):
@@ -35,7 +34,7 @@ def error(got, want):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize(("tiling", "columns"), [(SIDE_BY_SIDE, 256), (TALL, 128)])
+@pytest.mark.parametrize(("tiling", "columns"), [(WIDE, 256), (FLAT, 256), (TALL, 128)])
 @pytest.mark.usefixtures("interpreter")
 def test_every_group_by_its_own_matrix(sizes, tiling, columns):
     """Against float64: both directions of the rows, and the weight gradient, with nothing of other groups' rows."""
@@ -74,7 +73,7 @@ def test_lowers_for_a_gpu_with_and_without_clusters():
     x, w, dy = arrays(512)
     s = hopper.find_groups(jnp.full(EXPERTS, 100, jnp.int32), ROWS)
     for cluster in (1, 2):
-        how = dict(tiling=Tiling(tall=False, cluster=cluster))
+        how = dict(tiling=FLAT._replace(cluster=cluster))
         both = lambda x, w, dy, how=how: (
             hopper.rows_times_weights((x, x), (w, w), s, **how), hopper.weight_gradient(x, dy, s, **how))  # fmt: skip
         text = jax.jit(both).trace(x, w, dy).lower(lowering_platforms=("cuda",)).as_text()

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.kernels import tiles
 from moe_jax.kernels.common import varying_like
-from moe_jax.kernels.tiles import DEPTH, HALF, STAGES, Tiling
+from moe_jax.kernels.tiles import DEPTH, FLAT, STAGES, TALL, UNIT, WIDE, Tiling
 
-TABLE = Path(__file__).with_name("hopper_tilings.json")  # the fastest tiling by shape
+TABLE = Path(__file__).with_name("hopper_tilings.json")  # where another than the first is faster
 ALIGN = 8  # rows read begin at multiples of this
 
 
@@ -27,7 +27,7 @@ def candidates(kind: str, inner: int, columns: int) -> list[Tiling]:
 
     inner: what is summed over for "rows", and the rows of the gradient for "weights".
     """
-    tilings = [Tiling(tall, cluster) for tall in (False, True) for cluster in (1, 2)]
+    tilings = [t._replace(cluster=cluster) for t in (WIDE, FLAT, TALL) for cluster in (1, 2)]
     fits = lambda t: columns % (t.columns * t.cluster) == 0 and (kind != "weights" or inner % t.rows == 0)
     return [t for t in tilings if fits(t)]
 
@@ -38,7 +38,7 @@ def _tuned() -> dict[str, list]:
 
 
 def best_tiling(kind: str, inner: int, columns: int) -> Tiling:
-    """The fastest measured (`python -m benchmarks.tune_grouped_matmul`), or the first that can do it."""
+    """What was measured to be faster than the first that can do it (`python -m benchmarks.tune_grouped_matmul`), or that."""
     found = _tuned().get(f"{kind} {inner} {columns}")
     return Tiling(*found) if found else candidates(kind, inner, columns)[0]
 
@@ -57,15 +57,15 @@ class Groups(NamedTuple):
     """Where the groups are, for every product with them."""
 
     bounds: Int[Array, "E 2"]  # first row and the one after the last
-    short: RowTiles  # of HALF rows
-    tall: RowTiles  # of 2·HALF rows
+    short: RowTiles  # of UNIT rows
+    tall: RowTiles  # of 2·UNIT rows
 
 
 def find_groups(sizes: Int[Array, " E"], rows: int) -> Groups:
     """rows: R of the x that they are in."""
     end = jnp.cumsum(sizes)
     bounds = jnp.stack([end - sizes, end], axis=1).astype(jnp.int32)
-    return Groups(bounds, row_tiles(sizes, rows, HALF), row_tiles(sizes, rows, 2 * HALF))
+    return Groups(bounds, row_tiles(sizes, rows, UNIT), row_tiles(sizes, rows, 2 * UNIT))
 
 
 def row_tiles(sizes: Int[Array, " E"], rows: int, height: int) -> RowTiles:
@@ -107,7 +107,7 @@ def rows_times_weights(
     columns = ws[0].shape[1] if transpose else ws[0].shape[2]
     t = tiling or best_tiling("rows transposed" if transpose else "rows", inner, columns)
     xs = [_at_least(x, t.rows) for x in xs]
-    table, count = groups.tall if t.tall else groups.short
+    table, count = groups.short if t.rows == UNIT else groups.tall
     body = functools.partial(_rows_block, t=t, transpose=transpose)
     out = tiles.launch(body, (xs[0].shape[0], columns), xs[0].dtype, t)(table, count, *xs, *ws)
     return varying_like(out[:rows], *xs, *ws, count)
@@ -131,14 +131,14 @@ class Hopper:
 
     def rows(self, xs, ws, groups, transpose):
         dtype, (columns, inner) = xs[0].dtype, (ws[0].shape[1:] if transpose else ws[0].shape[:0:-1])
-        wide = _up(columns, HALF), _up(inner, DEPTH)
+        wide = _up(columns, UNIT), _up(inner, DEPTH)
         xs = tuple(_bf16(x, wide[1]) for x in xs)
         ws = tuple(_bf16(w, *(wide if transpose else wide[::-1])) for w in ws)
         return rows_times_weights(xs, ws, groups, transpose=transpose)[:, :columns].astype(dtype)
 
     def weights(self, x, dy, groups):
         d, f = x.shape[1], dy.shape[1]
-        wide = min(((_up(d, HALF), _up(f, 2 * HALF)), (_up(d, 2 * HALF), _up(f, HALF))), key=math.prod)
+        wide = min(((_up(d, UNIT), _up(f, 2 * UNIT)), (_up(d, 2 * UNIT), _up(f, UNIT))), key=math.prod)
         return weight_gradient(_bf16(x, wide[0]), _bf16(dy, wide[1]), groups)[:, :d, :f]
 
 
@@ -190,21 +190,20 @@ def _rows_block(table, count, *refs, t: Tiling, transpose: bool):
                 pl.when(jax.lax.div(k, jnp.int32(depths)) == i)(functools.partial(copy, x, w, k - i * depths))
 
     def multiply(tile, k, a, b, total, me):
-        own = pl.ds(me * HALF, HALF)
-        a = a.at[own] if t.tall else a
-        if transpose:
-            b = b.transpose((1, 0)) if t.tall else b.at[own].transpose((1, 0))
+        if t.stacked:
+            a = a.at[pl.ds(me * t.own_rows, t.own_rows)]
         else:
-            b = b if t.tall else b.at[:, own]
-        plgpu.wgmma(total, a, b)
+            own = pl.ds(me * t.own_columns, t.own_columns)
+            b = b.at[own] if transpose else b.at[:, own]
+        plgpu.wgmma(total, a, b.transpose((1, 0)) if transpose else b)
 
     def finish(tile, total, me, parts, plain):
         _, base, first, last, left = tile
-        down, right = (me * HALF, 0) if t.tall else (0, me * HALF)
-        first, last = (jnp.clip(v - down, 0, HALF) for v in (first, last))
+        down, right = t.half(me)
+        first, last = (jnp.clip(v - down, 0, t.own_rows) for v in (first, last))
         total = total.astype(out.dtype)
         jax.lax.cond(
-            (first == 0) & (last == HALF),
+            (first == 0) & (last == t.own_rows),
             lambda: tiles.store(out, total, parts, base + down, left + right),
             lambda: tiles.store_some(out, total, plain, base + down, left + right, first, last),
         )
@@ -263,13 +262,15 @@ def _weights_block(groups, x, dy, out, *, t: Tiling):
 
     def multiply(tile, k, a, b, total, me):
         _, first, last = place(tile, k)
-        own = pl.ds(me * HALF, HALF)
-        a, b = (a.at[:, own], b) if t.tall else (a, b.at[:, own])
+        if t.stacked:
+            a = a.at[:, pl.ds(me * t.own_rows, t.own_rows)]
+        else:
+            b = b.at[:, pl.ds(me * t.own_columns, t.own_columns)]
 
         @pl.when((first > 0) | (last < DEPTH))
         def _():  # rows of another group; of what both warpgroups read, both zero the same
-            row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, (DEPTH, HALF), 0), plgpu.Layout.WGMMA)
             for part in (a, b):
+                row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, part.shape, 0), plgpu.Layout.WGMMA)
                 part[...] = jnp.where((row >= first) & (row < last), part[...], jnp.zeros((), part.dtype))
             plgpu.commit_smem()
 
@@ -277,7 +278,7 @@ def _weights_block(groups, x, dy, out, *, t: Tiling):
 
     def finish(tile, total, me, parts):
         group, _, _, top, left = tile
-        down, right = (me * HALF, 0) if t.tall else (0, me * HALF)
+        down, right = t.half(me)
         tiles.store(out.at[group], total.astype(out.dtype), parts, top + down, left + right)
 
     tiles.run(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-HALF = 128  # rows and columns of what one warpgroup multiplies
+UNIT = 128  # rows and columns of every tile are multiples of it
 PART = 64  # rows and columns of what it stores at a time
 DEPTH = 64  # of the inner dimension at a time
 STAGES = 4  # operands in flight: what shared memory has room for beside the results
@@ -20,21 +20,30 @@ SMS = 132  # of H100 and H200
 
 
 class Tiling(NamedTuple):
-    """tall: the two warpgroups' halves lie one above the other (256 × 128), not side by side (128 × 256).
+    """A tile is what two warpgroups multiply together, `own_rows` × `own_columns` each.
 
-    cluster: blocks that share the copies of an operand (1 or 2).
+    stacked: one half above the other, not side by side. cluster: blocks that share the copies of an operand (1 or 2).
     """
 
-    tall: bool
+    own_rows: int
+    own_columns: int
+    stacked: bool
     cluster: int = 1
 
     @property
     def rows(self) -> int:
-        return HALF * (1 + self.tall)
+        return self.own_rows * (1 + self.stacked)
 
     @property
     def columns(self) -> int:
-        return HALF * (2 - self.tall)
+        return self.own_columns * (2 - self.stacked)
+
+    def half(self, me) -> tuple[Any, Any]:
+        """Row and column of a tile at which the half of warpgroup `me` begins."""
+        return (me * self.own_rows, 0) if self.stacked else (0, me * self.own_columns)
+
+
+WIDE, FLAT, TALL = Tiling(128, 128, False), Tiling(64, 256, True), Tiling(128, 128, True)
 
 
 def launch(body: Callable, shape: tuple[int, ...], dtype: Any, t: Tiling):
@@ -75,7 +84,7 @@ def in_bands(index, rows, columns: int):
 def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, slots: int, **more):
     """All tiles of this block: `fetch` in one warpgroup, `multiply` and `finish` in the other two.
 
-    slots: quarters of a warpgroup's half that may be on their way out at once (1, 2 or 4).
+    slots: parts of a warpgroup's half that may be on their way out at once (1, 2 or 4).
     Slot s of the buffers is full when both operands have arrived, and free when both warpgroups are done with it.
     """
     from jax.experimental import pallas as pl
@@ -154,7 +163,7 @@ def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, s
 
                     return total[...]
 
-                total = pl.run_scoped(sum_up, plgpu.ACC((HALF, HALF), jnp.float32))
+                total = pl.run_scoped(sum_up, plgpu.ACC((t.own_rows, t.own_columns), jnp.float32))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 finish(tile, total, me, parts.at[me], **own)
                 return step + steps
@@ -165,8 +174,8 @@ def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, s
         jax.lax.cond(me == 2, copy, compute)
 
 
-def _quarters():
-    return [(i, j) for i in range(0, HALF, PART) for j in range(0, HALF, PART)]
+def _parts(shape):
+    return [(i, j) for i in range(0, shape[0], PART) for j in range(0, shape[1], PART)]
 
 
 def store(out, total, parts, top, left):
@@ -175,7 +184,7 @@ def store(out, total, parts, top, left):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     slots = parts.shape[0]
-    for n, (i, j) in enumerate(_quarters()):
+    for n, (i, j) in enumerate(_parts(total.shape)):
         if n >= slots:
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
         part = parts.at[n % slots]
@@ -189,7 +198,7 @@ def store_some(out, total, plain, top, left, first, last):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for i, j in _quarters():
+    for i, j in _parts(total.shape):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plain[...] = total[i : i + PART, j : j + PART]
         plgpu.commit_smem()

@@ -15,6 +15,7 @@ Everything here runs inside the `shard_map` of moe.py. Letters: P devices of the
 e experts of this device, T = P·t tokens of the axis in the order of its devices, m = min(K, P).
 """
 
+import functools
 import math
 from typing import NamedTuple, Protocol
 
@@ -66,7 +67,7 @@ def ring(x, routing, w, cfg, backend, activation):
     """All-gather the tokens, compute local experts, reduce-scatter the sums back."""
     here = _here(routing, w.up.shape[0])
     y_TD, kept = COMPUTE[cfg.compute](_gather(x), here, w, cfg, backend, activation)
-    return _scatter(y_TD).astype(x.dtype), _scatter((here.valid & ~kept).astype(jnp.int32)) == 0
+    return _sum_home(y_TD, x.dtype), _scatter((here.valid & ~kept).astype(jnp.int32)) == 0
 
 
 def all_to_all(x, routing, w, cfg, backend, activation):
@@ -99,6 +100,18 @@ def _gather(a: Shaped[Array, "t *n"]) -> Shaped[Array, "T *n"]:
 
 def _scatter(a: Shaped[Array, "T *n"]) -> Shaped[Array, "t *n"]:
     return jax.lax.psum_scatter(a, "expert", scatter_dimension=0, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_home(y: Float[Array, "T D"], dtype) -> Float[Array, "t D"]:
+    """Summed in float32. Its gradient travels in `dtype`, in which it arrives."""
+    return _scatter(y).astype(dtype)
+
+
+_sum_home.defvjp(
+    lambda y, dtype: (_sum_home(y, dtype), jnp.zeros((), y.dtype)),
+    lambda dtype, like, dy: (_gather(dy).astype(like.dtype),),
+)
 
 
 def _here(routing: Routing, local: int) -> Routing:
@@ -198,12 +211,12 @@ def devices_per_token(cfg: MoEConfig, peers: int) -> float:
 def bytes_sent(cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: int, itemsize: int) -> dict[str, float]:
     """Bytes of activations that a device sends to others in one layer, forward and backward, by each exchange.
 
-    tokens: t. `ring` sends every token to the P − 1 others in the compute dtype and sums of all in float32, and the
-    same going back; `all_to_all` rows in the compute dtype, out and home, and the same going back.
+    tokens: t. `ring` sends every token to the P − 1 others in the compute dtype and sums of all in float32, and both
+    gradients in the compute dtype; `all_to_all` rows in the compute dtype, out and home, and the same going back.
     """
     others = peers - 1 if platform == "cpu" else devices_per_token(cfg, peers) * (peers - 1) / peers
-    numbers = 2 * tokens * d_model  # 2: forward and backward
-    return {"ring": numbers * (peers - 1) * (itemsize + 4), "all_to_all": numbers * others * 2 * itemsize}
+    numbers = tokens * d_model
+    return {"ring": numbers * (peers - 1) * (3 * itemsize + 4), "all_to_all": numbers * others * 4 * itemsize}
 
 
 def choose_exchange(
@@ -211,8 +224,8 @@ def choose_exchange(
 ) -> tuple[str, str]:
     """The exchange, and the line that tells it, printed once at start-up. `moe.exchange` other than "auto" is taken.
 
-    "auto" is the one that sends fewer bytes on TPU, and `ring` on CPU, which would pad, on GPU, where the ragged
-    all-to-all has not been measured, and on TPU v5e, for which XLA refuses to compile it.
+    "auto" is the one that sends fewer bytes on TPU, and `ring` on CPU, which would pad, on GPU, where XLA's ragged
+    all-to-all is slow (docs/scaling.md), and on TPU v5e, for which XLA refuses to compile it.
     """
     if peers == 1:
         return "ring", "none (mesh.expert=1)"  # its collectives over one device are nothing
@@ -222,7 +235,7 @@ def choose_exchange(
         name, why = min(sent, key=sent.get), "sends less"
         if platform != "tpu" or not config.has_ragged_exchange(device_kind):
             missing = {"cpu": "no ragged all-to-all on CPU", "tpu": "no ragged all-to-all on TPU v5e"}
-            name, why = "ring", missing.get(platform, "not measured on GPU yet")
+            name, why = "ring", missing.get(platform, "XLA's ragged all-to-all is slow on GPU")
     elif platform == "cpu" and name == "all_to_all":
         why += ", padded on CPU"
     (other,) = set(sent) - {name}

@@ -4,17 +4,18 @@
 `capacity`: a fixed number of rows an expert; the rest is dropped and counted. How tokens get here is exchange.py's
 business.
 
-Everything here runs inside the `shard_map` of moe.py. Letters: e experts of this device, T tokens and R = T·K rows
-after the exchange.
+Everything here runs inside the `shard_map` of moe.py. Letters: e experts of this device; T tokens and N = T·K slots
+after the exchange, of which a device may have to compute all or none; R rows computed at a time (N on one device).
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_jax.config import MoEConfig
 from moe_jax.kernels import grouped_matmul, grouped_matmuls
@@ -56,34 +57,52 @@ def dense(x, routing, w, cfg, backend, activation="swiglu"):
 
 
 class RowPlan(NamedTuple):
-    """Slots (t, k) sorted by expert, slots that do nothing last. Both index arrays are permutations of 0 … R−1."""
+    """Slots (t, k) sorted by expert, slots that do nothing last: all N of them, or R in a row."""
 
     slot_R: Int[Array, " R"]  # sorted row → slot t·K + k
-    row_R: Int[Array, " R"]  # slot → sorted row
+    row_N: Int[Array, " N"]  # slot → sorted row; R: it is none of these
     sizes_e: Int[Array, " e"]
 
 
 def plan_rows(routing: Routing, num_experts: int) -> RowPlan:
+    """Of all slots: both index arrays are permutations of 0 … N−1."""
     key = jnp.where(routing.valid, routing.experts, num_experts).reshape(-1)
-    slot_R = jnp.argsort(key, stable=True)
-    row_R = jnp.zeros_like(slot_R).at[slot_R].set(jnp.arange(slot_R.shape[0]), unique_indices=True)
+    slot_N = jnp.argsort(key, stable=True)
+    row_N = jnp.zeros_like(slot_N).at[slot_N].set(jnp.arange(slot_N.shape[0]), unique_indices=True)
     sizes_e = jnp.sum(key[:, None] == jnp.arange(num_experts)[None, :], axis=0, dtype=jnp.int32)
-    return RowPlan(slot_R, row_R, sizes_e)
+    return RowPlan(slot_N, row_N, sizes_e)
+
+
+def part_of(plan: RowPlan, first: Int[Array, ""] | int, rows: int) -> RowPlan:
+    """The plan of `rows` rows from row `first` of a plan of all. Past its end rows are as those that do nothing."""
+    slot_R = jax.lax.dynamic_slice_in_dim(jnp.pad(plan.slot_R, (0, rows)), first, rows)
+    row_N = plan.row_N - first
+    inside = lambda row: jnp.clip(row - first, 0, rows)
+    end_e = jnp.cumsum(plan.sizes_e)
+    return RowPlan(
+        slot_R, jnp.where((row_N >= 0) & (row_N < rows), row_N, rows), inside(end_e) - inside(end_e - plan.sizes_e)
+    )
+
+
+def _take(x: Shaped[Array, "R *n"], index: Int[Array, " N"]) -> Shaped[Array, "N *n"]:
+    """x[index], and zeros where the index is R."""
+    return x.at[index].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
-def permute(x: Float[Array, "R D"], to: Int[Array, " R"], back: Int[Array, " R"]) -> Float[Array, "R D"]:
-    """x[to] for a permutation `to` with inverse `back`. Its gradient gathers instead of scattering (deterministic)."""
+def permute(x: Float[Array, "N *n"], to: Int[Array, " R"], back: Int[Array, " N"]) -> Float[Array, "R *n"]:
+    """x[to]; `back` says which of these rows each row of x is, R where none. Its gradient gathers instead of scattering
+    (deterministic)."""
     return x[to]
 
 
-permute.defvjp(lambda x, to, back: (x[to], back), lambda back, dy: (dy[back], None, None))
+permute.defvjp(lambda x, to, back: (x[to], back), lambda back, dy: (_take(dy, back), None, None))
 
 
 @jax.custom_vjp
 def dispatch(x: Float[Array, "T D"], plan: RowPlan) -> Float[Array, "R D"]:
     """The token of every sorted row, without materialising K copies first."""
-    token_R = plan.slot_R // (plan.slot_R.shape[0] // x.shape[0])
+    token_R = plan.slot_R // (plan.row_N.shape[0] // x.shape[0])
     return jax.lax.platform_dependent(x, token_R, cuda=_take_pairs, default=lambda x, index: x[index])
 
 
@@ -98,8 +117,8 @@ def _take_pairs(x: Float[Array, "T D"], index: Int[Array, " R"]) -> Float[Array,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def combine(y: Float[Array, "R D"], plan: RowPlan, tokens: int) -> Float[Array, "T D"]:
     """The sum of every token's rows, in float32, one after the other, so that XLA reads and adds in one go."""
-    row_TK = plan.row_R.reshape(tokens, -1)
-    return sum(y[row_TK[:, k]].astype(jnp.float32) for k in range(row_TK.shape[1]))
+    row_TK = plan.row_N.reshape(tokens, -1)
+    return sum(_take(y, row_TK[:, k]).astype(jnp.float32) for k in range(row_TK.shape[1]))
 
 
 # Each is the other's transpose, so both gradients gather too.
@@ -116,20 +135,71 @@ combine.defvjp(
 def grouped(x, routing, w, cfg, backend, activation="swiglu"):
     """Dropless: rows sorted by expert, a grouped matmul for each matrix. Cost follows the rows in use.
 
-    A row's combine weight is put on the input of its down projection: then the sum over a token's rows is a plain one,
-    and no gradient needs the down projection's result.
+    With experts on P devices, N rows would be P times what a device has to do on average, and most of what is copied,
+    multiplied elementwise and kept would be nothing. So `moe.room` times the average is computed first, and what is
+    more, where there is more, in further turns. These keep nothing: the backward pass computes them again.
     """
     with jax.named_scope("sort"):
         plan = keep(plan_rows(routing, w.up.shape[0]), "rows")
+    weight_N = jnp.where(routing.valid, routing.weights, 0.0).reshape(-1)
+    rows, more = room(cfg, weight_N.shape[0], w.up.shape[0])
+    if rows == weight_N.shape[0]:
+        return _compute_rows(x, weight_N, w, plan, backend, activation), routing.valid
+    return _in_turns(x, weight_N, w, plan, rows, more, backend, activation), routing.valid
+
+
+def room(cfg: MoEConfig, slots: int, local: int) -> tuple[int, int]:
+    """Rows computed at first, all N at most, and in each further turn: a quarter of the average."""
+    average = slots * local / cfg.num_experts
+    rows, more = (8 * math.ceil(average * share / 8) for share in (cfg.room, 0.25))
+    return min(rows, slots), more
+
+
+def _compute_rows(x, weight_N, w: ExpertWeights, plan: RowPlan, backend: str, activation: str):
+    """y `[T, D]` of the rows of a plan.
+
+    A row's combine weight is put on the input of its down projection: then the sum over a token's rows is a plain one,
+    and no gradient needs the down projection's result.
+    """
     with jax.named_scope("dispatch"):
         x_RD = dispatch(x, plan)
-        weight_R = permute(jnp.where(routing.valid, routing.weights, 0.0).reshape(-1), plan.slot_R, plan.row_R)
+        weight_R = permute(weight_N, plan.slot_R, plan.row_N)
     with jax.named_scope("experts"):
         h_RF = _hidden(activation, lambda ms: grouped_matmuls(x_RD, ms, plan.sizes_e, backend), w)
         h_RF = (h_RF.astype(jnp.float32) * weight_R[:, None]).astype(x.dtype)
         y_RD = grouped_matmul(h_RF, w.down, plan.sizes_e, backend)
     with jax.named_scope("combine"):
-        return combine(y_RD, plan, x.shape[0]), routing.valid
+        return combine(y_RD, plan, x.shape[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _in_turns(x, weight_N, w, plan, rows: int, more: int, backend: str, activation: str):
+    return _in_turns_forward(x, weight_N, w, plan, rows, more, backend, activation)[0]
+
+
+def _in_turns_forward(x, weight_N, w, plan, rows, more, *how):
+    y, back = jax.vjp(lambda *args: _compute_rows(*args, part_of(plan, 0, rows), *how), x, weight_N, w)
+    turn = lambda part, y: y + _compute_rows(x, weight_N, w, part, *how)
+    return _further_turns(plan, rows, more, turn, y), (back, x, weight_N, w, plan)
+
+
+def _in_turns_backward(rows, more, backend, activation, saved, dy):
+    back, x, weight_N, w, plan = saved
+
+    def turn(part, grads):
+        _, again = jax.vjp(lambda *args: _compute_rows(*args, part, backend, activation), x, weight_N, w)
+        return jax.tree.map(jnp.add, grads, again(dy))
+
+    return *_further_turns(plan, rows, more, turn, back(dy)), None
+
+
+_in_turns.defvjp(_in_turns_forward, _in_turns_backward)
+
+
+def _further_turns(plan: RowPlan, rows: int, more: int, turn: Callable, start):
+    """turn(part of the plan, what the turns before gave), as often as it takes: not at all where `rows` were enough."""
+    count = (jnp.sum(plan.sizes_e) - rows + more - 1) // more
+    return jax.lax.fori_loop(0, count, lambda i, sums: turn(part_of(plan, rows + i * more, more), sums), start)
 
 
 def capacity_rows(cfg: MoEConfig, tokens: int) -> int:
@@ -145,7 +215,7 @@ def capacity(x, routing, w, cfg, backend, activation="swiglu"):
     rows, experts = capacity_rows(cfg, x.shape[0]), w.up.shape[0]
     plan = plan_rows(routing, experts)
     first_e = jnp.cumsum(plan.sizes_e) - plan.sizes_e
-    position = plan.row_R.reshape(routing.experts.shape) - first_e[routing.experts]
+    position = plan.row_N.reshape(routing.experts.shape) - first_e[routing.experts]
     kept = routing.valid & (position < rows)
     # Buffer [e, C]: the sorted row of each place; places past an expert's rows read a row that is masked out.
     place_eC = first_e[:, None] + jnp.arange(rows)[None, :]

@@ -12,6 +12,7 @@ The mesh always has the axes of `AXES`, all Explicit; an axis of size 1 is kept.
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import jax
@@ -44,6 +45,17 @@ def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:
     else:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """What XLA is told for programs whose devices talk: on GPUs, to send while it computes, which it does not unasked.
+
+    If the user's XLA_FLAGS name it, they decide.
+    """
+    flag, device = "xla_gpu_enable_latency_hiding_scheduler", mesh.devices.flat[0]
+    if mesh.size == 1 or device.platform != "gpu" or flag in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    return {flag: True}
 
 
 def count_slices(devices) -> int:

@@ -272,7 +272,7 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[..., tuple[TrainStat
             aux["skipped"] = bad.astype(jnp.float32)
         return TrainState(state.step + 1, *made), aux
 
-    return _under(mesh, jax.jit(train_step, donate_argnums=0))
+    return _under(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh)))
 
 
 def _updates(state: TrainState) -> Int[Array, ""]:

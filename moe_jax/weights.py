@@ -23,7 +23,7 @@ CASTABLE = ("float32", "bfloat16")
 HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
 # Fields of `model` that say how it is computed, and not which function it is.
 MACHINE = {"init_std", "max_seq_len", "compute_dtype", "param_dtype", "remat", "attention", "segment_mask"}
-MOE_MACHINE = {"compute", "capacity_factor", "exchange", "exchange_chunks", "grouped_matmul"}
+MOE_MACHINE = {"compute", "capacity_factor", "exchange", "exchange_chunks", "grouped_matmul", "room"}
 
 
 def check_free(workdir: str | os.PathLike) -> Path:

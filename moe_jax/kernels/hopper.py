@@ -38,7 +38,7 @@ def _tuned() -> dict[str, list]:
 
 
 def best_tiling(kind: str, inner: int, columns: int) -> Tiling:
-    """What was measured to be faster than the first that can do it (`python -m benchmarks.tune_grouped_matmul`), or that."""
+    """What was faster than the first that can do it when measured (`benchmarks/tune_grouped_matmul.py`), or that."""
     found = _tuned().get(f"{kind} {inner} {columns}")
     return Tiling(*found) if found else candidates(kind, inner, columns)[0]
 

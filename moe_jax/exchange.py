@@ -2,14 +2,14 @@
 
 | exchange     | out                                                     | back                                        |
 |--------------|---------------------------------------------------------|---------------------------------------------|
-| `ring`       | every token to every device: all-gather                 | float32 sums: reduce-scatter                |
+| `ring`       | every token to every device: all-gather                 | float32 sums: reduce-scatter; gradients in  |
+|              |                                                         | the compute dtype                           |
 | `all_to_all` | a token once to each device that has an expert of its   | that device's sum over its own experts, in  |
 |              | choice, however many it has: ragged all-to-all          | the compute dtype: ragged all-to-all        |
 
 A token goes to a device and not to an expert: at most min(K, P) rows a token travel instead of K, and what arrives is
 again "tokens and their `Routing`", which any `COMPUTE` of experts.py takes as it is. Both are dropless, so both hold
-room for the worst case, every token of the axis on one device: T·D numbers received, and K·T rows in the computation,
-of which only those in use are multiplied. `moe.exchange_chunks` divides the room that is in use at a time.
+room for every token of the axis on one device, T·D numbers; experts.py does not. `moe.exchange_chunks` divides it.
 
 Everything here runs inside the `shard_map` of moe.py. Letters: P devices of the `expert` axis, t tokens of this device,
 e experts of this device, T = P·t tokens of the axis in the order of its devices, m = min(K, P).

@@ -240,9 +240,8 @@ def test_capacity_by_hand():
     np.testing.assert_array_equal(kept[:, 0], [True, False, True, False])
     np.testing.assert_allclose(y[:, 0], [silu, 0, 5 * silu, 0], rtol=1e-6)
     # A slot that is not valid takes no place.
-    _, kept = experts.capacity(
-        jnp.ones((4, 1)), routing._replace(valid=jnp.asarray([[0], [1], [1], [1]], bool)), w, cfg, ""
-    )
+    without_first = routing._replace(valid=jnp.asarray([[0], [1], [1], [1]], bool))
+    _, kept = experts.capacity(jnp.ones((4, 1)), without_first, w, cfg, "")
     np.testing.assert_array_equal(kept[:, 0], [False, True, True, False])
 
 
@@ -308,10 +307,8 @@ def run_layer(shape, cfg):
 
         def loss(params, x):
             y, stats, _ = nnx.merge(graph, params, rest)(x, info)
-            return jnp.sum(y * cotangent) + jnp.sum(jnp.sin(stats.prob_per_expert)) + 0.1 * jnp.sum(stats.z_sq), (
-                y,
-                stats,
-            )
+            value = jnp.sum(y * cotangent) + jnp.sum(jnp.sin(stats.prob_per_expert)) + 0.1 * jnp.sum(stats.z_sq)
+            return value, (y, stats)
 
         grads, (y, stats) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
     flat = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(grads[0]))

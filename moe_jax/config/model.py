@@ -26,7 +26,7 @@ class MoEConfig(Checked):
     capacity_factor: float = number(1.25, 0.01)  # compute="capacity": an expert takes ⌈factor · K · T / E⌉ rows
     # How tokens reach the experts of other devices; "auto": what sends fewer bytes (moe_jax/exchange.py).
     exchange: Literal["auto", "ring", "all_to_all"] = "auto"
-    room: float = number(1.25, 0.01)  # rows over the average that a device computes at first; what is more, in turns
+    room: float = number(1.25, 0.01)  # × the average: rows a device computes at first; what is more, in further turns
     exchange_chunks: int = number(1, 1)  # a device's tokens are sent and computed in so many parts, which may overlap
     grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper"] = "auto"
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from moe_jax.optim import path_of
 
@@ -35,7 +36,7 @@ class Assembly:
             bounds = [s.indices(n)[:2] for s, n in zip(where, leaf.shape, strict=True)]
             if device not in buffers:
                 shape = tuple(stop - start for start, stop in bounds)
-                buffers[device] = jnp.zeros(shape, leaf.dtype, device=device)
+                buffers[device] = _zeros(shape, leaf.dtype, SingleDeviceSharding(device))
             if all(start <= i < stop for i, (start, stop) in zip(index, bounds, strict=False)):
                 mine = value[tuple(slice(*b) for b in bounds[len(index) :])].astype(leaf.dtype)
                 at = [i - start for i, (start, _) in zip(index, bounds, strict=False)]
@@ -50,6 +51,11 @@ class Assembly:
             return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
         return jax.tree_util.tree_map_with_path(made, self._abstract)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, where: SingleDeviceSharding) -> jax.Array:
+    """Made where they are to be: `jnp.zeros(device=…)` makes them on the first device and sends a copy."""
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(shape, np.dtype(dtype))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

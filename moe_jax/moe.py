@@ -15,6 +15,7 @@ from moe_jax.experts import ExpertWeights
 from moe_jax.layers import ACTIVATIONS, GLU, Init
 from moe_jax.remat import keep
 from moe_jax.routing import Choices, RouterStats
+from moe_jax.spread import as_tuple
 
 
 class RouterBias(nnx.Variable):
@@ -97,6 +98,10 @@ class MoE(nnx.Module):
 def _own_experts(dtype, w: Array, spec: P) -> Array:
     """This device's experts, whole, in the compute dtype. Going back, gradients are summed over replicas in float32
     and reduce-scattered over `fsdp`."""
-    missing = tuple(a for a in sharding.AXES if a not in spec)
+    used = [as_tuple(entry) for entry in spec]
+    missing = tuple(a for a in sharding.AXES if not any(a in names for names in used))
     w = jax.lax.pcast(w, missing, to="varying").astype(dtype)
-    return jax.lax.all_gather(w, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else w
+    for axis, names in enumerate(used):
+        if "fsdp" in names:
+            w = jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+    return w

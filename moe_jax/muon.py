@@ -201,13 +201,14 @@ def plan(
     *,
     coefficients: str | Coefficients = "jordan",
     dtype: Any = jnp.bfloat16,
+    in_place: tuple[str, ...] = (),
 ) -> Plan:
     """The plan for all parameters: arrays, or ShapeDtypeStructs with a sharding (an abstract mesh will do).
 
     `matrices` gives None for leaves that are AdamW's. AdamW's traffic, as in arXiv:2502.16982, §2.3: float32 gradients
     are reduced and scattered over the mesh axes that shard a leaf, and its parameters gathered in their own type; over
-    the other mesh axes gradients are all-reduced. Mesh axes on batch axes of matrices (experts) are expert parallelism:
-    those weights stay in place.
+    the other mesh axes gradients are all-reduced. `in_place`: mesh axes that are expert parallelism where they lie on
+    batch axes of matrices; over them weights stay in place.
     """
     chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
     mine, adamw_bytes, state_bytes, adamw_state_bytes, devices = {}, 0, 0, 0, 1
@@ -216,7 +217,8 @@ def plan(
         placed, where = placement(x), matrices(name, x)
         local = x.size // placed.parts(*placed.used)
         states = 2 if where is None else 1
-        gathered = placed.used if where is None else [placed.used[a] for a in where.axes]
+        inner = {a % x.ndim for a in where.axes} if where is not None else set(range(x.ndim))
+        gathered = [tuple(n for n in names if i in inner or n not in in_place) for i, names in enumerate(placed.used)]
         replicas = placed.parts(placed.idle)
         adamw_bytes += local * (placed.parts(*gathered) - 1) * (4 + x.dtype.itemsize)
         adamw_bytes += 2 * 4 * local * (replicas - 1) // replicas

@@ -144,6 +144,7 @@ def muon_plan(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int
         lambda path, leaf: rule(path, leaf) if who[labels[path]] == "muon" else None,
         coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
         dtype=jnp.dtype(cfg.newton_schulz_dtype),
+        in_place=("expert",),
     )
 
 

@@ -5,7 +5,8 @@ The mesh always has the axes of `AXES`, all Explicit; an axis of size 1 is kept.
 | tensor                       | spec                                                         |
 |------------------------------|--------------------------------------------------------------|
 | activations `[B, S, D]`      | `(data, fsdp, expert), None, None`                           |
-| expert weights `[L, E, D, F]`| `None, expert, fsdp, None`                                   |
+| expert weights `[L, E, D, F]`| `None, (expert, fsdp), None, None` if it divides E           |
+|                              | `None, expert, fsdp, None`, or `fsdp` on F, if it does not   |
 | other matrices               | `(fsdp, expert)` on the first of `FSDP_ORDER` that divides   |
 | router, norms                | replicated                                                   |
 | optimizer moments            | as their parameter (their type carries it)                   |
@@ -71,7 +72,12 @@ def weight_spec(axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, 
     spec: list = [None] * len(axes)
     wanted = [("fsdp", "expert"), ("fsdp",), ("expert",)]
     if "experts" in axes:
-        spec[axes.index("experts")] = "expert"
+        at = axes.index("experts")
+        # Whole matrices, if there are enough: they are gathered without a transposition, and Muon's need not travel.
+        if shape[at] % (sizes["expert"] * sizes["fsdp"]) == 0:
+            spec[at] = ("expert", "fsdp")
+            return PartitionSpec(*spec)
+        spec[at] = "expert"
         wanted = [("fsdp",)]
     # A matrix that no axis divides stays replicated: right, only larger. `train.py` prints the bytes per device.
     for mesh_axes in wanted:

@@ -1,8 +1,8 @@
 """The host's memory while a model is imported: the weights once, and little besides, however many tensors there are.
 
 On CPU the devices' memory is the host's, so the weights themselves are resident once and are taken off the peak. What
-remains is the tensor at hand in its few forms (as read, its rows, its cast), compiled programs and Orbax: about 75 MB, by
-machine and allocator, so it is compared with that of a model of two layers, whose tensors have the same shapes.
+remains is the tensor at hand in its few forms (as read, its rows, its cast), compiled programs and Orbax: about 75
+MB, by machine and allocator. So it is compared with that of two layers, whose tensors have the same shapes.
 """
 
 import json

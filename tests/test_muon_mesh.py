@@ -268,7 +268,7 @@ def test_plan_by_hand():
         "down": leaf((4, 8, 128, 64), None, "expert", None, "fsdp"),
         "up": leaf((4, 8, 64, 128), None, "expert", "fsdp"),
     }
-    plan = muon.plan(params, lambda path, leaf: None if path == "embed" else Matrices())
+    plan = muon.plan(params, lambda path, leaf: None if path == "embed" else Matrices(), in_place=("expert",))
     assert plan.devices == 16 and [row.leaves for row in plan.rows] == [("down", "up"), ("router",)]
     up, router = plan.rows
     assert (up.matrices, up.shape, up.per_device, up.padding) == (64, (64, 128), 4, 0.0)

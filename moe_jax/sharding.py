@@ -64,8 +64,13 @@ def count_slices(devices) -> int:
     return len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"} or {None})
 
 
-def weight_spec(axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """The spec of a weight with logical `axes` on a mesh with axis `sizes`. Total: an unknown axis is a ValueError."""
+def weight_spec(
+    axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int], *, cut_experts: bool = False
+) -> PartitionSpec:
+    """The spec of a weight with logical `axes` on a mesh with axis `sizes`. Total: an unknown axis is a ValueError.
+
+    cut_experts: as if there were too few of them for whole matrices.
+    """
     for name in axes:
         if name not in (*FSDP_ORDER, *REPLICATED, "experts"):
             raise ValueError(f"no sharding rule for the logical axis {name!r} of a weight with axes {axes}")
@@ -74,7 +79,7 @@ def weight_spec(axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, 
     if "experts" in axes:
         at = axes.index("experts")
         # Whole matrices, if there are enough: they are gathered without a transposition, and Muon's need not travel.
-        if shape[at] % (sizes["expert"] * sizes["fsdp"]) == 0:
+        if not cut_experts and shape[at] % (sizes["expert"] * sizes["fsdp"]) == 0:
             spec[at] = ("expert", "fsdp")
             return PartitionSpec(*spec)
         spec[at] = "expert"

@@ -104,10 +104,11 @@ def final_config(chain: Sequence[Transform], cfg: ModelConfig) -> ModelConfig:
     return functools.reduce(lambda c, t: t.config(c), chain, cfg)
 
 
-def specs_of(cfg: ModelConfig) -> dict:
-    """The sharding of a model's parameters on the mesh in use."""
+def specs_of(cfg: ModelConfig, **options: bool) -> dict:
+    """The sharding of a model's parameters on the mesh in use. Options are those of `sharding.weight_spec`."""
     graph, sizes = model.abstract(cfg), sharding.current_sizes()
-    return jax.tree.map(lambda x, axes: sharding.weight_spec(axes, x.shape, sizes), graph.shapes, graph.axes)
+    spec = lambda x, axes: sharding.weight_spec(axes, x.shape, sizes, **options)
+    return jax.tree.map(spec, graph.shapes, graph.axes)
 
 
 def traced(chain: Sequence[Transform], cfg: ModelConfig) -> Callable[[dict, Key[Array, ""]], dict]:
@@ -130,9 +131,13 @@ def traced(chain: Sequence[Transform], cfg: ModelConfig) -> Callable[[dict, Key[
             raise ValueError(f"{sorted(extra)[0]} is not a parameter of the model")
         return nest(flat)
 
-    if sharding.current_sizes():
-        run = jax.sharding.auto_axes(run, out_sharding=specs_of(final_config(chain, cfg)))
-    return jax.jit(run)
+    if not sharding.current_sizes():
+        return jax.jit(run)
+    final = final_config(chain, cfg)
+    # Asked for whole experts of a dense layer that is cut, the compiler would gather the layer on every device. It cuts
+    # experts alike; then each piece goes where its matrix is to be.
+    spread = jax.sharding.auto_axes(run, out_sharding=specs_of(final, cut_experts=True))
+    return jax.jit(lambda params, key: jax.tree.map(jax.sharding.reshard, spread(params, key), specs_of(final)))
 
 
 def apply(chain: Sequence[Transform], cfg: ModelConfig, params: dict, seed: int = 0) -> tuple[ModelConfig, dict]:

@@ -24,7 +24,15 @@ from tests import two_processes
 T, E, D, F = 48, 16, 6, 4
 MESHES = [(1, 2, 4), (2, 2, 2), (1, 1, 8)]
 TOP_K = [1, 3, 10]  # 10: more than there are devices
-EVERYTHING = list(itertools.product(MESHES, TOP_K, ["ring", "all_to_all"], ["grouped"], [1, 2, 6]))
+CHUNKS = [1, 2, 6]
+# Every mesh and K with both exchanges, in one piece and in 2 or 6 chunks by turns.
+EVERYTHING = [
+    (mesh, k, name, "grouped", chunks)
+    for (i, mesh), (j, k), name, chunks in itertools.product(
+        enumerate(MESHES), enumerate(TOP_K), ["ring", "all_to_all"], CHUNKS
+    )
+    if chunks in (1, CHUNKS[1 + (i + j) % 2])
+]
 FAST = [
     ((1, 2, 4), 3, "all_to_all", "grouped", 1),
     ((2, 2, 2), 10, "all_to_all", "grouped", 2),

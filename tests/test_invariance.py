@@ -25,7 +25,10 @@ EXCHANGE = ["ring", "all_to_all"]
 
 
 def wanted(mesh, micro, remat, compute, exchange) -> bool:
-    """Not the whole product: another exchange only where there is something to exchange, with grouped experts."""
+    """Not the whole product: another exchange only where there is something to exchange, with grouped experts; what
+    lies between no recomputation and all with two micro-batches, where layers are unrolled."""
+    if remat == "selective" and micro != 2:
+        return False
     return exchange == "ring" or (mesh[2] > 1 and compute == "grouped" and remat != "full")
 
 
@@ -86,22 +89,36 @@ def initial_state(mesh_shape) -> tuple:
     return mesh, jax.device_put(jax.device_get(initial_state((1, 1, 1))[1]), shardings)
 
 
-def everything(cfg: config.RunConfig, mesh_shape, paddings: tuple[float, ...]) -> list[dict]:
-    """All that the matrix compares, on the host, for batches with so much padding. One program."""
-    mesh, state = initial_state(mesh_shape)
-    optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps)
-    gradients = step.make_gradients(cfg, mesh)
+@functools.cache
+def optimizer_step(cfg: config.OptimConfig, steps: int, mesh_shape):
+    """(params, opt_state, gradients) → params. On a mesh one program for the whole matrix."""
+    optimizer = optim.make_optimizer(cfg, steps)
 
     @jax.jit
-    def one(params, bias, opt_state, batch):
-        (loss, (parts, sums)), grads = gradients(params, bias, batch, 0)
+    def after(params, opt_state, grads):
         updates, _ = optimizer.update(grads, opt_state, params)
-        after = optax.apply_updates(params, updates)
-        return {"loss": loss, "parts": parts, "sums": sums, "grads": grads, "params": after}
+        return optax.apply_updates(params, updates)
 
+    return after
+
+
+def everything(cfg: config.RunConfig, mesh_shape, paddings: tuple[float, ...]) -> list[dict]:
+    """All that the matrix compares, on the host, for batches with so much padding. One program of gradients."""
+    mesh, state = initial_state(mesh_shape)
+    gradients, after = step.make_gradients(cfg, mesh), optimizer_step(cfg.optim, cfg.train.steps, mesh_shape)
+
+    @jax.jit
+    def one(params, bias, batch):
+        (loss, (parts, sums)), grads = gradients(params, bias, batch, 0)
+        return {"loss": loss, "parts": parts, "sums": sums, "grads": grads}
+
+    found = []
     with jax.set_mesh(mesh):
-        batches = [step.put_batch(batch_rows(padding), mesh, cfg) for padding in paddings]
-        return [jax.device_get(one(state.params, state.router_bias, state.opt_state, batch)) for batch in batches]
+        for padding in paddings:
+            out = one(state.params, state.router_bias, step.put_batch(batch_rows(padding), mesh, cfg))
+            out["params"] = after(state.params, state.opt_state, out["grads"])
+            found.append(jax.device_get(out))
+    return found
 
 
 @functools.cache

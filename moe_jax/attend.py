@@ -66,8 +66,8 @@ def attend(
     What the backward pass needs of it is kept by `model.remat='selective'`: nothing is attended to twice.
     """
     if backend == "cudnn" and segments is None:
-        # Outside a shard_map, where jax.nn partitions it by itself. Its residuals have no names: see remat.py.
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        # Left to itself under a mesh, jax.nn computes a device's own sequences and then gathers all of them everywhere.
+        return sharding.per_device(_cudnn, 3)(q, k, v)
     if backend == "splash":
         # The kernel does not say over which axes its results vary, so the check cannot pass. Nothing is lost: every
         # operand and result is cut along the batch over the whole mesh, so there is nothing to reduce.
@@ -120,7 +120,12 @@ def _splash_kernel(seq_len: int, heads: int, interpret: bool):
     )
 
 
-# --- GPU, with segments ----------------------------------------------------------------------------------------------
+# --- GPU -------------------------------------------------------------------------------------------------------------
+
+
+def _cudnn(q, k, v):
+    # Its residuals have no names: see remat.py.
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def _cudnn_segments(q, k, v, segments):

@@ -1,6 +1,7 @@
 """Back ends of attention against `xla`, values and gradients, with and without segments, under Explicit axes."""
 
 import functools
+import math
 import re
 
 import jax
@@ -93,8 +94,10 @@ def test_cudnn_with_segments_names_every_segment_once(monkeypatch, segments):
     check(functools.partial(attend.attend, backend="cudnn"), qkv, dy, ids)
 
 
-def test_cudnn_with_segments_lowers_forward_and_backward(monkeypatch):
-    """For CUDA, from here: cuDNN's calls with what they need to know of segments, and no logits."""
+@pytest.mark.parametrize("segmented", [False, True])
+def test_cudnn_lowers_forward_and_backward(monkeypatch, segmented):
+    """For CUDA, from here: cuDNN's calls for a device's own sequences, with what they need to know of segments; no
+    logits, and nothing that is left to the partitioner, which would gather the results everywhere."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
@@ -106,12 +109,15 @@ def test_cudnn_with_segments_lowers_forward_and_backward(monkeypatch):
         return jnp.sum(attend.attend(*qkv, segments, "cudnn") * dy)
 
     with jax.set_mesh(mesh_of(*MESH)):
-        args = put((*jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (qkv, dy)), ids))
+        args = put((*jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (qkv, dy)), ids if segmented else None))
         text = jax.jit(jax.grad(loss)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$fmhaSoftmax" in line]
-    assert len(calls) == 4  # forward and backward, and both again in the loop over further segments
+    assert len(calls) == (4 if segmented else 2)  # with segments both again, in the loop over further ones
     for call in calls:
-        assert "PADDING_CAUSAL" in call and f"max_seg_per_batch\\22: {attend.PACKED}," in call
+        if segmented:
+            assert "PADDING_CAUSAL" in call and f"max_seg_per_batch\\22: {attend.PACKED}," in call
+        assert re.search(rf"\(tensor<{len(qkv[0]) // math.prod(MESH)}x256x\d+x64xbf16>", call)
+    assert "Partitioning" not in text
     assert not re.search(r"tensor<(\d+x)*256x256x", text)
 
 

@@ -15,7 +15,7 @@ import time
 import jax
 from absl import flags
 
-from moe_jax import cli, compile_only, config, hlo, model, newton_schulz, optim, sharding, step
+from moe_jax import cli, config, hlo, machines, model, newton_schulz, optim, sharding, step
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5p:2x4x8", "v5p:4x8x8"], "TPU topologies, 64 and 256 chips")
@@ -35,7 +35,7 @@ def main(_):
     cfg = config.build(CONFIG.value)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
     for name in TOPOLOGY.value:
-        devices = compile_only.devices(name)
+        devices = machines.devices(name)
         mesh = sharding.make_mesh(shape_of(len(devices), cfg), devices)
         state = step.abstract_state(cfg, mesh)
         began = time.time()

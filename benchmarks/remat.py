@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from moe_jax import cli, compile_only, config, model, remat, sharding, step
+from moe_jax import cli, compile_only, config, machines, model, remat, sharding, step
 from moe_jax.moe import TokenInfo
 
 CONFIG = cli.define_config()
@@ -30,7 +30,7 @@ HLO = flags.DEFINE_string("hlo", "", "write the compiled programs to this folder
 
 
 def mesh_of(cfg: config.RunConfig) -> jax.sharding.Mesh:
-    chips = compile_only.devices(TOPOLOGY.value)[:1] if TOPOLOGY.value else jax.devices()
+    chips = machines.devices(TOPOLOGY.value)[:1] if TOPOLOGY.value else jax.devices()
     return compile_only.mesh_of(cfg, chips)
 
 

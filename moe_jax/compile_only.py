@@ -1,14 +1,12 @@
-"""The train step compiled for TPUs that are not here: does it fit, what does it send, how long may it take.
+"""The train step compiled for chips that are not here: does it fit, what does it send, how long may it take.
 
-`train.py --compile_only=v5p:4x4x4` on any machine with the package libtpu; `2xv5p:4x4x4` are two such slices, joined by
-the data-centre network. Nothing is run, read or written. That it fits is the TPU compiler's word. Bytes sent are from
-the compiled program, a ragged exchange's at uniform routing; FLOPs by formula; times from both and the data sheet.
+`train.py --compile_only=v5p:4x4x4` on any machine with the package libtpu, `--compile_only=h100:8` on any with JAX's
+plugin for CUDA. Nothing is run, read or written. That it fits is the TPU compiler's word, for GPUs a comparison. Bytes
+sent are from the compiled program, a ragged exchange's at uniform routing; FLOPs by formula; times from both and the
+data sheet.
 """
 
-import importlib.metadata
-import importlib.util
 import math
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -17,20 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config, exchange, hlo, metrics, model, optim, sharding, step
+from moe_jax import config, exchange, hlo, machines, metrics, model, optim, sharding, step
 from moe_jax.cli import UserError
-
-# Per chip: bytes, bytes/s of its memory, bytes/s that its links send, bytes/s to the data-centre network (Google's
-# pages on v5e, v5p and v6e). The peak of FLOPs is metrics.py's.
-CHIPS = {
-    "v5e": (16e9, 0.819e12, 200e9, 3.125e9),
-    "v5p": (95e9, 2.765e12, 600e9, 6.25e9),
-    "v6e": (32e9, 1.6e12, 400e9, 12.5e9),
-}
-MOST = 256  # chips of a slice
-QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",
-         "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-         "TPU_STDERR_LOG_LEVEL": "3"}  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -44,42 +30,6 @@ class Report(NamedTuple):
     seconds: float  # to compile
     sent: list[hlo.Collective]
     text: str  # the program, "" if it does not fit
-
-
-# --- the machine that is not here ------------------------------------------------------------------------------------
-
-
-def devices(topology: str) -> list[jax.Device]:
-    """The chips of `[<slices>x]<v5e|v5p|v6e>:<n>x<n>[x<n>]`. Raises UserError."""
-    found = re.fullmatch(r"(?:([1-9]\d?)x)?(\w+?):(\d{1,3}(?:x\d{1,3}){1,2})", topology)
-    chips = math.prod(map(int, found[3].split("x"))) if found else 0
-    if not found or found[2] not in CHIPS or not 0 < chips <= MOST:
-        rule = f"must be [<slices>x]<{'|'.join(CHIPS)}>:<sizes> with at most {MOST} chips a slice"
-        raise UserError(f"--compile_only={topology}: {rule}; nearest valid: {_nearest(found)}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f'--compile_only={topology}: needs the TPU compiler; pip install "{_libtpu()}"')
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    more = {"num_slices": int(found[1])} if int(found[1] or 1) > 1 else {}
-    try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.removeprefix(f"{found[1]}x"), **more
-        ).devices
-    except Exception as e:  # libtpu's own
-        rule = f"libtpu refuses it ({str(e).splitlines()[0][:120]})"
-        raise UserError(f"--compile_only={topology}: {rule}; nearest valid: {_nearest(found)}") from None
-
-
-def _nearest(found: re.Match | None) -> str:
-    return {"v5e": "v5e:8x8", "v6e": "v6e:16x16"}.get(found[2] if found else "", "v5p:4x4x4")
-
-
-def _libtpu() -> str:
-    """What the installed jax asks for in its extra "tpu"."""
-    asked = [r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
-    return asked[0] if asked else "libtpu"
 
 
 def mesh_of(cfg: config.RunConfig, chips: list[jax.Device]) -> jax.sharding.Mesh:
@@ -96,8 +46,11 @@ def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.C
     shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
     dtypes = [jnp.float32 if name == "weights" else jnp.int32 for name in step.Batch._fields]
     batch = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for dtype in dtypes))
+    # Which of its own kernels is fastest XLA finds out by running them, which needs a GPU.
+    absent = mesh.devices.flat[0].platform == "gpu" and jax.default_backend() != "gpu"
+    options = {"xla_gpu_autotune_level": 0} if absent else None
     with jax.set_mesh(mesh):
-        return step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch).compile()
+        return step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch).compile(options)
 
 
 def bytes_of_device(tree: Any) -> int:
@@ -121,14 +74,17 @@ def memory_wanted(message: str, state: float) -> tuple[float, float] | None:
 
 def compile_report(cfg: config.RunConfig, topology: str) -> Report:
     """Compiles, which takes minutes. Raises UserError and ConfigError."""
-    mesh, began = mesh_of(cfg, devices(topology)), time.perf_counter()
+    mesh, began = mesh_of(cfg, machines.devices(topology)), time.perf_counter()
     state = step.abstract_state(cfg, mesh)
     memory = {"parameters": bytes_of_device((state.params, state.router_bias)),
               "moments": bytes_of_device(state.opt_state)}  # fmt: skip
-    capacity, sent, text = CHIPS[_chip(topology)][0], [], ""
+    capacity, sent, text = machines.chip(topology).memory, [], ""
     try:
         compiled = compile_step(cfg, mesh)
-    except jax.errors.JaxRuntimeError as e:
+    except RuntimeError as e:  # of JAX or of XLA
+        if "cuDNN not found" in str(e):
+            rule = "attention needs cuDNN: pip install nvidia-cudnn-cu13, or --config.model.attention=xla"
+            raise UserError(f"--compile_only={topology}: {rule}") from None
         wanted = memory_wanted(str(e), sum(memory.values()))
         if wanted is None:
             raise UserError(f"--compile_only={topology}: XLA refuses it: {str(e)[:300]}") from None
@@ -141,11 +97,9 @@ def compile_report(cfg: config.RunConfig, topology: str) -> Report:
         sizes = dict(mesh.shape) | {"data": mesh.shape["data"] // sharding.count_slices(mesh.devices.flat)}
         sent = hlo.collectives(text, sizes)
     memory["gradients, activations and work space"] = total - sum(memory.values())
-    return Report(topology, dict(mesh.shape), bool(text), memory, capacity, time.perf_counter() - began, sent, text)
-
-
-def _chip(topology: str) -> str:
-    return next(name for name in CHIPS if name in topology)
+    # Nothing refuses a program that is too large for a GPU before it runs.
+    fits = bool(text) and (total <= capacity or not machines.is_gpu(topology))
+    return Report(topology, dict(mesh.shape), fits, memory, capacity, time.perf_counter() - began, sent, text)
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------
@@ -172,7 +126,7 @@ def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
     Memory: state read and written, gradients written and read (and again by each micro-batch), gathered weights in
     the compute dtype written and read in each pass; activations are left out, so this is a lower bound.
     """
-    _, memory_rate, link_rate, network_rate = CHIPS[_chip(report.topology)]
+    _, memory_rate, link_rate, network_rate = machines.chip(report.topology)
     m, a, chips = cfg.model, cfg.train.micro_batches, math.prod(report.mesh.values())
     flops = model.flops_per_token(m, cfg.data.seq_len) * cfg.data.batch_size * cfg.data.seq_len / chips
     twice = a > 1 and cfg.loss.accumulation == "exact"
@@ -185,7 +139,7 @@ def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
     moved = 2 * state + 2 * a * report.memory["parameters"] + 2 * weights * passes * a
     sent = bytes_sent(cfg, report).items()
     over = lambda network: sum(size for (kind, _), (_, size) in sent if (kind == hlo.NETWORK) == network)
-    peak, _ = metrics.peak_flops(devices(report.topology)[0])
+    peak, _ = metrics.peak_flops(machines.devices(report.topology)[0])
     times = {"arithmetic": flops / peak, "memory": moved / memory_rate, "links": over(False) / link_rate}
     return times | ({"network": over(True) / network_rate} if over(True) else {})
 
@@ -221,8 +175,9 @@ def lines(cfg: config.RunConfig, report: Report) -> Iterator[str]:
     per_pass = cfg.data.batch_size // (chips * cfg.train.micro_batches)
     yield (f"{report.topology}: {chips} chips, mesh {report.mesh}; {cfg.data.batch_size} x {cfg.data.seq_len} tokens, "
            f"{cfg.train.micro_batches} micro-batches of {per_pass} sequences a chip, remat {m.remat}")  # fmt: skip
+    word = "as XLA plans its buffers" if machines.is_gpu(report.topology) else "by the TPU compiler"
     verdict = "fits" if report.fits else "DOES NOT FIT"
-    yield f"{verdict}: {gb(total)} of {gb(report.capacity)} a chip, by the TPU compiler, in {report.seconds:.0f} s"
+    yield f"{verdict}: {gb(total)} of {gb(report.capacity)} a chip, {word}, in {report.seconds:.0f} s"
     yield "memory: " + ", ".join(f"{name} {gb(n)}" for name, n in report.memory.items())
     flops = model.flops_per_token(m, cfg.data.seq_len) * tokens
     yield f"FLOPs by formula: {flops / 1e12:,.2f} TFLOP a step, {flops / chips / 1e12:,.2f} TFLOP a chip"
@@ -243,7 +198,7 @@ def lines(cfg: config.RunConfig, report: Report) -> Iterator[str]:
 def main(cfg: config.RunConfig, topology: str) -> None:
     """Prints all of it. Raises UserError and ConfigError."""
     jax.config.update("jax_platforms", "cpu")  # whatever is here stays unused
-    chips = devices(topology)
+    chips = machines.devices(topology)
     print(step.describe_backends(cfg, mesh_of(cfg, chips)), flush=True)
     if optim.owners(cfg.optim)["matrix"] == "muon":
         plan = optim.muon_plan(

@@ -1,5 +1,6 @@
-"""`--compile_only`: what a program sends, read from its text; the step compiled for TPUs that are not here."""
+"""`--compile_only`: what a program sends, read from its text; the step compiled for chips that are not here."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax import cli, compile_only, config, hlo, model, optim
+from moe_jax import cli, compile_only, config, hlo, machines, model, optim
 
 REPO = Path(__file__).parents[1]
-LIBTPU = importlib.util.find_spec("libtpu") is not None
+COMPILERS = {"v5p:2x2x2": "libtpu", "h100:8": "jax_plugins.xla_cuda13"}
 
 PROGRAM = """\
 HloModule jit_step, num_partitions=8
@@ -64,16 +65,25 @@ def test_a_program_is_read():
     assert as_tuple(hlo.NETWORK) == ([(1, 8, 128)], 4096, ("data",), 1, 4096)
 
 
-@pytest.mark.parametrize("name", ["v5p", "v9:2x2", "v5e:32x32", "v5p:4x4x", "0xv5p:4x4x4", "v5p:0x2x2", "../v5p:2x2x1"])
+@pytest.mark.parametrize("name", ["v5p", "v9:2x2", "v5e:32x32", "v5p:4x4x", "0xv5p:4x4x4", "v5p:0x2x2", "../v5p:2x2x1",
+                                  "h100:0", "h100:16", "2xh100:8", "h100:2x2", "h200"])  # fmt: skip
 def test_a_topology_that_is_none(name):
-    with pytest.raises(cli.UserError, match=r"must be \[<slices>x\].*nearest valid: v"):
-        compile_only.devices(name)
+    near = f"h{name[name.index('h') + 1 :][:3]}:8" if "h" in name else "v"
+    with pytest.raises(cli.UserError, match=rf"must be \[<slices>x\].*, or <h100\|h200>:.*nearest valid: {near}"):
+        machines.devices(name)
 
 
-def test_without_libtpu(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("v5p:2x2x1", 'the TPU compiler; pip install "libtpu'),
+        ("h100:8", r'the compiler for GPUs; pip install "jax\[cuda'),
+    ],
+)
+def test_without_the_compiler(monkeypatch, name, wanted):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(cli.UserError, match=r'^--compile_only=v5p:2x2x1: needs the TPU compiler; pip install "libtpu'):
-        compile_only.devices("v5p:2x2x1")
+    with pytest.raises(cli.UserError, match=f"^--compile_only={name}: needs {wanted}"):
+        machines.devices(name)
 
 
 def run_config(**values):
@@ -128,9 +138,10 @@ def test_nothing_is_touched(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- with libtpu -----------------------------------------------------------------------------------------------------
+# --- with the compilers ----------------------------------------------------------------------------------------------
 
 E, K, D, F, L, V = 24, 3, 256, 384, 3, 640
+T = 2 * 256  # tokens of a chip in a micro-batch
 
 
 def small(**values):
@@ -143,11 +154,20 @@ def small(**values):
         "mesh.expert": 2, "train.micro_batches": 2, "loss.balance_batch": "8", **values})  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def report():
-    if not LIBTPU:
-        pytest.skip("needs libtpu")
-    return compile_only.compile_report(small(), "v5p:2x2x2")
+@functools.cache
+def report_of(machine: str) -> compile_only.Report:
+    module = COMPILERS[machine]
+    package = module.split(".")[0]
+    if importlib.util.find_spec(package) is None or importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs {module}")
+    # cuDNN, without which JAX does not trace its attention, is half a gigabyte.
+    options = {"model.attention": "xla"} if machines.is_gpu(machine) else {}
+    return compile_only.compile_report(small(**options), machine)
+
+
+@pytest.fixture(params=COMPILERS)
+def report(request):
+    return report_of(request.param)
 
 
 @pytest.mark.slow
@@ -159,14 +179,21 @@ def test_experts_stay_where_they_are(report):
     assert {s for s in mine if F in s} == {(E // 4, D, F), (E // 4, F, D)}, mine  # gradients, of whole matrices
     for c in weights:
         assert "expert" not in c.axes and all({E // 2, E // 4} & {*s} and E not in s for s in c.shapes if F in s), c
-    tokens = [c for c in report.sent if c.kind == "ragged-all-to-all"]
-    # Rows out and home, going forward (in both passes and again for the backward one) and back, in each layer.
-    assert tokens and {c.axes for c in tokens} == {("expert",)} and {c.times for c in tokens} == {2 * L}
+    if machines.is_gpu(report.topology):  # `ring`
+        tokens = [c for c in report.sent if "/moe/" in c.name and any(s in ((T, D), (2 * T, D)) for s in c.shapes)]
+        assert {c.kind for c in tokens} == {"all-gather", "reduce-scatter"}
+    else:
+        # Rows out and home, going forward (in both passes and again for the backward one) and back, in each layer.
+        tokens = [c for c in report.sent if c.kind == "ragged-all-to-all"]
+        assert {c.times for c in tokens} == {2 * L}
+    assert tokens and {c.axes for c in tokens} == {("expert",)}
 
 
 @pytest.mark.slow
-def test_statistics_are_a_few_numbers(report):
-    """An all-reduce of assignments G·E a layer in the first pass, of them and the probabilities in the second."""
+def test_statistics_are_a_few_numbers():
+    """An all-reduce of assignments G·E a layer in the first pass, of them and the probabilities in the second. (XLA for
+    GPUs takes them out of the loops and joins them with others.)"""
+    report = report_of("v5p:2x2x2")
     found = [c for c in report.sent if any(E in s and D not in s for s in c.shapes)]
     assert {c.kind for c in found} == {"all-reduce"} and {c.axes for c in found} == {("data", "fsdp", "expert")}
     groups, micro = 4, 2

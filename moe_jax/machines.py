@@ -1,0 +1,116 @@
+"""Machines that are not here, for which XLA compiles all the same: slices of TPUs, hosts of GPUs.
+
+`v5p:4x4x4` is a slice of 64 chips, `2xv5p:4x4x4` are two, joined by the data-centre network; `h100:8` is a host of 8.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple
+
+import jax
+
+from moe_jax.cli import UserError
+
+
+class Chip(NamedTuple):
+    """By its data sheet. The peak of FLOPs is metrics.py's."""
+
+    memory: float  # bytes
+    memory_rate: float  # bytes/s
+    link_rate: float  # bytes/s that its links send
+    network_rate: float  # bytes/s to the data-centre network
+
+
+TPUS = {  # Google's pages on v5e, v5p and v6e
+    "v5e": Chip(16e9, 0.819e12, 200e9, 3.125e9),
+    "v5p": Chip(95e9, 2.765e12, 600e9, 6.25e9),
+    "v6e": Chip(32e9, 1.6e12, 400e9, 12.5e9),
+}
+GPUS = {  # NVIDIA's data sheets of the SXM5 boards; what a program may ask for; no network: one host
+    "h100": Chip(84_929_347_584, 3.35e12, 450e9, math.inf),
+    "h200": Chip(150_121_545_728, 4.8e12, 450e9, math.inf),
+}
+CHIPS = TPUS | GPUS
+MOST_TPUS, MOST_GPUS = 256, 8  # of a slice; of a host
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",
+         "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+         "TPU_STDERR_LOG_LEVEL": "3", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+         "TF_CPP_MIN_LOG_LEVEL": "2"}  # fmt: skip
+# What the compiler knows of a GPU: the fields of XLA's GpuTargetConfigProto. Those of Hopper are the same but for two.
+HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  l2_cache_size: 52428800 clock_rate_ghz: 1.98 memory_bandwidth: {rate:.0f} device_memory_size: {memory:.0f}
+  cuda_compute_capability {{ major: 9 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: {cuda} minor: {minor} patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""
+
+
+def chip(machine: str) -> Chip:
+    return CHIPS[next(name for name in CHIPS if name in machine)]
+
+
+def is_gpu(machine: str) -> bool:
+    return any(name in machine for name in GPUS)
+
+
+def devices(machine: str) -> list[jax.Device]:
+    """The chips of `[<slices>x]<v5e|v5p|v6e>:<n>x<n>[x<n>]` or `<h100|h200>:<n>`. Raises UserError."""
+    found = re.fullmatch(r"(?:([1-9]\d?)x)?(\w+?):(\d{1,3}(?:x\d{1,3}){1,2})", machine)
+    chips = math.prod(map(int, found[3].split("x"))) if found else 0
+    gpus = re.fullmatch(rf"({'|'.join(GPUS)}):([1-{MOST_GPUS}])", machine)
+    if not gpus and (not found or found[2] not in TPUS or not 0 < chips <= MOST_TPUS):
+        rule = f"must be [<slices>x]<{'|'.join(TPUS)}>:<sizes> with at most {MOST_TPUS} chips a slice"
+        rule += f", or <{'|'.join(GPUS)}>:<GPUs of a host, at most {MOST_GPUS}>"
+        raise UserError(f"--compile_only={machine}: {rule}; nearest valid: {_nearest(machine)}")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        return _gpus(machine, gpus[1], gpus[2]) if gpus else _tpus(machine, int(found[1] or 1))
+    except UserError:
+        raise
+    except Exception as e:  # the compiler's own
+        rule = f"the compiler refuses it ({str(e).splitlines()[0][:120]})"
+        raise UserError(f"--compile_only={machine}: {rule}; nearest valid: {_nearest(machine)}") from None
+
+
+def _nearest(machine: str) -> str:
+    name = next((name for name in CHIPS if name in machine), "v5p")
+    return {"v5e": "v5e:8x8", "v6e": "v6e:16x16", "v5p": "v5p:4x4x4"}.get(name, f"{name}:{MOST_GPUS}")
+
+
+def _tpus(machine: str, slices: int) -> list[jax.Device]:
+    from jax.experimental import topologies
+
+    if importlib.util.find_spec("libtpu") is None:
+        asked = [r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
+        package = (asked or ["libtpu"])[0]
+        raise UserError(f'--compile_only={machine}: needs the TPU compiler; pip install "{package}"')
+    name, more = (machine, {}) if slices == 1 else (machine.removeprefix(f"{slices}x"), {"num_slices": slices})
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+
+
+def _gpus(machine: str, name: str, count: str) -> list[jax.Device]:
+    from jax.experimental import topologies
+
+    plugins = importlib.util.find_spec("jax_plugins")
+    found = [n for n in (13, 12) if plugins and importlib.util.find_spec(f"jax_plugins.xla_cuda{n}")]
+    if not found:
+        package = f"jax[cuda13]=={jax.__version__}"
+        raise UserError(f'--compile_only={machine}: needs the compiler for GPUs; pip install "{package}"')
+    cuda, minor = (found[0], 0) if found[0] == 13 else (12, 8)
+    kind = f"{name.upper()} 80GB HBM3" if name == "h100" else name.upper()
+    rate, memory = GPUS[name].memory_rate, GPUS[name].memory
+    target = HOPPER.format(rate=rate, memory=memory, cuda=cuda, minor=minor, name=kind)
+    topology = f"1x1x{count}"  # slices, hosts, GPUs of a host
+    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices

@@ -18,6 +18,13 @@ import jax.numpy as jnp
 from moe_jax import config, exchange, hlo, machines, metrics, model, optim, sharding, step
 from moe_jax.cli import UserError
 
+# What JAX asks of the machine that it traces on, by its words.
+REFUSALS = {
+    "cuDNN not found": "attention needs cuDNN: pip install nvidia-cudnn-cu13, or --config.model.attention=xla",
+    "at least Hopper": "JAX traces cuDNN's attention to packed segments on a machine with a Hopper GPU only; "
+    "nearest valid: --config.model.segment_mask=false, or --config.model.attention=xla",
+}
+
 
 class Report(NamedTuple):
     """Of one chip, in bytes; a chip's memory holds arguments and temporaries."""
@@ -58,6 +65,15 @@ def bytes_of_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def memory_needed(m: Any) -> float:
+    """Bytes of a chip, by XLA's analysis of a program. Its peak holds arguments and results, too.
+
+    Without one a bound: temporaries do not all live at a time; their sum may exceed the chip in a program that fits.
+    """
+    ends = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return (m.peak_memory_in_bytes or ends + m.temp_size_in_bytes) + m.generated_code_size_in_bytes
+
+
 def memory_wanted(message: str, state: float) -> tuple[float, float] | None:
     """Bytes that a program needs and that a chip has, by the compiler's refusal; None if it refuses something else.
 
@@ -82,18 +98,15 @@ def compile_report(cfg: config.RunConfig, topology: str) -> Report:
     try:
         compiled = compile_step(cfg, mesh)
     except RuntimeError as e:  # of JAX or of XLA
-        if "cuDNN not found" in str(e):
-            rule = "attention needs cuDNN: pip install nvidia-cudnn-cu13, or --config.model.attention=xla"
-            raise UserError(f"--compile_only={topology}: {rule}") from None
+        for words, rule in REFUSALS.items():
+            if words in str(e):
+                raise UserError(f"--compile_only={topology}: {rule}") from None
         wanted = memory_wanted(str(e), sum(memory.values()))
         if wanted is None:
             raise UserError(f"--compile_only={topology}: XLA refuses it: {str(e)[:300]}") from None
         total, capacity = wanted
     else:
-        m, text = compiled.memory_analysis(), compiled.as_text()
-        total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-        # Temporaries do not all live at a time: their sum may exceed the chip in a program that the compiler accepts.
-        total += (m.peak_memory_in_bytes or m.temp_size_in_bytes) + m.generated_code_size_in_bytes
+        total, text = memory_needed(compiled.memory_analysis()), compiled.as_text()
         sizes = dict(mesh.shape) | {"data": mesh.shape["data"] // sharding.count_slices(mesh.devices.flat)}
         sent = hlo.collectives(text, sizes)
     memory["gradients, activations and work space"] = total - sum(memory.values())

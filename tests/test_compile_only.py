@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from moe_jax import cli, compile_only, config, hlo, machines, model, optim
@@ -128,6 +130,14 @@ def test_a_refusal_for_lack_of_memory_is_read():
     used = "Ran out of memory in memory space hbm. Used 16.25G of 15.75G hbm. Exceeded hbm capacity by 512.00M."
     assert compile_only.memory_wanted(used, 2**30) == (16.25 * 2**30, 15.75 * 2**30)
     assert compile_only.memory_wanted("UNIMPLEMENTED: a kernel", 0) is None
+
+
+def test_memory_counts_nothing_twice():
+    """Of a program of known size, on the CPU's compiler: two arguments of 4 MiB, one given away, one result beside."""
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    compiled = jax.jit(lambda a, b: (a + 1, a @ b), donate_argnums=0).lower(x, x).compile()
+    needed = compile_only.memory_needed(compiled.memory_analysis())
+    assert 12 * 2**20 <= needed < 13 * 2**20
 
 
 def test_nothing_is_touched(tmp_path):

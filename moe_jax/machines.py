@@ -79,7 +79,7 @@ def devices(machine: str) -> list[jax.Device]:
         return _gpus(machine, gpus[1], gpus[2]) if gpus else _tpus(machine, int(found[1] or 1))
     except UserError:
         raise
-    except Exception as e:  # the compiler's own
+    except Exception as e:  # libtpu and the CUDA plugin have no type of their own for what they refuse
         rule = f"the compiler refuses it ({str(e).splitlines()[0][:120]})"
         raise UserError(f"--compile_only={machine}: {rule}; nearest valid: {_nearest(machine)}") from None
 

@@ -25,11 +25,8 @@ EXCHANGE = ["ring", "all_to_all"]
 
 
 def wanted(mesh, micro, remat, compute, exchange) -> bool:
-    """Not the whole product: another exchange only where there is something to exchange, with grouped experts;
-    dense experts, in which nothing is kept by name, recomputed on one mesh; what lies between no recomputation and all
-    with two micro-batches, where layers are unrolled."""
-    if compute == "dense" and remat != "none" and mesh != (2, 2, 2):
-        return False
+    """Not the whole product: another exchange only where there is something to exchange, with grouped experts; what
+    lies between no recomputation and all with two micro-batches, where layers are unrolled."""
     if remat == "selective" and micro != 2:
         return False
     return exchange == "ring" or (mesh[2] > 1 and compute == "grouped" and remat != "full")

@@ -258,6 +258,18 @@ def test_a_whole_model(shape, capfd):
     assert plan.adamw_state_bytes - plan.state_bytes == matrices
 
 
+def test_plan_of_whole_experts():
+    """[4, 8, 64, 128], experts over 4 × 2 devices, 2 replicas: they do not move for Muon, and fsdp gathers them."""
+    mesh = jax.sharding.AbstractMesh((2, 2, 4), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)
+    spec = sharding.weight_spec(("layers", "experts", "embed", "mlp"), (4, 8, 64, 128), dict(mesh.shape))
+    assert spec == P(None, ("expert", "fsdp"), None, None)
+    up = jax.ShapeDtypeStruct((4, 8, 64, 128), jnp.float32, sharding=NamedSharding(mesh, spec))
+    plan = muon.plan({"up": up}, lambda path, leaf: Matrices(), in_place=("expert",))
+    (row,) = plan.rows
+    assert (row.matrices, row.per_device, row.padding, row.bytes_in, row.bytes_out) == (32, 2, 0.0, 0, 0)
+    assert plan.adamw_bytes == 4 * 64 * 128 * (8 * 1 + 8 / 2)  # a device's 4 matrices: fsdp, and all-reduce over data
+
+
 def test_plan_by_hand():
     """[4, 8, 64, 128], experts over 4 devices, rows over 2, and 2 replicas; a leaf of AdamW's; a router."""
     mesh = jax.sharding.AbstractMesh((2, 2, 4), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)

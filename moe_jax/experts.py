@@ -185,10 +185,11 @@ def _in_turns_forward(x, weight_N, w, plan, rows, more, *how):
 
 def _in_turns_backward(rows, more, backend, activation, saved, dy):
     back, x, weight_N, w, plan = saved
+    kept = dy.astype(x.dtype)  # as `combine` rounds it, so that it is not written in float32 for a loop without turns
 
     def turn(part, grads):
         _, again = jax.vjp(lambda *args: _compute_rows(*args, part, backend, activation), x, weight_N, w)
-        return jax.tree.map(jnp.add, grads, again(dy))
+        return jax.tree.map(jnp.add, grads, again(kept.astype(dy.dtype)))
 
     return *_further_turns(plan, rows, more, turn, back(dy)), None
 

@@ -52,8 +52,8 @@ def main(_):
     for segments in map(int, SEGMENTS.value):
         qkv, dy, ids = operands(rows, segments)
         with jax.set_mesh(mesh):
-            half = jax.tree.map(lambda x: put(jnp.asarray(x, jnp.bfloat16)), (qkv, dy))
-            one = put(jax.tree.map(lambda x: x[:devices], (*half, ids)))  # float32 logits are large
+            host = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (qkv, dy))
+            half, one = put(host), put(jax.tree.map(lambda x: x[:devices], (*host, ids)))  # float32 logits are large
             full = jax.tree.map(lambda x: x.astype(jnp.float32), one[:2])
             with jax.default_matmul_precision("highest"):
                 want = jax.device_get(run(*full, one[2], "xla"))

@@ -18,6 +18,7 @@ from moe_jax.kernels import choose_backend, grouped_matmul
 
 BACKENDS = flags.DEFINE_list("backends", [], "back ends; default: what 'auto' chooses here")
 SMALL = flags.DEFINE_bool("small", False, "shapes for a CPU")
+CALLS = flags.DEFINE_integer("calls", 20, "calls in a turn: longer load lowers a card's clock", 1)
 
 SHAPES = [  # experts, d_model, d_expert, routed rows
     (64, 2048, 1024, 131072),
@@ -68,17 +69,17 @@ def draw_sizes(rng: np.random.Generator, experts: int, rows: int) -> jax.Array:
     return jnp.asarray(sizes)
 
 
-def seconds(fn, *args, repeats: int = 100) -> float:
-    """Median of three means over back-to-back calls, after a warm-up."""
+def seconds(fn, *args) -> float:
+    """Median of three means over CALLS back-to-back calls, after a warm-up."""
     for _ in range(3):
         jax.block_until_ready(fn(*args))
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(CALLS.value):
             out = fn(*args)
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / repeats)
+        times.append((time.perf_counter() - start) / CALLS.value)
     return sorted(times)[1]
 
 

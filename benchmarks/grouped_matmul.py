@@ -18,7 +18,7 @@ from moe_jax.kernels import choose_backend, grouped_matmul
 
 BACKENDS = flags.DEFINE_list("backends", [], "back ends; default: what 'auto' chooses here")
 SMALL = flags.DEFINE_bool("small", False, "shapes for a CPU")
-CALLS = flags.DEFINE_integer("calls", 20, "calls in a turn: longer load lowers a card's clock", 1)
+CALLS = flags.DEFINE_integer("calls", 20, "calls in a turn; the peer has as many", 1)
 
 SHAPES = [  # experts, d_model, d_expert, routed rows
     (64, 2048, 1024, 131072),

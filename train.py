@@ -50,8 +50,11 @@ def main(argv):
     if CONFIG.value is None:
         raise cli.UserError("--config is needed, for example --config=configs/quickstart.py")
 
-    preemption = survive.Preemption(DISTRIBUTED.value)
+    with survive.Preemption(DISTRIBUTED.value) as preemption:
+        train(preemption)
 
+
+def train(preemption: survive.Preemption):
     # --- configuration: every rule is checked before anything is compiled ---------------------------------------------
     cfg = config.build(CONFIG.value)
     if COMPILE_ONLY.value:

@@ -78,6 +78,9 @@ class Preemption:
 
     Until the first step the signal ends the program at once, with exit status 0. While steps are taken it is noted, and
     `reached(n)` says so after the step: the same step on every process.
+
+    It comes in the midst of anything, a library too. Some (Orbax, while it restores) make an error of their own of what
+    ended them, or go on without what they were at. So what they raise, or return, after the signal does not count.
     """
 
     def __init__(self, several: bool):
@@ -90,9 +93,18 @@ class Preemption:
         if self._at_once:
             raise Stopped
 
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None and self._asked and self._at_once:
+            raise Stopped from error
+
     def begin(self) -> None:
         """From here on there are steps that would be lost."""
         self._at_once = False
+        if self._asked:
+            raise Stopped
 
     def end(self) -> None:
         """No more steps: whatever is left is done again by the next start."""
@@ -113,8 +125,11 @@ class Preemption:
             return work()
         try:
             self._at_once = True
-            return None if self._asked else work()
-        except Stopped:
+            result = None if self._asked else work()
+            return None if self._asked else result
+        except BaseException:
+            if not self._asked:
+                raise
             return None
         finally:
             self._at_once = False

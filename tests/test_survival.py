@@ -1,11 +1,14 @@
 """What a run meets from outside, one fault a test: another owner, damaged and missing files, a full disk, SIGTERM."""
 
+import asyncio
+import contextlib
 import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -229,5 +232,53 @@ def test_told_to_stop_before_and_between():
         assert told.reached(2)
         with pytest.raises(survive.Stopped):
             told.end()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_told_to_stop_inside_a_library(saved):
+    """Orbax makes an error of its own of what ends its restore, or goes on with a part. Neither counts."""
+    before, ends = signal.getsignal(signal.SIGTERM), []
+
+    def restore(after: float):
+        with survive.Preemption(several=False) as told:
+            timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM))
+            timer.start()
+            with Checkpoints(saved) as checkpoints:
+                checkpoints.restore(target())
+            timer.join()
+            told.begin()
+
+    try:
+        restore_once = lambda: Checkpoints(saved).restore(target())
+        restore_once()
+        began = time.perf_counter()
+        restore_once()
+        whole = time.perf_counter() - began
+        while len(ends) < 16 or (CheckpointError not in ends and len(ends) < 200):
+            with pytest.raises(survive.Stopped) as e:
+                restore(whole * (len(ends) % 16 + 0.5) / 16)
+            ends.append(type(e.value.__cause__))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert CheckpointError in ends  # else this test has not been where it wants to be
+
+
+@pytest.mark.parametrize("answer", [RuntimeError, asyncio.CancelledError, "a part of it"])
+def test_told_to_stop_and_a_library_answers_otherwise(answer):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def evaluation():
+        with contextlib.suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        if isinstance(answer, str):
+            return answer
+        raise answer
+
+    try:
+        told = survive.Preemption(several=False)
+        told.begin()
+        assert told.interruptibly(evaluation) is None and told.reached(1)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -172,8 +172,9 @@ def train(preemption: survive.Preemption):
 
     with checkpoints, writer, progress:
         preemption.begin()
-        if due(start):  # the run ended between a checkpoint and its evaluation
-            held_out(start)
+        if due(start) and held_out(start) is None:  # the run ended between a checkpoint and its evaluation: now again
+            survive.say_stopped(start)  # a step from here, and the evaluation would never be made up for
+            raise survive.Stopped
         for n in range(start + 1, steps + 1):
             rows, limits = next(batches), watch.limits(n)
             state, aux = train_step(state, step.put_batch(rows, mesh, cfg), limits)

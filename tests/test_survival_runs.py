@@ -43,6 +43,17 @@ def poisoned(self):
 pipeline.TrainIterator.__next__ = poisoned
 runpy.run_path("train.py", run_name="__main__")
 """
+# train.py that is told to stop as soon as it evaluates.
+TOLD = """
+import os, runpy, signal
+from moe_jax import evaluate
+whole = evaluate.evaluate
+def told(*args, **how):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return whole(*args, **how)
+evaluate.evaluate = told
+runpy.run_path("train.py", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +149,16 @@ def test_told_to_stop_again_and_again_no_step_is_lost(root):
         assert json.dumps(rows(root, "told", kind)) == json.dumps(rows(root, "straight", kind))
     for file in ("eval.json", "sample.txt"):
         assert (root / "told" / file).read_text() == (root / "straight" / file).read_text()
+
+
+def test_told_to_stop_while_an_evaluation_is_made_up_for(root):
+    """No step is taken before it is: after that it would never be."""
+    for _ in range(3):  # the evaluation after step 4, then twice the one of the start
+        finish(root, "unheard", start(root, "unheard", program=("-c", TOLD)))
+        assert [row["step"] for row in rows(root, "unheard")][-1] == 4 and not rows(root, "unheard", "eval")
+    for name in ("unheard", "straight"):
+        finish(root, name, start(root, name))
+    assert json.dumps(rows(root, "unheard", "eval")) == json.dumps(rows(root, "straight", "eval"))
 
 
 def test_another_start_is_refused_and_a_damaged_checkpoint_named(root):

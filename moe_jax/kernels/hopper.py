@@ -70,8 +70,8 @@ def find_groups(sizes: Int[Array, " E"], rows: int) -> Groups:
 def row_tiles(start: Int[Array, " E+1"], rows: int, height: int) -> RowTiles:
     """The tiles of `height` rows of an x of `rows` rows, padded as `_at_least` does, with groups that start there.
 
-    Each step is a reduction over the groups, which XLA makes one GPU kernel of, and there are three with `start`: sums
-    along the groups, searches and gathers are nine, 3 % of the time of a product of 131072 × 2048 × 1024.
+    Each step is a reduction over the groups, which XLA makes one GPU kernel of: three with `start`. Sums along the
+    groups, searches and gathers would be nine, 2 to 3 % of the time of a product of 131072 × 2048 × 1024.
     """
     rows = _padded(rows, height)
     end = jnp.append(start[1:], rows)

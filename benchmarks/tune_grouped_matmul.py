@@ -38,8 +38,8 @@ def products(d: int, f: int) -> list[tuple[str, int, int]]:
 def make(kind: str, tiling: hopper.Tiling):
     if kind != "weights":
         how = dict(transpose=kind == "rows transposed", tiling=tiling)
-        return jax.jit(lambda x, w, dy, g: hopper.rows_times_weights((x,), (w,), g, **how))
-    return jax.jit(lambda x, w, dy, g: hopper.weight_gradient(x, dy, g, tiling=tiling))
+        return jax.jit(lambda x, w, dy, g: hopper.rows_times_weights((x,), (w,), g, **how)[0])
+    return jax.jit(lambda x, w, dy, g: hopper.weight_gradients(x, (dy,), g, tiling=tiling)[0])
 
 
 def turn(fn, arrays) -> float:

@@ -42,16 +42,22 @@ def test_every_group_by_its_own_matrix(sizes, tiling, columns):
     s, n = hopper.find_groups(jnp.asarray(sizes, jnp.int32), ROWS), sum(sizes)
     X, W, G = (np.asarray(a, np.float64) for a in (x, w, dy))
     part = np.split(np.arange(n), np.cumsum(sizes)[:-1])
-    y = hopper.rows_times_weights((x,), (w,), s, tiling=tiling)
+    y, z = hopper.rows_times_weights((x,), (w, 2 * w[::-1]), s, tiling=tiling)
     assert error(y[:n], np.concatenate([X[p] @ W[e] for e, p in enumerate(part)])) < 4e-3
-    dx = hopper.rows_times_weights((dy, 2 * dy), (w, w[::-1]), s, transpose=True)
+    assert error(z[:n], np.concatenate([2 * X[p] @ W[-1 - e] for e, p in enumerate(part)])) < 4e-3
+    (dx,) = hopper.rows_times_weights((dy, 2 * dy), (w, w[::-1]), s, transpose=True)
     want = np.concatenate([G[p] @ (W[e] + 2 * W[-1 - e]).T for e, p in enumerate(part)])
     assert error(dx[:n], want) < 4e-3
-    assert not np.any(np.asarray(y[n:], np.float32)) and not np.any(np.asarray(dx[n:], np.float32))
+    assert (
+        not np.any(np.asarray(y[n:], np.float32))
+        and not np.any(np.asarray(z[n:], np.float32))
+        and not np.any(np.asarray(dx[n:], np.float32))
+    )
     # What follows the last group must not reach the gradient, whatever it is.
     x, dy = (jnp.where(jnp.arange(ROWS)[:, None] < n, a, jnp.nan) for a in (x, dy))
-    dw = hopper.weight_gradient(x, dy, s, tiling=tiling)
-    assert error(dw, np.stack([X[p].T @ G[p] for p in part])) < 4e-3
+    want = np.stack([X[p].T @ G[p] for p in part])
+    for dw, times in zip(hopper.weight_gradients(x, (dy, 2 * dy), s, tiling=tiling), (1, 2), strict=True):
+        assert error(dw, times * want) < 4e-3
 
 
 @pytest.mark.parametrize("columns", [128, 72])
@@ -75,7 +81,9 @@ def test_lowers_for_a_gpu_with_and_without_clusters():
     for cluster in (1, 2):
         how = dict(tiling=FLAT._replace(cluster=cluster))
         both = lambda x, w, dy, how=how: (
-            hopper.rows_times_weights((x, x), (w, w), s, **how), hopper.weight_gradient(x, dy, s, **how))  # fmt: skip
+            hopper.rows_times_weights((x,), (w, w), s, **how),
+            hopper.weight_gradients(x, (dy, dy), s, **how),
+        )
         text = jax.jit(both).trace(x, w, dy).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("custom_call @mosaic_gpu") == 2
 

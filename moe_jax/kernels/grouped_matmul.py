@@ -25,11 +25,14 @@ class Backend(Protocol):
     def groups(self, sizes: Array, rows: int) -> Any:
         """What the two products want to know of the groups: computed once, kept for the backward pass."""
 
-    def rows(self, xs: tuple[Array, ...], ws: tuple[Array, ...], groups: Any, transpose: bool) -> Array:
-        """Σᵢ xs[i][r] · ws[i][e], or ws[i][e]ᵀ; zeros past the last group, whatever x holds there."""
+    def forward(self, x: Array, ws: tuple[Array, ...], groups: Any) -> tuple[Array, ...]:
+        """x[r] · w[e] for every w; zeros past the last group, whatever x holds there."""
 
-    def weights(self, x: Array, dy: Array, groups: Any) -> Array:
-        """xᵀ·dy of every group; what x and dy hold past the last group does not count."""
+    def backward(self, dys: tuple[Array, ...], ws: tuple[Array, ...], groups: Any) -> Array:
+        """Σᵢ dys[i][r] · ws[i][e]ᵀ; zeros past the last group, whatever dys hold there."""
+
+    def weights(self, x: Array, dys: tuple[Array, ...], groups: Any) -> tuple[Array, ...]:
+        """xᵀ·dy of every group, for every dy; what x and dys hold past the last group does not count."""
 
 
 def choose_backend(name: str, platform: str, device_kind: str, dtype: str) -> tuple[str, str]:
@@ -60,7 +63,7 @@ def grouped_matmul(
 def grouped_matmuls(
     x: Float[Array, "R D"], ws: tuple[Float[Array, "E D F"], ...], sizes: Int[Array, " E"], backend: str
 ) -> tuple[Float[Array, "R F"], ...]:
-    """`grouped_matmul` of the same rows with several matrices: their gradients in x are summed in one product."""
+    """`grouped_matmul` of the same rows with ws of one shape. Their gradients in x are summed in one product."""
     groups = BACKENDS[backend].groups(sizes, x.shape[0])
     groups = jax.tree.map(lambda a: checkpoint_name(a, "rows"), groups)  # one of remat.KEPT
     return _matmuls(x, ws, sizes, groups, backend)
@@ -72,14 +75,14 @@ def _matmuls(x, ws, sizes, groups, backend):
 
 
 def _forward(x, ws, sizes, groups, backend):
-    ys = tuple(varying_like(BACKENDS[backend].rows((x,), (w,), groups, False), x, w, sizes) for w in ws)
-    return ys, (x, ws, sizes, groups)
+    ys = BACKENDS[backend].forward(x, ws, groups)
+    return tuple(varying_like(y, x, *ws, sizes) for y in ys), (x, ws, sizes, groups)
 
 
 def _backward(backend, saved, dys):
     x, ws, sizes, groups = saved
-    dx = varying_like(BACKENDS[backend].rows(dys, ws, groups, True), *dys, *ws, sizes)
-    dws = (varying_like(BACKENDS[backend].weights(x, dy, groups), x, dy, sizes) for dy in dys)
+    dx = varying_like(BACKENDS[backend].backward(dys, ws, groups), *dys, *ws, sizes)
+    dws = (varying_like(dw, x, *dys, sizes) for dw in BACKENDS[backend].weights(x, dys, groups))
     return dx.astype(x.dtype), tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)), None, None
 
 
@@ -108,13 +111,22 @@ class _Blocks(NamedTuple):
 
 
 class _Simple:
-    """Of back ends that know one product and are told group sizes alone."""
+    """Of back ends that know one product at a time and are told group sizes alone."""
 
     def groups(self, sizes, rows):
         return sizes
 
-    def rows(self, xs, ws, sizes, transpose):
-        y = sum(self._rows(x, w, sizes, transpose) for x, w in zip(xs, ws, strict=True))
+    def forward(self, x, ws, sizes):
+        return tuple(self._in_use(self._rows(x, w, sizes, False), sizes) for w in ws)
+
+    def backward(self, dys, ws, sizes):
+        return self._in_use(sum(self._rows(dy, w, sizes, True) for dy, w in zip(dys, ws, strict=True)), sizes)
+
+    def weights(self, x, dys, sizes):
+        return tuple(self._weights(x, dy, sizes) for dy in dys)
+
+    @staticmethod
+    def _in_use(y, sizes):
         return jnp.where((jnp.arange(y.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
 
 
@@ -136,7 +148,7 @@ class _Reference(_Simple):
         out = varying_like(jnp.zeros((padded.shape[0], width), x.dtype), x, w, sizes)
         return jax.lax.fori_loop(0, blocks.count, body, out)[: x.shape[0]]
 
-    def weights(self, x, dy, sizes):
+    def _weights(self, x, dy, sizes):
         blocks = _Blocks.of(sizes)
         x_padded, dy_padded = (jnp.pad(a, ((0, BLOCK), (0, 0))) for a in (x, dy))
 
@@ -155,7 +167,7 @@ class _RaggedDot(_Simple):
     def _rows(self, x, w, sizes, transpose):
         return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2) if transpose else w, sizes)
 
-    def weights(self, x, dy, sizes):
+    def _weights(self, x, dy, sizes):
         contract_rows = jax.lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
         )

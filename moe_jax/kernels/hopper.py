@@ -112,27 +112,31 @@ def rows_times_weights(
     *,
     transpose: bool = False,
     tiling: Tiling | None = None,
-) -> Float[Array, "R F"]:
-    """y[r] = Σᵢ xs[i][r]·ws[i][e], or xs[i][r]·ws[i][e]ᵀ with w `[E, F, D]`. Rows past the last group are zeros."""
+) -> tuple[Float[Array, "R F"], ...]:
+    """x[r]·w[e], or x[r]·w[e]ᵀ with w `[E, F, D]`: of one x a product with every w, of several xs the sum over pairs.
+
+    Rows past the last group are zeros.
+    """
     rows, inner = xs[0].shape
     columns = ws[0].shape[1] if transpose else ws[0].shape[2]
     t = tiling or best_tiling("rows transposed" if transpose else "rows", inner, columns)
     xs = [_at_least(x, t.rows) for x in xs]
     table, before = groups.short if t.rows == UNIT else groups.tall
-    body = functools.partial(_rows_block, t=t, transpose=transpose)
-    out = tiles.launch(body, (xs[0].shape[0], columns), xs[0].dtype, t)(table, before, *xs, *ws)
-    return varying_like(out[:rows], *xs, *ws, before)
+    body = functools.partial(_rows_block, inputs=len(xs), weights=len(ws), t=t, transpose=transpose)
+    y = jax.ShapeDtypeStruct((xs[0].shape[0], columns), xs[0].dtype)
+    ys = tiles.launch(body, [y] * (len(ws) if len(xs) == 1 else 1), t)(table, before, *xs, *ws)
+    return tuple(varying_like(y[:rows], *xs, *ws, before) for y in ys)
 
 
-def weight_gradient(
-    x: Float[Array, "R D"], dy: Float[Array, "R F"], groups: Groups, tiling: Tiling | None = None
-) -> Float[Array, "E D F"]:
+def weight_gradients(
+    x: Float[Array, "R D"], dys: tuple[Float[Array, "R F"], ...], groups: Groups, tiling: Tiling | None = None
+) -> tuple[Float[Array, "E D F"], ...]:
     """xᵀ·dy of every group's rows, in the dtype of x; zero for an empty group. Rows past the last do not count."""
-    t = tiling or best_tiling("weights", x.shape[1], dy.shape[1])
-    shape = (groups.start.shape[0] - 1, x.shape[1], dy.shape[1])
-    x, dy = _at_least(x, DEPTH), _at_least(dy, DEPTH)
-    out = tiles.launch(functools.partial(_weights_block, t=t), shape, x.dtype, t)(groups.start, x, dy)
-    return varying_like(out, x, dy, groups.start)
+    t = tiling or best_tiling("weights", x.shape[1], dys[0].shape[1])
+    dw = jax.ShapeDtypeStruct((groups.start.shape[0] - 1, x.shape[1], dys[0].shape[1]), x.dtype)
+    x, *dys = (_at_least(a, DEPTH) for a in (x, *dys))
+    dws = tiles.launch(functools.partial(_weights_block, t=t), [dw] * len(dys), t)(groups.start, x, *dys)
+    return tuple(varying_like(dw, x, *dys, groups.start) for dw in dws)
 
 
 class Hopper:
@@ -140,17 +144,24 @@ class Hopper:
 
     groups = staticmethod(find_groups)
 
-    def rows(self, xs, ws, groups, transpose):
+    def forward(self, x, ws, groups):
+        return self._rows((x,), ws, groups, False)
+
+    def backward(self, dys, ws, groups):
+        return self._rows(dys, ws, groups, True)[0]
+
+    def _rows(self, xs, ws, groups, transpose):
         dtype, (columns, inner) = xs[0].dtype, (ws[0].shape[1:] if transpose else ws[0].shape[:0:-1])
         wide = _up(columns, UNIT), _up(inner, DEPTH)
         xs = tuple(_bf16(x, wide[1]) for x in xs)
         ws = tuple(_bf16(w, *(wide if transpose else wide[::-1])) for w in ws)
-        return rows_times_weights(xs, ws, groups, transpose=transpose)[:, :columns].astype(dtype)
+        return tuple(y[:, :columns].astype(dtype) for y in rows_times_weights(xs, ws, groups, transpose=transpose))
 
-    def weights(self, x, dy, groups):
-        d, f = x.shape[1], dy.shape[1]
+    def weights(self, x, dys, groups):
+        d, f = x.shape[1], dys[0].shape[1]
         wide = min(((_up(d, UNIT), _up(f, 2 * UNIT)), (_up(d, 2 * UNIT), _up(f, UNIT))), key=math.prod)
-        return weight_gradient(_bf16(x, wide[0]), _bf16(dy, wide[1]), groups)[:, :d, :f]
+        dws = weight_gradients(_bf16(x, wide[0]), tuple(_bf16(dy, wide[1]) for dy in dys), groups)
+        return tuple(dw[:, :d, :f] for dw in dws)
 
 
 def _up(width: int, unit: int) -> int:
@@ -168,38 +179,52 @@ def _bf16(a: Array, *widths: int) -> Array:
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
 
-def _rows_block(table, before, *refs, t: Tiling, transpose: bool):
-    """Every tile is x[base : base + rows] times a stripe of one group's weights, summed over the pairs of x and w."""
+def _pick(number, refs, use) -> None:
+    """`use(i, refs[i])` of the one whose turn it is."""
+    from jax.experimental import pallas as pl
+
+    if len(refs) == 1:
+        use(0, refs[0])
+    else:
+        for i, ref in enumerate(refs):
+            pl.when(number == i)(functools.partial(use, i, ref))
+
+
+def _rows_block(table, before, *refs, inputs: int, weights: int, t: Tiling, transpose: bool):
+    """Every tile is x[base : base + rows] times a stripe of one group's weights, summed over the pairs of x and w.
+
+    With one x and several w it is of one of them. A band of rows meets all of them before the next one, so that x comes
+    from the L2 cache for all but the first.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    *operands, out = refs
-    xs, ws = operands[: len(operands) // 2], operands[len(operands) // 2 :]
-    depths, experts = xs[0].shape[1] // DEPTH, ws[0].shape[0]
+    xs, ws, outs = refs[:inputs], refs[inputs : inputs + weights], refs[inputs + weights :]
+    depths, experts, dtype = xs[0].shape[1] // DEPTH, ws[0].shape[0], xs[0].dtype
     count = before[experts + 1]
-    across = out.shape[1] // (t.columns * t.cluster)
+    across = outs[0].shape[1] // (t.columns * t.cluster)  # tiles of one of the outs
     peer = jax.lax.axis_index("cluster") if t.cluster > 1 else 0
 
     def tile_of(index):
-        i, n = tiles.in_bands(index, count, across)
+        i, n = tiles.in_bands(index, count, len(outs) * across)
         group, base, first, last = (table[i, j] for j in range(4))
-        return group, pl.multiple_of(base, ALIGN), first, last, (n * t.cluster + peer) * t.columns
+        which, n = (f(n, jnp.int32(across)) for f in (jax.lax.div, jax.lax.rem))
+        return group, pl.multiple_of(base, ALIGN), first, last, (n * t.cluster + peer) * t.columns, which
 
     def fetch(tile, k, a, b, arrived):
-        group, base, _, _, left = tile
+        group, base, _, _, left, which = tile
         stripe = pl.ds(left, t.columns)
         shared = dict(collective_axes="cluster") if t.cluster > 1 else {}
+        pair = which if inputs == 1 else jax.lax.div(k, jnp.int32(depths))
 
-        def copy(x, w, k):
-            inner = pl.ds(k * DEPTH, DEPTH)
+        def copy(i, w):
+            x, inner = (
+                (xs[0], pl.ds(k * DEPTH, DEPTH)) if inputs == 1 else (xs[i], pl.ds((k - i * depths) * DEPTH, DEPTH))
+            )
             plgpu.copy_gmem_to_smem(x.at[pl.ds(base, t.rows), inner], a, arrived, **shared)
             plgpu.copy_gmem_to_smem(w.at[group, stripe, inner] if transpose else w.at[group, inner, stripe], b, arrived)
 
-        for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
-            if len(xs) == 1:
-                copy(x, w, k)
-            else:
-                pl.when(jax.lax.div(k, jnp.int32(depths)) == i)(functools.partial(copy, x, w, k - i * depths))
+        _pick(pair, ws, copy)
 
     def multiply(tile, k, a, b, total, me):
         if t.stacked:
@@ -210,56 +235,62 @@ def _rows_block(table, before, *refs, t: Tiling, transpose: bool):
         plgpu.wgmma(total, a, b.transpose((1, 0)) if transpose else b)
 
     def finish(tile, total, me, parts, plain):
-        _, base, first, last, left = tile
+        _, base, first, last, left, which = tile
         down, right = t.half(me)
         first, last = (jnp.clip(v - down, 0, t.own_rows) for v in (first, last))
-        total = total.astype(out.dtype)
-        jax.lax.cond(
-            (first == 0) & (last == t.own_rows),
-            lambda: tiles.store(out, total, parts, base + down, left + right),
-            lambda: tiles.store_some(out, total, plain, base + down, left + right, first, last),
-        )
+        total = total.astype(dtype)
+
+        def write(_, out):
+            jax.lax.cond(
+                (first == 0) & (last == t.own_rows),
+                lambda: tiles.store(out, total, parts, base + down, left + right),
+                lambda: tiles.store_some(out, total, plain, base + down, left + right, first, last),
+            )
+
+        _pick(which, outs, write)
 
     tiles.run(
-        count * across,
+        count * (len(outs) * across),
         tile_of,
-        lambda tile: jnp.where(tile[0] < experts, len(xs) * depths, 0),
+        lambda tile: jnp.where(tile[0] < experts, inputs * depths, 0),
         fetch,
         multiply,
         finish,
         t,
         slots=1,
-        a=plgpu.SMEM((STAGES, t.rows, DEPTH), out.dtype, transforms=tiles.layout(DEPTH)),
-        b=plgpu.SMEM((STAGES, t.columns, DEPTH), out.dtype, transforms=tiles.layout(DEPTH))
+        a=plgpu.SMEM((STAGES, t.rows, DEPTH), dtype, transforms=tiles.layout(DEPTH)),
+        b=plgpu.SMEM((STAGES, t.columns, DEPTH), dtype, transforms=tiles.layout(DEPTH))
         if transpose
-        else plgpu.SMEM((STAGES, DEPTH, t.columns), out.dtype, transforms=tiles.layout(t.columns)),
-        plain=plgpu.SMEM((2, tiles.PART, tiles.PART), out.dtype),
+        else plgpu.SMEM((STAGES, DEPTH, t.columns), dtype, transforms=tiles.layout(t.columns)),
+        plain=plgpu.SMEM((2, tiles.PART, tiles.PART), dtype),
     )
 
 
-def _weights_block(start, x, dy, out, *, t: Tiling):
-    """Every tile is x[rows of a group, columns]ᵀ · dy[the same rows, columns]."""
+def _weights_block(start, x, *refs, t: Tiling):
+    """Every tile is x[rows of a group, columns]ᵀ · dy[the same rows, columns] of one of the dys."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    experts, height, width = out.shape
+    dys, outs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+    experts, height, width = outs[0].shape
     shape = (height // t.rows, width // t.columns // t.cluster)
     peer = jax.lax.axis_index("cluster") if t.cluster > 1 else 0
 
     def tile_of(index):
-        group, tile = (f(index, jnp.int32(shape[0] * shape[1])) for f in (jax.lax.div, jax.lax.rem))
-        i, j = tiles.in_bands(tile, jnp.int32(shape[0]), shape[1])
-        return group, start[group], start[group + 1], i * t.rows, (j * t.cluster + peer) * t.columns
+        group, tile = (f(index, jnp.int32(len(outs) * shape[0] * shape[1])) for f in (jax.lax.div, jax.lax.rem))
+        i, j = tiles.in_bands(tile, jnp.int32(shape[0]), len(outs) * shape[1])
+        which, j = (f(j, jnp.int32(shape[1])) for f in (jax.lax.div, jax.lax.rem))
+        return group, start[group], start[group + 1], i * t.rows, (j * t.cluster + peer) * t.columns, which
 
     def place(tile, k):
         """First row read at step k, and which of the DEPTH rows read are the group's."""
-        _, start, end, _, _ = tile
+        _, start, end, *_ = tile
         top = jax.lax.div(start, jnp.int32(ALIGN)) * ALIGN + k * DEPTH
         base = pl.multiple_of(jnp.minimum(top, x.shape[0] - DEPTH), ALIGN)
         return base, jnp.maximum(top, start) - base, jnp.minimum(top + DEPTH, end) - base
 
     def steps_of(tile):
-        _, start, end, _, _ = tile
+        _, start, end, *_ = tile
         return jnp.where(
             end > start,
             jax.lax.div(end - jax.lax.div(start, jnp.int32(ALIGN)) * ALIGN + DEPTH - 1, jnp.int32(DEPTH)),
@@ -270,7 +301,8 @@ def _weights_block(start, x, dy, out, *, t: Tiling):
         base, _, _ = place(tile, k)
         shared = dict(collective_axes="cluster") if t.cluster > 1 else {}
         plgpu.copy_gmem_to_smem(x.at[pl.ds(base, DEPTH), pl.ds(tile[3], t.rows)], a, arrived, **shared)
-        plgpu.copy_gmem_to_smem(dy.at[pl.ds(base, DEPTH), pl.ds(tile[4], t.columns)], b, arrived)
+        copy = lambda _, dy: plgpu.copy_gmem_to_smem(dy.at[pl.ds(base, DEPTH), pl.ds(tile[4], t.columns)], b, arrived)
+        _pick(tile[5], dys, copy)
 
     def multiply(tile, k, a, b, total, me):
         _, first, last = place(tile, k)
@@ -289,12 +321,13 @@ def _weights_block(start, x, dy, out, *, t: Tiling):
         plgpu.wgmma(total, a.transpose((1, 0)), b)
 
     def finish(tile, total, me, parts):
-        group, _, _, top, left = tile
+        group, _, _, top, left, which = tile
         down, right = t.half(me)
-        tiles.store(out.at[group], total.astype(out.dtype), parts, top + down, left + right)
+        total = total.astype(x.dtype)
+        _pick(which, outs, lambda _, out: tiles.store(out.at[group], total, parts, top + down, left + right))
 
     tiles.run(
-        jnp.int32(experts * shape[0] * shape[1]),
+        jnp.int32(len(outs) * experts * shape[0] * shape[1]),
         tile_of,
         steps_of,
         fetch,
@@ -303,5 +336,5 @@ def _weights_block(start, x, dy, out, *, t: Tiling):
         t,
         slots=2,
         a=plgpu.SMEM((STAGES, DEPTH, t.rows), x.dtype, transforms=tiles.layout(t.rows)),
-        b=plgpu.SMEM((STAGES, DEPTH, t.columns), dy.dtype, transforms=tiles.layout(t.columns)),
+        b=plgpu.SMEM((STAGES, DEPTH, t.columns), x.dtype, transforms=tiles.layout(t.columns)),
     )

@@ -46,13 +46,13 @@ class Tiling(NamedTuple):
 WIDE, FLAT, TALL = Tiling(128, 128, False), Tiling(64, 256, True), Tiling(128, 128, True)
 
 
-def launch(body: Callable, shape: tuple[int, ...], dtype: Any, t: Tiling):
+def launch(body: Callable, outs: list[jax.ShapeDtypeStruct], t: Tiling):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     cluster = dict(cluster=(t.cluster,), cluster_names=("cluster",)) if t.cluster > 1 else {}
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        out_type=outs,
         grid=(SMS // t.cluster,),
         grid_names=("block",),
         num_threads=3,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from moe_jax.kernels import choose_backend, grouped_matmul
+from moe_jax.kernels import choose_backend, grouped_matmul, grouped_matmuls
 
 BACKENDS = flags.DEFINE_list("backends", [], "back ends; default: what 'auto' chooses here")
 SMALL = flags.DEFINE_bool("small", False, "shapes for a CPU")
@@ -32,7 +32,10 @@ CHECKED = [(256, 384), (576, 192)]  # d_model, d_expert; the second pair fills n
 
 
 def check(backend: str, dtype) -> float:
-    """Largest relative error of y, dx and dw over uneven, empty and one-hot groups, against float64 on the host."""
+    """Largest relative error of a product and of two with the same rows, and of their gradients, against float64.
+
+    Over uneven, empty and one-hot groups.
+    """
     rng = np.random.default_rng(0)
     experts, rows = 8, 1024
     worst = 0.0
@@ -43,20 +46,21 @@ def check(backend: str, dtype) -> float:
         one_hot,
         np.array([0, 1, 0, 500, 3, 0, 129, 0]),
     )
-    for (d, f), sizes in itertools.product(CHECKED, groups):
-        x, w, dy = (rng.standard_normal(s) for s in ((rows, d), (experts, d, f), (rows, f)))
-        x, w, dy = (jnp.asarray(a, dtype) for a in (x, w / d**0.5, dy))
+    for (d, f), sizes, many in itertools.product(CHECKED, groups, (1, 2)):
+        x, ws, dys = (rng.standard_normal(s) for s in ((rows, d), (many, experts, d, f), (many, rows, f)))
+        x, ws, dys = (jnp.asarray(a, dtype) for a in (x, ws / d**0.5, dys))
         s = jnp.asarray(sizes, jnp.int32)
-        y, vjp = jax.vjp(lambda x, w, s=s: grouped_matmul(x, w, s, backend), x, w)
-        dx, dw = vjp(dy)
-        X, W, G = (np.asarray(a, np.float64) for a in (x, w, dy))
-        Y, DX, DW = np.zeros((rows, f)), np.zeros((rows, d)), np.zeros((experts, d, f))
+        ys, vjp = jax.vjp(lambda x, ws, s=s: grouped_matmuls(x, tuple(ws), s, backend), x, ws)
+        dx, dws = vjp(tuple(dys))
+        X, W, G = (np.asarray(a, np.float64) for a in (x, ws, dys))
+        Y, DX, DW = np.zeros((many, rows, f)), np.zeros((rows, d)), np.zeros((many, experts, d, f))
         start = 0
         for e, n in enumerate(sizes):
             part = slice(start, start + n)
-            Y[part], DX[part], DW[e] = X[part] @ W[e], G[part] @ W[e].T, X[part].T @ G[part]
+            Y[:, part], DW[:, e] = X[part] @ W[:, e], X[part].T @ G[:, part]
+            DX[part] = sum(g[part] @ w[e].T for g, w in zip(G, W, strict=True))
             start += n
-        for got, want in ((y, Y), (dx, DX), (dw, DW)):
+        for got, want in ((jnp.stack(ys), Y), (dx, DX), (dws, DW)):
             error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
             worst = max(worst, error if np.isfinite(error) else np.inf)
     return worst

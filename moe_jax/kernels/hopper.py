@@ -179,6 +179,11 @@ def _bf16(a: Array, *widths: int) -> Array:
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
 
+def _split(number, size: int, parts: int) -> tuple:
+    """Which of `parts` of one size, and the number in it."""
+    return (jax.lax.div(number, jnp.int32(size)), jax.lax.rem(number, jnp.int32(size))) if parts > 1 else (0, number)
+
+
 def _pick(number, refs, use) -> None:
     """`use(i, refs[i])` of the one whose turn it is."""
     from jax.experimental import pallas as pl
@@ -208,7 +213,7 @@ def _rows_block(table, before, *refs, inputs: int, weights: int, t: Tiling, tran
     def tile_of(index):
         i, n = tiles.in_bands(index, count, len(outs) * across)
         group, base, first, last = (table[i, j] for j in range(4))
-        which, n = (f(n, jnp.int32(across)) for f in (jax.lax.div, jax.lax.rem))
+        which, n = _split(n, across, len(outs))
         return group, pl.multiple_of(base, ALIGN), first, last, (n * t.cluster + peer) * t.columns, which
 
     def fetch(tile, k, a, b, arrived):
@@ -279,7 +284,7 @@ def _weights_block(start, x, *refs, t: Tiling):
     def tile_of(index):
         group, tile = (f(index, jnp.int32(len(outs) * shape[0] * shape[1])) for f in (jax.lax.div, jax.lax.rem))
         i, j = tiles.in_bands(tile, jnp.int32(shape[0]), len(outs) * shape[1])
-        which, j = (f(j, jnp.int32(shape[1])) for f in (jax.lax.div, jax.lax.rem))
+        which, j = _split(j, shape[1], len(outs))
         return group, start[group], start[group + 1], i * t.rows, (j * t.cluster + peer) * t.columns, which
 
     def place(tile, k):

@@ -193,6 +193,7 @@ def test_load_balancing_gradient_reaches_every_router(router_gradient):
     assert (np.abs(grads).max(axis=(1, 2)) > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_coefficient_zero_is_exactly_zero(router_gradient):
     assert (router_gradient(0.0) == 0).all()
 

@@ -149,6 +149,7 @@ def attention_of(params):
             for i in range(len(params[stack]["attention"]["w_q"]))]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_after_the_step_no_logit_of_the_batch_is_above_the_threshold():
     """Learning rate 0: only the clipping acts. Each layer with the inputs it had: the other layers stay unclipped."""
     before = state_of(ONE)[1].params

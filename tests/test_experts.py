@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from moe_jax import experts, sharding
 from moe_jax.config import MoEConfig
 from moe_jax.experts import ExpertWeights
-from moe_jax.kernels import choose_backend, grouped_matmul
+from moe_jax.kernels import choose_backend, grouped_matmul, grouped_matmuls
 from moe_jax.layers import Init
 from moe_jax.moe import MoE, TokenInfo
 from moe_jax.routing import Routing
@@ -73,6 +73,12 @@ def test_grouped_matmul(monkeypatch, backend, block, dtype):
             unit = {"float32": 2**-23, "bfloat16": 2**-8}[dtype]
             np.testing.assert_allclose(a, b, rtol=unit, atol=4e-6, err_msg=f"{name} {part}")
             assert not a[b == 0].any(), f"{name} {part}: rows of nobody and weights of idle groups are exactly zero"
+
+
+def test_matrices_of_two_shapes_are_refused():
+    x, sizes = jnp.ones((8, 4)), jnp.asarray([3, 5])
+    with pytest.raises(ValueError, match=r"\(2, 4, 6\), \(2, 4, 7\).*of one shape"):
+        grouped_matmuls(x, (jnp.ones((2, 4, 6)), jnp.ones((2, 4, 7))), sizes, "reference")
 
 
 def test_reference_touches_only_rows_and_weights_in_use():

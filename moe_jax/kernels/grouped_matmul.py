@@ -23,7 +23,7 @@ BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of ea
 
 class Backend(Protocol):
     def groups(self, sizes: Array, rows: int) -> Any:
-        """What the two products want to know of the groups: computed once, kept for the backward pass."""
+        """What the three products want to know of the groups: computed once, kept for the backward pass."""
 
     def forward(self, x: Array, ws: tuple[Array, ...], groups: Any) -> tuple[Array, ...]:
         """x[r] · w[e] for every w; zeros past the last group, whatever x holds there."""
@@ -64,6 +64,8 @@ def grouped_matmuls(
     x: Float[Array, "R D"], ws: tuple[Float[Array, "E D F"], ...], sizes: Int[Array, " E"], backend: str
 ) -> tuple[Float[Array, "R F"], ...]:
     """`grouped_matmul` of the same rows with ws of one shape. Their gradients in x are summed in one product."""
+    if len({w.shape for w in ws}) != 1:
+        raise ValueError(f"ws {[w.shape for w in ws]} must be of one shape: call grouped_matmul for each")
     groups = BACKENDS[backend].groups(sizes, x.shape[0])
     groups = jax.tree.map(lambda a: checkpoint_name(a, "rows"), groups)  # one of remat.KEPT
     return _matmuls(x, ws, sizes, groups, backend)

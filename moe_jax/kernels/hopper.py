@@ -223,10 +223,9 @@ def _rows_block(table, before, *refs, inputs: int, weights: int, t: Tiling, tran
         pair = which if inputs == 1 else jax.lax.div(k, jnp.int32(depths))
 
         def copy(i, w):
-            x, inner = (
-                (xs[0], pl.ds(k * DEPTH, DEPTH)) if inputs == 1 else (xs[i], pl.ds((k - i * depths) * DEPTH, DEPTH))
-            )
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(base, t.rows), inner], a, arrived, **shared)
+            of = i if inputs > 1 else 0
+            inner = pl.ds((k - of * depths) * DEPTH, DEPTH)
+            plgpu.copy_gmem_to_smem(xs[of].at[pl.ds(base, t.rows), inner], a, arrived, **shared)
             plgpu.copy_gmem_to_smem(w.at[group, stripe, inner] if transpose else w.at[group, inner, stripe], b, arrived)
 
         _pick(pair, ws, copy)

@@ -237,12 +237,13 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             side.set_minor_locator(NullLocator())
             side.set_minor_formatter(NullFormatter())
         axis.set_xlabel(LABELS[part], fontsize=9)
+        axis.set_title(", ".join(dict.fromkeys(row["where"] for row in mine)), fontsize=8, color=INK)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color=GRID, lw=0.7)
     first = figure.axes[0]
     first.set_ylabel("ms a step", fontsize=9)
     first.legend(fontsize=8, frameon=False, loc="upper left")
-    figure.suptitle(f"Cost of a training step ({rows[0]['where']})", fontsize=10, color=INK)
+    figure.suptitle("Cost of a training step", fontsize=10, color=INK)
     return figure
 
 

@@ -141,18 +141,21 @@ class Transformer(nnx.Module):
         return stats, Choices(jnp.zeros((*shape, moe.top_k), jnp.int32), jnp.zeros(shape)) if self.record else None
 
     def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start):
-        graph, weights = nnx.split(blocks)
+        graph, experts, others = nnx.split(blocks, _of_experts, ...)
+        scattered = sharding.current_sizes().get("fsdp", 1) > 1  # the experts' gradients
 
         def body(x, layer):
-            w, layer_cache = layer
-            x, *rest = nnx.merge(graph, w)(x, inputs, layer_cache, start)
+            experts, others, layer_cache = layer
+            if scattered and jax.tree.leaves(experts):
+                x, experts = sharding.reduce_first(x, experts)
+            x, *rest = nnx.merge(graph, experts, others)(x, inputs, layer_cache, start)
             return x, tuple(rest)
 
-        policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, len(jax.tree.leaves(weights)[0]))
+        policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, len(jax.tree.leaves(others)[0]))
         if policy is not None:
             # In a loop of one layer a turn XLA cannot see that it is computed twice, and a barrier would only cost.
             body = jax.checkpoint(body, policy=policy, prevent_cse=unroll > 1)
-        return jax.lax.scan(body, x, (weights, cache), unroll=unroll)
+        return jax.lax.scan(body, x, (experts, others, cache), unroll=unroll)
 
     @property
     def output_matrix(self) -> nnx.Param:
@@ -182,6 +185,10 @@ class Graph(NamedTuple):
     def bind(self, params: dict, router_bias: dict) -> Transformer:
         """The module with these weights, for use inside a traced function."""
         return nnx.merge(self.definition, params, router_bias)
+
+
+def _of_experts(_, variable: nnx.Variable) -> bool:
+    return "experts" in variable.get_metadata().get("axes", ())
 
 
 def _split(model: Transformer):

@@ -1,4 +1,4 @@
-"""Mesh construction and the table from logical axes to mesh axes.
+"""Mesh construction, the table from logical axes to mesh axes, and when XLA sends.
 
 The mesh always has the axes of `AXES`, all Explicit; an axis of size 1 is kept. The batch is split over all three.
 
@@ -12,15 +12,21 @@ The mesh always has the axes of `AXES`, all Explicit; an axis of size 1 is kept.
 | optimizer moments            | as their parameter (their type carries it)                   |
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from moe_jax.config.fields import require
+
+Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp", "expert")
 BATCH = PartitionSpec(AXES)  # the leading (batch) dimension of activations and data
@@ -57,6 +63,35 @@ def compiler_options(mesh: Mesh) -> dict[str, bool]:
     if mesh.size == 1 or device.platform != "gpu" or flag in os.environ.get("XLA_FLAGS", ""):
         return {}
     return {flag: True}
+
+
+@jax.custom_vjp
+def reduce_first(x: Array, weights: Tree) -> tuple[Array, Tree]:
+    """Both unchanged; going back, the gradient of x waits for those of `weights`, summed over the mesh.
+
+    x: what a layer starts from, split as `BATCH`; weights, a pytree: those of a later part of the layer, so that what
+    lies between the two is computed while the sums are on their way. Left to itself, XLA's scheduler for GPUs puts the
+    weight gradients of all layers, and all that is sent of them, behind the backward pass of the first layer, where too
+    little is left to compute beside them. The schedulers of other platforms are left to themselves.
+    """
+    return x, weights
+
+
+def _wait(dx: Array, dws: Tree) -> Array:
+    """dx, once a number of each of dws is there. XLA removes optimization barriers before it schedules, so the
+    dependency is one of data: an infinite gradient, of which every later one is as good as NaN, makes it NaN."""
+    bad = functools.reduce(jnp.logical_or, (jnp.isinf(dw[(0,) * dw.ndim]) for dw in jax.tree.leaves(dws)))
+    return jnp.where(bad, jnp.nan, dx).astype(dx.dtype)
+
+
+def _reduce_first_bwd(_, gradients):
+    dx, dws = gradients
+    on_gpu = functools.partial(jax.lax.platform_dependent, cuda=_wait, default=lambda dx, dws: dx)
+    specs = jax.tree.map(lambda dw: jax.typeof(dw).sharding.spec, dws)
+    return jax.shard_map(on_gpu, in_specs=(BATCH, specs), out_specs=BATCH)(dx, dws), dws
+
+
+reduce_first.defvjp(lambda x, weights: ((x, weights), None), _reduce_first_bwd)
 
 
 def count_slices(devices) -> int:

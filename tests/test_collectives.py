@@ -1,6 +1,11 @@
 """What a compiled training step sends: for load balancing expert statistics, to the experts tokens, never weights."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import compile_only, config, hlo, sharding, step
 
@@ -71,3 +76,28 @@ def check_exchange(found, e: int, exchange: str, t: int):
     # Rows out and home, and the gradients of both. The CPU's padded exchange sends whole blocks, of t rows.
     sent = [shapes for kind, shapes in of_moe if kind == "all-to-all"]
     assert sent == [[(1, t, D)] * 2] * (4 if exchange == "all_to_all" else 0)
+
+
+@pytest.mark.parametrize("first", [1.0, np.inf])
+def test_what_waits_is_the_same(monkeypatch, first):
+    """As on a GPU, where the gradient of x waits for that of w: both are what they were; an infinity is not lost."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+    mesh = sharding.make_mesh((2, 2, 2))
+    x = jax.random.normal(jax.random.key(0), (8, 4, 6), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (4, 6, 5)).at[0].set(first)
+
+    def loss(x, w, use):
+        x, (w,) = use(x, [w])
+        y = jnp.einsum("bsd,edf->", x, jax.sharding.reshard(w, P()).astype(x.dtype), out_sharding=P())
+        return y.astype(jnp.float32) + jnp.sum(w * w)
+
+    with jax.set_mesh(mesh):
+        x, w = (jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((x, sharding.BATCH), (w, P("expert"))))
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+        (dx, dw), (waited, dw2) = (gradients(x, w, use) for use in (lambda x, w: (x, w), sharding.reduce_first))
+    np.testing.assert_array_equal(dw, dw2)
+    assert waited.dtype == dx.dtype
+    if np.isfinite(first):
+        np.testing.assert_array_equal(dx, waited)
+    else:
+        assert not np.isfinite(dx.astype(np.float32)).all() and np.isnan(waited.astype(np.float32)).any()

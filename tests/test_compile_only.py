@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import cli, compile_only, config, hlo, machines, model, optim
+from moe_jax import cli, compile_only, config, hlo, machines, model, optim, sharding
 
 REPO = Path(__file__).parents[1]
 COMPILERS = {"v5p:2x2x2": "libtpu", "h100:8": "jax_plugins.xla_cuda13"}
@@ -164,12 +165,16 @@ def small(**values):
         "mesh.expert": 2, "train.micro_batches": 2, "loss.balance_batch": "8", **values})  # fmt: skip
 
 
-@functools.cache
-def report_of(machine: str) -> compile_only.Report:
+def needs_compiler(machine: str):
     module = COMPILERS[machine]
     package = module.split(".")[0]
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(module) is None:
         pytest.skip(f"needs {module}")
+
+
+@functools.cache
+def report_of(machine: str) -> compile_only.Report:
+    needs_compiler(machine)
     # cuDNN, without which JAX does not trace its attention, is half a gigabyte.
     options = {"model.attention": "xla"} if machines.is_gpu(machine) else {}
     return compile_only.compile_report(small(**options), machine)
@@ -226,3 +231,23 @@ def test_it_fits_and_says_so(report):
     assert report.fits and "fits: " in text and "estimate from the data sheet, not measured" in text
     state = report.memory["parameters"] + report.memory["moments"]
     assert 0 < state < sum(report.memory.values()) < 95e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["h100:8"])
+def test_gradients_are_sent_layer_by_layer(machine):
+    """On GPUs a layer's expert gradients are computed, and on their way, before the next layer's attention is through.
+
+    Left alone XLA's scheduler puts all of them behind the backward pass, with too little beside them.
+    """
+    needs_compiler(machine)
+    cfg = small(**{"model.attention": "xla", "model.unroll": L, "model.remat": "selective", "optim.name": "adamw",
+                   "train.micro_batches": 1, "loss.balance_batch": "global", "mesh.data": 1, "mesh.fsdp": 8,
+                   "mesh.expert": 1})  # fmt: skip
+    mesh = sharding.make_mesh((1, 8, 1), machines.devices(machine))
+    text = compile_only.compile_step(cfg, mesh).as_text()
+    program = text[text.index("\nENTRY ") :].splitlines()  # as scheduled
+    of_experts = re.compile(rf"= .*\[\d+,\d+,({F}|{D})\].* reduce-scatter-start\(")  # small ones together, by layer
+    sent = [i for i, line in enumerate(program) if of_experts.search(line)]
+    attention = [i for i, line in enumerate(program) if re.search(r"transpose\(jvp.*attention.*dot_general", line)]
+    assert len(sent) == L and sum(i < attention[-1] for i in sent) >= L - 1

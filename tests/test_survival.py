@@ -141,10 +141,10 @@ OWNER = """
 import os, sys, time
 from moe_jax import survive
 lock = survive.RunLock(sys.argv[1])
-if os.fork() == 0:  # a reader process that nobody ends
+if os.fork() == 0:  # a reader process that nobody ends; it speaks, so that it has let go of the lock by then
+    print("mine", flush=True)
     time.sleep(15)
     os._exit(0)
-print("mine", flush=True)
 time.sleep(60)
 """
 

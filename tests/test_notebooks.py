@@ -30,7 +30,7 @@ def test_runs(path, tmp_path, monkeypatch):
     from jupyter_client.kernelspec import KernelSpecManager
 
     monkeypatch.delenv("XLA_FLAGS")  # the tests' quick compilation: notebooks compute more than they compile
-    monkeypatch.setenv("MOE_JAX_NOTEBOOK_STEPS", "20")
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_STEPS", "12")  # two more than they warm up
     monkeypatch.setenv("MOE_JAX_NOTEBOOK_WORKDIR", str(tmp_path / "run"))
     notebook = nbformat.read(path, as_version=4)
     # Without directories to search, "python3" is the running Python and not whatever kernel the user has installed.

@@ -178,20 +178,16 @@ def test_another_start_is_refused_and_a_damaged_checkpoint_named(root):
     assert rows(root, "owned") == before
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 4), (4, 1)])
-def test_any_number_of_processes_and_on_with_another(root, first, then):
-    """The same losses, to float32's sums; saved by one number of processes, gone on with by another."""
-    name = f"processes_{first}_{then}"
-    batch = ("--config.train.eval_every=0", "--config.train.checkpoint_every=3")
-    finish(root, name, *start_several(root, name, first, *batch, "--config.train.steps=3"))
-    said = finish(root, name, *start_several(root, name, then, *batch, "--config.train.steps=6"))
-    assert "resumed after step 3" in said
-    got = rows(root, name)
-    assert [row["step"] for row in got] == [1, 2, 3, 4, 5, 6]
-    reference = root / "losses.json"
-    if not reference.exists():
-        reference.write_text(json.dumps([row["loss"] for row in got]))
-    np.testing.assert_allclose([row["loss"] for row in got], json.loads(reference.read_text()), rtol=2e-5)
+def test_any_number_of_processes_goes_on_where_another_stopped(root):
+    """One process, two, four, one again: the losses of one that does it all, to float32's sums."""
+    flags = ("--config.train.eval_every=0", "--config.train.checkpoint_every=3", "--config.optim.schedule=constant")
+    finish(root, "alone", *start_several(root, "alone", 1, *flags))
+    for step, count in ((3, 1), (6, 2), (9, 4), (12, 1)):
+        said = finish(root, "many", *start_several(root, "many", count, *flags, f"--config.train.steps={step}"))
+        assert step == 3 or f"resumed after step {step - 3}" in said
+    want, got = rows(root, "alone"), rows(root, "many")
+    assert [row["step"] for row in got] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([row["loss"] for row in got], [row["loss"] for row in want], rtol=2e-5)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -200,12 +196,12 @@ def test_when_one_of_two_processes_dies_the_other_ends(root, victim):
     processes = start_several(root, name, 2, "--config.train.steps=100000")
     until_rows(root, name, 3, processes)
     processes[victim].kill()
-    began = time.monotonic()
     try:
         assert processes[1 - victim].wait(60) != 0
     finally:
-        processes[1 - victim].kill()
-    assert time.monotonic() - began < 60
+        for process in processes:
+            process.kill()
+            process.wait()
     assert any(text in log(root, name) for text in ("another task died", "another process has died"))
 
 

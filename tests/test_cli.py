@@ -6,9 +6,9 @@ its first line on, with its real exit status and stderr, without the seconds of 
 
 import json
 import os
-import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -18,10 +18,10 @@ import tokenizers
 from moe_jax import checkpoint, cli, config, sharding, step
 
 REPO = Path(__file__).parents[1]
-LIMIT = 10  # seconds of CPU, so that other work on the machine does not count
+LIMIT = 10.0  # seconds
 
-SERVER = f"""
-import gc, json, os, resource, runpy, signal, sys, traceback
+SERVER = """
+import gc, json, os, runpy, signal, sys, traceback
 import jax, tensorflow_datasets, tokenizers
 from moe_jax import analysis, checkpoint, cli, config, data, evaluate, figures, generate, metrics, optim, sharding, step
 
@@ -38,7 +38,6 @@ while line := sys.stdin.readline():
     child = os.fork()
     if child == 0:
         signal.alarm(120)
-        resource.setrlimit(resource.RLIMIT_CPU, ({LIMIT}, {LIMIT}))
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT, 0o644), number)
         sys.argv, sys.path[0] = job["argv"], os.path.dirname(os.path.abspath(job["argv"][0]))
@@ -252,11 +251,12 @@ OVERRIDES = {
 @pytest.mark.parametrize("overrides", OVERRIDES)
 def test_override(server, root, overrides):
     changes = [f"--config.{text}" for text in overrides.replace("{d}", str(root)).split()]
+    began = time.perf_counter()
     workdir = root / "runs" / str(server.count)
     *result, compiled = server("train.py", f"--config={root}/configs/good.py", f"--workdir={workdir}", *changes)
     check(*result, OVERRIDES[overrides])
     assert result[-1].startswith("error: config.")
-    assert compiled == ""
+    assert time.perf_counter() - began < LIMIT and compiled == ""
     assert not (workdir / "config.json").exists()  # the directory is still free for the mended command
 
 
@@ -332,9 +332,10 @@ OTHER = {
 
 @pytest.mark.parametrize("command", OTHER)
 def test_command(server, root, command):
+    began = time.perf_counter()
     *result, compiled = server(*command.replace("{d}", str(root)).split())
     check(*result, OTHER[command])
-    assert compiled == ""
+    assert time.perf_counter() - began < LIMIT and compiled == ""
     assert not (root / "a_file").is_dir() and not (root / "runs" / "x" / "config.json").exists()
 
 
@@ -350,22 +351,24 @@ REAL = [
 ]
 
 
-def seconds_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.mark.parametrize(("command", "says"), REAL)
 def test_process(root, env, command, says):
-    """Under 10 s, interpreter and imports included; JAX chooses the platform, and is silent about it."""
-    before = seconds_of_children()
-    done = subprocess.run(
-        [sys.executable, *command.replace("{d}", str(root)).split()],
-        cwd=REPO, env={k: v for k, v in env.items() if k != "JAX_PLATFORMS"},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    check(done.returncode, done.stdout, done.stderr, says)
-    assert seconds_of_children() - before < LIMIT
+    """Under 10 s by the clock, imports and waiting included; JAX chooses the platform, and is silent about it.
+
+    One slow start may be other work on the machine; three in a row are ours.
+    """
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *command.replace("{d}", str(root)).split()],
+            cwd=REPO, env={k: v for k, v in env.items() if k != "JAX_PLATFORMS"},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        check(done.returncode, done.stdout, done.stderr, says)
+        seconds = time.perf_counter() - began
+        if seconds < LIMIT:
+            break
+    assert seconds < LIMIT
 
 
 def test_step_that_does_not_exist(server, root):

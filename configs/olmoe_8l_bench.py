@@ -2,7 +2,7 @@
 
     python train.py --config=configs/olmoe_8l_bench.py --workdir=runs/olmoe_8l_bench
 
-Hardware: one GPU of 141 GB: parameters, gradients and AdamW states are float32 (62.8 GiB at most are in use)
+Hardware: one GPU of 80 GB: parameters, gradients and AdamW states are float32 (62.7 GiB at most are in use)
 Time: 2 minutes for the 20 steps, most of it start-up, compilation and the final checkpoint
 Parameters: 3,562,573,824 total, 744,001,536 active (537,956,352 without embedding and head)
 Expect: on one NVIDIA H200, jax 0.11.2, `python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py` gave

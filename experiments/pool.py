@@ -121,7 +121,8 @@ def execute(job: Job, device: str | None, share: float) -> int:
     """One job on one device; the exit status."""
     env = dict(os.environ)
     if device is not None:
-        env |= {"CUDA_VISIBLE_DEVICES": device, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
+        env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the same by its old name: JAX refuses both
+        env |= {"CUDA_VISIBLE_DEVICES": device, "XLA_CLIENT_MEM_FRACTION": f"{share:.3f}"}
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / "output.txt", "a") as output:
         command = [sys.executable, *job.command]

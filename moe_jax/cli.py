@@ -26,6 +26,7 @@ from moe_jax.survive import Busy
 _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
 
 HEARTBEAT = 20  # seconds; several processes
+GPU_SHARE = 0.9  # of a GPU's memory for JAX, whose default is 0.75; the rest is for CUDA's and NCCL's own
 
 
 class UserError(Exception):
@@ -219,6 +220,15 @@ def keep_compiled(folder: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def use_whole_gpus() -> None:
+    """JAX may take `GPU_SHARE` of each GPU's memory. To be called before devices are asked for.
+
+    $XLA_CLIENT_MEM_FRACTION, or the name that it had before, is another share.
+    """
+    if not any(map(os.environ.get, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"))):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
+
+
 def join_processes() -> None:
     """`jax.distributed.initialize()`, which finds its peers by itself on TPU pods and under SLURM.
 
@@ -248,6 +258,19 @@ def _end_with_the_others(error: Exception) -> None:
     os._exit(3)
 
 
+def _out_of_memory(error: Exception) -> str:
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    room = f", of which JAX may take {limit / 2**30:.1f} GiB a device" if limit else ""
+    line = " ".join(str(error).split()).removeprefix("RESOURCE_EXHAUSTED: ")[:200]
+    return (
+        f"not enough memory on {device.device_kind}{room} ({line}); saved checkpoints are intact. Less is needed with, "
+        "the cheapest first: --config.train.micro_batches=N, --config.model.remat=selective or full, "
+        "--config.model.param_dtype=bfloat16, more devices on --config.mesh.fsdp; "
+        "train.py --compile_only says before a run what fits"
+    )
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """`app.run` for a main whose one-line errors are the user's to mend."""
 
@@ -262,9 +285,12 @@ def run(main: Callable[[list[str]], None]) -> None:
             where = f" ({e.filename})" if e.filename else ""
             _stop(f"no space left on the device{where}; the newest checkpoint is intact: make room and run it again")
         except jax.errors.JaxRuntimeError as e:
-            if jax.process_count() == 1:
+            if jax.process_count() > 1:
+                _end_with_the_others(e)
+            if not str(e).startswith("RESOURCE_EXHAUSTED"):
                 raise
-            _end_with_the_others(e)
+            _stop(_out_of_memory(e))
 
+    use_whole_gpus()
     logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO
     app.run(guarded, flags_parser=_parse)

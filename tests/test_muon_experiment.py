@@ -94,7 +94,7 @@ def test_pool_asks_again_after_every_job(tmp_path, capsys):
 
 def test_pool_gives_each_job_a_device(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'])"
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['XLA_CLIENT_MEM_FRACTION'])"
     jobs = [job(tmp_path, f"{i}", code) for i in range(4)]
     assert pool.run_all(lambda: jobs, None, 2) == []
     seen = [(one.folder / "output.txt").read_text().split() for one in jobs]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,25 @@ def test_no_room_for_a_log_line_is_one_line(capsys, monkeypatch):
         cli.run(main)
     assert e.value.code == 2
     assert capsys.readouterr().err.startswith("error: no space left on the device (runs/a/metrics.jsonl); the newest")
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(cli.app, "run", lambda guarded, flags_parser: guarded([]))
+    with pytest.raises(SystemExit) as e:
+        cli.run(lambda argv: jax.block_until_ready(jax.numpy.zeros((1 << 20, 1 << 30))))
+    assert e.value.code == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: not enough memory on cpu .*--config\.train\.micro_batches.*\n", said)
+
+
+@pytest.mark.parametrize("said", [{}, {"XLA_CLIENT_MEM_FRACTION": ".3"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".3"}])
+def test_the_share_of_a_gpu_is_the_users_or_most_of_it(said, monkeypatch):
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both at a time
+    for name in names:
+        monkeypatch.setenv(name, said.get(name, ""))
+    monkeypatch.setattr(cli.app, "run", lambda *_, **__: None)
+    cli.run(None)
+    assert {n: os.environ[n] for n in names if os.environ[n]} == (said or {names[0]: "0.9"})
 
 
 def test_told_to_stop_before_and_between():

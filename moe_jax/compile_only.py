@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config, exchange, hlo, machines, metrics, model, optim, sharding, step
-from moe_jax.cli import UserError
+from moe_jax.cli import GPU_SHARE, UserError
 
 # What JAX asks of the machine that it traces on, by its words.
 REFUSALS = {
@@ -33,7 +33,7 @@ class Report(NamedTuple):
     mesh: dict[str, int]
     fits: bool
     memory: dict[str, float]  # by kind; the last is what is left of the total
-    capacity: float
+    capacity: float  # what a program may ask for
     seconds: float  # to compile
     sent: list[hlo.Collective]
     text: str  # the program, "" if it does not fit
@@ -94,7 +94,8 @@ def compile_report(cfg: config.RunConfig, topology: str) -> Report:
     state = step.abstract_state(cfg, mesh)
     memory = {"parameters": bytes_of_device((state.params, state.router_bias)),
               "moments": bytes_of_device(state.opt_state)}  # fmt: skip
-    capacity, sent, text = machines.chip(topology).memory, [], ""
+    capacity = machines.chip(topology).memory * (GPU_SHARE if machines.is_gpu(topology) else 1)
+    sent, text = [], ""
     try:
         compiled = compile_step(cfg, mesh)
     except RuntimeError as e:  # of JAX or of XLA

@@ -29,7 +29,7 @@ TPUS = {  # Google's pages on v5e, v5p and v6e
     "v5p": Chip(95e9, 2.765e12, 600e9, 6.25e9),
     "v6e": Chip(32e9, 1.6e12, 400e9, 12.5e9),
 }
-GPUS = {  # NVIDIA's data sheets of the SXM5 boards; what a program may ask for; no network: one host
+GPUS = {  # NVIDIA's data sheets of the SXM5 boards; memory as CUDA counts it; no network: one host
     "h100": Chip(84_929_347_584, 3.35e12, 450e9, math.inf),
     "h200": Chip(150_121_545_728, 4.8e12, 450e9, math.inf),
 }

@@ -2,9 +2,12 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-
 import jax
+
+flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # later XLAs have no other way to compile for CPUs
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

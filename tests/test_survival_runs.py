@@ -66,7 +66,7 @@ def root(tmp_path_factory):
 
 def start(root: Path, name: str, *flags: str, devices: int = 1, program=("train.py",), **env: str) -> subprocess.Popen:
     """One process; its output goes to `name`.log."""
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "MOE_JAX_CACHE": str(root / "cache"), "PYTHONPATH": str(REPO)}
     command = [sys.executable, *program, f"--config={root}/config.py", f"--workdir={root}/{name}", *flags]
     with open(root / f"{name}.log", "ab") as log:

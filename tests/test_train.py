@@ -45,7 +45,7 @@ def write_text(root: Path) -> None:
 
 def start(root: Path, program: str, *flags: str, devices: int = 1, workdir: str = "run", **extra) -> subprocess.Popen:
     """The program in a process of its own; its output is no terminal. XLA optimises nothing: that takes longer."""
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "MOE_JAX_CACHE": str(root / "cache")}
     return subprocess.Popen(
         [sys.executable, program, f"--workdir={root / workdir}", *flags],

@@ -22,10 +22,9 @@ def run(code: str) -> None:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
     repo = Path(__file__).parents[1]
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(repo)}
     command = [sys.executable, "-c", START + code, address]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    start = lambda i: subprocess.Popen([*command, str(i)], env=os.environ | flags, cwd=repo, **pipe)
+    start = lambda i: subprocess.Popen([*command, str(i)], env=os.environ | {"PYTHONPATH": str(repo)}, cwd=repo, **pipe)
     for process in [start(0), start(1)]:
         out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out[-4000:]

@@ -5,7 +5,7 @@ import os
 import jax
 
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-if jax.__version_info__ < (0, 11):  # XLA of jax 0.12 crashes without them
+if jax.__version_info__ < (0, 11):  # the XLA of jax 0.12 has no such flag
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(flags)
 

@@ -259,14 +259,15 @@ def _end_with_the_others(error: Exception) -> None:
 
 
 def _out_of_memory(error: Exception) -> str:
+    """In the order of `compile_only.suggestions`, which knows what a program needs, as nobody does here."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     room = f", of which JAX may take {limit / 2**30:.1f} GiB a device" if limit else ""
     line = " ".join(str(error).split()).removeprefix("RESOURCE_EXHAUSTED: ")[:200]
     return (
-        f"not enough memory on {device.device_kind}{room} ({line}); saved checkpoints are intact. Less is needed with, "
-        "the cheapest first: --config.train.micro_batches=N, --config.model.remat=selective or full, "
-        "--config.model.param_dtype=bfloat16, more devices on --config.mesh.fsdp; "
+        f"not enough memory on {device.device_kind}{room} ({line}); saved checkpoints are intact. Training "
+        "needs less with, the cheapest first: --config.model.remat=selective, --config.train.micro_batches=N, "
+        "--config.model.remat=full, more devices on --config.mesh.fsdp, --config.model.param_dtype=bfloat16; "
         "train.py --compile_only says before a run what fits"
     )
 

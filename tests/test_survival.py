@@ -216,7 +216,7 @@ def test_too_little_memory_is_one_line(capsys, monkeypatch):
         cli.run(lambda argv: jax.block_until_ready(jax.numpy.zeros((1 << 20, 1 << 30))))
     assert e.value.code == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"error: not enough memory on cpu .*--config\.train\.micro_batches.*\n", said)
+    assert re.fullmatch(r"error: not enough memory on cpu \(Out of memory .*--config\.train\.micro_batches.*\n", said)
 
 
 @pytest.mark.parametrize("said", [{}, {"XLA_CLIENT_MEM_FRACTION": ".3"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".3"}])

@@ -3,7 +3,8 @@
     python -m benchmarks.grouped_matmul                        # all back ends that run here
     python -m benchmarks.grouped_matmul --backends=reference --small
 
-Rows are split over experts by a Dirichlet(4) draw. One row a shape: forward and forward+backward TFLOP/s.
+Rows are split over experts by a Dirichlet(4) draw. One row a shape: forward and forward+backward TFLOP/s, and how many
+of as many further calls gave other values, rows split by that draw, all sent to one expert, or a part of them to few.
 """
 
 import itertools
@@ -73,6 +74,20 @@ def draw_sizes(rng: np.random.Generator, experts: int, rows: int) -> jax.Array:
     return jnp.asarray(sizes)
 
 
+def uneven_sizes(experts: int, rows: int) -> tuple[jax.Array, jax.Array]:
+    """All rows in one group; and ends off every tile, empty groups, rows of no group."""
+    one_hot, few = np.zeros((2, experts), np.int32)
+    one_hot[5], few[[1, 3, 4, 6]] = rows, (1, rows // 2 + 3, 129, 77)
+    return jnp.asarray(one_hot), jnp.asarray(few)
+
+
+def differing(fn, *args) -> int:
+    """Of CALLS calls, those with a value other than the first call's; a NaN counts as one."""
+    first = jax.tree.leaves(fn(*args))
+    again = (zip(first, jax.tree.leaves(fn(*args)), strict=True) for _ in range(CALLS.value))
+    return sum(not all(jnp.array_equal(a, b) for a, b in pairs) for pairs in again)
+
+
 def seconds(fn, *args) -> float:
     """Median of three means over CALLS back-to-back calls, after a warm-up."""
     for _ in range(3):
@@ -111,9 +126,13 @@ def main(_):
             s = draw_sizes(rng, experts, rows)
             flops = 2 * rows * d * f
             one, two = seconds(forward, x, w, s), seconds(both, x, w, s, dy)
+            splits = (s, *uneven_sizes(experts, rows))
+            differ = sum(differing(both, x, w, split, dy) for split in splits)
             print(
                 f"{backend} E={experts} D={d} F={f} rows={rows}: forward {flops / one / 1e12:.3g} TFLOP/s, "
-                f"forward+backward {3 * flops / two / 1e12:.3g} TFLOP/s ({device.device_kind}, jax {jax.__version__})",
+                f"forward+backward {3 * flops / two / 1e12:.3g} TFLOP/s, "
+                f"other values in {differ} of {len(splits) * CALLS.value} calls "
+                f"({device.device_kind}, jax {jax.__version__})",
                 flush=True,
             )
 

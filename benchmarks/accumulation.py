@@ -11,6 +11,7 @@ CPU cores.
 
 import jax
 import numpy as np
+from absl import app
 
 from moe_jax import config, sharding, step
 
@@ -48,7 +49,7 @@ def batch_rows(micro_batches: int, one_domain_each: bool, seed: int) -> dict[str
     }
 
 
-def main() -> None:
+def main(_) -> None:
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     params = step.init_state(run_config(2, False, "global", "exact"), mesh).params
 
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)

@@ -10,6 +10,7 @@ seconds of what follows each other, whose sum is the time from the start of the 
 and how long jax traced and compiled (or read compiled programs) in all of it, with hits and requests of its cache.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -92,15 +93,17 @@ def one_run(arguments: list[str], cache: Path, workdir: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    rounds = [a for a in arguments if a.startswith("--rounds=")]
-    arguments = [a for a in arguments if a not in rounds]
-    if not any(a.startswith("--config=") for a in arguments):
-        sys.exit("error: --config=… is needed, for example --config=configs/quickstart.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="config file; other options of train.py may follow")
+    parser.add_argument("--rounds", type=int, default=1)
+    args, others = parser.parse_known_args()
+    arguments = [f"--config={args.config}", *others]
     print("  ".join([f"{'':<16}", *(f"{name:>15}" for name in PARTS), f"{'total':>7}"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
-        for _ in range(int(rounds[-1].split("=")[1]) if rounds else 1):
+        for _ in range(args.rounds):
             shutil.rmtree(cache, ignore_errors=True)
             for name in ("nothing prepared", "data prepared", "all prepared"):
                 if name == "data prepared":

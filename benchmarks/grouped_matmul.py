@@ -32,6 +32,13 @@ SMALL_SHAPES = [(8, 192, 192, 8192), (64, 256, 128, 8192)]
 CHECKED = [(256, 384), (576, 192)]  # d_model, d_expert; the second pair fills no whole tile
 
 
+def uneven_sizes(experts: int, rows: int) -> np.ndarray:
+    """All rows in one group; and ends off every tile, a tile of three groups, empty groups, rows of no group."""
+    one_hot, few = sizes = np.zeros((2, experts), np.int32)
+    one_hot[5], few[[1, 3, 4, 6]] = rows, (1, rows // 2 - 12, 3, 129)
+    return sizes
+
+
 def check(backend: str, dtype) -> float:
     """Largest relative error of a product and of two with the same rows, and of their gradients, against float64.
 
@@ -40,13 +47,7 @@ def check(backend: str, dtype) -> float:
     rng = np.random.default_rng(0)
     experts, rows = 8, 1024
     worst = 0.0
-    one_hot = np.zeros(experts, np.int64)
-    one_hot[5] = rows
-    groups = (
-        rng.multinomial(rows - 77, np.ones(experts) / experts),
-        one_hot,
-        np.array([0, 1, 0, 500, 3, 0, 129, 0]),
-    )
+    groups = (rng.multinomial(rows - 77, np.ones(experts) / experts), *uneven_sizes(experts, rows))
     for (d, f), sizes, many in itertools.product(CHECKED, groups, (1, 2)):
         x, ws, dys = (rng.standard_normal(s) for s in ((rows, d), (many, experts, d, f), (many, rows, f)))
         x, ws, dys = (jnp.asarray(a, dtype) for a in (x, ws / d**0.5, dys))
@@ -72,13 +73,6 @@ def draw_sizes(rng: np.random.Generator, experts: int, rows: int) -> jax.Array:
     sizes = np.floor(rng.dirichlet(np.full(experts, 4.0)) * rows).astype(np.int32)
     sizes[0] += rows - sizes.sum()
     return jnp.asarray(sizes)
-
-
-def uneven_sizes(experts: int, rows: int) -> tuple[jax.Array, jax.Array]:
-    """All rows in one group; and ends off every tile, empty groups, rows of no group."""
-    one_hot, few = np.zeros((2, experts), np.int32)
-    one_hot[5], few[[1, 3, 4, 6]] = rows, (1, rows // 2 + 3, 129, 77)
-    return jnp.asarray(one_hot), jnp.asarray(few)
 
 
 def differing(fn, *args) -> int:
@@ -126,7 +120,7 @@ def main(_):
             s = draw_sizes(rng, experts, rows)
             flops = 2 * rows * d * f
             one, two = seconds(forward, x, w, s), seconds(both, x, w, s, dy)
-            splits = (s, *uneven_sizes(experts, rows))
+            splits = (s, *map(jnp.asarray, uneven_sizes(experts, rows)))
             differ = sum(differing(both, x, w, split, dy) for split in splits)
             print(
                 f"{backend} E={experts} D={d} F={f} rows={rows}: forward {flops / one / 1e12:.3g} TFLOP/s, "

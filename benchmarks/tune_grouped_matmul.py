@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.grouped_matmul import SHAPES, draw_sizes
+from benchmarks.grouped_matmul import CALLS, SHAPES, draw_sizes
 from moe_jax.kernels import hopper
 
 CHOSEN = flags.DEFINE_list("shapes", ["x".join(map(str, s)) for s in SHAPES], "experts x d_model x d_expert x rows")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of every tiling", 1)
-CALLS = flags.DEFINE_integer("calls", 20, "calls in a turn", 1)
 OUT = flags.DEFINE_string("out", str(hopper.TABLE), "table to write; its other entries stay")
 
 MARGIN = 1.03

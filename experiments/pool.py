@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from moe_jax import config as config_lib
 from moe_jax import data
+from moe_jax.cli import GPU_SHARE
 
 REPO = Path(__file__).resolve().parents[1]
-MEMORY = 0.92  # of a GPU, for all its jobs together
 
 
 class Run(NamedTuple):
@@ -144,7 +144,7 @@ def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> li
 
     def one(job: Job, device: str | None) -> int:
         try:
-            return execute(job, device, MEMORY / per_gpu)
+            return execute(job, device, GPU_SHARE / per_gpu)
         finally:
             slots.put(device)
 

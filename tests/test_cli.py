@@ -145,6 +145,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def env(root):
     changes = {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    changes["PYTHONPATH"] = str(REPO)  # which `python -m benchmarks.…` has by itself
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
 
 
@@ -337,6 +338,17 @@ def test_command(server, root, command):
     check(*result, OTHER[command])
     assert time.perf_counter() - began < LIMIT and compiled == ""
     assert not (root / "a_file").is_dir() and not (root / "runs" / "x" / "config.json").exists()
+
+
+PROGRAMS = [path for path in sorted((REPO / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", [REPO / "train.py", REPO / "eval.py", *PROGRAMS], ids=lambda path: path.stem)
+def test_help(server, path):
+    """Every program can be started and tells what it does: two that share code define no flag twice."""
+    _, stdout, stderr, compiled = server(str(path), "--help")
+    purpose = path.read_text().split('"""')[1].split("\n\n")[0].split()
+    assert stderr == compiled == "" and " ".join(purpose) in " ".join(stdout.split())
 
 
 # --- as users run them -----------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_pool_gives_each_job_a_device(tmp_path, monkeypatch):
     assert pool.run_all(lambda: jobs, None, 2) == []
     seen = [(one.folder / "output.txt").read_text().split() for one in jobs]
     assert sorted(device for device, *_ in seen) == ["4", "4", "7", "7"]
-    assert {tuple(shares) for _, *shares in seen} == {("0.460", "None")}
+    assert {tuple(shares) for _, *shares in seen} == {("0.450", "None")}
 
 
 @pytest.mark.parametrize(

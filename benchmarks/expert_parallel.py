@@ -53,7 +53,7 @@ class Variant(NamedTuple):
         if expert == 1:
             return f"fsdp={fsdp}" if fsdp > 1 else "1 device"
         parts = f", {self.chunks} chunks" if self.chunks > 1 else ""
-        return f"expert={expert}, {self.exchange}{' padded' * self.padded}{parts}"
+        return f"expert={expert}, {'padded ' * self.padded}{self.exchange}{parts}"
 
 
 def variants(n: int) -> list[Variant]:
@@ -113,7 +113,8 @@ class Row:
         self.variant, self.turns, self.note, self.cfg = variant, [], "", build(variant)
         self.mesh = sharding.make_mesh(variant.mesh, devices[: variant.devices])
         config.check_devices(self.cfg, variant.devices, devices[0].platform, devices[0].device_kind)
-        swap = exchange._swap_padded if variant.padded else exchange._swap_ragged
+        padded = lambda *args, pieces=1: exchange._swap_padded(*args)
+        swap = padded if variant.padded else exchange._swap_ragged
         with jax.set_mesh(self.mesh), mock.patch.object(exchange, "_swap_ragged", swap):
             self.timed = (training_step if TRAIN.value else of_layer)(self.cfg, self.mesh)
 

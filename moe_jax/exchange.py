@@ -124,6 +124,10 @@ def _here(routing: Routing, local: int) -> Routing:
 
 # --- rows of all_to_all ----------------------------------------------------------------------------------------------
 
+# Of what a GPU sends in one ragged exchange, to all its peers together. Within a host XLA copies each with a few of the
+# GPU's threads, so that one for every peer leaves the links idle (openxla/xla#33386). Between hosts each is a message.
+PIECES = 64
+
 
 class Blocks(NamedTuple):
     """P blocks of t rows, one for each peer: the rows in use come first, in token order. Slot p·t + i is token i of
@@ -180,17 +184,33 @@ def swap(x: Float[Array, "T D"], send_P: Int[Array, " P"], receive_P: Int[Array,
 
     Its gradient is the opposite exchange. XLA has no ragged all-to-all for CPU: there whole blocks are sent.
     """
-    return jax.lax.platform_dependent(x, send_P, receive_P, cpu=_swap_padded, default=_swap_ragged)
+    in_pieces = functools.partial(_swap_ragged, pieces=max(1, PIECES // send_P.shape[0]))
+    return jax.lax.platform_dependent(
+        x, send_P, receive_P, cpu=_swap_padded, cuda=in_pieces, rocm=in_pieces, default=_swap_ragged
+    )
 
 
 swap.defvjp(lambda x, *sizes: (swap(x, *sizes), sizes), lambda sizes, dy: (swap(dy, *sizes[::-1]), None, None))
 
 
-def _swap_ragged(x: Array, send_P: Array, receive_P: Array) -> Array:
+def _swap_ragged(x: Array, send_P: Array, receive_P: Array, pieces: int = 1) -> Array:
+    """pieces: to each peer."""
     block = x.shape[0] // send_P.shape[0]
     from_P = jnp.arange(send_P.shape[0], dtype=jnp.int32) * block
     to_P = jnp.full_like(from_P, block) * jax.lax.axis_index("expert")  # at the receivers
-    return jax.lax.ragged_all_to_all(x, jnp.zeros_like(x), from_P, send_P, to_P, receive_P, axis_name="expert")
+    first, size = _cut(send_P, pieces)
+    _, arriving = _cut(receive_P, pieces)  # the sender cuts its block alike
+    place = lambda start_P: (start_P[:, None] + first).reshape(-1)
+    return jax.lax.ragged_all_to_all(
+        x, jnp.zeros_like(x), place(from_P), size.reshape(-1), place(to_P), arriving.reshape(-1), axis_name="expert"
+    )
+
+
+def _cut(size_P: Array, pieces: int) -> tuple[Array, Array]:
+    """[P, pieces] each: where the pieces of every block begin, and their sizes, equal but for the last ones."""
+    each_P = -(-size_P // pieces)
+    first = jnp.minimum(jnp.arange(pieces, dtype=jnp.int32)[None] * each_P[:, None], size_P[:, None])
+    return first, jnp.minimum(each_P[:, None], size_P[:, None] - first)
 
 
 def _swap_padded(x: Array, send_P: Array, receive_P: Array) -> Array:
@@ -224,8 +244,8 @@ def choose_exchange(
 ) -> tuple[str, str]:
     """The exchange, and the line that tells it, printed once at start-up. `moe.exchange` other than "auto" is taken.
 
-    "auto" is the one that sends fewer bytes on TPU, and `ring` on CPU, which would pad, on GPU, where XLA's ragged
-    all-to-all is slow (docs/scaling.md), and on TPU v5e, for which XLA refuses to compile it.
+    "auto" is the one that sends fewer bytes on TPU, and `ring` on CPU, which would pad, on GPU, where it took less time
+    (docs/scaling.md), and on TPU v5e, for which XLA refuses to compile a ragged all-to-all.
     """
     if peers == 1:
         return "ring", "none (mesh.expert=1)"  # its collectives over one device are nothing
@@ -235,7 +255,7 @@ def choose_exchange(
         name, why = min(sent, key=sent.get), "sends less"
         if platform != "tpu" or not config.has_ragged_exchange(device_kind):
             missing = {"cpu": "no ragged all-to-all on CPU", "tpu": "no ragged all-to-all on TPU v5e"}
-            name, why = "ring", missing.get(platform, "XLA's ragged all-to-all is slow on GPU")
+            name, why = "ring", missing.get(platform, "faster on two H200s")
     elif platform == "cpu" and name == "all_to_all":
         why += ", padded on CPU"
     (other,) = set(sent) - {name}

@@ -185,9 +185,7 @@ def swap(x: Float[Array, "T D"], send_P: Int[Array, " P"], receive_P: Int[Array,
     Its gradient is the opposite exchange. XLA has no ragged all-to-all for CPU: there whole blocks are sent.
     """
     in_pieces = functools.partial(_swap_ragged, pieces=max(1, PIECES // send_P.shape[0]))
-    return jax.lax.platform_dependent(
-        x, send_P, receive_P, cpu=_swap_padded, cuda=in_pieces, rocm=in_pieces, default=_swap_ragged
-    )
+    return jax.lax.platform_dependent(x, send_P, receive_P, cpu=_swap_padded, tpu=_swap_ragged, default=in_pieces)
 
 
 swap.defvjp(lambda x, *sizes: (swap(x, *sizes), sizes), lambda sizes, dy: (swap(dy, *sizes[::-1]), None, None))

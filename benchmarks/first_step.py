@@ -97,8 +97,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="config file; other options of train.py may follow")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="times that each of the three runs has its turn")
     args, others = parser.parse_known_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds={args.rounds}: must be ≥ 1; nearest valid: 1")
     arguments = [f"--config={args.config}", *others]
     print("  ".join([f"{'':<16}", *(f"{name:>15}" for name in PARTS), f"{'total':>7}"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:

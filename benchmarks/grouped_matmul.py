@@ -4,9 +4,9 @@
     python -m benchmarks.grouped_matmul --backends=reference --small
 
 Rows are split over experts by a Dirichlet(4) draw. One row a shape: forward and forward+backward TFLOP/s; those of
-XLA's batched product (cuBLAS' on GPUs) of as many rows in groups of equal size, which is what uneven groups could
-reach; and how many of as many further calls of ours gave other values, rows split by that draw, all sent to one expert,
-or a part of them to few.
+XLA's batched product of as many rows in groups of equal size, which is what uneven groups could reach; and how many of
+as many further calls of ours gave other values, rows split by that draw, all sent to one expert, or a part of them to
+few.
 """
 
 import functools

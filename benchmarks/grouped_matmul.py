@@ -1,12 +1,12 @@
 """Grouped matmul back ends: first checked against float64, then timed on the shapes of MoE layers.
 
-    python -m benchmarks.grouped_matmul                        # all back ends that run here
+    python -m benchmarks.grouped_matmul                        # what 'auto' chooses here
     python -m benchmarks.grouped_matmul --backends=reference --small
 
-Rows are split over experts by a Dirichlet(4) draw. One row a shape: forward and forward+backward TFLOP/s; those of
-XLA's batched product of as many rows in groups of equal size, which is what uneven groups could reach; and how many of
-as many further calls of ours gave other values, rows split by that draw, all sent to one expert, or a part of them to
-few.
+Rows are split over experts by a Dirichlet(4) draw. One row a shape and back end, of the same draw: forward and
+forward+backward TFLOP/s; those of XLA's batched product of as many rows in groups of equal size, which is what uneven
+groups could reach; and how many of as many further calls of ours gave other values, rows split by that draw, all sent
+to one expert, or a part of them to few.
 """
 
 import functools
@@ -19,8 +19,10 @@ import numpy as np
 from absl import app, flags
 
 from moe_jax.kernels import choose_backend, grouped_matmul, grouped_matmuls
+from moe_jax.kernels.grouped_matmul import BACKENDS as KNOWN
 
 BACKENDS = flags.DEFINE_list("backends", [], "back ends; default: what 'auto' chooses here")
+flags.register_validator("backends", lambda names: set(names) <= set(KNOWN), f"must be among {', '.join(KNOWN)}")
 SMALL = flags.DEFINE_bool("small", False, "shapes for a CPU")
 CALLS = flags.DEFINE_integer("calls", 20, "calls in a turn; the peer has as many", 1)
 
@@ -121,22 +123,22 @@ def main(_):
     backends = BACKENDS.value or [choose_backend("auto", device.platform, device.device_kind, "bfloat16")[0]]
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     rng = np.random.default_rng(0)
+    products = {}
     for backend in backends:
-        print(
-            f"{backend}: relative error against float64 {check(backend, dtype):.1e} ({jnp.dtype(dtype).name})",
-            flush=True,
-        )
-        forward, both = compiled(functools.partial(grouped_matmul, backend=backend))
-        equal, equal_both = compiled(batched_product)
-        for experts, d, f, rows in SMALL_SHAPES if SMALL.value else SHAPES:
-            x = jax.random.normal(jax.random.key(0), (rows, d), dtype)
-            w = jax.random.normal(jax.random.key(1), (experts, d, f), dtype) / d**0.5
-            dy = jax.random.normal(jax.random.key(2), (rows, f), dtype)
-            s = draw_sizes(rng, experts, rows)
-            flops = 2 * rows * d * f
+        error = check(backend, dtype)
+        print(f"{backend}: relative error against float64 {error:.1e} ({jnp.dtype(dtype).name})", flush=True)
+        products[backend] = compiled(functools.partial(grouped_matmul, backend=backend))
+    equal, equal_both = compiled(batched_product)
+    for experts, d, f, rows in SMALL_SHAPES if SMALL.value else SHAPES:
+        x = jax.random.normal(jax.random.key(0), (rows, d), dtype)
+        w = jax.random.normal(jax.random.key(1), (experts, d, f), dtype) / d**0.5
+        dy = jax.random.normal(jax.random.key(2), (rows, f), dtype)
+        s = draw_sizes(rng, experts, rows)
+        splits = (s, *map(jnp.asarray, uneven_sizes(experts, rows)))
+        flops = 2 * rows * d * f
+        even, even_two = seconds(equal, x, w, s), seconds(equal_both, x, w, s, dy)
+        for backend, (forward, both) in products.items():
             one, two = seconds(forward, x, w, s), seconds(both, x, w, s, dy)
-            even, even_two = seconds(equal, x, w, s), seconds(equal_both, x, w, s, dy)
-            splits = (s, *map(jnp.asarray, uneven_sizes(experts, rows)))
             differ = sum(differing(both, x, w, split, dy) for split in splits)
             print(
                 f"{backend} E={experts} D={d} F={f} rows={rows}: forward {flops / one / 1e12:.3g} TFLOP/s, "

@@ -351,6 +351,13 @@ def test_help(server, path):
     assert stderr == compiled == "" and " ".join(purpose) in " ".join(stdout.split())
 
 
+def test_first_step_without_rounds(server):
+    """argparse's error, after its line of usage: no table without rows."""
+    status, stdout, stderr, compiled = server("benchmarks/first_step.py", "--config=configs/debug.py", "--rounds=0")
+    assert (status, stdout, compiled) == (2, "", "")
+    assert stderr.endswith("error: --rounds=0: must be ≥ 1; nearest valid: 1\n")
+
+
 # --- as users run them -----------------------------------------------------------------------------------------------
 
 REAL = [

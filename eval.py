@@ -11,7 +11,20 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moe_jax import analysis, checkpoint, cli, config, data, evaluate, figures, generate, sharding, step, weights
+from moe_jax import (
+    analysis,
+    checkpoint,
+    cli,
+    config,
+    config_file,
+    data,
+    evaluate,
+    figures,
+    generate,
+    sharding,
+    step,
+    weights,
+)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run directory of train.py", required=True)
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
@@ -27,7 +40,7 @@ def main(argv):
     workdir = Path(WORKDIR.value)
     if not workdir.is_dir():
         raise cli.UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
-    cfg = checkpoint.load_config(workdir)
+    cfg = config_file.load_config(workdir)
     cli.check_writable(workdir)
     cli.keep_compiled(data.cache_folder() / "compiled")  # code: never from where a run directory says
     if DISTRIBUTED.value:

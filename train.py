@@ -17,6 +17,7 @@ from moe_jax import (
     cli,
     compile_only,
     config,
+    config_file,
     data,
     evaluate,
     generate,
@@ -60,8 +61,8 @@ def train(preemption: survive.Preemption):
     if COMPILE_ONLY.value:
         return compile_only.main(cfg, COMPILE_ONLY.value)
     workdir = Path(WORKDIR.value)
-    if (workdir / "config.json").exists():
-        checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))
+    # What makes another run of the one in this directory is refused here already.
+    cfg, changed = config_file.resume(workdir, cfg)
     data.check_sources(cfg.data)
     cli.keep_compiled(data.cache_folder(cfg.data) / "compiled")
     if DISTRIBUTED.value:
@@ -82,9 +83,8 @@ def train(preemption: survive.Preemption):
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     evaluate.check_held_out(corpus)
     batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
-    changed = checkpoint.check_resumable(checkpoint.save_config(workdir, cfg))  # late: a mistake above leaves no trace
     for line in changed:
-        say(f"changed since the run began: {line}")
+        say(line)
     say(corpus.table())
 
     # --- model --------------------------------------------------------------------------------------------------------
@@ -116,6 +116,7 @@ def train(preemption: survive.Preemption):
         start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
         watch = guard.Watch(every, saved.get("watch"))
         config.check_steps(cfg, start)
+        config_file.begin(workdir, cfg, start + 1)
         say(f"resumed after step {start}")
     elif cfg.init_from:
         params, bias, origin = weights.load_weights(cfg.init_from, *step.abstract_weights(cfg.model, mesh), cast=True)
@@ -189,6 +190,7 @@ def train(preemption: survive.Preemption):
             stop = preemption.reached(n)
             if stop or n == steps or n % every.checkpoint_every == 0:
                 record(pending.flush())
+                config_file.begin(workdir, cfg, start + 1)  # no sooner: until a first checkpoint nothing is settled
                 saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin}
                 with clock.paused():
                     checkpoints.save(n, state, saved | {"watch": watch.state()}, wait=stop)

@@ -102,9 +102,9 @@ def arrays(run: Path) -> dict[str, bytes]:
     import jax
     import numpy as np
 
-    from moe_jax import checkpoint, sharding, step
+    from moe_jax import checkpoint, config_file, sharding, step
 
-    cfg = checkpoint.load_config(run)
+    cfg = config_file.load_config(run)
     with checkpoint.Checkpoints(run) as checkpoints:
         state, _ = checkpoints.restore(step.abstract_state(cfg, sharding.make_mesh((1, 1, 1), jax.devices()[:1])))
     flat, _ = jax.tree_util.tree_flatten_with_path(state)

@@ -16,15 +16,15 @@ better than going on at the lowest one.
 from pathlib import Path
 
 from configs import balance_scope
-from moe_jax import checkpoint
 from moe_jax import config as config_lib
+from moe_jax import config_file
 
 STEPS, BATCH, LONGEST = 300, 16, 512
 
 
 def get_config(where: str = "runs/moe"):
     run, _, folder = where.partition(",")
-    earlier = config_lib.to_dict(checkpoint.load_config(run))
+    earlier = config_lib.to_dict(config_file.load_config(run))
     config = config_lib.default_config()
     config.init_from = run
     config.model.update(earlier["model"])

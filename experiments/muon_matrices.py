@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_jax import analysis, checkpoint, config, data, sharding, step
+from moe_jax import analysis, checkpoint, config, config_file, data, sharding, step
 
 ENTROPY = ("attention", "expert", "router")  # kinds whose name begins so
 
 
 def measure(folder: Path) -> dict:
-    cfg = checkpoint.load_config(folder)
+    cfg = config_file.load_config(folder)
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from experiments.upcycling_report import costs
-from moe_jax import analysis, checkpoint, config, data, evaluate, sharding, step, weights
+from moe_jax import analysis, checkpoint, config, config_file, data, evaluate, sharding, step, weights
 from moe_jax.config import RunConfig
 
 
@@ -31,7 +31,7 @@ def similarity(params: dict, origin: list[dict]) -> dict[str, list[float]]:
 
 
 def measure(folder: Path) -> dict:
-    cfg: RunConfig = checkpoint.load_config(folder)
+    cfg: RunConfig = config_file.load_config(folder)
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     abstract = step.abstract_weights(cfg.model, mesh)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.balance_report import BLUE, ORANGE, cell, markdown
-from moe_jax import checkpoint, config, model
+from moe_jax import config, config_file, model
 from moe_jax.analysis import INK
 from moe_jax.figures import GRID
 from moe_jax.metrics import read_metrics
@@ -93,7 +93,7 @@ def load_run(folder: Path) -> Finished:
     if (folder / "measures.json").is_file():
         found = json.loads((folder / "measures.json").read_text())
     else:
-        found = {"start": {"all": math.nan}, "similarity": {}} | costs(checkpoint.load_config(folder))
+        found = {"start": {"all": math.nan}, "similarity": {}} | costs(config_file.load_config(folder))
     steps, tokens = ([row[name] for row in rows] for name in ("step", "tokens"))
     seen = np.interp([row["step"] for row in evals], steps, tokens)
     losses = [math.nan if row["xent"] is None else row["xent"] for row in evals]

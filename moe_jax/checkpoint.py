@@ -8,20 +8,18 @@ A checkpoint is `<workdir>/checkpoints/<step>/`, committed as a whole or not at 
 
 Beside them are the checksums of all files, compared before anything is read (moe_jax/checksums.py).
 
-What the arrays mean is `<workdir>/config.json`, written once when the run begins. No pickle anywhere.
+What the arrays mean is `<workdir>/config.json` (moe_jax/config_file.py). No pickle anywhere.
 
 Resuming is the same command again:
     1. the newest complete checkpoint in the run directory, if there is one, or the one of `--resume_step`;
     2. else what the configuration starts from (imported or upcycled weights);
     3. else fresh weights.
-A changed configuration is refused by the caller, which shows the lines that `save_config` returns.
 """
 
 import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -33,83 +31,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from moe_jax import checksums, config, preserve
+from moe_jax import checksums, preserve
 
 PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read as asked, in one line."""
-
-
-# --- config.json -----------------------------------------------------------------------------------------------------
-
-
-def _flatten(value: Any, name: str = "config") -> dict[str, Any]:
-    if not (isinstance(value, dict) and value):
-        return {name: value}
-    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{name}.{key}").items()}
-
-
-def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> list[str]:
-    """Writes `config.json`, atomically, unless there is one: then returns how `cfg` differs from the run's.
-
-    Returns: lines such as "config.optim.lr: 0.001 in the run, 0.002 now"; [] when written or equal. Never overwrites.
-    Every process calls this; only process 0 writes.
-    """
-    path = Path(workdir) / "config.json"
-    new = json.loads(json.dumps(config.to_dict(cfg), allow_nan=False))
-    if path.exists():
-        old = _read_json(path)
-        with contextlib.suppress(config.ConfigError):  # of an older version: a field that it lacks has its default
-            old = json.loads(json.dumps(config.to_dict(config.build(old))))
-        old, new = _flatten(old), _flatten(new)
-        names = [*old, *(name for name in new if name not in old)]
-        show = lambda values, name: json.dumps(values[name], ensure_ascii=False) if name in values else "absent"
-        return [f"{n}: {show(old, n)} in the run, {show(new, n)} now" for n in names if show(old, n) != show(new, n)]
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".json.tmp")
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(new, f, indent=2, ensure_ascii=False, allow_nan=False)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    return []
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: {path.parent} is not a run directory") from None
-    except (ValueError, RecursionError, OSError) as e:
-        raise CheckpointError(f"{path} is not valid JSON: {e}") from None
-
-
-def load_config(workdir: str | os.PathLike) -> config.RunConfig:
-    """The configuration of a run. Raises CheckpointError without a readable file, ConfigError for a bad value."""
-    return config.build(_read_json(Path(workdir) / "config.json"))
-
-
-# What may change when a run goes on: how long (the schedule stretches with it), where, and how it is watched.
-MAY_CHANGE = re.compile(
-    r"config\.(train|mesh|sample)\.|config\.data\.(num_workers|cache_dir)|config\.model\.(remat|unroll|attention|moe\.grouped_matmul)"
-)
-
-
-def check_resumable(differences: list[str]) -> list[str]:
-    """Refuses, with CheckpointError, to go on with a run under another configuration; returns what may differ.
-
-    differences: `save_config`'s lines.
-    """
-    refused = [line for line in differences if not MAY_CHANGE.match(line)]
-    if refused:
-        raise CheckpointError(
-            f"this run directory belongs to another configuration ({'; '.join(refused[:5])}); use another --workdir"
-        )
-    return differences
 
 
 # --- the two items ---------------------------------------------------------------------------------------------------

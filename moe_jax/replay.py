@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import checkpoint, guard, step
+from moe_jax import checkpoint, config_file, guard, step
 from moe_jax.config import RunConfig
 
 
@@ -31,7 +31,7 @@ def dump(
     state: after the step, which has left all of it but the count as it was. rows: what this process fed it.
     """
     folder = Path(workdir) / "dumps" / str(skip.step)
-    checkpoint.save_config(folder, cfg)
+    config_file.save_config(folder, cfg)
     with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
         if checkpoints.latest() is None:  # the same run, stopped at the same step before
             checkpoints.save(skip.step - 1, state._replace(step=state.step - 1), {})
@@ -63,7 +63,7 @@ def _rows(folder: Path, wanted: list[int]) -> dict[str, np.ndarray]:
 
 def replay(cfg: RunConfig, mesh: Mesh, folder: Path) -> str:
     """Takes the step again and says what came out: the numbers then and now, and every leaf that is not finite."""
-    checkpoint.check_resumable(checkpoint.save_config(folder, cfg))
+    cfg, _ = config_file.resume(folder, cfg)
     rows = _rows(folder, step.process_rows(mesh, cfg.data.batch_size))
     then = json.loads((folder / "dump.json").read_text())
     with checkpoint.Checkpoints(folder) as checkpoints:

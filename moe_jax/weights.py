@@ -17,13 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from moe_jax import config
-from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, check_fits, load_config, save_config
+from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, check_fits
+from moe_jax.config_file import load_config, save_config
 
 CASTABLE = ("float32", "bfloat16")
 HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
-# Fields of `model` that say how it is computed, and not which function it is.
-MACHINE = {"init_std", "max_seq_len", "compute_dtype", "param_dtype", "remat", "attention", "segment_mask"}
-MOE_MACHINE = {"compute", "capacity_factor", "exchange", "exchange_chunks", "grouped_matmul", "room"}
 
 
 def check_free(workdir: str | os.PathLike) -> Path:
@@ -136,8 +134,7 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
         for name in new
         if new[name] != old[name]
     }
-    ours = {f"model.{n}" for n in MACHINE} | {f"model.moe.{n}" for n in MOE_MACHINE}
-    refused = [line for name, line in lines.items() if name not in ours]
+    refused = [line for name, line in lines.items() if not config.is_machine(name)]
     if refused:
         raise CheckpointError(f"config.init_from={cfg.init_from!r} has another model ({'; '.join(refused[:5])})")
     return list(lines.values())

@@ -1,6 +1,5 @@
 """Checkpoints: round trip, other meshes, donation, a killed process, two processes, clear refusals."""
 
-import dataclasses
 import json
 import os
 import re
@@ -16,8 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax import config
-from moe_jax.checkpoint import CheckpointError, Checkpoints, load_config, save_config
+from moe_jax.checkpoint import CheckpointError, Checkpoints
 
 AXES = ("data", "fsdp", "expert")
 DATA = {"reader": {"position": 7, "files": ["a", "ü"], "order": None}, "fraction": 0.1}
@@ -252,47 +250,3 @@ def test_donation_right_after_save_does_not_reach_the_checkpoint(tmp_path, spec)
             for name in expected:
                 np.testing.assert_array_equal(np.asarray(got[name]), expected[name])
                 assert not np.array_equal(np.asarray(state[name]), expected[name])
-
-
-def test_config_is_written_once_and_compared(tmp_path):
-    cfg = config.RunConfig()
-    assert save_config(tmp_path / "run", cfg) == []
-    text = (tmp_path / "run" / "config.json").read_text()
-    assert load_config(tmp_path / "run") == cfg
-    assert save_config(tmp_path / "run", cfg) == []
-
-    changed = dataclasses.replace(cfg, seed=1, optim=dataclasses.replace(cfg.optim, lr=0.5, name="adamw"))
-    assert save_config(tmp_path / "run", changed) == [
-        "config.seed: 0 in the run, 1 now",
-        'config.optim.name: "muon" in the run, "adamw" now',
-        "config.optim.lr: 0.001 in the run, 0.5 now",
-    ]
-    no_sources = json.loads(text)
-    no_sources["data"]["sources"] = {}
-    no_sources["model"]["gone"] = 1
-    (tmp_path / "run" / "config.json").write_text(json.dumps(no_sources))
-    lines = save_config(tmp_path / "run", cfg)
-    assert "config.model.gone: 1 in the run, absent now" in lines
-    assert 'config.data.sources.stdlib.kind: absent in the run, "tfds" now' in lines
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == no_sources  # never overwritten
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
-    with pytest.raises(config.ConfigError, match="gone"):
-        load_config(tmp_path / "run")
-
-
-def test_a_field_newer_than_the_run_has_its_default(tmp_path):
-    assert save_config(tmp_path, config.RunConfig()) == []
-    old = json.loads((tmp_path / "config.json").read_text())
-    del old["init_from"]
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    assert save_config(tmp_path, config.RunConfig()) == []
-    lines = save_config(tmp_path, config.RunConfig(init_from="runs/a"))
-    assert lines == ['config.init_from: "" in the run, "runs/a" now']
-
-
-def test_config_that_cannot_be_read(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a run directory"):
-        load_config(tmp_path)
-    (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(CheckpointError, match="is not valid JSON"):
-        load_config(tmp_path)

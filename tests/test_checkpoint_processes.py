@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import config
-from moe_jax.checkpoint import CheckpointError, Checkpoints, load_config
+from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax.config_file import load_config
 from tests.test_checkpoint import AXES, mesh_of
 
 
@@ -73,7 +74,8 @@ jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from moe_jax import config
-from moe_jax.checkpoint import Checkpoints, save_config
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config_file import save_config
 from moe_jax.metrics import OneBehind, Writer
 me = jax.process_index()
 mesh = jax.make_mesh((2, 2, 1), ("data", "fsdp", "expert"), axis_types=(AxisType.Explicit,) * 3)

@@ -15,7 +15,7 @@ import jax
 import pytest
 import tokenizers
 
-from moe_jax import checkpoint, cli, config, sharding, step
+from moe_jax import checkpoint, cli, config, config_file, sharding, step
 
 REPO = Path(__file__).parents[1]
 LIMIT = 10.0  # seconds
@@ -23,7 +23,8 @@ LIMIT = 10.0  # seconds
 SERVER = """
 import gc, json, os, runpy, signal, sys, traceback
 import jax, tensorflow_datasets, tokenizers
-from moe_jax import analysis, checkpoint, cli, config, data, evaluate, figures, generate, metrics, optim, sharding, step
+from moe_jax import analysis, checkpoint, cli, config, config_file, data, evaluate, figures, generate, metrics, optim
+from moe_jax import sharding, step
 
 def record(event, seconds, **_):
     if event.endswith("backend_compile_duration"):
@@ -128,7 +129,7 @@ def write_runs(root: Path) -> None:
     """Run directories for eval.py, and one of another configuration for train.py."""
     text = config.SourceConfig(kind="files", path=f"{root}/text/*.txt", validation_fraction=0.3)
     cfg = config.RunConfig(data=config.DataConfig(batch_size=8, seq_len=16, sources={"text": text}))
-    checkpoint.save_config(root / "run", cfg)
+    config_file.save_config(root / "run", cfg)
     for name, body in {"broken_run": '{"seed": ', "odd_run": "[]", "old_run": '{"sed": 1}'}.items():
         (root / name).mkdir()
         (root / name / "config.json").write_text(body)
@@ -392,7 +393,7 @@ def test_process(root, env, command, says):
 
 def test_step_that_does_not_exist(server, root):
     """A checkpoint of step 3, written here: eval.py names the steps there are."""
-    cfg = checkpoint.load_config(root / "run")
+    cfg = config_file.load_config(root / "run")
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     with checkpoint.Checkpoints(root / "run", keep=1) as checkpoints:
         checkpoints.save(3, step.init_state(cfg, mesh), {"batches": {"batches": 3}, "tokens": 0.0})

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_jax import checkpoint, model, optim, sharding
 from moe_jax import config as config_lib
+from moe_jax import config_file, model, optim, sharding
 from moe_jax.config import ModelConfig, MoEConfig, RunConfig
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -36,7 +36,7 @@ def load(name: str) -> tuple[str, RunConfig]:
         return module.__doc__, config_lib.build(module.get_config())
     if name == OF_A_RUN:
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save_config(folder, RunConfig())
+            config_file.save_config(folder, RunConfig())
             return module.__doc__, config_lib.build(module.get_config(folder))
     with tempfile.TemporaryDirectory() as folder:  # a config of a folder of text
         for domain in ("law", "prose"):

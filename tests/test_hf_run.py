@@ -20,11 +20,11 @@ from moe_jax.hf.convert import whole_mesh
 # What docs/checkpoints.md shows: the configuration of a run, to start another from it.
 FROM_RUN = """
 import ml_collections
-from moe_jax import checkpoint, config
+from moe_jax import config, config_file
 
 
 def get_config(run):
-    made = ml_collections.ConfigDict(config.to_dict(checkpoint.load_config(run)))
+    made = ml_collections.ConfigDict(config.to_dict(config_file.load_config(run)))
     made.init_from = run
     return made
 """

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import muon, muon_figures, muon_matrices, muon_report, pool
 from experiments.muon import Arm
-from moe_jax import checkpoint, config, data, sharding, step
+from moe_jax import checkpoint, config, config_file, data, sharding, step
 
 PARTS = list(muon.PARTS)
 
@@ -245,7 +245,7 @@ def test_update_of_one_more_step(tmp_path):
     c.data.update(batch_size=8, seq_len=64, num_workers=0, cache_dir=str(tmp_path / "cache"))
     c.data.sources = {"numbers": config.source(kind="files", path=str(text), validation_fraction=0.2)}
     cfg, folder = config.build(c), tmp_path / "run"
-    checkpoint.save_config(folder, cfg)
+    config_file.save_config(folder, cfg)
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), "cpu"))
     corpus = data.prepare(cfg.data, workdir=folder, seed=0, progress=False)
     batches = corpus.train_iterator(step.process_rows(mesh, 8))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, config, data, metrics, sharding, step
+from moe_jax import checkpoint, config, config_file, data, metrics, sharding, step
 
 REPO = Path(__file__).parents[1]
 TIMES = ("tokens_per_second", "mfu", "step_seconds")  # all else of a training row is decided by the configuration
@@ -202,7 +202,7 @@ def training_rows(root: Path, name: str) -> list[dict]:
 
 
 def final_state(root: Path, name: str) -> dict[str, np.ndarray]:
-    cfg = checkpoint.load_config(root / name)
+    cfg = config_file.load_config(root / name)
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     with checkpoint.Checkpoints(root / name) as checkpoints:
         assert checkpoints.latest() == STEPS

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, config, step, upcycle, weights
+from moe_jax import config, config_file, step, upcycle, weights
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.hf import export_run
 from moe_jax.metrics import read_metrics
@@ -30,16 +30,16 @@ def write_runs(root: Path) -> None:
     run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, tokenizer=tokenizer))
     weights.save_weights(root / "dense", run, dense()[1], {}, ORIGIN, {"tokenizer.json": b"{}"})
     small = dataclasses.replace(SOURCE, d_ff=16)
-    checkpoint.save_config(root / "other", dataclasses.replace(run, model=small))
+    config_file.save_config(root / "other", dataclasses.replace(run, model=small))
     trained = dataclasses.replace(run, init_from="runs/gone")
-    checkpoint.save_config(root / "trained", trained)
+    config_file.save_config(root / "trained", trained)
     with Checkpoints(root / "trained", keep=2) as checkpoints:
         for n in (10, 20):
             state = step.TrainState(jax.numpy.int32(n), jax.tree.map(lambda w, n=n: w * n, dense()[1]), {}, ())
             checkpoints.save(n, state, {"batches": None, "tokens": 1.0}, wait=True)
     moe = VirtualGroups(4, 2, 2).config(SOURCE)
-    checkpoint.save_config(root / "moe", dataclasses.replace(run, model=moe))
-    checkpoint.save_config(root / "latent", dataclasses.replace(run, model=latent()))
+    config_file.save_config(root / "moe", dataclasses.replace(run, model=moe))
+    config_file.save_config(root / "latent", dataclasses.replace(run, model=latent()))
     (root / "file").write_text("")
 
 
@@ -137,7 +137,7 @@ def test_needed(server, root, flag):
 
 
 def load(folder, model=None):
-    cfg = checkpoint.load_config(folder)
+    cfg = config_file.load_config(folder)
     with jax.set_mesh(mesh_of(1, 1, 1)):
         return cfg, *weights.load_weights(folder, *step.abstract_weights(model or cfg.model, mesh_of(1, 1, 1)))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import pool, upcycling, upcycling_measure, upcycling_report
-from moe_jax import analysis, checkpoint, config, model, sharding, weights
+from moe_jax import analysis, config, config_file, model, sharding, weights
 
 TINY = config.ModelConfig(vocab_size=257, d_model=16, num_layers=2, num_dense_layers=2, d_ff=32, num_heads=2,
                           num_kv_heads=2, head_dim=8, compute_dtype="float32")  # fmt: skip
@@ -171,4 +171,4 @@ def test_toy_experiment(root, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "exact" / "seed0" / "checkpoints").exists()
     assert "| virtual groups, E8G8T8 (1) |" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "weights")
-    assert checkpoint.load_config(tmp_path / "exact" / "seed0").model.moe.num_experts == 64
+    assert config_file.load_config(tmp_path / "exact" / "seed0").model.moe.num_experts == 64

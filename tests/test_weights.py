@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding, step, weights
-from moe_jax.checkpoint import CheckpointError, Checkpoints, load_config
-from moe_jax.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
+from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, classes, is_machine
+from moe_jax.config_file import load_config
+from moe_jax.hf import architectures
 
 MODEL = ModelConfig(
     vocab_size=264, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
@@ -134,3 +136,17 @@ def test_state_from_weights_is_fresh_but_for_them(saved):
     equal(made.router_bias, bias)
     like = step.abstract_state(CFG, mesh)
     assert jax.tree.structure(made) == jax.tree.structure(like) and int(made.step) == 0
+
+
+def test_how_a_model_is_computed_makes_no_other_model(saved):
+    """Every field of the class "machine" may differ, and no other: starting from weights and export say the same."""
+    other = dataclasses.replace(
+        MODEL, unroll=2, remat="full", attention="xla", compute_dtype="float32", param_dtype="bfloat16",
+        init_std=0.5, max_seq_len=64, segment_mask=False,
+        moe=dataclasses.replace(MODEL.moe, compute="dense", capacity_factor=2.0, exchange="ring", room=2.0,
+                                exchange_chunks=2, grouped_matmul="reference"),
+    )  # fmt: skip
+    cfg = dataclasses.replace(CFG, init_from=str(saved), model=other)
+    changed = [line.split(":")[0].removeprefix("config.") for line in weights.check_same_model(cfg)]
+    assert set(changed) == {name for name, _, _ in classes.fields() if is_machine(name)}
+    assert architectures.differences(other, MODEL) == []

@@ -5,6 +5,7 @@ A config file returns an `ml_collections.ConfigDict` (start from `default_config
 value, the rule and the nearest valid choice.
 """
 
+from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
 from moe_jax.config.convert import build, build_model, default_config, load_balance, source, to_dict
 from moe_jax.config.fields import ConfigError, FileError, nearest_divisor
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation, has_ragged_exchange
@@ -44,10 +45,14 @@ __all__ = [
     "check_devices",
     "check_steps",
     "check_vocabulary",
+    "complete",
     "default_config",
     "for_evaluation",
     "has_ragged_exchange",
+    "is_machine",
+    "is_new_default",
     "load_balance",
+    "may_change",
     "nearest_divisor",
     "source",
     "to_dict",

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_jax.config.fields import Checked, nearest_divisor, number, require
+from moe_jax.config.fields import FIXED, FUNCTION, Checked, machine, nearest_divisor, number, require
 
 
 @dataclass(frozen=True)
-class MoEConfig(Checked):
+class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     """Routing and experts of one MoE layer."""
 
     num_experts: int = number(8, 1)
@@ -22,13 +22,16 @@ class MoEConfig(Checked):
     num_groups: int = number(1, 1)  # group-limited selection (DeepSeek-V2): experts in equal groups …
     top_groups: int = number(1, 1)  # … of which a token may use this many
     selection_bias: bool = False  # a bias per expert added for selection only (`router_bias` of the train state)
-    compute: Literal["grouped", "dense", "capacity"] = "grouped"
-    capacity_factor: float = number(1.25, 0.01)  # compute="capacity": an expert takes ⌈factor · K · T / E⌉ rows
+    compute: Literal["grouped", "dense", "capacity"] = machine("grouped", FIXED)
+    # compute="capacity": an expert takes ⌈factor · K · T / E⌉ rows.
+    capacity_factor: float = machine(number(1.25, 0.01), FIXED)
     # How tokens reach the experts of other devices; "auto": what sends fewer bytes (moe_jax/exchange.py).
-    exchange: Literal["auto", "ring", "all_to_all"] = "auto"
-    room: float = number(1.25, 0.01)  # × the average: rows a device computes at first; what is more, in further turns
-    exchange_chunks: int = number(1, 1)  # a device's tokens are sent and computed in so many parts, which may overlap
-    grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper"] = "auto"
+    exchange: Literal["auto", "ring", "all_to_all"] = machine("auto")
+    # × the average: rows a device computes at first; what is more, in further turns.
+    room: float = machine(number(1.25, 0.01))
+    # A device's tokens are sent and computed in so many parts, which may overlap.
+    exchange_chunks: int = machine(number(1, 1))
+    grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper"] = machine("auto")
 
     def check(self):
         e, k = self.num_experts, self.top_k
@@ -55,7 +58,7 @@ class MoEConfig(Checked):
 
 
 @dataclass(frozen=True)
-class MLAConfig(Checked):
+class MLAConfig(Checked, resume=FIXED, weights=FUNCTION):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads from one latent.
 
     Of a query head's `model.head_dim` numbers the last `rope_dim` are rotated; their keys are shared by all heads.
@@ -73,7 +76,7 @@ class MLAConfig(Checked):
 
 
 @dataclass(frozen=True)
-class RopeScalingConfig(Checked):
+class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
     """RoPE of Llama 3.1 for longer contexts: slow frequencies divided by `factor`, fast ones kept, a ramp between."""
 
     factor: float = number(1.0, 1.0)  # 1: off
@@ -87,7 +90,7 @@ class RopeScalingConfig(Checked):
 
 
 @dataclass(frozen=True)
-class ModelConfig(Checked):
+class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     """A pre-norm decoder: `num_dense_layers` dense blocks, then MoE blocks, `num_layers` in all."""
 
     vocab_size: int = number(512, 2)
@@ -105,22 +108,22 @@ class ModelConfig(Checked):
     qk_norm_over: Literal["head", "projection"] = "head"  # each head alone, or all together (OLMoE)
     rope_theta: float = number(10_000.0, 1.0)
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    max_seq_len: int = number(0, 0)  # positions that the weights are good for; 0: not known, any
+    max_seq_len: int = machine(number(0, 0), FIXED)  # positions that the weights are good for; 0: not known, any
     norm_eps: float = number(1e-6, 0.0, 1.0)
     tie_embeddings: bool = False
-    init_std: float = number(0.02, 0.0)
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    init_std: float = machine(number(0.02, 0.0), FIXED)
+    compute_dtype: Literal["bfloat16", "float32"] = machine("bfloat16", FIXED)
     # Of the weights, and so of their gradients and optimizer states. In bfloat16 small updates round away; the router's
     # weights stay float32.
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = machine("float32", FIXED)
     # What the backward pass computes again of a layer: nothing, all but plain matmuls, what is cheap, everything
     # (moe_jax/remat.py).
-    remat: Literal["none", "dots", "selective", "full"] = "none"
+    remat: Literal["none", "dots", "selective", "full"] = machine("none")
     # Layers in one turn of the loop over layers. A loop has what layers keep and their gradients copied into stacks of
     # all layers; a turn of all layers has not, and compiles longer.
-    unroll: int = number(1, 1)
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    segment_mask: bool = True  # False: attention crosses the borders of documents packed in one row
+    unroll: int = machine(number(1, 1))
+    attention: Literal["auto", "xla", "cudnn", "splash"] = machine("auto")
+    segment_mask: bool = machine(True, FIXED)  # False: attention crosses the borders of documents packed in one row
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     @property

@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_jax.config.fields import Checked, nearest_divisor, number, require
+from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, changeable, nearest_divisor, number, require
 from moe_jax.config.model import ModelConfig
 
 Scope = int | Literal["global"]  # sequences that are balanced together; "global": the whole optimizer batch
 
 
 @dataclass(frozen=True)
-class LoadBalanceConfig(Checked):
+class LoadBalanceConfig(Checked, resume=FIXED):
     """One load-balancing loss: its weight, its scope, and the steps (from 0) at which it is on."""
 
     coef: float = number(0.0, 0.0)
@@ -25,7 +25,7 @@ class LoadBalanceConfig(Checked):
 
 
 @dataclass(frozen=True)
-class LossConfig(Checked):
+class LossConfig(Checked, resume=FIXED):
     """Router losses. docs/balancing.md has the definitions and what other frameworks' coefficients are here."""
 
     load_balance_coef: float = number(0.01, 0.0)
@@ -76,7 +76,7 @@ def _check_steps(start: int, stop: int, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class OptimConfig(Checked):
+class OptimConfig(Checked, resume=FIXED):
     name: Literal["muon", "adamw"] = "muon"
     lr: float = number(1e-3, 0.0)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -109,7 +109,7 @@ class OptimConfig(Checked):
 
 
 @dataclass(frozen=True)
-class SourceConfig(Checked):
+class SourceConfig(Checked, resume=FIXED):
     """One named source of documents."""
 
     kind: Literal["tfds", "files"] = "tfds"
@@ -130,7 +130,7 @@ class SourceConfig(Checked):
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(Checked):
+class TokenizerConfig(Checked, resume=FIXED):
     kind: Literal["bytes", "bpe", "huggingface", "sentencepiece"] = "bytes"
     vocab_size: int = number(4096, 257)  # bpe: trained on the corpus and kept in the run directory
     train_bytes: int = number(10_000_000, 1)  # bpe: at most this much text is used for training it
@@ -147,13 +147,13 @@ def _default_sources():
 
 
 @dataclass(frozen=True)
-class DataConfig(Checked):
+class DataConfig(Checked, resume=FIXED):
     batch_size: int = number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
     seq_len: int = number(256, 2)
     sources: dict[str, SourceConfig] = field(default_factory=_default_sources)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    num_workers: int = number(0, 0, 256)  # reader processes; 0 reads in threads of this process
-    cache_dir: str = ""  # "" is $MOE_JAX_CACHE or ~/.cache/moe_jax
+    num_workers: int = changeable(number(0, 0, 256))  # reader processes; 0 reads in threads of this process
+    cache_dir: str = changeable("")  # "" is $MOE_JAX_CACHE or ~/.cache/moe_jax
 
     def check(self):
         require(bool(self.sources), "sources", {}, "must name at least one source", "see config.SourceConfig")
@@ -162,7 +162,7 @@ class DataConfig(Checked):
 
 
 @dataclass(frozen=True)
-class MeshConfig(Checked):
+class MeshConfig(Checked, resume=MAY_CHANGE):
     """Sizes of the mesh axes; −1, at most once, takes the devices that are left."""
 
     data: int = number(-1, -1)
@@ -178,7 +178,7 @@ class MeshConfig(Checked):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Checked):
+class TrainConfig(Checked, resume=MAY_CHANGE):
     steps: int = number(1000, 1)
     micro_batches: int = number(1, 1)  # the batch is computed in this many parts; never changes the objective
     log_every: int = number(10, 1)
@@ -204,7 +204,7 @@ class TrainConfig(Checked):
 
 
 @dataclass(frozen=True)
-class SampleConfig(Checked):
+class SampleConfig(Checked, resume=MAY_CHANGE):
     """The text written at the end of a run."""
 
     prompt: str = "def "
@@ -214,7 +214,7 @@ class SampleConfig(Checked):
 
 
 @dataclass(frozen=True)
-class RunConfig(Checked):
+class RunConfig(Checked, resume=FIXED):
     seed: int = number(0, 0, 2**31 - 1)
     init_from: str = ""  # a run directory whose weights a new run starts from; "": fresh weights
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from moe_jax import config
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError, ModelConfig
-from moe_jax.weights import MACHINE, MOE_MACHINE
 
 
 class FormatError(CheckpointError):
@@ -252,12 +251,14 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
     """Fields of which the function of a model with such weights depends, as "top_k (2 here, 1 there)"."""
     out = []
-    for group, skip in (("", MACHINE), ("moe", MOE_MACHINE), ("mla", set()), ("rope_scaling", set())):
+    for group in ("", "moe", "mla", "rope_scaling"):
         x, y = (getattr(m, group) if group else m for m in (a, b))
         for f in dataclasses.fields(x):
-            one, two = getattr(x, f.name), getattr(y, f.name)
-            if one != two and f.name not in skip and not dataclasses.is_dataclass(one) and _matters(a, group, f.name):
-                out.append(f"{f'{group}.' if group else ''}{f.name} ({one} here, {two} there)")
+            one, two, name = getattr(x, f.name), getattr(y, f.name), f"{group}.{f.name}".removeprefix(".")
+            if one == two or dataclasses.is_dataclass(one) or config.is_machine(f"model.{name}"):
+                continue
+            if _matters(a, group, f.name):
+                out.append(f"{name} ({one} here, {two} there)")
     return out
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import config, sharding, step, weights
-from moe_jax.checkpoint import load_config
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.config_file import load_config
 from moe_jax.data.tokenizers import END_OF_TEXT, read_file
 from moe_jax.hf import gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, FormatError, read_config, write_config

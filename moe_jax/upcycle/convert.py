@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from moe_jax import checkpoint, model, sharding, step, weights
+from moe_jax import config_file, model, sharding, step, weights
 from moe_jax.checkpoint import CheckpointError, Checkpoints
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data.tokenizers import read_file
@@ -112,7 +112,7 @@ def convert(
 def _config(folder: Path) -> RunConfig:
     if not folder.is_dir():
         raise CheckpointError(f"--from={folder}: no such run directory")
-    return checkpoint.load_config(folder)
+    return config_file.load_config(folder)
 
 
 def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> RunConfig:

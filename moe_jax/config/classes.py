@@ -1,0 +1,77 @@
+"""What a field's metadata says, by the field's name in a config, such as "data.sources.stdlib.path"."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.config.fields import MACHINE, MAY_CHANGE
+from moe_jax.config.schema import RunConfig
+
+
+def _find(name: str, root: type) -> tuple[type, str] | None:
+    """The component and its field of a dotted name; for an entry of a dict the field that holds the dict."""
+    component, found, parts = root, None, name.split(".")
+    while parts:
+        hint = typing.get_type_hints(component).get(parts[0])
+        if hint is None:
+            return None
+        found = component, parts.pop(0)
+        if typing.get_origin(hint) is dict:
+            parts, hint = parts[1:], typing.get_args(hint)[1]
+        if not dataclasses.is_dataclass(hint):
+            return None if parts else found
+        component = hint
+    return found
+
+
+def may_change(name: str, root: type = RunConfig) -> bool:
+    """Whether a run may go on with another value of the field. False for what is no field."""
+    found = _find(name, root)
+    return found is not None and found[0].class_of(found[1], "resume") == MAY_CHANGE
+
+
+def is_machine(name: str, root: type = RunConfig) -> bool:
+    """Whether the weights compute the same function with another value of the field."""
+    found = _find(name, root)
+    return found is not None and found[0].class_of(found[1], "weights") == MACHINE
+
+
+def fields(root: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:
+    """(name, component, field) of every field that is no group of fields; "*" stands for the entries of a dict."""
+    hints = typing.get_type_hints(root)
+    for f in dataclasses.fields(root):
+        hint, name = hints[f.name], f"{prefix}{f.name}"
+        if typing.get_origin(hint) is dict:
+            hint, name = typing.get_args(hint)[1], f"{name}.*"
+        if dataclasses.is_dataclass(hint):
+            yield from fields(hint, f"{name}.")
+        else:
+            yield name, root, f
+
+
+def complete(values: Any, root: type = RunConfig) -> Any:
+    """The values of an earlier version's run with those of the fields that it lacks.
+
+    A field has the value `was` that its metadata gives, else its default. What is no group of fields stays as it is.
+    """
+    if not isinstance(values, dict):
+        return values
+    hints, made = typing.get_type_hints(root), dict(values)
+    for f in dataclasses.fields(root):
+        hint = hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            made[f.name] = complete(values.get(f.name, {}), hint)
+        elif typing.get_origin(hint) is dict and isinstance(values.get(f.name), dict):
+            entry = typing.get_args(hint)[1]
+            made[f.name] = {key: complete(value, entry) for key, value in values[f.name].items()}
+        elif "was" in f.metadata:
+            made.setdefault(f.name, f.metadata["was"])
+    return made
+
+
+def is_new_default(name: str, old: Any, new: Any) -> bool:
+    """Whether a field's value in a run is the one that `was`, and the other the default of today."""
+    found = _find(name, RunConfig)
+    f = found and found[0].__dataclass_fields__[found[1]]
+    return bool(f) and "was" in f.metadata and (old, new) == (f.metadata["was"], f.default)

@@ -117,11 +117,11 @@ def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
 
 
 def scores(workdir: str | os.PathLike, until: int) -> dict[int, float]:
-    """Held-out loss by step, of the evaluations in a run's `metrics.jsonl` up to a step."""
+    """Held-out loss by step, of the evaluations in `metrics.jsonl` up to a step; NaN where there was no number."""
     if not (Path(workdir) / "metrics.jsonl").exists():
         return {}
     rows = metrics.read_metrics(workdir, "eval")
-    return {row["step"]: row["xent"] for row in rows if row["step"] <= until and row["xent"] is not None}
+    return {row["step"]: math.nan if row["xent"] is None else row["xent"] for row in rows if row["step"] <= until}
 
 
 def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:

@@ -1,5 +1,6 @@
 """Which checkpoints stay: the newest, those of round steps, the best."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 class Keep:
     """Orbax's preservation policy of `train.keep_checkpoints`, `keep_every` and `keep_best`.
 
-    scores: held-out loss by step; the lowest is the best, of equal ones the later. A checkpoint without one can only
-        stay for another reason.
+    scores: held-out loss by step; the lowest is the best, of equal ones the later. A checkpoint without one, or with
+        one that is not finite, can only stay for another reason.
     """
 
     newest: int
@@ -20,7 +21,8 @@ class Keep:
 
     def steps(self, steps: Sequence[int]) -> set[int]:
         """Those of the rising `steps` that stay."""
-        scored = sorted((s for s in steps if s in self.scores), key=lambda s: (self.scores[s], -s))
+        scored = [s for s in steps if math.isfinite(self.scores.get(s, math.nan))]
+        scored.sort(key=lambda s: (self.scores[s], -s))  # a NaN among them would leave them in no order
         round_ones = [s for s in steps if self.every and s % self.every == 0]
         return {*steps[-self.newest :], *round_ones, *scored[: self.best]}
 

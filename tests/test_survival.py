@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moe_jax import checksums, cli, survive
+from moe_jax import checksums, cli, evaluate, survive
 from moe_jax.checkpoint import CheckpointError, Checkpoints
 from moe_jax.preserve import Keep
 
@@ -122,6 +125,27 @@ def test_keep_newest_every_and_best():
     assert Keep(1, 3, 0, scores).steps(steps) == {3, 6, 8}
     assert Keep(1, 0, 2, scores).steps(steps) == {4, 6, 8}  # of 2 and 4, equally good, the later
     assert Keep(1, 5, 1, {}).steps(steps) == {5, 8}
+
+
+SCORES = st.lists(st.sampled_from([1.0, 2.0, 3.0, math.inf, -math.inf, math.nan]), max_size=8)
+
+
+@given(SCORES, st.integers(0, 4))
+def test_what_is_not_a_number_is_never_the_best(values, best):
+    """The best stay in any order of the scores, and they are those that would stay if the others had none."""
+    scores = dict(enumerate(values, start=1))
+    numbers = {step: score for step, score in scores.items() if math.isfinite(score)}
+    ranked = sorted(numbers, key=lambda step: (numbers[step], -step))[:best]
+    assert Keep(1, 0, best, scores).steps([*scores, 99]) == {*ranked, 99}
+
+
+def test_a_restart_knows_of_an_evaluation_that_gave_no_number(tmp_path):
+    """metrics.jsonl has null for it; it was made, and is not made again."""
+    rows = ['{"kind": "eval", "step": 4, "xent": 2.5}', '{"kind": "eval", "step": 8, "xent": null}']
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    found = evaluate.scores(tmp_path, 8)
+    assert list(found) == [4, 8] and found[4] == 2.5 and math.isnan(found[8])
+    assert Keep(1, 0, 1, found).steps([4, 8, 9]) == {4, 9}
 
 
 def test_the_policy_is_applied_and_survives_a_restart(tmp_path):

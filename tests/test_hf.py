@@ -16,8 +16,10 @@ hf_models = pytest.importorskip("tests.hf_models" if __package__ else "hf_models
 from hf_models import MODELS, TOKENS, build, forward, saved, torch, transformers  # noqa: E402
 
 from moe_jax import model, sharding, step, weights  # noqa: E402
-from moe_jax.hf import export_run, import_model  # noqa: E402
+from moe_jax.config import ModelConfig  # noqa: E402
+from moe_jax.hf import FormatError, export_run, import_model  # noqa: E402
 from moe_jax.hf import safetensors as files  # noqa: E402
+from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # noqa: E402
 from moe_jax.layers import weight  # noqa: E402
 from moe_jax.moe import TokenInfo  # noqa: E402
 
@@ -150,3 +152,116 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     for name in want:
         np.testing.assert_array_equal(got[name].view(np.uint16), want[name].view(np.uint16))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# --- a key that is not there -----------------------------------------------------------------------------------------
+
+# No value is a class's default, and any of them may become it: heads that divide, experts enough for eight a token.
+SIZES = {
+    "vocab_size": 99, "hidden_size": 256, "num_hidden_layers": 40, "num_attention_heads": 64, "intermediate_size": 40,
+    "num_key_value_heads": 2, "max_position_embeddings": 200_000, "rms_norm_eps": 1e-4, "tie_word_embeddings": True,
+    "initializer_range": 0.03, "head_dim": 6,
+}  # fmt: skip
+ROUTED = {"num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
+ROPE = {"rope_type": "llama3", "rope_theta": 99.0, "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 5.0,
+        "original_max_position_embeddings": 16}  # fmt: skip
+LATENT = {
+    "num_attention_heads": 128, "num_key_value_heads": 128, "first_k_dense_replace": 2, "kv_lora_rank": 20,
+    "q_lora_rank": 18, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 14, "n_routed_experts": 512,
+    "n_group": 16, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.0, "norm_topk_prob": False,
+}  # fmt: skip
+WINDOW = {"use_sliding_window": True, "sliding_window": 50}
+SAID = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 50},
+    "Qwen3ForCausalLM": WINDOW | {"max_window_layers": 3, "layer_types": ["sliding_attention"] * 40},
+    "MixtralForCausalLM": ROUTED | {"num_local_experts": 6, "sliding_window": 50},
+    "OlmoeForCausalLM": ROUTED | {"num_experts": 16},
+    "Qwen3MoeForCausalLM": ROUTED | WINDOW | {"num_experts": 16, "mlp_only_layers": [0]},
+    "DeepseekV3ForCausalLM": ROUTED | LATENT,
+}
+DEFAULT_ROPE = {"rope_theta": 99.0, "rope_parameters": {"rope_type": "default"}}
+
+
+def of_transformers(architecture: str, hf: dict) -> dict[str, object] | None:
+    """Our fields as transformers' class understands `hf`; None if it refuses, or could not compute with it."""
+    kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    try:
+        cfg = kind(**json.loads(json.dumps(hf)))
+    except Exception:  # of a value that its validation refuses: one of many kinds
+        return None
+    fields = dict((ours, keys.split("|")[0]) for keys, ours in ARCHITECTURES[architecture].fields)
+    want = {ours: getattr(cfg, theirs, None) for ours, theirs in fields.items()}
+    heads = cfg.hidden_size // cfg.num_attention_heads
+    want["head_dim"] = getattr(cfg, "head_dim", heads)  # as its attention has it
+    if want["head_dim"] is None and architecture in ("MixtralForCausalLM", "MistralForCausalLM"):
+        want["head_dim"] = heads
+    if "mla.kv_rank" in want:
+        want |= {"head_dim": cfg.qk_head_dim, "mla.q_rank": cfg.q_lora_rank or 0}
+    rope = cfg.rope_parameters
+    want["rope_theta"] = rope["rope_theta"]
+    want["rope_scaling.factor"] = rope["factor"] if rope["rope_type"] == "llama3" else 1.0
+    if rope["rope_type"] == "llama3":
+        want["rope_scaling.original_length"] = rope["original_max_position_embeddings"]
+        want |= {f"rope_scaling.{name}": rope[name] for name in ("low_freq_factor", "high_freq_factor")}
+    sliding = "sliding_attention" in (getattr(cfg, "layer_types", None) or ["sliding_attention"])
+    if architecture[:4] in ("Mist", "Mixt", "Qwen") and sliding and cfg.sliding_window is not None:
+        want["max_seq_len"] = min(want["max_seq_len"], cfg.sliding_window)
+    if sliding and "Qwen3For" in architecture and cfg.sliding_window is None:
+        return None  # its forward pass raises
+    return None if None in want.values() else want
+
+
+def field(model: ModelConfig, name: str):
+    return functools.reduce(getattr, name.split("."), model)
+
+
+@pytest.mark.parametrize("architecture", SAID)
+def test_a_key_that_is_missing_or_null_is_what_transformers_takes(architecture):
+    """Every key, taken away and set to null, one at a time: the same model, or refused where it cannot be one there."""
+    base = {"architectures": [architecture]} | SIZES | SAID[architecture]
+    changes = [lambda hf, key=key: hf.pop(key) for key in base if key != "architectures"]
+    changes += [lambda hf, key=key: hf.update({key: None}) for key in base if key != "architectures"]
+    refused = 0
+    for rope in (DEFAULT_ROPE, {"rope_scaling": ROPE}, {"rope_parameters": ROPE}):
+        extra = [lambda hf, key=key: hf.pop(key) for key in rope]
+        extra += [lambda hf, key=key: hf["rope_scaling"].pop(key) for key in rope.get("rope_scaling", ())]
+        extra += [lambda hf: hf.update(use_sliding_window=False), lambda hf: hf.pop("layer_types", None),
+                  lambda hf: hf.update(max_window_layers=99, layer_types=None)]  # fmt: skip
+        for change in (changes if rope is DEFAULT_ROPE else []) + extra:
+            hf = json.loads(json.dumps(base | rope))
+            change(hf)
+            want = of_transformers(architecture, hf)
+            try:
+                model = read_config(hf, "here")[1]
+            except FormatError:
+                assert want is None, (hf, want)
+                refused += 1
+                continue
+            assert want is not None, hf
+            assert {name: field(model, name) for name in want} == want, hf
+    assert refused < 50
+
+
+@pytest.mark.parametrize("architecture", SAID)
+def test_every_key_of_transformers_is_known(architecture):
+    """What its class writes is printed as unknown nowhere; what must have one value here has it there by default."""
+    kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    hf = {"architectures": [architecture]} | kind().to_dict() | {"architectures": [architecture]}
+    _, _, lines = read_config(hf, "here")
+    common = {"output_hidden_states", "return_dict", "is_encoder_decoder", "output_attentions", "problem_type",
+              "chunk_size_feed_forward", "id2label", "label2id"}  # fmt: skip
+    assert not [line for line in lines if line.split("=")[0] not in common and "sliding_window" not in line]
+    assert all(hf[key] == value for key, value in MUST.items() if key in hf) and KEPT
+
+
+def test_what_is_missing_is_said():
+    hf = {"architectures": ["MistralForCausalLM"]} | SIZES | {"rope_theta": 5.0, "sliding_window": None}
+    assert read_config(hf, "here")[2] == []
+    del hf["sliding_window"], hf["head_dim"], hf["vocab_size"]
+    window, line = read_config(hf, "here")[2]
+    assert "sliding_window=4096: good for up to 4096 positions" in window
+    assert line == (
+        "config.json does not say vocab_size, sliding_window; as in transformers' mistral: "
+        "vocab_size=32000, sliding_window=4096"
+    )

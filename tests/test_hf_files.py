@@ -297,10 +297,15 @@ def test_a_model_of_no_architecture_is_refused():
 
 
 def test_sliding_window_bounds_the_positions():
-    mistral = CONFIG | {"architectures": ["MistralForCausalLM"], "sliding_window": 12}
+    mistral = CONFIG | {"architectures": ["MistralForCausalLM"], "sliding_window": 12, "num_key_value_heads": 2}
     _, model, lines = read_config(mistral, "")
     assert model.max_seq_len == 12 and "sliding_window=12" in lines[0]
-    assert read_config(mistral | {"use_sliding_window": False}, "")[1].max_seq_len == 16
+    _, model, lines = read_config(mistral | {"use_sliding_window": False}, "")  # Qwen's key: a Mistral has none
+    assert model.max_seq_len == 12 and "use_sliding_window=False in config.json is not known" in lines[1]
+    qwen = mistral | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "head_dim": 4}
+    assert read_config(qwen | {"max_window_layers": 1}, "")[1].max_seq_len == 12
+    assert read_config(qwen | {"max_window_layers": 2}, "")[1].max_seq_len == 16  # no layer has it
+    assert read_config(qwen | {"use_sliding_window": False}, "")[1].max_seq_len == 16
     with pytest.raises(config.ConfigError, match=r"seq_len=13: must be ≤ model\.max_seq_len=12"):
         config.build({"model": config.to_dict(model), "data": {"seq_len": 13}})
 

@@ -6,12 +6,12 @@ it is the one whose `config.json` reads back as this very model.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from moe_jax import config
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.hf.defaults import DEFAULTS, NULL
 
 
 class FormatError(CheckpointError):
@@ -39,16 +39,7 @@ MLA: tuple[Field, ...] = (
     ("qk_rope_head_dim", "mla.rope_dim"),
     ("v_head_dim", "mla.v_dim"),
 )
-# Where a key may be missing: the value it then has, from what is there.
-DEFAULTS: dict[str, Callable[[dict], Any]] = {
-    "num_key_value_heads": lambda c: c["num_attention_heads"],
-    "head_dim": lambda c: c["hidden_size"] // max(c["num_attention_heads"], 1),
-    "tie_word_embeddings": lambda c: False,
-    "initializer_range": lambda c: 0.02,
-    "q_lora_rank": lambda c: 0,
-    "n_shared_experts": lambda c: 0,
-}
-MUST = {  # the only value that is computed here; a missing key has it
+MUST = {  # the only value that is computed here; a missing key has it, in every class of transformers that has the key
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -60,16 +51,21 @@ MUST = {  # the only value that is computed here; a missing key has it
     "rope_interleave": True,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
-    "partial_rotary_factor": 1.0,
 }
 LARGEST = 2**31 - 1
+QUIET = {"initializer_range", "use_sliding_window", "max_window_layers"}  # absent, and nothing is to be said about it
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # written again on export
-ELSEWHERE = {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types",
-             "max_window_layers", "mlp_only_layers", "qk_nope_head_dim", "qk_head_dim", "head_dim"}  # fmt: skip
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+LLAMA3 = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_length",
+}  # key of the RoPE's, field of ours
 INERT = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "auto_map",
          "attention_dropout", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-         "aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "_name_or_path", "is_llama_config",
-         "rope_interleaved"}  # fmt: skip
+         "aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "_name_or_path",
+         "is_llama_config", "rope_interleaved"}  # fmt: skip
 
 
 class Architecture(NamedTuple):
@@ -78,6 +74,7 @@ class Architecture(NamedTuple):
     fields: tuple[Field, ...]
     ours: dict[str, Any]  # what the architecture is by definition, in fields of ModelConfig
     extra: dict[str, Any]  # keys that are written and not read
+    inert: tuple[str, ...] = ()  # keys without effect in this architecture, which others may use
 
 
 EXPERTS: tuple[Field, ...] = (("num_experts_per_tok", "moe.top_k"),)
@@ -91,15 +88,15 @@ ARCHITECTURES = {
             "MixtralForCausalLM",
             "mixtral",
             (*COMMON, *HEADS, *EXPERTS, ("intermediate_size", "moe.d_expert"),
-             ("num_local_experts", "moe.num_experts")),
+             ("num_local_experts|num_experts", "moe.num_experts")),
             {"moe.renormalize": True, "num_dense_layers": 0},
             {"sliding_window": None},
         ),
         Architecture(
             "OlmoeForCausalLM",
             "olmoe",
-            (*COMMON, *EXPERTS, ("intermediate_size", "moe.d_expert"), ("num_experts", "moe.num_experts"),
-             ("norm_topk_prob", "moe.renormalize")),
+            (*COMMON, *HEADS, *EXPERTS, ("intermediate_size", "moe.d_expert"),
+             ("num_experts|num_local_experts", "moe.num_experts"), ("norm_topk_prob", "moe.renormalize")),
             {"qk_norm": True, "qk_norm_over": "projection", "num_dense_layers": 0},
             {},
         ),
@@ -110,6 +107,7 @@ ARCHITECTURES = {
              ("num_experts|num_local_experts", "moe.num_experts"), ("norm_topk_prob", "moe.renormalize")),
             {"qk_norm": True},
             {"decoder_sparse_step": 1},
+            ("max_window_layers",),
         ),
         Architecture(
             "DeepseekV3ForCausalLM",
@@ -121,6 +119,7 @@ ARCHITECTURES = {
             {"moe.score": "sigmoid", "moe.selection_bias": True},
             {"rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
              "num_nextn_predict_layers": 0},
+            ("head_dim", "qk_head_dim"),
         ),
     )
 }  # fmt: skip
@@ -129,8 +128,48 @@ ARCHITECTURES = {
 # --- config.json → ModelConfig ---------------------------------------------------------------------------------------
 
 
+class Keys:
+    """The keys of a config.json, as transformers' class of this architecture has them."""
+
+    def __init__(self, hf: dict[str, Any], model_type: str, where: str):
+        self.hf, self.where = hf, where
+        self.defaults, self.null = DEFAULTS[model_type], NULL[model_type]
+        self.asked: set[str] = set()
+        self.absent: dict[str, Any] = {}  # what was asked for and is not there, with the class's default
+
+    def get(self, keys: str) -> Any:
+        """The value of the first of `keys` ("first|second"), or the default."""
+        names = keys.split("|")
+        self.asked.update(names)
+        there = [name for name in names if name in self.hf]
+        if len(there) > 1 and self.hf[there[0]] != self.hf[there[1]]:
+            rule = f"{there[0]}={self.hf[there[0]]!r} and {there[1]}={self.hf[there[1]]!r} are two names of one thing"
+            raise FormatError(f"{self.where}: {rule}; leave one of them")
+        if there:
+            return self.hf[there[0]]
+        self.absent[names[0]] = self.defaults[names[0]]
+        return self.defaults[names[0]]
+
+    def number(self, keys: str) -> Any:
+        """The same, as a number; null is what the sizes of the model say, where the class has it so."""
+        name = keys.split("|")[0]
+        value = self.get(keys)
+        if value is None and (name in self.null or name in self.absent):
+            value = self._derived(name)
+        return _number(value, name, self.where)
+
+    def _derived(self, name: str) -> int:
+        if name == "q_lora_rank":
+            return 0  # no latent
+        heads = self.number("num_attention_heads")
+        return heads if name == "num_key_value_heads" else self.number("hidden_size") // max(heads, 1)
+
+
 def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[str]]:
-    """The architecture, the model, and lines about keys of no known effect. Raises FormatError, ConfigError."""
+    """The architecture, the model, and lines about keys without a known effect or not there.
+
+    Raises FormatError, ConfigError.
+    """
     names = hf.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if name not in ARCHITECTURES:
@@ -140,31 +179,31 @@ def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[
     for key, value in MUST.items():
         if key in hf and hf[key] != value and not (hf[key] is None and not value):
             raise FormatError(f"{where}: {key}={hf[key]!r} is not computed here; nearest valid: {value!r}")
-    flat: dict[str, Any] = {}
-    for keys, ours in arch.fields:
-        flat[ours] = _value(hf, keys.split("|"), where)
-    flat |= arch.ours | _rope(hf, where) | _layers(hf, arch, where)
+    keys = Keys(hf, arch.model_type, where)
+    flat = {ours: keys.number(theirs) for theirs, ours in arch.fields}
+    rope, lines = _rope(keys, flat["max_seq_len"])
+    flat |= arch.ours | rope | _layers(keys, arch, flat)
     if "mla.rope_dim" in flat:  # a head is its two parts
-        flat["head_dim"] = _value(hf, ["qk_nope_head_dim"], where) + flat["mla.rope_dim"]
-    elif "head_dim" not in flat:
-        flat["head_dim"] = DEFAULTS["head_dim"](hf)
-    lines = [f"{key}={hf[key]!r} in config.json is not known here and not used" for key in _unknown(hf, arch)]
-    window = _window(hf)
+        flat["head_dim"] = keys.number("qk_nope_head_dim") + flat["mla.rope_dim"]
+    window = _window(keys, flat["num_layers"])
     if window and window < flat["max_seq_len"]:
         flat["max_seq_len"] = window
         lines.append(f"sliding_window={window}: good for up to {window} positions only, where the window does nothing")
-    return name, _model(flat, where), lines
+    model = _model(flat, where)
+    known = keys.asked | set(MUST) | set(KEPT) | set(ROPE) | INERT | set(arch.inert)
+    unknown = [key for key in hf if key not in known and hf[key] is not None]
+    lines += [f"{key}={hf[key]!r} in config.json is not known here and not used" for key in unknown]
+    if absent := {key: value for key, value in keys.absent.items() if value is not None and key not in QUIET}:
+        said = ", ".join(f"{key}={value!r}" for key, value in absent.items())
+        lines.append(f"config.json does not say {', '.join(absent)}; as in transformers' {arch.model_type}: {said}")
+    return name, model, lines
 
 
-def _value(hf: dict[str, Any], keys: list[str], where: str) -> Any:
-    found = [key for key in keys if key in hf]
-    value = hf[found[0]] if found else None
-    if value is None and keys[0] in DEFAULTS:
-        value = DEFAULTS[keys[0]](hf)
+def _number(value: Any, name: str, where: str) -> Any:
     if not isinstance(value, int | float):  # bool is int
-        raise FormatError(f"{where}: {keys[0]} must be a number or true or false, not {value!r}")
+        raise FormatError(f"{where}: {name} must be a number or true or false, not {value!r}")
     if abs(value) > LARGEST:
-        raise FormatError(f"{where}: {keys[0]}={value!r} cannot be; the largest number is {LARGEST:,}")
+        raise FormatError(f"{where}: {name}={value!r} cannot be; the largest number is {LARGEST:,}")
     return value
 
 
@@ -179,48 +218,80 @@ def _model(flat: dict[str, Any], where: str) -> ModelConfig:
         raise FormatError(f"{where}: {e}") from None
 
 
-def _rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
-    parts = [hf.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, dict) for part in parts):
+def _rope(keys: Keys, positions: int) -> tuple[dict[str, Any], list[str]]:
+    """Fields, and lines. transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
+    hf, where = keys.hf, keys.where
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # in this order, and never both
+    if not isinstance(rope, dict):
         raise FormatError(f"{where}: rope_scaling and rope_parameters must be JSON objects")
-    rope = parts[0] | parts[1]
-    theta = rope.get("rope_theta", hf.get("rope_theta"))
-    if theta is None and hf.get("model_type") == "llama":
-        theta = 10_000.0  # the first Llama's files do not say it
-    if not isinstance(theta, int | float):
-        raise FormatError(f"{where}: rope_theta must be a number, not {theta!r}")
+    if nested := next((key for key, value in rope.items() if isinstance(value, dict)), None):
+        raise FormatError(f"{where}: RoPE of its own for {nested} is not computed here; nearest valid: one for all")
+    theta = rope["rope_theta"] if "rope_theta" in rope else keys.get("rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    known, lines = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}, []
     scaling = {}
     if kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        values = [_value(rope, [key], f"{where}: RoPE scaling") for key in keys]
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_length")
-        scaling = {f"rope_scaling.{name}": value for name, value in zip(names, values, strict=True)}
+        if partial not in (None, 1.0):
+            rule = f"partial_rotary_factor={partial!r} is not computed here with rope_type='llama3'"
+            raise FormatError(f"{where}: {rule}; nearest valid: 1.0")
+        values = {"original_max_position_embeddings": positions} | rope
+        scaling = {
+            f"rope_scaling.{ours}": _number(values.get(key), f"RoPE scaling: {key}", where)
+            for key, ours in LLAMA3.items()
+        }
+        known |= set(LLAMA3)
     elif kind != "default":
         raise FormatError(f"{where}: rope_type={kind!r} is not computed here; nearest valid: 'default', 'llama3'")
-    return {"rope_theta": theta} | scaling
+    elif partial not in (None, 1.0):
+        lines.append(f"partial_rotary_factor={partial!r} is not used, as in transformers' {hf.get('model_type')}")
+    for key in rope:
+        if key not in known and rope[key] is not None:
+            lines.append(f"{key}={rope[key]!r} of RoPE in config.json is not known here and not used")
+    return {"rope_theta": _number(theta, "rope_theta", where)} | scaling, lines
 
 
-def _layers(hf: dict[str, Any], arch: Architecture, where: str) -> dict[str, Any]:
+def _layers(keys: Keys, arch: Architecture, flat: dict[str, Any]) -> dict[str, Any]:
     """Which layers are dense: all, those of `mlp_only_layers`, or what the table says."""
-    if "moe.top_k" not in dict(map(reversed, arch.fields)):
-        return {"num_dense_layers": hf["num_hidden_layers"]}
-    dense = hf.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or dense != list(range(len(dense))):
-        raise FormatError(f"{where}: mlp_only_layers={dense!r}: dense layers must be the first ones")
-    return {"num_dense_layers": len(dense)} if arch.model_type == "qwen3_moe" else {}
+    if "moe.top_k" not in flat:
+        return {"num_dense_layers": flat["num_layers"]}
+    if arch.model_type == "qwen3_moe":
+        dense = keys.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or dense != list(range(len(dense))):
+            raise FormatError(f"{keys.where}: mlp_only_layers={dense!r}: dense layers must be the first ones")
+        return {"num_dense_layers": len(dense)}
+    first = flat.get("num_dense_layers", 0)
+    return {"num_dense_layers": min(first, flat["num_layers"])}  # of more than there are, all
 
 
-def _window(hf: dict[str, Any]) -> int:
+def _window(keys: Keys, num_layers: int) -> int:
     """The sliding window of any layer, 0 without."""
-    window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
-    return window if isinstance(window, int) else 0
+    if "sliding_window" not in keys.defaults:
+        return 0
+    window = keys.get("sliding_window")
+    if "use_sliding_window" in keys.defaults and not keys.number("use_sliding_window"):
+        window = None
+        keys.absent.pop("sliding_window", None)
+    if window is not None and (type(window) is not int or window < 1):
+        raise FormatError(f"{keys.where}: sliding_window={window!r} must be a whole number ≥ 1, or null")
+    if "layer_types" in keys.defaults:
+        kinds = keys.get("layer_types")
+        first = keys.number("max_window_layers")
+        if kinds is None:
+            return (window or 0) if first < num_layers else 0
+        keys.absent.pop("max_window_layers", None)
+        return _window_of(kinds, num_layers, window, keys.where)
+    return window or 0
 
 
-def _unknown(hf: dict[str, Any], arch: Architecture) -> list[str]:
-    table = {key for keys, _ in arch.fields for key in keys.split("|")}
-    return [key for key in hf if key not in table | set(MUST) | set(KEPT) | ELSEWHERE | INERT]
+def _window_of(kinds: Any, num_layers: int, window: int | None, where: str) -> int:
+    """The same from `layer_types`."""
+    valid = ("full_attention", "sliding_attention")
+    if not (isinstance(kinds, list) and len(kinds) == num_layers and all(kind in valid for kind in kinds)):
+        raise FormatError(f"{where}: layer_types={kinds!r}: must be {num_layers} of {' and '.join(valid)}")
+    if "sliding_attention" in kinds and window is None:
+        raise FormatError(f"{where}: layer_types has 'sliding_attention', but there is no sliding window")
+    return window or 0 if "sliding_attention" in kinds else 0
 
 
 # --- ModelConfig → config.json ---------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""What a key of config.json is worth where the file does not have it: the defaults of transformers' config classes.
+
+They differ between the classes, and files of the hub rely on them. `tests/test_hf.py` compares them, key by key, with
+those of the transformers that is installed.
+"""
+
+from typing import Any
+
+_SHARED: dict[str, Any] = {
+    "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False, "initializer_range": 0.02,
+}  # fmt: skip
+_QWEN3: dict[str, Any] = _SHARED | {
+    "vocab_size": 151_936, "num_attention_heads": 32, "max_position_embeddings": 32_768, "use_sliding_window": False,
+    "sliding_window": 4096,
+}  # fmt: skip
+_MISTRAL: dict[str, Any] = _SHARED | {
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}  # fmt: skip
+# By model type; None: what the sizes of the model say (`null`).
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _SHARED | {
+        "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
+    },
+    "mistral": _MISTRAL,
+    "mixtral": _MISTRAL | {
+        "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "num_experts_per_tok": 2, "num_local_experts": 8,
+        "sliding_window": None,
+    },
+    "qwen3": _QWEN3 | {
+        "hidden_size": 4096, "intermediate_size": 22_016, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "head_dim": 128, "max_window_layers": 28, "layer_types": None,
+    },
+    "qwen3_moe": _QWEN3 | {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
+        "head_dim": None, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128,
+        "norm_topk_prob": False, "mlp_only_layers": None,
+    },
+    "olmoe": _SHARED | {
+        "vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False,
+    },
+    "deepseek_v3": _SHARED | {
+        "vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1,
+        "n_routed_experts": 256, "routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 8, "topk_group": 4,
+        "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True, "max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+# Keys that may be null, which is then what the sizes of the model say; elsewhere transformers refuses null, or fails.
+_HEADS, _KV_HEADS = {"head_dim"}, {"num_key_value_heads"}
+NULL: dict[str, set[str]] = {
+    "llama": _HEADS | _KV_HEADS,
+    "mistral": _HEADS,
+    "mixtral": _HEADS,
+    "qwen3": _KV_HEADS,
+    "qwen3_moe": set(),
+    "olmoe": _KV_HEADS,
+    "deepseek_v3": _KV_HEADS | {"q_lora_rank"},
+}

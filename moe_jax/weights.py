@@ -25,10 +25,24 @@ HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
 
 
 def check_free(workdir: str | os.PathLike) -> Path:
-    """The path of a run directory yet to be made. Raises CheckpointError if there is anything in it."""
-    path = Path(workdir).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    """The path of a run directory yet to be made, `~` and links followed.
+
+    Raises CheckpointError if there is anything in it, or if it cannot be made: before the work, not at its end.
+    """
+    try:
+        path = Path(workdir).expanduser().resolve()
+        above = next(p for p in path.parents if p.exists())
+        free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except (OSError, RuntimeError) as e:  # a link to itself, no home, a directory that may not be read
+        raise CheckpointError(f"{workdir}: cannot be made: {e}") from None
+    if not free:
         raise CheckpointError(f"{path} is not empty: weights are written to a new run directory only")
+    if path.is_dir() and os.path.ismount(path):
+        raise CheckpointError(f"{path} is a mount point, which nothing can replace: name a new directory in it")
+    if not above.is_dir():
+        raise CheckpointError(f"{path} cannot be made: {above} is not a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path} cannot be made: {above} may not be written to")
     return path
 
 

@@ -155,7 +155,7 @@ BROKEN = {
     "pickled shard": (embed_in("model.bin"), OUTSIDE),
     "index lies": (embed_in(SECOND), "says that"),
     "index asks for more": (index(x=SECOND), "has no x, which"),
-    "index no map": (file(files.INDEX, lambda p: p.write_text("{}")), "must have a weight_map"),
+    "index no map": (lambda f: (shards(f) / files.INDEX).write_text("{}"), "must have a weight_map"),
     "pickle": (pickled, "pytorch_model.bin is a pickle, .* never opened"),
     "no weights": (file(files.SINGLE, Path.unlink), "has neither model.safetensors nor"),
     "missing tensor": (held(lambda n: n.pop("model.layers.1.mlp.up_proj.weight")), "has no model.layers.1.mlp.up_proj"),

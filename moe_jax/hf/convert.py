@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,12 +20,13 @@ from moe_jax.config_file import load_config
 from moe_jax.data.tokenizers import END_OF_TEXT, read_file
 from moe_jax.hf import gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, FormatError, read_config, write_config
-from moe_jax.hf.devices import Assembly, fetch, flatten
+from moe_jax.hf.devices import Assembly, fetch, flatten, is_finite
 
 TOKENIZER_FILES = (  # none is code
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # of a tied model
 IGNORED = ".rotary_emb.inv_freq"  # of old Llama files: follows from the configuration
 SEQ_LEN = 2048  # of the run's configuration, if the model is good for it
 
@@ -47,7 +49,7 @@ def import_model(
         on their way, by default spread over all devices; the result does not depend on it.
     Raises FormatError, ConfigError or CheckpointError in one line, and then `workdir` is as it was.
     """
-    source, mesh = Path(source), mesh or whole_mesh()
+    source, workdir, mesh = Path(source).expanduser(), Path(workdir).expanduser(), mesh or whole_mesh()
     weights.check_free(workdir)
     if source.suffix == ".gguf":
         hf, entries, files = gguf.open_model(source)
@@ -58,12 +60,14 @@ def import_model(
         if not source.is_dir():
             raise FormatError(f"{source}: no such directory")
         hf = safetensors.read_json(source / "config.json")
-        entries = safetensors.open_model(source)
         files = {name: read_file(source / name) for name in TOKENIZER_FILES if (source / name).is_file()}
         table = ""
     name, model, lines = read_config(hf, str(source))
     for line in lines:
         say(line)
+    if not table:
+        needed = lambda tensor: not (tensor.endswith(IGNORED) or (tensor in HEADS and model.tie_embeddings))
+        entries = safetensors.open_model(source, needed, say)
     model = _in_dtype(model, entries)
     check_size(source, model, len(entries))
     abstract = step.abstract_weights(model, mesh)
@@ -77,7 +81,9 @@ def import_model(
     trees = [Assembly(tree) for tree in abstract]
     owner = {path: tree for tree, a in zip(trees, abstract, strict=True) for path in flatten(a)}
     for tensor in wanted:
-        for target, part in tensor.split(entries[tensor.name].read()):
+        value = entries[tensor.name].read()
+        safetensors.check_finite(source, tensor.name, value)
+        for target, part in tensor.split(value):
             owner[target.path].put(target.path, target.index, part)
     params, bias = (tree.finish() for tree in trees)
     kept = {key: hf[key] for key in KEPT if key in hf}
@@ -115,11 +121,10 @@ def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, An
             have, want = list(entries[tensor.name].shape), list(tensor.shape)
             raise FormatError(f"{source}: {tensor.name} has shape {have}; by its config.json it must be {want}")
     skipped = [name for name in entries if name not in names and name.endswith(IGNORED)]
-    head = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}
     for name in entries:
-        if tied and name in head and head[name] in names:
-            if not np.array_equal(entries[name].read(), entries[head[name]].read()):
-                raise FormatError(f"{source}: {name} is not {head[name]}, though config.json ties them")
+        if tied and name in HEADS and HEADS[name] in names:
+            if not np.array_equal(entries[name].read(), entries[HEADS[name]].read()):
+                raise FormatError(f"{source}: {name} is not {HEADS[name]}, though config.json ties them")
             skipped.append(name)
     if unknown := [name for name in entries if name not in names and name not in skipped]:
         rule = f"has {unknown[0]}, for which there is no rule ({len(unknown)} such); nothing is dropped silently"
@@ -180,9 +185,10 @@ def export_run(
     """Writes a run's weights as a directory that transformers' `from_pretrained` loads. Returns the architecture.
 
     at: a checkpoint; by default the newest. dtype: of the files, by default that of the parameters. max_file: bytes.
-    Raises FormatError if no architecture that is known here computes the run's model.
+    Raises FormatError if no architecture that is known here computes the run's model, or if a weight is not finite in
+    `dtype`; nothing is written then.
     """
-    target = weights.check_free(target)
+    target, workdir = weights.check_free(target), Path(workdir).expanduser()
     cfg = load_config(workdir)
     dtype = np.dtype(safetensors.DTYPES[_code(dtype or cfg.model.param_dtype)])
     params, bias, origin = weights.load_weights(
@@ -195,6 +201,12 @@ def export_run(
     found = tables.tensors(name, cfg.model, {path: leaf.shape for path, leaf in leaves.items()})
     kind = lambda t: np.dtype("float32") if t.targets[0].path.endswith("router_bias") else dtype
     specs = [safetensors.Spec(t.name, kind(t), t.shape) for t in found]
+    for path, leaf in leaves.items():
+        as_written = np.dtype("float32") if path.endswith("router_bias") else dtype
+        if not is_finite(leaf, as_written):
+            largest = f"{float(jnp.finfo(as_written).max):,.10g}"
+            rule = f"{path} is not finite in {as_written.name}, whose largest number is {largest}"
+            raise FormatError(f"{workdir}: {rule}; nearest valid: --dtype=float32, or a checkpoint without NaN")
 
     def values() -> Iterator[np.ndarray]:
         for tensor in found:

@@ -70,6 +70,16 @@ def _read(buffer: jax.Array, at: tuple) -> jax.Array:
     return jax.lax.dynamic_slice(buffer, [*at, *[0] * len(shape)], (1,) * len(at) + shape).reshape(shape)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _all_finite(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    return jnp.all(jnp.isfinite(x.astype(dtype)))
+
+
+def is_finite(x: jax.Array, dtype: np.dtype) -> bool:
+    """Whether every number of x that is on devices of this process is finite once it is of `dtype`."""
+    return all(_all_finite(shard.data, dtype) for shard in x.addressable_shards if shard.replica_id == 0)
+
+
 def fetch(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
     """x[index] on the host, all of whose shards are on devices of this process."""
     out = np.empty(x.shape[len(index) :], x.dtype)

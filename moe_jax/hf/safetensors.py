@@ -8,7 +8,7 @@ file, or several beside `model.safetensors.index.json`, which says who holds wha
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from moe_jax.hf.architectures import FormatError
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+EXPONENT = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # its bits; all of them set: NaN or infinite
 HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,8 +50,19 @@ class Entry(NamedTuple):
         return out
 
 
+def check_finite(where: Path, name: str, x: np.ndarray) -> None:
+    """Raises FormatError if there is a NaN or an infinity in a tensor, of one of `DTYPES`."""
+    bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.itemsize}")
+    exponent = bits.dtype.type(EXPONENT[CODES[x.dtype]])
+    chunk = 1 << 20  # numbers at a time: no second array of the tensor's size
+    bad = sum(int(((bits[i : i + chunk] & exponent) == exponent).sum()) for i in range(0, bits.size, chunk))
+    if bad:
+        count = "1 value that is" if bad == 1 else f"{bad:,} values that are"
+        raise FormatError(f"{where}: {name} has {count} NaN or infinite, of {bits.size:,}: the model is broken")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; a name that occurs twice in it is refused."""
+    """A JSON object, in any encoding that JSON has; a name that occurs twice in it is refused."""
 
     def unique(pairs):
         names = [name for name, _ in pairs]
@@ -61,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > HEADER_LIMIT:
             raise FormatError(f"{path}: has {path.stat().st_size:,} bytes, and {HEADER_LIMIT:,} is the limit")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
     except (ValueError, RecursionError, OSError) as e:
@@ -71,14 +83,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_model(folder: Path) -> dict[str, Entry]:
-    """All tensors of a model's files, by name. Raises FormatError for anything missing, doubled or cut short."""
+def open_model(
+    folder: Path, needed: Callable[[str], bool] = lambda name: True, say: Callable[[str], Any] = lambda line: None
+) -> dict[str, Entry]:
+    """All tensors of a model's files, by name: one file, or the shards of an index where there is none.
+
+    needed: whether a tensor that the index lists must be in the files.
+    Raises FormatError for anything missing, doubled or cut short.
+    """
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such directory")
-    if (folder / INDEX).exists():
-        return _open_shards(folder)
-    if (folder / SINGLE).exists():
+    if (folder / SINGLE).is_file():  # first, as in transformers: a model saved anew leaves the index of its old shards
+        if (folder / INDEX).exists():
+            say(f"{INDEX} is not read: {SINGLE} is there too, and goes before it as in transformers")
         return read_header(folder / SINGLE)
+    if (folder / INDEX).exists():
+        return _open_shards(folder, needed, say)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
         rule = f"{pickles[0]} is a pickle, which can run code when it is loaded, and is never opened"
@@ -86,7 +106,7 @@ def open_model(folder: Path) -> dict[str, Entry]:
     raise FormatError(f"{folder}: has neither {SINGLE} nor {INDEX}")
 
 
-def _open_shards(folder: Path) -> dict[str, Entry]:
+def _open_shards(folder: Path, needed: Callable[[str], bool], say: Callable[[str], Any]) -> dict[str, Entry]:
     where = folder / INDEX
     owners = read_json(where).get("weight_map")
     if not (isinstance(owners, dict) and owners and all(isinstance(f, str) for f in owners.values())):
@@ -102,11 +122,14 @@ def _open_shards(folder: Path) -> dict[str, Entry]:
         for tensor, entry in read_header(folder / name).items():
             if tensor in found:
                 raise FormatError(f"{folder}: {tensor} is both in {found[tensor].file.name} and in {name}")
-            if owners.get(tensor) != name:
-                raise FormatError(f"{where}: says that {tensor} is in {owners.get(tensor)}, but {name} has it")
+            if owners.get(tensor, name) != name:  # one that the index does not list is read: nothing speaks against it
+                raise FormatError(f"{where}: says that {tensor} is in {owners[tensor]}, but {name} has it")
             found[tensor] = entry
-    if missing := next((t for t in owners if t not in found), None):
-        raise FormatError(f"{folder / owners[missing]}: has no {missing}, which {INDEX} says it has")
+    missing = [tensor for tensor in owners if tensor not in found]
+    if wanted := next(filter(needed, missing), None):
+        raise FormatError(f"{folder / owners[wanted]}: has no {wanted}, which {INDEX} says it has")
+    for tensor in missing:
+        say(f"{tensor}: is in {INDEX} only, and not needed")
     return found
 
 

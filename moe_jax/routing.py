@@ -104,8 +104,8 @@ def route(
     """Token choice: every token takes its K best experts.
 
     `bias` moves the selection only, never the weights (DeepSeek-V3's loss-free balancing, arXiv:2408.15664).
-    Group-limited selection ranks a group by the sum of its best min(2, K) scores and keeps `top_groups` groups
-    (arXiv:2412.19437). Ties go to the lower expert id.
+    Group-limited selection ranks a group by the sum of its best two scores, however small K is, and keeps `top_groups`
+    groups (DeepSeek-V3's code). Ties go to the lower expert id.
 
     Returns the routing and the router probabilities over *all* experts, each row summing to 1: the softmax of the
     logits, or sigmoid scores divided by their sum. They feed the load-balancing loss.
@@ -146,7 +146,7 @@ def _pick(values: Float[Array, "T E"], experts: Int[Array, "T K"]) -> Float[Arra
 def _limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T E"]:
     tokens, experts = ranked.shape
     grouped = ranked.reshape(tokens, cfg.num_groups, experts // cfg.num_groups)
-    best, _ = jax.lax.top_k(grouped, min(2, cfg.top_k, grouped.shape[-1]))
+    best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
     _, groups = jax.lax.top_k(jnp.sum(best, axis=-1), cfg.top_groups)
     kept = jnp.any(jax.nn.one_hot(groups, cfg.num_groups, dtype=bool), axis=1)
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)

@@ -15,8 +15,8 @@ hf_models = pytest.importorskip("tests.hf_models" if __package__ else "hf_models
 
 from hf_models import MODELS, TOKENS, build, forward, saved, torch, transformers  # noqa: E402
 
-from moe_jax import model, sharding, step, weights  # noqa: E402
-from moe_jax.config import ModelConfig  # noqa: E402
+from moe_jax import model, routing, sharding, step, weights  # noqa: E402
+from moe_jax.config import ModelConfig, MoEConfig  # noqa: E402
 from moe_jax.hf import FormatError, export_run, import_model  # noqa: E402
 from moe_jax.hf import safetensors as files  # noqa: E402
 from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # noqa: E402
@@ -152,6 +152,34 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     for name in want:
         np.testing.assert_array_equal(got[name].view(np.uint16), want[name].view(np.uint16))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# --- groups of experts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_group_limited_selection_is_that_of_transformers(groups):
+    """Sixteen experts in so many groups: every number of groups kept, one to as many experts a token as they have."""
+    rng, size = np.random.default_rng(groups), 16 // groups
+    logits = rng.normal(size=(200, 16)).astype(np.float32)
+    for kept in range(1, groups + 1):
+        for top_k in sorted({k for k in (1, 2, 3, size * kept) if k <= size * kept}):
+            bias = (0.2 * rng.normal(size=16) - 3.0 * (top_k % 2)).astype(np.float32)  # below zero, or both signs
+            there = transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter(
+                transformers.DeepseekV3Config(hidden_size=16, n_routed_experts=16, n_group=groups, topk_group=kept,
+                                              num_experts_per_tok=top_k, norm_topk_prob=top_k > 1))  # fmt: skip
+            with torch.no_grad():
+                there.weight.copy_(torch.eye(16))
+                there.e_score_correction_bias.copy_(torch.tensor(bias))
+                _, weights_TK, experts_TK = there(torch.tensor(logits))
+            want = np.zeros_like(logits)
+            np.put_along_axis(want, experts_TK.numpy(), weights_TK.numpy(), axis=1)
+            cfg = MoEConfig(num_experts=16, top_k=top_k, num_groups=groups, top_groups=kept, score="sigmoid",
+                            selection_bias=True, renormalize=top_k > 1, routed_scaling=2.5)  # fmt: skip
+            plan, _ = routing.route(jnp.asarray(logits), jnp.asarray(bias), jnp.ones(200, bool), cfg)
+            got = np.zeros_like(logits)
+            np.put_along_axis(got, np.asarray(plan.experts), np.asarray(plan.weights), axis=1)
+            np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=f"{kept} groups kept, {top_k} experts")
 
 
 # --- a key that is not there -----------------------------------------------------------------------------------------

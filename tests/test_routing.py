@@ -30,7 +30,8 @@ VARIANTS = {
     "weights_of_one": (5, MoEConfig(num_experts=6, top_k=3, combine="one", routed_scaling=0.5)),
     "all_experts": (4, MoEConfig(num_experts=5, top_k=5)),
     "groups": (6, MoEConfig(num_experts=12, top_k=3, num_groups=4, top_groups=2)),
-    "groups_top_1": (6, MoEConfig(num_experts=6, top_k=1, num_groups=3, top_groups=1)),
+    "groups_top_1": (6, MoEConfig(num_experts=6, top_k=1, num_groups=2, top_groups=1)),
+    "groups_of_one": (6, MoEConfig(num_experts=6, top_k=2, num_groups=6, top_groups=3)),
     "groups_sigmoid": (
         5,
         MoEConfig(num_experts=8, top_k=4, num_groups=4, top_groups=2, score="sigmoid", renormalize=True),
@@ -103,7 +104,7 @@ def select(row, bias, cfg):
     ranked = (row if cfg.score_order == "topk_score" else scores_of(row, cfg)) + bias
     size = cfg.num_experts // cfg.num_groups
     members = [range(g * size, (g + 1) * size) for g in range(cfg.num_groups)]
-    strength = [sum(sorted(ranked[list(m)])[-min(2, cfg.top_k) :]) for m in members]
+    strength = [sum(sorted(ranked[list(m)])[-2:]) for m in members]
     best = sorted(range(cfg.num_groups), key=lambda g: (-strength[g], g))[: cfg.top_groups]
     allowed = [e for g in best for e in members[g]]
     return sorted(allowed, key=lambda e: (-ranked[e], e))[: cfg.top_k]
@@ -302,9 +303,9 @@ def test_ties_go_to_the_lower_id():
 
 
 def test_a_group_wins_by_its_two_best_not_by_its_best():
-    """Scores .50 + .01 lose against .30 + .25; with K = 1 the best alone decides."""
+    """Scores .50 + .01 lose against .30 + .25, and with K = 1 too: DeepSeek's rule does not look at K."""
     logits = jnp.log(jnp.asarray([[0.5, 0.01, 0.3, 0.25]], jnp.float32))
-    for k, want in ((1, {0}), (2, {2, 3})):
+    for k, want in ((1, {2}), (2, {2, 3})):
         cfg = MoEConfig(num_experts=4, top_k=k, num_groups=2, top_groups=1)
         assert set(np.asarray(routing.route(logits, None, jnp.ones(1, bool), cfg)[0].experts)[0].tolist()) == want
 

@@ -22,6 +22,7 @@ from moe_jax.hf import safetensors as files  # noqa: E402
 from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # noqa: E402
 from moe_jax.layers import weight  # noqa: E402
 from moe_jax.moe import TokenInfo  # noqa: E402
+from moe_jax.upcycle import Noise, VirtualGroups, convert  # noqa: E402
 
 # Compiling is what takes time: the fast tests have one model of each architecture, two of them with a cache.
 SLOW = {"llama", "smollm2", "mistral", "deepseek_v3"}
@@ -152,6 +153,25 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     for name in want:
         np.testing.assert_array_equal(got[name].view(np.uint16), want[name].view(np.uint16))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,architecture", [("llama", "MixtralForCausalLM"), ("qwen3", "Qwen3MoeForCausalLM")])
+def test_an_upcycled_model_is_exported_and_computes_the_same(name, architecture, tmp_path):
+    """Softmax over the chosen, as upcycling has it by default, is what these renormalise to. Experts are disturbed."""
+    source, _ = imported(name)
+    chain = [VirtualGroups(expansion=3, granularity=2, top_k=4), Noise(0.2)]
+    made = convert([str(source)], tmp_path / "run", chain, check=False, say=QUIET)
+    cfg = dataclasses.replace(made.cfg.model, compute_dtype="float32")
+    assert export_run(tmp_path / "run", tmp_path / "out", mesh=mesh_of(1, 1, 1), say=QUIET) == architecture
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    params, bias, _ = weights.load_weights(tmp_path / "run", *step.abstract_weights(cfg, mesh_of(1, 1, 1)))
+    got, experts = logits_of(cfg, params, bias, TOKENS)
+    want, chosen = forward(there, TOKENS)
+    for mine, theirs in zip(experts, chosen, strict=True):
+        np.testing.assert_array_equal(np.sort(mine, axis=-1).reshape(theirs.shape), theirs)
+    assert error(got, want) < 1e-5
+    assert error(want, forward(build(name), TOKENS)[0]) > 1e-2  # it is another function than the dense one
 
 
 # --- groups of experts -----------------------------------------------------------------------------------------------

@@ -286,11 +286,40 @@ def test_a_model_finds_its_architecture(name):
     assert found == name and read_config(json.loads(json.dumps(hf)), "")[1] == SAID[name]
 
 
+# The same function in other fields: what a model has no use for, and routing that weighs the same experts alike.
+OF_CHOSEN = MoEConfig(score_order="topk_score")
+of = lambda model=MOE, **fields: dataclasses.replace(model, **fields)
+ONE_HEAD = {"qk_norm": True, "qk_norm_over": "projection", "num_heads": 1, "num_kv_heads": 1, "head_dim": 128}
+EQUAL = {
+    "upcycled": (of(moe=OF_CHOSEN), "Mixtral"),
+    "upcycled, norms": (of(moe=OF_CHOSEN, qk_norm=True), "Qwen3Moe"),
+    "all groups": (of(moe=MoEConfig(num_groups=4, top_groups=4, renormalize=True)), "Mixtral"),
+    "all experts": (of(moe=MoEConfig(top_k=8)), "Mixtral"),
+    "one expert of weight 1": (of(moe=MoEConfig(top_k=1, combine="one")), "Mixtral"),
+    "one head": (of(num_dense_layers=1, **ONE_HEAD), "Qwen3Moe"),
+    "dense": (of(DENSE, moe=MoEConfig(combine="one"), mla=MLAConfig(0, 0, 8, 16)), "Llama"),
+    "sigmoid, all groups": (
+        of(SAID["DeepseekV3ForCausalLM"], moe=of(SIGMOID, num_groups=2, top_groups=2)),
+        "DeepseekV3",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", EQUAL)
+def test_an_equal_function_finds_its_architecture(what):
+    model, want = EQUAL[what]
+    found, hf = write_config(model, 64)
+    back = read_config(json.loads(json.dumps(hf)), "")[1]
+    assert found == f"{want}ForCausalLM" and config.plain(back) == config.plain(model)
+
+
 def test_a_model_of_no_architecture_is_refused():
     for change, message in (
         ({"moe": MoEConfig(score="sigmoid")}, "has another"),
         ({"num_dense_layers": 1}, "num_dense_layers"),
         ({"moe": MoEConfig(num_shared_experts=1, renormalize=True)}, "num_shared_experts"),
+        ({"moe": MoEConfig(score_order="topk_score", routed_scaling=2.0)}, "routed_scaling"),
+        ({"moe": MoEConfig(score_order="topk_score", num_groups=4, top_groups=2)}, "score_order"),
     ):
         with pytest.raises(FormatError, match=message):
             write_config(dataclasses.replace(MOE, **change), 64)

@@ -4,6 +4,7 @@ Letters: T tokens, E experts, K experts per token, G balance groups.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import routing
-from moe_jax.config import MoEConfig
+from moe_jax.config import ConfigError, MoEConfig, plain_routing
 
 GROUPS = 3
 # Each variant with its number of tokens: a few fixed shapes, so that every function here compiles once per variant.
@@ -345,3 +346,32 @@ def test_router_logits_are_those_of_float32(dtype):
     assert off(logits, X @ W) < 1e-6 and off(dw, X.T @ G) < 1e-6
     rounded = np.asarray(jnp.asarray(G @ W.T, x.dtype), np.float64)
     assert off(dx, rounded) < (1e-6 if dtype == "float32" else 5e-4)  # beside the rounding to bfloat16, next to nothing
+
+
+def test_equal_routings_are_plainly_equal():
+    """Of every way to say it: the plain routing is the same function, and the same function is one plain routing."""
+    logits = np.random.default_rng(0).normal(size=(30, 4))
+    logits[0] = 40, 50, 45, 42  # of which a sigmoid makes ones: the score counts where only the order does
+    inputs = {"logits": logits, "mask": np.zeros(30, bool), "kept": np.ones((30, 4), bool), "group": np.zeros(30, int)}
+    bias = np.random.default_rng(1).normal(size=4, scale=0.3).astype(np.float32)
+    functions, said = {}, 0
+    fields = {"top_k": (1, 2, 4), "score": ("softmax", "sigmoid"), "score_order": ("score_topk", "topk_score"),
+              "renormalize": (False, True), "combine": ("score", "one"), "selection_bias": (False, True),
+              "num_groups": (1, 2), "top_groups": (1, 2)}  # fmt: skip
+    for values in itertools.product(*fields.values()):
+        try:
+            cfg = MoEConfig(num_experts=4, **dict(zip(fields, values, strict=True)))
+        except ConfigError:
+            continue
+        weights = {}
+        for which in (cfg, plain_routing(cfg)):
+            out = by_hand(inputs | {"bias": bias * which.selection_bias}, which)
+            weights[which] = np.zeros((30, 4))
+            np.put_along_axis(weights[which], out["experts"], out["weights"], axis=1)
+        np.testing.assert_allclose(weights[cfg], weights[plain_routing(cfg)], rtol=1e-9, err_msg=str(cfg))
+        assert plain_routing(plain_routing(cfg)) == plain_routing(cfg)
+        said += 1
+        function = (cfg.top_k, cfg.selection_bias, weights[cfg].round(9).tobytes())
+        functions.setdefault(function, set()).add(plain_routing(cfg))
+    assert all(len(plainly) == 1 for plainly in functions.values())
+    assert len(functions) < said / 2

@@ -10,6 +10,7 @@ from moe_jax.config.convert import build, build_model, default_config, load_bala
 from moe_jax.config.fields import ConfigError, FileError, nearest_divisor
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation, has_ragged_exchange
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
+from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
     DataConfig,
     LoadBalanceConfig,
@@ -54,6 +55,8 @@ __all__ = [
     "load_balance",
     "may_change",
     "nearest_divisor",
+    "plain",
+    "plain_routing",
     "source",
     "to_dict",
 ]

@@ -302,7 +302,8 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
 
     seq_len: the number of positions, where the model does not say. prefer: the architecture to try first.
     """
-    model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len)
+    moe = config.plain_routing(model.moe) if model.num_moe_layers else model.moe
+    model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len, moe=moe)
     reasons = {}
     for name in sorted(ARCHITECTURES, key=lambda name: name != prefer):
         hf = _written(model, ARCHITECTURES[name])
@@ -320,28 +321,16 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Fields of which the function of a model with such weights depends, as "top_k (2 here, 1 there)"."""
+    """Fields by which the functions of two models with such weights differ, as "top_k (2 here, 1 there)"."""
+    a, b = config.plain(a), config.plain(b)
     out = []
     for group in ("", "moe", "mla", "rope_scaling"):
         x, y = (getattr(m, group) if group else m for m in (a, b))
         for f in dataclasses.fields(x):
             one, two, name = getattr(x, f.name), getattr(y, f.name), f"{group}.{f.name}".removeprefix(".")
-            if one == two or dataclasses.is_dataclass(one) or config.is_machine(f"model.{name}"):
-                continue
-            if _matters(a, group, f.name):
+            if one != two and not dataclasses.is_dataclass(one) and not config.is_machine(f"model.{name}"):
                 out.append(f"{name} ({one} here, {two} there)")
     return out
-
-
-def _matters(model: ModelConfig, group: str, name: str) -> bool:
-    """Fields of parts that the model does not have do not."""
-    if group == "moe":
-        return model.num_moe_layers > 0 and (name != "top_groups" or model.moe.num_groups > 1)
-    if group == "mla":
-        return name == "kv_rank" or model.mla.kv_rank > 0
-    if group == "rope_scaling":
-        return name == "factor" or model.rope_scaling.factor > 1
-    return {"d_ff": model.num_dense_layers > 0, "qk_norm_over": model.qk_norm}.get(name, True)
 
 
 def _written(model: ModelConfig, arch: Architecture) -> dict[str, Any]:

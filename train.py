@@ -63,7 +63,9 @@ def train(preemption: survive.Preemption):
     workdir = Path(WORKDIR.value)
     # What makes another run of the one in this directory is refused here already.
     cfg, changed = config_file.resume(workdir, cfg)
-    data.check_sources(cfg.data)
+    begun = (workdir / "config.json").exists()  # else nothing here binds the command, nor is anything left if it fails
+    own = workdir if begun else None
+    data.check_sources(cfg.data, own)
     cli.keep_compiled(data.cache_folder(cfg.data) / "compiled")
     if DISTRIBUTED.value:
         cli.join_processes()
@@ -79,7 +81,7 @@ def train(preemption: survive.Preemption):
 
     # --- data ---------------------------------------------------------------------------------------------------------
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
-    corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
+    corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal)
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     evaluate.check_held_out(corpus)
     batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
@@ -190,7 +192,10 @@ def train(preemption: survive.Preemption):
             stop = preemption.reached(n)
             if stop or n == steps or n % every.checkpoint_every == 0:
                 record(pending.flush())
-                config_file.begin(workdir, cfg, start + 1)  # no sooner: until a first checkpoint nothing is settled
+                if not begun:
+                    corpus.keep_tokenizer(workdir)
+                    begun = True
+                config_file.begin(workdir, cfg, start + 1)
                 saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin}
                 with clock.paused():
                     checkpoints.save(n, state, saved | {"watch": watch.state()}, wait=stop)

@@ -18,6 +18,7 @@ from pathlib import Path
 from configs import balance_scope
 from moe_jax import config as config_lib
 from moe_jax import config_file
+from moe_jax.data import tokenizers
 
 STEPS, BATCH, LONGEST = 300, 16, 512
 
@@ -41,6 +42,9 @@ def get_config(where: str = "runs/moe"):
     config.data.batch_size = BATCH
     config.data.seq_len = min(earlier["data"]["seq_len"], LONGEST)
     config.data.tokenizer.update(earlier["data"]["tokenizer"])
+    own = tokenizers.own_file(config_lib.build(earlier).data.tokenizer, run)
+    if own and not Path(config.data.tokenizer.path).expanduser().is_file():  # the run was moved, or its source is gone
+        config.data.tokenizer.path = str(own)
     if folder:
         tokens = STEPS * BATCH * config.data.seq_len
         config.data.sources = balance_scope.sources(Path(folder).expanduser(), tokens)

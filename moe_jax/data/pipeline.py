@@ -25,9 +25,10 @@ from moe_jax.data.sources import SPLITS, Source, Split, cache_folder, check_sour
 Batch = dict[str, np.ndarray]
 
 
-def prepare(cfg: DataConfig, *, workdir: str | Path, seed: int, progress: bool = True) -> "Corpus":
+def prepare(cfg: DataConfig, *, workdir: str | Path | None, seed: int, progress: bool = True) -> "Corpus":
     """Builds, or finds prepared, the data sets, the tokenizer (kept in `workdir`) and the token stores.
 
+    workdir: None for a run that has not begun, so that one that fails leaves nothing; see `Corpus.keep_tokenizer`.
     seed: decides the order of the training data; the prepared data does not depend on it.
     Raises: ConfigError for a user's mistake.
     """
@@ -192,6 +193,10 @@ class Corpus:
                 self._weights.append(source.weight)
         self._validation = [self._rows(name, split) for name, split in stores if split == "validation"]
         self.bytes_per_token = self._bytes_per_token()
+
+    def keep_tokenizer(self, workdir: str | Path) -> None:
+        """Puts the tokenizer into the directory of a run that begins, which needs no other file of it from then on."""
+        tokenizers.save(self.tokenizer, self._cfg.tokenizer, workdir)
 
     def _rows(self, name: str, split: Split) -> PackedRows:
         store, s = self.stores[name, split], self._cfg.seq_len

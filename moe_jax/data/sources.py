@@ -24,6 +24,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from absl import logging
 
 from moe_jax.config import ConfigError, DataConfig, SourceConfig
+from moe_jax.data.tokenizers import own_file
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -358,15 +359,17 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def check_sources(cfg: DataConfig) -> None:
+def check_sources(cfg: DataConfig, workdir: str | Path | None = None) -> None:
     """Finds user mistakes without reading a document: paths, extensions, dataset names, the tokenizer's file.
 
+    workdir: of a run that has begun, which may have its own copy of the tokenizer's file.
     Raises: ConfigError naming the field and the nearest valid choice.
     """
     for name, source in cfg.sources.items():
         open_source(name, source, cache_folder(cfg))
     path = os.path.expanduser(cfg.tokenizer.path)
-    if cfg.tokenizer.kind in ("huggingface", "sentencepiece") and not os.path.isfile(path):
+    external = cfg.tokenizer.kind in ("huggingface", "sentencepiece") and not own_file(cfg.tokenizer, workdir)
+    if external and not os.path.isfile(path):
         folder = Path(path).parent
         inside = [p.as_posix() for p in folder.iterdir() if p.suffix in (".json", ".model")] if folder.is_dir() else []
         raise ConfigError("data.tokenizer.path", cfg.tokenizer.path, "is not a file", _nearest(path, inside))

@@ -241,32 +241,51 @@ def _read_settings(path: Path) -> dict:
     raise FileError(f"{path}: is not a tokenizer's settings: {problem}")
 
 
-def load_or_make(cfg: TokenizerConfig, workdir: str | Path, training_text) -> Tokenizer:
+def own_file(cfg: TokenizerConfig, workdir: str | Path | None) -> Path | None:
+    """The run directory's own copy of an external tokenizer; None if it has none yet."""
+    if workdir is None or cfg.kind not in ("huggingface", "sentencepiece"):
+        return None
+    file = Path(workdir) / _FILES[cfg.kind]
+    return file if file.is_file() else None
+
+
+def load_or_make(cfg: TokenizerConfig, workdir: str | Path | None, training_text) -> Tokenizer:
     """The run directory's tokenizer, or a new one that is then kept there.
 
+    workdir: None for a run that has not begun; nothing is kept. Where a run directory has its own copy of an external
+        tokenizer, `cfg.path` is only where it came from, and need not be there any more.
     training_text: called, only for kind "bpe" and only if there is none yet, for an iterable of texts.
     Raises: ConfigError if the run directory holds a tokenizer of other settings (its checkpoints need that one).
     """
-    path = Path(workdir) / _SETTINGS
-    kept = load(workdir)
+    kept = None if workdir is None else load(workdir)
     if kept is not None:
-        settings, wanted = _read_settings(path), _settings(cfg)
-        for name, value in wanted.items():
-            if settings.get(name) != value:
-                rule = f"differs from {path}, which has {settings.get(name)!r}"
-                raise ConfigError(
-                    f"data.tokenizer.{name}", value, rule, f"use {settings.get(name)!r} or another workdir"
-                )
+        _check_settings(cfg, Path(workdir))
         return kept
     if cfg.kind == "bytes":
         made = BytesTokenizer()
     elif cfg.kind == "bpe":
         made = train_bpe(training_text(), cfg.vocab_size)
     else:
-        file = Path(os.path.expanduser(cfg.path))
+        file = own_file(cfg, workdir) or Path(os.path.expanduser(cfg.path))
         if not file.is_file():
             raise ConfigError("data.tokenizer.path", cfg.path, "is not a file", "a tokenizer.json or a .model file")
         kind = JsonTokenizer if cfg.kind == "huggingface" else SentencePieceTokenizer
         made = kind(read_file(file), cfg.end_of_text, cfg.path)
-    save(made, cfg, workdir)
+    if workdir is not None:
+        save(made, cfg, workdir)
     return made
+
+
+def _check_settings(cfg: TokenizerConfig, workdir: Path) -> None:
+    """Raises ConfigError if `cfg` asks for another tokenizer than the run directory's."""
+    path = workdir / _SETTINGS
+    settings, own = _read_settings(path), own_file(cfg, workdir)
+    for name, value in _settings(cfg).items():
+        has = settings.get(name)
+        if name == "path" and value != has:  # the run may have been moved or copied, and the file, too, or be gone
+            file = Path(os.path.expanduser(value))
+            if own and not (file.is_file() and read_file(file) != read_file(own)):
+                continue
+        if has != value:
+            raise ConfigError(f"data.tokenizer.{name}", value, f"differs from {path}, which has {has!r}",
+                              f"use {has!r} or another workdir")  # fmt: skip

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from moe_jax import config_file, model, sharding, step, weights
 from moe_jax.checkpoint import CheckpointError, Checkpoints
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import read_file
 from moe_jax.hf.convert import TOKENIZER_FILES
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
@@ -116,10 +117,10 @@ def _config(folder: Path) -> RunConfig:
 
 
 def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> RunConfig:
-    """The source's, with the model made; a tokenizer file of its run directory is that of the new one."""
+    """The source's, with the model made; its own copy of a tokenizer file becomes that of the new one."""
     tokenizer = cfg.data.tokenizer
-    if Path(tokenizer.path).absolute().parent == source.absolute():
-        tokenizer = dataclasses.replace(tokenizer, path=str(workdir / Path(tokenizer.path).name))
+    if own := tokenizers.own_file(tokenizer, source):
+        tokenizer = dataclasses.replace(tokenizer, path=str(workdir / own.name))
     data, loss = dataclasses.replace(cfg.data, tokenizer=tokenizer), dataclasses.replace(cfg.loss, bias_target=())
     return dataclasses.replace(cfg, init_from="", model=after, loss=loss, data=data)
 

@@ -18,10 +18,12 @@ Resuming is the same command again:
 
 import contextlib
 import errno
+import itertools
 import json
 import os
-import shutil
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ from orbax.checkpoint import v1 as ocp
 from moe_jax import checksums, preserve
 
 PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
+# Orbax lists folders with a glob of their whole path (etils' epath), and takes "gs:/" in it for a scheme. It would find
+# nothing, or the files of another run, and go on. Such a path reaches it by a link.
+_TAKEN_FOR_A_PATTERN = re.compile(r"[*?\[\\]|:/")
 
 
 class CheckpointError(RuntimeError):
@@ -140,10 +145,28 @@ class Checkpoints:
         self._sealer: checksums.Sealer | None = None
         self._response: Any = None  # what Orbax gave for the save under way
         self._saving: int | None = None
+        self._expected: dict[str, tuple] = {}  # what the save under way has to write
+        self._link: Path | None = None
         self._at: int | None = None  # the step last saved or restored through this object
         self._orbax: ocp.training.Checkpointer | None = None
         if keep is not None or self.directory.is_dir():
             self._open()
+
+    def _path(self) -> Path:
+        """The directory by a name that Orbax takes as it stands."""
+        if not _TAKEN_FOR_A_PATTERN.search(str(self.directory)):
+            return self.directory
+        if self._link is None:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self._link = Path(tempfile.mkdtemp(prefix="moe_jax-")) / "run"
+            os.symlink(self.directory.parent, self._link)
+        return self._link / self.directory.name
+
+    def _unlink(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.unlink()
+            link.parent.rmdir()
 
     def _open(self) -> None:
         registry = ocp.handlers.local_registry()
@@ -154,7 +177,7 @@ class Checkpoints:
         context.checkpointables.registry = registry
         context.memory.transfer_concurrent_bytes = self._host_bytes
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
+            self._path(),
             context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # when is the caller's say
             preservation_policy=self._policy,
@@ -196,6 +219,7 @@ class Checkpoints:
                 if self._response is None:
                     raise CheckpointError(f"{self.directory}: Orbax refused to save step {step}")
             self._at = self._saving = step
+            self._expected = {name: (leaf.shape, leaf.dtype) for name, leaf in _leaves(state).items()}
             if jax.process_index() == 0:
                 self._sealer = checksums.Sealer(self.directory / str(step))
         if wait:
@@ -236,12 +260,7 @@ class Checkpoints:
             raise CheckpointError(f"--resume_step={step}: is not a checkpoint of the run; {has}")
         later = [s for s in steps if s > step]
         self.close()
-        if jax.process_index() == 0:
-            for name in map(str, later):
-                aside = self.directory.with_name("checkpoints.dropped") / name
-                shutil.rmtree(aside, ignore_errors=True)  # of an earlier rewind
-                aside.parent.mkdir(exist_ok=True)
-                os.rename(self.directory / name, aside)
+        self._set_aside(later)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("rewind")
         self._open()
@@ -287,18 +306,51 @@ class Checkpoints:
     def close(self) -> None:
         """Completes the save under way. Closing twice does nothing."""
         orbax, self._orbax = self._orbax, None
-        if orbax is not None:
-            self._settle(orbax.close)
+        try:
+            if orbax is not None:
+                self._settle(orbax.close)
+        finally:
+            self._unlink()
 
     def _settle(self, end: Callable[[], None]) -> None:
         sealer, self._sealer = self._sealer, None
         response, self._response = self._response, None
+        expected, self._expected = self._expected, {}
         with self._named(self._saving), contextlib.ExitStack() as after:
             if sealer is not None:
                 after.callback(sealer.finish)
             if response is not None:
                 after.callback(response.result)  # else Orbax's thread of this save and its event loop stay for ever
             end()
+        if expected:
+            self._check_written(self._saving, expected)
+
+    def _check_written(self, step: int, expected: dict[str, tuple]) -> None:
+        """A save counts when what was to be written is found. Else it is set aside, so that nothing resumes from it."""
+        try:
+            saved = ocp.checkpointables_metadata(self._path() / str(step)).metadata["state"]
+            found = {name: (leaf.shape, leaf.dtype) for name, leaf in _leaves(saved).items()}
+        except Exception as e:
+            why = _first_line(e)
+        else:
+            why = next((f"{name} is not in it" for name in expected if found.get(name) != expected[name]), "")
+        if why:
+            self._at = None
+            self._set_aside([step])
+            if self._orbax is not None:
+                self._orbax.reload()
+            raise CheckpointError(f"{self.name(step)} could not be saved: {why}; earlier checkpoints are intact")
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints into `<workdir>/checkpoints.dropped/`; what is there already stays."""
+        for name in map(str, steps if jax.process_index() == 0 else []):
+            aside = self.directory.with_name("checkpoints.dropped") / name
+            free = (aside.with_name(f"{name}.{n}") for n in itertools.count(2))
+            while aside.exists():
+                aside = next(free)
+            if (self.directory / name).is_dir():
+                aside.parent.mkdir(exist_ok=True)
+                os.rename(self.directory / name, aside)
 
     @contextlib.contextmanager
     def _named(self, step: int | None) -> Iterator[None]:

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
+from moe_jax import checksums
 from moe_jax.checkpoint import CheckpointError, Checkpoints
 
 AXES = ("data", "fsdp", "expert")
@@ -205,10 +209,68 @@ def test_a_step_whose_save_failed_is_saved_again(tmp_path, monkeypatch):
         with monkeypatch.context() as broken:
             nothing = types.SimpleNamespace(result=lambda: True)
             broken.setattr(type(checkpoints._orbax), "save_checkpointables_async", lambda *_, **__: nothing)
-            checkpoints.save(2, state, {"n": 2}, wait=True)
+            with pytest.raises(CheckpointError, match=r"2 could not be saved: .+; earlier checkpoints are intact"):
+                checkpoints.save(2, state, {"n": 2}, wait=True)
         assert checkpoints.latest() == 1
         checkpoints.save(2, state, {"n": 2})
         assert checkpoints.latest() == 2
+
+
+# What libraries take for a pattern, an escape or a scheme, and what else a name of a folder may hold.
+NAMES = ["[v2] {a,b} 100%20 #1 ü $HOME '", "a*b?", "**", "a\\b", "gs:"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_directory_of_any_name(tmp_path, name):
+    """Orbax lists folders by a glob of their path: in `[v2]` it found nothing and saved that; `a*b` is `axb`, too."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=sharding)}
+    workdir, other = tmp_path / name / "run", tmp_path / name.replace("*", "x").replace("?", "x") / "run"
+    other.mkdir(parents=True)
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"w": jnp.arange(3.0) + step}, {"n": step})
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2"]
+    with Checkpoints(workdir) as checkpoints:
+        state, data = checkpoints.restore(target)
+        assert checkpoints.name(2) == f"{workdir}/checkpoints/2"
+    np.testing.assert_array_equal(np.asarray(state["w"]), [2, 3, 4])
+    assert data == {"n": 2} and checksums.damage(workdir / "checkpoints" / "2") == ""
+    assert other == workdir or not any(other.iterdir())
+    assert not list(Path(tempfile.gettempdir()).glob("moe_jax-*/run"))  # the link, if it took one
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_save_counts_when_what_was_written_is_found(tmp_path, monkeypatch, wait):
+    """Orbax goes on when nothing comes of its files' merging; here that is an error, and nothing resumes from it."""
+    state = {"w": jnp.ones(3)}
+
+    async def nothing(*_, **__):
+        return None
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state, {}, wait=True)
+        with monkeypatch.context() as broken:
+            broken.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", nothing)
+            with pytest.raises(CheckpointError, match="2 could not be saved: w is not in it; earlier checkpoints are"):
+                checkpoints.save(2, state, {}, wait=wait)
+                checkpoints.latest()
+        assert checkpoints.latest() == 1
+        assert [p.name for p in (tmp_path / "checkpoints.dropped").iterdir()] == ["2"]
+        checkpoints.save(2, state, {}, wait=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_what_was_set_aside_before_stays(tmp_path):
+    for _ in range(3):
+        with Checkpoints(tmp_path, keep=3) as checkpoints:
+            for step in (1, 2):
+                if step not in checkpoints.steps():
+                    checkpoints.save(step, {"w": jnp.ones(3)}, {}, wait=True)
+        with Checkpoints(tmp_path, keep=3) as checkpoints:
+            assert checkpoints.rewind(1) == [2]
+    assert sorted(p.name for p in (tmp_path / "checkpoints.dropped").iterdir()) == ["2", "2.2", "2.3"]
 
 
 def test_saving_again_and_again_opens_no_more_files(tmp_path):

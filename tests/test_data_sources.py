@@ -386,3 +386,20 @@ def test_stdlib_text_end_to_end(tmp_path):
         with pytest.raises(ConfigError, match=r"train, validation|text.*name") as error:
             sources.open_source("stdlib", broken, tmp_path).documents("validation" if "valid" in field else "train")
         assert error.value.name == f"data.sources.stdlib.{field}"
+
+
+def test_folders_that_exist_are_taken_as_they_are_written(tmp_path):
+    """A glob is what is left of a path behind the folders that exist by that very name."""
+    for folder in ("[v2] {a,b}/x", "a*b", "axb", "[12]", "1", "100%20 #1?"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "text[1].txt").write_text(folder)
+    for path, found in {
+        "[v2] {a,b}/*/*.txt": ["[v2] {a,b}/x"], "[[]v2*/x/*.txt": ["[v2] {a,b}/x"], "a*b/*.txt": ["a*b"],
+        "a?b/*.txt": ["a*b", "axb"], "[12]/*": ["[12]"], "[1]/*": ["1"], "100%20 #1?/text[1].txt": ["100%20 #1?"],
+        "**/text[[]1].txt": ["1", "100%20 #1?", "[12]", "[v2] {a,b}/x", "a*b", "axb"],
+    }.items():  # fmt: skip
+        source = sources.open_source(
+            "s", SourceConfig(kind="files", path=f"{tmp_path}/{path}", validation_fraction=0.0), tmp_path
+        )
+        texts = [source.documents("train")[i]["text"] for i in range(len(found))]
+        assert texts == found and len(source.documents("train")) == len(found), path

@@ -126,7 +126,7 @@ class FilesSource:
         if os.path.isfile(pattern):
             found = [Path(pattern)]
         else:
-            found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+            found = sorted(Path(p) for p in glob.glob(_but_folders(pattern), recursive=True) if os.path.isfile(p))
         if not found:
             folder = Path(pattern).parent
             while not folder.is_dir():  # also walks up out of a glob's folders
@@ -210,6 +210,16 @@ class FilesSource:
         if text.strip():
             domain = cfg.domain or (as_text(row[cfg.domain_field]) if cfg.domain_field else "") or self.name
             yield text, domain
+
+
+def _but_folders(pattern: str) -> str:
+    """The pattern with the folders it begins with, as far as there are any of that very name, taken as they are."""
+    parts, known = Path(pattern).parts, Path()
+    for i, part in enumerate(parts):
+        if not (known / part).is_dir():
+            return os.path.join(glob.escape(str(known)), *parts[i:])
+        known = known / part
+    return glob.escape(pattern)
 
 
 def _extension(path: Path) -> str:

@@ -5,6 +5,7 @@ with, `batch_<process>.npz` with the rows that each process fed it, and `dump.js
 number of processes can replay it.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def dump(
 
     state: after the step, which has left all of it but the count as it was. rows: what this process fed it.
     """
-    folder = Path(workdir) / "dumps" / str(skip.step)
+    folder = _free(Path(workdir) / "dumps" / str(skip.step), cfg)
     config_file.save_config(folder, cfg)
     with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
         if checkpoints.latest() is None:  # the same run, stopped at the same step before
@@ -41,6 +42,13 @@ def dump(
         result = {"loss": str(skip.loss), "grad_norm": str(skip.grad_norm), "reason": skip.reason, "limits": bounds}
         (folder / "dump.json").write_text(json.dumps(result, indent=2) + "\n")
     return folder
+
+
+def _free(folder: Path, cfg: RunConfig) -> Path:
+    """`folder`, or one beside it if that has the dump of another configuration: of a start that was given up."""
+    names = itertools.chain([folder], (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(2)))
+    other = lambda name: (name / config_file.NAME).exists() and config_file.differences(name, cfg)
+    return next(name for name in names if not other(name))
 
 
 def give_up(workdir: Path, cfg: RunConfig, state, rows, skip: guard.Skip, limits) -> None:

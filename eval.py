@@ -26,7 +26,7 @@ from moe_jax import (
     weights,
 )
 
-WORKDIR = flags.DEFINE_string("workdir", None, "run directory of train.py", required=True)
+WORKDIR = cli.define_path("workdir", None, "run directory of train.py", required=True)
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
 EARLIER = flags.DEFINE_integer("earlier", None, "earlier checkpoint of the run to compare the experts' choices with")
 LIMIT = flags.DEFINE_integer("batches", 0, "evaluate this many batches, spread over the held-out text; 0: all", 0)

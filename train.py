@@ -34,13 +34,13 @@ from moe_jax import (
 )
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if not")
+WORKDIR = cli.define_path("workdir", None, "run directory; made if missing, resumed if not")
 COMPILE_ONLY = flags.DEFINE_string(
     "compile_only", None, "compile for chips that are not here, e.g. v5p:4x4x4 or h100:8, and report"
 )
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 RESUME_STEP = flags.DEFINE_integer("resume_step", None, "go on from this checkpoint; later ones are set aside", 1)
-REPLAY = flags.DEFINE_string("replay", None, "take the step of a dump again, and nothing else; see docs/survival.md")
+REPLAY = cli.define_path("replay", None, "take the step of a dump again, and nothing else; see docs/survival.md")
 
 
 def main(argv):

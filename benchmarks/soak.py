@@ -56,7 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--lives", type=int, default=3)
-    parser.add_argument("--root", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--root", type=lambda p: Path(p).expanduser(), required=True, help="an empty folder")
     parser.add_argument("--config", default="configs/debug.py")
     args = parser.parse_args()
     args.root.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--terms", type=int, default=20)
-    parser.add_argument("--root", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--root", type=lambda p: Path(p).expanduser(), required=True, help="an empty folder")
     parser.add_argument("--config", default="configs/debug.py")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=7, help="train.checkpoint_every")

@@ -20,11 +20,12 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.grouped_matmul import CALLS, SHAPES, draw_sizes
+from moe_jax import cli
 from moe_jax.kernels import hopper
 
 CHOSEN = flags.DEFINE_list("shapes", ["x".join(map(str, s)) for s in SHAPES], "experts x d_model x d_expert x rows")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of every tiling", 1)
-OUT = flags.DEFINE_string("out", str(hopper.TABLE), "table to write; its other entries stay")
+OUT = cli.define_path("out", str(hopper.TABLE), "table to write; its other entries stay")
 
 MARGIN = 1.03
 

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -161,9 +162,9 @@ def build(out: Path, local: Path | None) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the domains' files")
-    parser.add_argument("--local", type=Path, help="folder of the files that are fetched by hand")
+    parser.add_argument("--local", type=os.path.expanduser, help="folder of the files that are fetched by hand")
     arguments = parser.parse_args()
-    made = build(arguments.out, arguments.local)
+    made = build(arguments.out, arguments.local and Path(arguments.local))
     (arguments.out / "sources.json").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
     for domain, row in sorted(made.items()):
         stored = (arguments.out / f"{domain}.parquet").stat().st_size

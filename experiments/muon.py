@@ -32,6 +32,7 @@ import jax
 from experiments import muon_figures, muon_report, pool
 from experiments.muon_report import Finished
 from experiments.pool import Job, Run
+from moe_jax.cli import expanded
 
 CONFIG = "configs/balance_scope.py"
 MINUTES = 3.5  # of a run with all tokens on one H200
@@ -192,7 +193,7 @@ def parse() -> tuple[argparse.Namespace, list[str], list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default=",".join(PARTS), help="parts of the evidence, separated by commas")
     parser.add_argument("--only", default="*", help="patterns of runs, separated by commas: ARM/seedN")
-    parser.add_argument("--known", type=Path, default=None, metavar="FILE", help="a results.json of finished runs")
+    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     parser.add_argument("--plan", action="store_true", help="print what there is to run and its time, run nothing")
     pool.add_flags(parser, "runs/muon")
     arguments = parser.parse_args()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from moe_jax import config as config_lib
 from moe_jax import data
-from moe_jax.cli import GPU_SHARE
+from moe_jax.cli import GPU_SHARE, expanded
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -175,8 +175,8 @@ def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> li
 
 def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
     """The flags of every experiment."""
-    parser.add_argument("--data", default="data/domains", help="folder of domains")
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
+    parser.add_argument("--data", type=os.path.expanduser, default="data/domains", help="folder of domains")
+    parser.add_argument("--out", type=expanded, default=Path(out), help="folder of the runs")
     parser.add_argument("--gpus", type=int, default=None, help="GPUs to use; default: all; 0: the CPU")
     parser.add_argument("--per_gpu", type=int, default=1, help="runs at a time on each GPU")
     parser.add_argument("--report_only", action="store_true", help="train nothing, compare what is finished")

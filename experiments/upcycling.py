@@ -24,6 +24,7 @@ import jax
 from experiments import pool, upcycling_report
 from experiments.pool import Job, Run
 from experiments.upcycling_report import Finished
+from moe_jax.cli import expanded
 
 CONFIG = "configs/continued.py"
 STEPS, BATCH = 600, 128
@@ -122,9 +123,9 @@ def jobs(runs: list[Run], dense: Path, data: str, out: Path, keep: bool) -> list
 
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/dense"), help="run directory of a dense model")
+    parser.add_argument("--run", type=expanded, default=Path("runs/dense"), help="run directory of a dense model")
     parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
-    parser.add_argument("--known", type=Path, default=None, metavar="FILE", help="a results.json of finished runs")
+    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     pool.add_flags(parser, "runs/upcycling")
     arguments = parser.parse_args()

@@ -50,6 +50,7 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
         file, *argument = path.split(":", 1)
+        file = os.path.expanduser(file)
         config = _load(file, argument)
         argv = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
         for i, text in enumerate(argv):
@@ -149,6 +150,35 @@ def _paths(config: ml_collections.ConfigDict, prefix: str = "config") -> list[st
         if isinstance(value, ml_collections.ConfigDict):
             out += _paths(value, f"{prefix}.{name}")
     return out
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+def expanded(path: str) -> Path:
+    """A path; `~` at its start is the home folder, which no shell puts in the middle of `--workdir=~/a`."""
+    return Path(path).expanduser()
+
+
+class _PathParser(flags.ArgumentParser):
+    def parse(self, path: str) -> str:
+        return os.path.expanduser(path)
+
+
+class _PathsParser(flags.ListParser):
+    def parse(self, paths: str | list[str]) -> list[str]:
+        return [os.path.expanduser(path) for path in super().parse(paths)]
+
+
+def define_path(name: str, default: str | None, text: str, required: bool = False) -> flags.FlagHolder:
+    """A flag that is a path."""
+    return flags.DEFINE(_PathParser(), name, default, text, serializer=flags.ArgumentSerializer(), required=required)
+
+
+def define_paths(name: str, default: list[str] | None, text: str, required: bool = False) -> flags.FlagHolder:
+    """A flag that is several paths, with commas between them."""
+    serializer = flags.CsvListSerializer(",")
+    return flags.DEFINE(_PathsParser(), name, default, text, serializer=serializer, required=required)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def load_weights(
     cast: float32 and bfloat16 may stand for each other; else a dtype that differs is refused.
     Raises CheckpointError naming the first parameter whose presence, shape or dtype differs.
     """
-    if not Path(workdir).is_dir():
+    workdir = Path(workdir).expanduser()
+    if not workdir.is_dir():
         raise CheckpointError(f"{workdir}: no such run directory")
     want = {"params": abstract_params, "router_bias": abstract_bias}
     with Checkpoints(workdir) as checkpoints:
@@ -136,13 +137,13 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
     Returns lines about what may differ (how the model is computed, the dtype its weights are in).
     Raises ConfigError for what is no run directory, CheckpointError with the fields that make it another model.
     """
-    path = Path(cfg.init_from)
+    path = Path(cfg.init_from).expanduser()
     if not (path / "config.json").is_file():
         near = [p.as_posix() for p in sorted(path.parent.glob("*")) if (p / "config.json").is_file()]
         close = difflib.get_close_matches(path.as_posix(), near, 1, 0.0)
         hint = f"nearest valid: {close[0]!r}" if close else "import or train one first"
         raise config.ConfigError("init_from", cfg.init_from, "is not a run directory", hint)
-    new, old = (_fields({"model": config.to_dict(c.model)}) for c in (cfg, load_config(cfg.init_from)))
+    new, old = (_fields({"model": config.to_dict(c.model)}) for c in (cfg, load_config(path)))
     lines = {
         name: f"config.{name}: {json.dumps(old[name])} in {cfg.init_from}, {json.dumps(new[name])} now"
         for name in new

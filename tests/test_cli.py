@@ -101,6 +101,8 @@ def write_files(root: Path) -> None:
     (root / "notes.md").write_text("# no text we read\n")
     (root / "broken.jsonl").write_text("{nonsense\n")
     (root / "a_file").write_text("x")
+    (root / "home").mkdir()
+    (root / "home" / "file").write_text("x")
     edits = {
         "good": "",
         "unknown_field": "config.optim.lrr = 1e-3",
@@ -146,6 +148,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def env(root):
     changes = {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    changes["HOME"] = str(root / "home")
     changes["PYTHONPATH"] = str(REPO)  # which `python -m benchmarks.…` has by itself
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
 
@@ -321,6 +324,12 @@ OTHER = {
     "eval.py": ["--workdir is needed"],
     "eval.py --workdir={d}/empty": ["/empty is not a run directory"],
     "eval.py --workdir={d}/nowhere": ["/nowhere: no such directory"],
+    "eval.py --workdir=~/nowhere": ["--workdir={d}/home/nowhere: no such directory"],
+    "train.py --config=~/no.py --workdir={d}/runs/x": ["--config={d}/home/no.py: no such file"],
+    "train.py --config={d}/configs/good.py --workdir=~/file/run": ["--workdir={d}/home/file/run: cannot be made"],
+    "moe_jax/hf/__main__.py export --workdir=~/no --to=~/x": ["{d}/home/no/config.json does not exist"],
+    "moe_jax/hf/__main__.py import --from=~/no.gguf --workdir=~/x": ["{d}/home/no.gguf"],
+    "moe_jax/upcycle/__main__.py --from=~/a,~/b --workdir=~/x": ["--from={d}/home/a: no such run directory"],
     "eval.py --workdir={d}/a_file": ["/a_file: no such directory"],
     "eval.py --workdir={d}/broken_run": ["/config.json is not valid JSON"],
     "eval.py --workdir={d}/odd_run": ["must be a group of RunConfig fields"],
@@ -337,7 +346,7 @@ OTHER = {
 def test_command(server, root, command):
     began = time.perf_counter()
     *result, compiled = server(*command.replace("{d}", str(root)).split())
-    check(*result, OTHER[command])
+    check(*result, [part.replace("{d}", str(root)) for part in OTHER[command]])
     assert time.perf_counter() - began < LIMIT and compiled == ""
     assert not (root / "a_file").is_dir() and not (root / "runs" / "x" / "config.json").exists()
 

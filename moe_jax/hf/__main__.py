@@ -11,9 +11,9 @@ from absl import flags
 from moe_jax import cli
 from moe_jax.hf.convert import export_run, import_model
 
-WORKDIR = flags.DEFINE_string("workdir", None, "run directory; import makes it", required=True)
-FROM = flags.DEFINE_string("from", None, "import: a directory of config.json and safetensors, or a .gguf file")
-TO = flags.DEFINE_string("to", None, "export: the directory to make")
+WORKDIR = cli.define_path("workdir", None, "run directory; import makes it", required=True)
+FROM = cli.define_path("from", None, "import: a directory of config.json and safetensors, or a .gguf file")
+TO = cli.define_path("to", None, "export: the directory to make")
 SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "import: data.seq_len of the run; 0: the model's, at most 2048", 0)
 STEP = flags.DEFINE_integer("step", None, "export: the checkpoint; default: the newest")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"], "export: default: the parameters' own")

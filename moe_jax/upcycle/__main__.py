@@ -17,8 +17,8 @@ from moe_jax.upcycle.convert import convert
 from moe_jax.upcycle.experts import SCALES, Drop, Noise, VirtualGroups
 from moe_jax.upcycle.growth import Depth, Width
 
-FROM = flags.DEFINE_list("from", None, "run directories, RUN or RUN@STEP; several are averaged", required=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "run directory to make", required=True)
+FROM = cli.define_paths("from", None, "run directories, RUN or RUN@STEP; several are averaged", required=True)
+WORKDIR = cli.define_path("workdir", None, "run directory to make", required=True)
 METHOD = flags.DEFINE_enum("method", "virtual_groups", ["virtual_groups", "cluster", "none"],
                            "experts from copies, from clusters of hidden units (EMoE), or no experts")  # fmt: skip
 SEED = flags.DEFINE_integer("seed", 0, "of routers, noise and what is drawn anew", 0)

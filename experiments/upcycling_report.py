@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from experiments.balance_report import BLUE, ORANGE, cell, markdown
 from moe_jax import config, config_file, model
 from moe_jax.analysis import INK
+from moe_jax.evaluate import TOTAL
 from moe_jax.figures import GRID
 from moe_jax.metrics import read_metrics
 
@@ -87,21 +88,29 @@ def costs(cfg: config.RunConfig) -> dict:
             "parameters": [counts.total, counts.active]}  # fmt: skip
 
 
+def total(by_domain: dict[str, float]) -> dict[str, float]:
+    """Numbers by domain, the last that of all domains together; earlier versions called these "all"."""
+    if TOTAL in by_domain:
+        return by_domain
+    return {name: x for name, x in by_domain.items() if name != "all"} | {TOTAL: by_domain.get("all", math.nan)}
+
+
 def load_run(folder: Path) -> Finished:
     domains = json.loads((folder / "eval.json").read_text())["domains"]
     rows, evals = read_metrics(folder), read_metrics(folder, "eval")
     if (folder / "measures.json").is_file():
         found = json.loads((folder / "measures.json").read_text())
     else:
-        found = {"start": {"all": math.nan}, "similarity": {}} | costs(config_file.load_config(folder))
+        found = {"start": {TOTAL: math.nan}, "similarity": {}} | costs(config_file.load_config(folder))
     steps, tokens = ([row[name] for row in rows] for name in ("step", "tokens"))
     seen = np.interp([row["step"] for row in evals], steps, tokens)
     losses = [math.nan if row["xent"] is None else row["xent"] for row in evals]
+    losses.insert(0, total(found["start"])[TOTAL])
     return Finished(
-        int(folder.name.removeprefix("seed")), np.array([0.0, *seen]), np.array([found["start"]["all"], *losses]),
+        int(folder.name.removeprefix("seed")), np.array([0.0, *seen]), np.array(losses),
         found["flops_per_token"], tuple(found["parameters"]),
         {int(n): kinds for n, kinds in found["similarity"].items()},
-        {row["domain"]: row["perplexity"] for row in domains},
+        total({row["domain"]: row["perplexity"] for row in domains}),
     )  # fmt: skip
 
 
@@ -122,6 +131,7 @@ def read(file: Path) -> Runs:
             loss = np.array([math.nan if x is None else x for x in run["loss"]])
             similarity = {int(n): kinds for n, kinds in run["similarity"].items()}
             fields = {"tokens": np.array(run["tokens"]), "loss": loss, "similarity": similarity}
+            fields["domains"] = total(run["domains"])
             found[arm, run["seed"]] = Finished(**run | fields | {"parameters": tuple(run["parameters"])})
     return found
 
@@ -152,7 +162,7 @@ def table(arms: dict[str, Arm]) -> str:
         ])  # fmt: skip
     domains = list(next(iter(arms.values())).runs[0].domains)
     of_domain = lambda arm, d: arm.cell(lambda run: run.domains.get(d, math.nan), "{:.2f}")
-    by_domain = [[d, *(of_domain(arm, d) for arm in arms.values())] for d in domains]
+    by_domain = [[d or "all", *(of_domain(arm, d) for arm in arms.values())] for d in domains]
     notes = NOTES.format(tokens=max(run.tokens[-1] for arm in arms.values() for run in arm.runs))
     return f"{markdown(head, rows)}\n\n{notes}\n{markdown(['perplexity', *arms], by_domain)}\n"
 

@@ -21,6 +21,7 @@ from moe_jax.data import Corpus
 from moe_jax.routing import ChoiceSums, RouterStats
 
 LN2 = math.log(2.0)
+TOTAL = ""  # stands for all domains together, where domains are named; no domain has an empty name
 
 
 class EvalResult(NamedTuple):
@@ -34,10 +35,14 @@ class EvalResult(NamedTuple):
     choices: ChoiceSums | None  # numpy, if recorded
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a domain that has tokens, then all together: xent (nats per token), perplexity, bits_per_byte."""
+        """One row a domain that has tokens, then TOTAL: xent (nats per token), perplexity, bits_per_byte."""
         seen = [g for g in range(len(self.domains)) if self.tokens[g] > 0]
-        groups = [(self.domains[g], [g]) for g in seen] + [("all", seen)]
+        groups = [(self.domains[g], [g]) for g in seen] + [(TOTAL, seen)]
         return [self._row(name, ids) for name, ids in groups]
+
+    def unseen(self) -> list[str]:
+        """Domains without tokens."""
+        return [name for name, tokens in zip(self.domains, self.tokens, strict=True) if not tokens > 0]
 
     def _row(self, name: str, ids: list[int]) -> dict[str, Any]:
         nll, tokens = float(self.nll[ids].sum()), float(self.tokens[ids].sum())
@@ -56,8 +61,8 @@ def check_held_out(corpus: Corpus) -> None:
     """Raises ConfigError if there is no held-out text, before a run is trained that could not be judged."""
     if not corpus.num_validation_batches():
         names = sorted({source for source, _ in corpus.stores})
-        rule = "hold no validation text"
-        raise ConfigError("data.sources", names, rule, "add documents or raise validation_fraction (files)")
+        hints = [missing.advice for missing in corpus.not_held_out()] or ["add documents"]
+        raise ConfigError("data.sources", names, "hold no validation text", hints[0])
 
 
 def evaluate(
@@ -92,12 +97,12 @@ def evaluate(
 
 
 def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """{"gzip -9": {domain: bits per byte, …, "all": …}, "xz -9": …} of the held-out text, one stream a domain."""
+    """{"gzip -9": {domain: bits per byte, …, TOTAL: …}, "xz -9": …} of the held-out text, one stream a domain."""
     by_domain: dict[str, list[bytes]] = {}
     for domain, text in texts:
         by_domain.setdefault(domain, []).append(text.encode())
     joined = {domain: b"".join(parts) for domain, parts in sorted(by_domain.items())}
-    joined["all"] = b"".join(joined.values())
+    joined[TOTAL] = b"".join(joined.values())
     tools = {"gzip -9": lambda b: gzip.compress(b, 9), "xz -9": lambda b: lzma.compress(b, preset=9)}
     return {
         name: {domain: 8 * len(compress(data)) / max(len(data), 1) for domain, data in joined.items()}
@@ -106,13 +111,18 @@ def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dic
 
 
 def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
-    """The per-domain table as text: the model's bits per byte beside general-purpose compressors'."""
+    """The per-domain table as text: the model's bits per byte beside general-purpose compressors'.
+
+    All domains together come last, and a domain without text is named below.
+    """
     head = f"{'domain':<12} {'tokens':>10} {'xent':>7} {'perplexity':>10} {'bits/byte':>9}"
     lines = [head + "".join(f" {name:>8}" for name in baselines)]
     for r in result.rows():
-        line = f"{r['domain']:<12} {r['tokens']:>10,} {r['xent']:>7.3f} {r['perplexity']:>10.2f}"
+        line = f"{r['domain'] or 'all domains':<12} {r['tokens']:>10,} {r['xent']:>7.3f} {r['perplexity']:>10.2f}"
         line += f" {r['bits_per_byte']:>9.3f}"
         lines.append(line + "".join(f" {b.get(r['domain'], math.nan):>8.3f}" for b in baselines.values()))
+    if missing := result.unseen():
+        lines.append(f"without held-out text here: {', '.join(missing)}")
     return "\n".join(lines)
 
 
@@ -125,11 +135,15 @@ def scores(workdir: str | os.PathLike, until: int) -> dict[int, float]:
 
 
 def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
-    """eval.json: the table, the baselines, and counts [L][domain][E] of expert assignments."""
+    """eval.json: the table, the baselines, and counts [L][domain][E] of expert assignments.
+
+    The table's last row, and the baselines' entry "", are all domains together.
+    """
     stats = result.router
     body = {
         "step": step_number,
         "domains": result.rows(),
+        "domains_without_text": result.unseen(),
         "bits_per_byte_of": baselines,
         "tokens_per_expert": stats.tokens_per_expert.astype(int).tolist(),
         "tokens_per_layer_and_domain": stats.tokens.astype(int).tolist(),

@@ -144,6 +144,8 @@ def expert_domain(found: Analysis, layers: list[int] | None = None) -> Figure:
             axis.set_xlabel("expert", fontsize=8, color=QUIET)
     _frequency_bar(figure, image, axes, norm)
     figure.suptitle("Share of a domain's tokens sent to each expert (held-out text)", fontsize=11, color=INK)
+    if missing := [name for name, tokens in zip(found.domains, found.tokens, strict=True) if not tokens > 0]:
+        figure.supxlabel(f"without held-out text here: {', '.join(missing)}", fontsize=8, color=QUIET)
     return figure
 
 

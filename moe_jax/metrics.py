@@ -95,10 +95,13 @@ def train_metrics(
 
 
 def eval_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """`evaluate.EvalResult.rows` as one flat row: `xent`, `perplexity`, `bits_per_byte` over all, then by domain."""
+    """`evaluate.EvalResult.rows` as one flat row: `xent`, `perplexity`, `bits_per_byte` over all, then by domain.
+
+    The last row is all domains together. What stands before the last slash of a name is the domain.
+    """
     names = ("xent", "perplexity", "bits_per_byte")
-    prefix = lambda row: "" if row["domain"] == "all" else f"{row['domain']}/"
-    ordered = sorted(rows, key=lambda row: row["domain"] != "all")
+    prefix = lambda row: f"{row['domain']}/" if row["domain"] else ""
+    ordered = [rows[-1], *rows[:-1]]
     return {prefix(row) + name: float(row[name]) for row in ordered for name in names}
 
 

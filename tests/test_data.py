@@ -13,6 +13,8 @@ from moe_jax import data
 from moe_jax.config import ConfigError, DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline, sources, tokenizers
+from moe_jax.data import rows as rows_lib
+from moe_jax.data.documents import Documents
 
 SAMPLE = "def add(a, b):\n    return a + b\n\n# naïve café, 数学, 🙂\n" * 20
 
@@ -102,7 +104,7 @@ def test_rows_equal_a_brute_force_loop(corpus, seq_len, seed):
     rows = data.PackedRows(store, seq_len, seed, partial=True)
     order = range(store.num_documents)
     if seed is not None:
-        order = corpus_lib.permutation(store.num_documents, "documents", seed, "")
+        order = rows_lib.permutation(store.num_documents, "documents", seed, "")
         assert sorted(order) == list(range(store.num_documents)) != list(order)
     expected = list(brute_rows(store, order, seq_len))
     assert len(rows) == len(expected)
@@ -313,7 +315,7 @@ def test_the_tokenizer_is_trained_on_its_share_of_training_documents(folder):
 DOCS = [{"text": t, "domain": d} for t, d in (("ab", "x"), ("", "x"), ("cde", "y"), ("f", "x"))]
 
 
-MAKE = lambda: sources.Documents(DOCS)
+MAKE = lambda: Documents(DOCS)
 
 
 def check_store(store):
@@ -328,7 +330,7 @@ def test_a_store_is_written_once(tmp_path):
     fail = lambda: pytest.fail("written again")
     check_store(corpus_lib.prepare_store(tmp_path / "t" / "s", fail, tokenizers.BytesTokenizer()))
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["s"]
-    empty = corpus_lib.prepare_store(tmp_path / "e", lambda: sources.Documents([]), tokenizers.BytesTokenizer())
+    empty = corpus_lib.prepare_store(tmp_path / "e", lambda: Documents([]), tokenizers.BytesTokenizer())
     assert empty.tokens.tolist() == [256] and len(data.PackedRows(empty, 8, None, partial=True)) == 0
 
 
@@ -339,7 +341,7 @@ def test_a_half_written_store_is_never_used(tmp_path, damage):
     if damage == "cut":
         (path / "tokens.npy").write_bytes((path / "tokens.npy").read_bytes()[:-3])
     elif damage == "version":
-        (path / "meta.json").write_text((path / "meta.json").read_text().replace('"version": 1', '"version": 0'))
+        (path / "meta.json").write_text((path / "meta.json").read_text().replace('"version": 2', '"version": 0'))
     else:
         (path / damage).unlink()
     with pytest.raises(ValueError, match="not a complete token store"):
@@ -349,7 +351,7 @@ def test_a_half_written_store_is_never_used(tmp_path, damage):
 
 
 def test_a_killed_run_leaves_no_store(tmp_path):
-    class Dies(sources.Documents):
+    class Dies(Documents):
         def __getitem__(self, index):
             if index == 3:
                 raise KeyboardInterrupt
@@ -366,7 +368,7 @@ def test_two_writers_at_once_both_end_well(tmp_path):
 
     def documents():
         barrier.wait(timeout=20)  # both have seen that there is no store
-        return sources.Documents(DOCS)
+        return Documents(DOCS)
 
     write = lambda: found.append(corpus_lib.prepare_store(tmp_path / "s", documents, tokenizers.BytesTokenizer()))
     threads = [threading.Thread(target=write) for _ in range(2)]

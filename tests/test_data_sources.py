@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from moe_jax import data
 from moe_jax.config import ConfigError, DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import sources, stdlib_text, tokenizers
+from moe_jax.data import documents, files, sources, stdlib_text, tokenizers
 
 SAMPLE = "def add(a, b):\n    return a + b\n\n# naïve café, 数学, 🙂\n" * 20
 
@@ -140,7 +140,7 @@ def write(path, texts):
 
 
 def read_all(**fields):
-    source = sources.FilesSource("src", SourceConfig(kind="files", **fields))
+    source = files.FilesSource("src", SourceConfig(kind="files", **fields))
     return [source.documents(split)[i] for split in sources.SPLITS for i in range(len(source.documents(split)))]
 
 
@@ -165,7 +165,7 @@ def test_text_files_globs_and_large_files(tmp_path):
     rng = np.random.default_rng(0)
     large = "\n\n".join(" ".join(rng.choice(["alpha", "δelta", "x=1\n"], 40)) for _ in range(6000))
     (tmp_path / "large.txt").write_text(large, encoding="utf-8")
-    source = sources.FilesSource("s", SourceConfig(kind="files", path=str(tmp_path / "large.txt")))
+    source = files.FilesSource("s", SourceConfig(kind="files", path=str(tmp_path / "large.txt")))
     sizes = [len(d["text"]) for split in sources.SPLITS for d in source.documents(split)]
     assert sum(sizes) == len(large) and max(sizes) < 50_000 and np.median(sizes) > 10_000
     assert 0 < len(source.documents("validation")) < 0.3 * len(sizes)
@@ -175,14 +175,14 @@ def test_text_files_globs_and_large_files(tmp_path):
 @given(st.lists(st.tuples(st.sampled_from("ab\n"), st.integers(0, 60_000)), max_size=12))
 def test_cutting_a_text_loses_nothing(parts):
     text = "".join(c * n if c != "\n" else "\n" * (n % 4) for c, n in parts)
-    pieces = sources.split_text(text)
+    pieces = documents.split_text(text)
     assert "".join(pieces) == text and all(0 < len(p) <= 60_000 for p in pieces)
 
 
 def test_text_that_is_not_unicode_can_be_encoded(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n')
     (document,) = read_all(path=str(tmp_path / "a.jsonl"))
-    assert document["text"] == "lone ? surrogate" and sources.as_text(b"a\xffb") == "a\ufffdb"
+    assert document["text"] == "lone ? surrogate" and documents.as_text(b"a\xffb") == "a\ufffdb"
 
 
 def test_the_split_is_disjoint_stable_and_of_the_right_size(tmp_path):
@@ -190,7 +190,7 @@ def test_the_split_is_disjoint_stable_and_of_the_right_size(tmp_path):
     write(tmp_path / "a.jsonl", texts)
     split = lambda path, part: {
         d["text"]
-        for d in sources.FilesSource(
+        for d in files.FilesSource(
             "s", SourceConfig(kind="files", path=path, validation_fraction=0.1)
         ).documents(part)
     }  # fmt: skip
@@ -205,7 +205,7 @@ def test_the_split_is_disjoint_stable_and_of_the_right_size(tmp_path):
 def test_the_store_follows_data_and_tokenizer(tmp_path, bpe):
     path = tmp_path / "a.txt"
     path.write_text("one")
-    opened = lambda **k: sources.FilesSource("s", SourceConfig(kind="files", path=str(path), **k))
+    opened = lambda **k: files.FilesSource("s", SourceConfig(kind="files", path=str(path), **k))
     where = lambda source, split, tok: corpus_lib.store_folder(tmp_path, source.identity(split), tok)
     plain = tokenizers.BytesTokenizer()
     first = where(opened(), "train", plain)
@@ -249,9 +249,9 @@ def test_check_sources_names_the_mistake(tmp_path, fields, name, says):
 
 def test_check_sources_reads_no_document(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
-    monkeypatch.setattr(sources.FilesSource, "documents", lambda *_: pytest.fail("read"))
-    files = SourceConfig(kind="files", path=str(tmp_path / "a.txt"))
-    cfg = DataConfig(cache_dir=str(tmp_path), sources={"a": files, "std": SourceConfig(name="stdlib_text")})
+    monkeypatch.setattr(files.FilesSource, "documents", lambda *_: pytest.fail("read"))
+    local = SourceConfig(kind="files", path=str(tmp_path / "a.txt"))
+    cfg = DataConfig(cache_dir=str(tmp_path), sources={"a": local, "std": SourceConfig(name="stdlib_text")})
     data.check_sources(cfg)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]  # nothing prepared
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.path"):

@@ -23,6 +23,7 @@ from moe_jax import analysis, cli, config, config_file, metrics
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError, FileError
 from moe_jax.data import corpus, sources, tokenizers
+from moe_jax.data.rows import PackedRows
 from moe_jax.hf import convert, gguf, safetensors
 from moe_jax.hf.architectures import read_config
 
@@ -181,7 +182,7 @@ EXPECTED = {"m.gguf": (*SAID, KeyError, ValueError)}  # an unknown type, no byte
 
 def rows_of(folder: Path):
     try:
-        rows = corpus.PackedRows(corpus.TokenStore(folder), 4, 0)
+        rows = PackedRows(corpus.TokenStore(folder), 4, 0)
     except ValueError as e:  # the caller prepares the store anew
         raise FileError(str(e)) from None
     return [rows[i] for i in range(min(len(rows), 50))]

@@ -94,9 +94,10 @@ def to_dict(cfg: Any) -> dict:
 
 
 def _plain(values: dict) -> dict:
-    """A scope is text in a ConfigDict, so that the command line can make it a number or a word."""
+    """What is a number or a word is text in a ConfigDict, so that the command line can make it either."""
     made = {k: _plain(v) if isinstance(v, dict) else v for k, v in values.items()}
-    return made | ({"balance_batch": str(made["balance_batch"])} if "balance_batch" in made else {})
+    both = ("balance_batch", "documents")
+    return {k: str(v) if k in both and isinstance(v, int) else v for k, v in made.items()}
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -1,36 +1,38 @@
-"""Token stores on disk, and fixed-length rows packed from them.
+"""Token stores on disk: what preparing a split of a source leaves behind.
 
 A store holds one split of one source: every document once, as `[end_of_text, tokens…]`, and one more `end_of_text` at
 the end. It is written to a temporary folder that is renamed when complete, so a killed run leaves no half store behind
-and processes that prepare the same one at once all end well. Letters: `S` tokens of a row.
+and processes that prepare the same one at once all end well. Its checksums are compared when a run opens it; a damaged
+one is written again.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import tokenize
-from collections.abc import Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 from tqdm import tqdm
 
+from moe_jax.data import documents as docs
+from moe_jax.data.digests import Remembered, checksum, content_hash
 from moe_jax.data.tokenizers import Tokenizer
 
-_VERSION = 1
+_VERSION = 2
 # What numpy raises, besides ValueError, for a header that it reads as a literal, and for absurd numbers in it.
 BAD_HEADER = (SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 _BATCH = 64  # documents tokenised together
-
-
-def permutation(n: int, *key: object) -> np.ndarray:
-    """A permutation of range(n) decided by `key` alone, on every machine and NumPy version."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    raw = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(n)
-    return np.argsort(raw, kind="stable")
+_LARGE = 4 * 2**30  # bytes: a larger store is read whole only if the file system says that it has changed
+_ARRAYS = ("tokens", "offsets", "domains", "bytes", "text")
 
 
 class TokenStore:
@@ -38,7 +40,10 @@ class TokenStore:
 
     tokens [N] uint16 or uint32; offsets [D+1] int64, where each document begins (the last: where the closing
     end_of_text is); document_domains [D] int32, indices into `domains`; document_bytes [D] int64, UTF-8 bytes of the
-    text. Pickles as its path. Raises: ValueError if the folder is no complete store.
+    text; held-out splits: text [Σ document_bytes] uint8, the documents one after another.
+    content: a hash of all of it. notes: what the reader left out, one line each. least_fractions: by domain, the least
+    `validation_fraction` that would hold out one of these documents. cut: whether any were cut out of text files.
+    Pickles as its path. Raises: ValueError if the folder is no complete store.
     """
 
     def __init__(self, folder: str | Path):
@@ -47,13 +52,21 @@ class TokenStore:
             meta = json.loads((self.folder / "meta.json").read_text())
             if meta["version"] != _VERSION:
                 raise ValueError(f"version {meta['version']}")
+            if meta.pop("sum") != _sum_of(meta):
+                raise ValueError("meta.json has other values than were written")
             self.domains: tuple[str, ...] = tuple(map(str, meta["domains"]))
             self.end_of_text: int = int(meta["end_of_text"])
             self.num_documents: int = meta["documents"]
+            self.content: str = meta["content"]
+            self.notes: tuple[str, ...] = tuple(meta["notes"])
+            self.least_fractions: dict[str, float] = meta["least_fractions"]
+            self.cut: bool = meta["cut"]
+            self.checksums: dict[str, str] = meta["checksums"]
             self.tokens = self._load("tokens", meta["tokens"])
             self.offsets = self._load("offsets", self.num_documents + 1)
             self.document_domains = self._load("domains", self.num_documents)
             self.document_bytes = self._load("bytes", self.num_documents)
+            self.text = self._load("text", int(self.document_bytes.sum())) if "text" in self.checksums else None
             self._check()
         except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, *BAD_HEADER) as error:
             raise ValueError(f"{self.folder} is not a complete token store: {error}") from error
@@ -74,12 +87,32 @@ class TokenStore:
         if not ordered or outside or not 0 <= self.end_of_text < 2**31:
             raise ValueError("its numbers are no token store's")
 
+    def verify(self) -> None:
+        """Compares the checksums, at about a second a GB; a large store's only if its files have changed since the last
+        time. Raises: ValueError naming the first array that differs."""
+        paths = [self.folder / f"{name}.npy" for name in self.checksums]
+        large = sum(path.stat().st_size for path in paths) > _LARGE
+        sums = Remembered(checksum, self.folder.parent / "verified.json" if large else None)(paths)
+        for path, found in zip(paths, sums, strict=True):
+            if found != self.checksums[path.stem]:
+                raise ValueError(f"{path.name} has other bytes than were written")
+
     def __reduce__(self):
         return TokenStore, (self.folder,)
 
     def targets_per_document(self) -> np.ndarray:
         """[D] int64: predicted tokens of each document, the end_of_text after it included."""
         return np.diff(self.offsets)
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(domain, text) of every document of a held-out split."""
+        ends = np.cumsum(self.document_bytes)
+        for which, begin, end in zip(self.document_domains, ends - self.document_bytes, ends, strict=True):
+            yield self.domains[which], self.text[begin:end].tobytes().decode("utf-8")
+
+
+def _sum_of(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def store_folder(cache: Path, identity: dict, tokenizer: Tokenizer) -> Path:
@@ -88,174 +121,144 @@ def store_folder(cache: Path, identity: dict, tokenizer: Tokenizer) -> Path:
     return cache / "tokens" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
 
+def _opened(folder: Path) -> TokenStore:
+    """The store in `folder`, compared with its checksums. Raises ValueError."""
+    store = TokenStore(folder)
+    try:
+        store.verify()
+    except (OSError, KeyError) as error:
+        raise ValueError(str(error)) from error
+    return store
+
+
 def prepare_store(
-    folder: Path, documents, tokenizer: Tokenizer, description: str = "", progress: bool = False
+    folder: Path,
+    documents: Callable[[], Sequence[dict[str, str]]],
+    tokenizer: Tokenizer,
+    description: str = "",
+    progress: bool = False,
+    keep_text: bool = False,
 ) -> TokenStore:
-    """The store in `folder`, written first if it is not there.
+    """The store in `folder`, written first if it is not there, or damaged, which is said on stderr.
 
     documents: called for the sequence of `{"text", "domain"}`, only if the store must be written.
+    keep_text: whether the store also holds the text.
     """
     try:
-        return TokenStore(folder)
-    except ValueError:
-        pass
+        return _opened(folder)
+    except ValueError as error:
+        if folder.exists():
+            print(f"{description}: {folder} is damaged ({error}); prepared again", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
     try:
-        _write_store(partial, documents(), tokenizer, description, progress)
-        _publish(partial, folder)
+        _write_store(partial, documents(), tokenizer, description, progress, keep_text)
+        return _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path) -> TokenStore:
+    """Renames a complete store to its place, unless another process was faster; a damaged one there is moved away."""
+    for _ in range(10):  # others may do the same to the same folder at this moment
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not partial.exists():
+                raise
+        try:
+            return _opened(folder)
+        except ValueError:
+            if not partial.exists():
+                raise
+        grave = tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-")
+        try:
+            os.rename(folder, os.path.join(grave, folder.name))
+        except FileNotFoundError:
+            pass
+        finally:
+            shutil.rmtree(grave, ignore_errors=True)
     return TokenStore(folder)
 
 
-def _publish(partial: Path, folder: Path) -> None:
-    """Renames a complete store to its place, unless another process was faster; a damaged one there is moved away."""
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        try:
-            TokenStore(folder)
-        except ValueError:
-            grave = tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-")
-            os.rename(folder, os.path.join(grave, folder.name))
-            shutil.rmtree(grave, ignore_errors=True)
-            os.rename(partial, folder)
-
-
 class _Encode:
-    """Documents → (ids, domains, bytes)."""
+    """Documents → (ids, document)."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
-    def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray, str, int]]:
-        documents = [d for d in documents if d["text"]]
-        ids = self._tokenizer.encode([d["text"] for d in documents])
-        return [(i, d["domain"], len(d["text"].encode("utf-8"))) for i, d in zip(ids, documents, strict=True)]
+    def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray, dict[str, str]]]:
+        """A blank document has no ids, and is left out."""
+        kept = [d for d in documents if d["text"].strip()]
+        ids = self._tokenizer.encode([d["text"] for d in kept])
+        return [*zip(ids, kept, strict=True), *((None, d) for d in documents if not d["text"].strip())]
 
 
-def _write_store(folder: Path, documents: Sequence, tokenizer: Tokenizer, description: str, progress: bool) -> None:
+def _write_store(
+    folder: Path, documents: Sequence, tokenizer: Tokenizer, description: str, progress: bool, keep_text: bool = False
+) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     lengths, domains, sizes = [], [], []
     numbers: dict[str, int] = {}
+    least: dict[str, float] = {}
+    odd: Counter[str] = Counter()
     mark = np.asarray([tokenizer.end_of_text], dtype)
     with (
         open(folder / "tokens.raw", "wb") as file,
+        open(folder / "text.raw", "wb") as text_file,
         tqdm(total=len(documents), desc=f"tokenize {description}", unit="doc", disable=not progress) as bar,
     ):
         if len(documents):
             read = grain.MapDataset.source(documents).batch(_BATCH, batch_fn=list).map(_Encode(tokenizer))
             iterator = iter(read.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
             for batch in iterator:
-                for ids, domain, size in batch:
+                for ids, document in batch:
+                    text, domain = document["text"], document["domain"]
+                    odd[docs.BLANK] += ids is None
+                    odd[docs.REPLACED] += "replaced" in document
+                    if ids is None:
+                        continue
                     if (ids == tokenizer.end_of_text).any():
                         raise RuntimeError(f"{description}: the tokenizer made end_of_text from text")
+                    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+                        raise RuntimeError(f"{description}: the tokenizer made ids beyond its vocabulary")
                     mark.tofile(file)
                     ids.astype(dtype).tofile(file)
+                    raw = text.encode("utf-8")
+                    if keep_text:
+                        text_file.write(raw)
                     lengths.append(len(ids) + 1)
                     domains.append(numbers.setdefault(domain, len(numbers)))
-                    sizes.append(size)
+                    sizes.append(len(raw))
+                    least[domain] = min(least.get(domain, 1.0), docs.least_fraction(text))
                 bar.update(min(_BATCH, len(documents) - bar.n))
             iterator.close()
         mark.tofile(file)
     total = sum(lengths) + 1
-    with open(folder / "tokens.npy", "wb") as file, open(folder / "tokens.raw", "rb") as raw:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (total,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        shutil.copyfileobj(raw, file, 1 << 22)
-    (folder / "tokens.raw").unlink()
+    _as_array(folder, "tokens", dtype, total)
+    _as_array(folder, "text", np.uint8, sum(sizes)) if keep_text else (folder / "text.raw").unlink()
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
     np.save(folder / "domains.npy", np.asarray(domains, np.int32))
     np.save(folder / "bytes.npy", np.asarray(sizes, np.int64))
     meta = {"version": _VERSION, "documents": len(lengths), "tokens": total, "end_of_text": tokenizer.end_of_text}
-    meta |= {"domains": list(numbers), "source": description}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    meta |= {"domains": list(numbers), "source": description, "least_fractions": least}
+    meta["cut"] = getattr(documents, "cut", False)
+    meta["notes"] = [*getattr(documents, "notes", ()), *_account(description, odd)]
+    arrays = {name: path for name in _ARRAYS if (path := folder / f"{name}.npy").exists()}
+    meta["checksums"] = {name: checksum(path) for name, path in arrays.items()}
+    parts = [meta["domains"], meta["end_of_text"], [content_hash(path) for path in arrays.values()]]
+    meta["content"] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta | {"sum": _sum_of(meta)}, indent=1) + "\n")
 
 
-def padding_row(seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:
-    """A row of padding only: all weights and segment ids are 0."""
-    row = {k: np.zeros(seq_len, np.int32) for k in ("segment_ids", "positions", "domain_ids")}
-    row |= {k: np.full(seq_len, end_of_text, np.int32) for k in ("tokens", "targets")}
-    return row | {"weights": np.zeros(seq_len, np.float32)}
+def _as_array(folder: Path, name: str, dtype: Any, length: int) -> None:
+    """Makes `<name>.npy` of `<name>.raw`."""
+    with open(folder / f"{name}.npy", "wb") as file, open(folder / f"{name}.raw", "rb") as raw:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        shutil.copyfileobj(raw, file, 1 << 22)
+    (folder / f"{name}.raw").unlink()
 
 
-class PackedRows:
-    """Rows of S tokens cut from the concatenated documents of a store.
-
-    Row r covers positions r·S … r·S+S of the stream (neighbours share one token), so every target is predicted exactly
-    once an epoch. A row is a dict of arrays [S]:
-        tokens, targets  int32; padding is end_of_text
-        weights          float32: 1, or 0 for padding
-        segment_ids      int32: from 1 within the row, a new one at each document's end_of_text; 0 is padding
-        positions        int32: from 0 at each segment's start
-        domain_ids       int32: of the target's document; the end_of_text after a document belongs to it
-
-    seed: documents in a permutation decided by (seed, name); None: in stored order.
-    partial: whether the last incomplete row is kept, padded (validation), or dropped (training).
-    domain_ids: global index of each of the store's domains; None: the store's own numbers.
-    """
-
-    def __init__(
-        self,
-        store: TokenStore,
-        seq_len: int,
-        seed: int | None,
-        *,
-        name: str = "",
-        partial: bool = False,
-        domain_ids: Sequence[int] | None = None,
-    ):
-        self.store, self.seq_len = store, seq_len
-        self._arguments = (seed, name, partial, domain_ids)
-        self._domain_ids = np.asarray(range(len(store.domains)) if domain_ids is None else domain_ids, np.int32)
-        lengths = np.diff(store.offsets)
-        self._order = np.arange(len(lengths)) if seed is None else permutation(len(lengths), "documents", seed, name)
-        self._starts = np.concatenate([[0], np.cumsum(lengths[self._order], dtype=np.int64)]).astype(np.int64)
-        targets = int(self._starts[-1])
-        self._length = -(-targets // seq_len) if partial else targets // seq_len
-
-    def __reduce__(self):
-        seed, name, partial, domain_ids = self._arguments
-        return _packed_rows, (self.store, self.seq_len, seed, name, partial, domain_ids)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """Raises: IndexError outside range(len(self))."""
-        if not 0 <= row < self._length:
-            raise IndexError(f"row {row} of {self._length}")
-        store, s = self.store, self.seq_len
-        begin = row * s
-        count = min(s + 1, int(self._starts[-1]) + 1 - begin)  # stream positions in this row, the closing one included
-        stream = np.full(s + 1, store.end_of_text, np.int32)
-        domains = np.zeros(s + 1, np.int32)
-        first = np.zeros(s + 1, bool)  # a segment begins here
-        first[0] = True
-        k = int(np.searchsorted(self._starts, begin, "right")) - 1
-        at = 0
-        while at < count and k < len(self._order):
-            document = self._order[k]
-            skip = begin + at - int(self._starts[k])
-            n = min(int(self._starts[k + 1] - self._starts[k]) - skip, count - at)
-            where = int(store.offsets[document]) + skip
-            stream[at : at + n] = store.tokens[where : where + n]
-            domains[at : at + n] = self._domain_ids[store.document_domains[document]]
-            first[at] |= skip == 0
-            at, k = at + n, k + 1
-        valid = np.arange(s) < count - 1
-        index = np.arange(s, dtype=np.int32)
-        starts = np.maximum.accumulate(np.where(first[:-1], index, 0))
-        return {
-            "tokens": stream[:-1],
-            "targets": stream[1:],
-            "weights": valid.astype(np.float32),
-            "segment_ids": np.where(valid, np.cumsum(first[:-1]), 0).astype(np.int32),
-            "positions": np.where(valid, index - starts, 0).astype(np.int32),
-            "domain_ids": np.where(valid, domains[:-1], 0).astype(np.int32),
-        }
-
-
-def _packed_rows(store, seq_len, seed, name, partial, domain_ids) -> PackedRows:
-    return PackedRows(store, seq_len, seed, name=name, partial=partial, domain_ids=domain_ids)
+def _account(description: str, odd: Counter[str]) -> list[str]:
+    return [f"{description}: {what}: {n:,}" for what, n in odd.items() if n]

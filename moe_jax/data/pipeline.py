@@ -1,7 +1,7 @@
 """From a `DataConfig` to batches: prepared stores, one Grain pipeline, an iterator whose state is a count.
 
 Batch s of the optimizer consists of elements s·B … s·B+B−1 of one infinite sequence that depends on (config, seed)
-alone: per source the rows of `corpus.PackedRows`, shuffled anew each epoch, mixed by weight, in random order within a
+alone: per source the rows of `rows.PackedRows`, shuffled anew each epoch, mixed by weight, in random order within a
 batch. A process asks for its
 `rows` of each batch and reads only these; neither this split nor `num_workers` changes what a batch holds.
 
@@ -10,16 +10,19 @@ optimizer batch; `n` rows of this process, `S` tokens of a row.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from moe_jax.config import ConfigError, DataConfig
-from moe_jax.data import tokenizers
-from moe_jax.data.corpus import PackedRows, TokenStore, padding_row, permutation, prepare_store, store_folder
+from moe_jax.data import record, tokenizers
+from moe_jax.data.corpus import TokenStore, prepare_store, store_folder
+from moe_jax.data.held_out import NotHeldOut, not_held_out
+from moe_jax.data.rows import PackedRows, padding_row, permutation
 from moe_jax.data.sources import SPLITS, Source, Split, cache_folder, check_sources, open_source
 
 Batch = dict[str, np.ndarray]
@@ -41,7 +44,9 @@ def prepare(cfg: DataConfig, *, workdir: str | Path | None, seed: int, progress:
             if _is_read(cfg, name, split):
                 folder = store_folder(cache, source.identity(split), tokenizer)
                 read = lambda source=source, split=split: source.documents(split)
-                stores[name, split] = prepare_store(folder, read, tokenizer, f"{name}/{split}", progress)
+                stores[name, split] = prepare_store(
+                    folder, read, tokenizer, f"{name}/{split}", progress, keep_text=split == "validation"
+                )
     return Corpus(cfg, sources, tokenizer, stores, seed)
 
 
@@ -282,14 +287,24 @@ class Corpus:
             yield from iterator
             iterator.close()
 
-    def validation_texts(self) -> Iterable[tuple[str, str]]:
+    def validation_texts(self) -> Iterator[tuple[str, str]]:
         """(domain, text) of every held-out document, in the order of the validation batches."""
-        for name, split in self.stores:
+        for (_, split), store in self.stores.items():
             if split == "validation":
-                documents = self._sources[name].documents(split)
-                for i in range(len(documents)):
-                    if documents[i]["text"]:
-                        yield documents[i]["domain"], documents[i]["text"]
+                yield from store.texts()
+
+    def notes(self) -> list[str]:
+        """What a user should know of the data, one line each: what readers left out, domains without held-out text."""
+        lines = [line for store in self.stores.values() for line in store.notes]
+        return [*dict.fromkeys(lines), *map(str, self.not_held_out())]
+
+    def not_held_out(self) -> list[NotHeldOut]:
+        """The domains that are trained on and not evaluated."""
+        return not_held_out(self._cfg, self.stores)
+
+    def record(self) -> dict[str, Any]:
+        """What was read, as JSON."""
+        return record.record(self._sources, self.tokenizer.fingerprint, self.stores)
 
 
 __all__ = ["Batch", "Corpus", "TrainIterator", "check_sources", "prepare"]

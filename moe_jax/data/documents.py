@@ -1,0 +1,151 @@
+"""Documents: texts with a domain. How a text file becomes several, which are held out, what a reader left out."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+LARGEST = 1_000_000  # bytes: a larger text file is never one document
+PIECE = 20_000  # characters, about: documents cut out of a larger one
+SHORTEST = 2_000  # characters, about: those cut out of a source of little text
+FEW = 20  # text files: with fewer, each is cut, so that the source has documents to hold out
+
+
+class Documents(Sequence):
+    """Documents held in memory.
+
+    notes: what their reader left out, changed or decided, one line each. cut: whether any were cut out of text files.
+    """
+
+    def __init__(self, items: list[dict[str, str]], notes: Sequence[str] = (), cut: bool = False):
+        self._items, self.notes, self.cut = items, tuple(notes), cut
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return self._items[index]
+
+
+class Account:
+    """Counts what a reader left out or changed, and keeps where that happened first."""
+
+    def __init__(self):
+        self._found: dict[str, list] = {}
+
+    def add(self, what: str, place: str, times: int = 1) -> None:
+        """what: a plural, such as "rows without text, left out"."""
+        self._found.setdefault(what, [0, place])[0] += times
+
+    def lines(self) -> list[str]:
+        return [f"{what}: {count:,}, the first at {place}" for what, (count, place) in self._found.items()]
+
+
+REPLACED = "documents with bytes or characters that are not Unicode text, replaced by � or ?"
+WITHOUT_TEXT = "rows without text, left out"
+BLANK = "blank documents, left out"
+
+
+def decoded(value: Any) -> tuple[str, bool]:
+    """A value as text that can be encoded again, and whether something in it had to be replaced."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8"), False
+        except UnicodeDecodeError:
+            return value.decode("utf-8", "replace"), True
+    text = str(value)
+    if text.isascii():
+        return text, False
+    clean = text.encode("utf-8", "replace").decode("utf-8")
+    return clean, clean != text
+
+
+def as_text(value: Any) -> str:
+    """str of a text or bytes value; what is not valid UTF-8 is replaced, so that every text can be encoded again."""
+    return decoded(value)[0]
+
+
+def domain_of(value: Any, default: str) -> str:
+    """The domain that a row names; `default` if it names none (null, missing or blank)."""
+    text = "" if value is None else as_text(value)
+    return text if text.strip() else default
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest())
+
+
+def held_out(text: str, fraction: float) -> bool:
+    """Whether a document is in the validation split: by the hash of its text, so no change to other files moves it."""
+    return _number(text) < fraction * 2**64
+
+
+def least_fraction(text: str) -> float:
+    """The fraction above which a document is held out."""
+    return _number(text) / 2**64
+
+
+# --- a text file -----------------------------------------------------------------------------------------------------
+
+
+def split_text(text: str, piece: int = PIECE) -> list[str]:
+    """A text cut at blank lines into documents of about `piece` characters; joined they are the text again.
+
+    A stretch without a blank line is cut at line ends, and a line longer than two pieces anywhere.
+    """
+    for unit in (r"(?<=\n)(?=\n)", r"(?<=\n)"):
+        parts = [part for part in re.split(unit, text) if part]
+        if len(text) // max(len(parts), 1) < 2 * piece:
+            break
+    pieces, current, size = [], [], 0
+    for part in parts:
+        while len(part) > 2 * piece:
+            pieces += ["".join(current), part[:piece]] if current else [part[:piece]]
+            part, current, size = part[piece:], [], 0
+        current.append(part)
+        size += len(part)
+        if size >= piece:
+            pieces.append("".join(current))
+            current, size = [], 0
+    return pieces + (["".join(current)] if current else [])
+
+
+def paragraphs(text: str) -> list[str]:
+    """What stands between blank lines."""
+    return re.split(r"\n(?:[^\S\n]*\n)+", text.strip("\n"))
+
+
+def cut(text: str, how: int | str, separator: str, files: int) -> list[str]:
+    """The documents of a text file, as `SourceConfig.documents` says; blank ones are left out.
+
+    files: text files of the source. Nothing but separators, blank lines and blank documents is lost.
+    """
+    if how == "separator":
+        pieces = text.split(separator)
+    elif how == "blank_lines":
+        pieces = paragraphs(text)
+    elif isinstance(how, int):
+        pieces = split_text(text, how)
+    elif how == "auto" and files < FEW:
+        pieces = split_text(text, min(max(len(text) * files // 100, SHORTEST), PIECE))
+    else:
+        pieces = split_text(text) if len(text.encode("utf-8")) > LARGEST else [text]
+    return [piece for piece in pieces if piece.strip()]
+
+
+def describe(how: int | str, files: int, documents: int) -> str:
+    """How the text files of a source became documents, in words."""
+    few = how == "auto" and files < FEW
+    ways = {
+        "separator": "cut at each separator",
+        "blank_lines": "cut at every blank line",
+        "auto": "cut at blank lines" if few else "each one document",
+        "file": "each one document",
+    }
+    way = ways.get(how) or f"cut at blank lines about every {how:,} characters"
+    if how == "file" or (how == "auto" and not few):
+        way += f" (but for those above {LARGEST:,} bytes)"
+    return f"{files:,} text file{'s' * (files != 1)}, {way}: {documents:,} documents (documents={how!r})"

@@ -1,0 +1,176 @@
+"""Local files as a source of documents."""
+
+import csv
+import difflib
+import glob
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import ConfigError, SourceConfig
+from moe_jax.data import documents, readers
+from moe_jax.data.digests import Remembered, content_hash, stamp
+from moe_jax.data.documents import Account, Documents
+from moe_jax.data.readers import EXTENSIONS, Unreadable, extension, place
+
+Document = tuple[str, str]  # text, domain
+
+
+def nearest(value: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), list(choices), 1, 0.0)
+    return f"nearest valid: {close[0]!r}" if close else "there is no valid choice"
+
+
+class FilesSource:
+    """.txt, .jsonl and .csv files, also with .gz, and .parquet files, by path or glob.
+
+    What it is, is the content of its files, in their order: names and times do not matter.
+    """
+
+    def __init__(self, name: str, cfg: SourceConfig, cache: Path | None = None):
+        self.name, self.cfg = name, cfg
+        self.files = self._find()
+        self._texts = sum(extension(path) == ".txt" for path in self.files)
+        self._hashes = Remembered(content_hash, cache and cache / "content_hashes.json")
+        self._contents: list[str] = []
+        self._stamps: list[list[int]] = []
+        self._splits: dict[str, Documents] = {}
+        self._account = Account()
+        self._check_documents()
+
+    def _error(self, field: str, rule: str, hint: str = "") -> ConfigError:
+        return ConfigError(f"data.sources.{self.name}.{field}", getattr(self.cfg, field), rule, hint)
+
+    # --- which files ---
+
+    def _find(self) -> list[Path]:
+        pattern = os.path.expanduser(self.cfg.path)
+        if os.path.isdir(pattern):
+            raise self._error("path", "is a folder", f"nearest valid: {os.path.join(self.cfg.path, '**/*.txt')!r}")
+        folder = Path(pattern).parent
+        while not folder.is_dir():  # up out of a glob's folders; what is left is a name, even if it has brackets
+            folder = folder.parent
+        if os.path.isfile(pattern):
+            found = [Path(pattern)]
+        else:
+            inside = str(Path(pattern).relative_to(folder))
+            found = sorted(folder / p for p in glob.glob(inside, root_dir=folder, recursive=True))
+            found = [path for path in found if path.is_file()]
+        if not found:
+            near = [p.as_posix() for p in folder.iterdir() if p.is_dir() or extension(p) in EXTENSIONS]
+            raise self._error("path", "matches no file", nearest(pattern, near))
+        for path in found:
+            if extension(path) not in EXTENSIONS or path.name.endswith(".parquet.gz"):
+                rule = f"matches {path.name}, which is none of {' '.join(EXTENSIONS)} (.gz may follow but for .parquet)"
+                raise self._error("path", rule, nearest(extension(path), EXTENSIONS))
+            if self.cfg.domain_field and extension(path) == ".txt":
+                raise self._error("domain_field", f"is set, but {path.name} has no fields", "set domain instead")
+        return found
+
+    def _check_documents(self) -> None:
+        if self.cfg.documents not in ("auto", "file") and not self._texts:
+            rule = f"is about .txt files, and {self.files[0].name} is none: each of its rows is a document"
+            raise self._error("documents", rule, "nearest valid: 'auto'")
+
+    def contents(self) -> list[str]:
+        """The hash of every file."""
+        if not self._contents:
+            self._stamps = [stamp(path) for path in self.files]
+            self._contents = self._hashes(self.files)
+        return self._contents
+
+    def listing(self, split: str) -> list[list]:
+        """[path, bytes] of every file."""
+        self.contents()
+        return [[str(path), size] for path, (size, *_) in zip(self.files, self._stamps, strict=True)]
+
+    def identity(self, split: str) -> dict:
+        cfg = self.cfg
+        kinds = [[extension(path) + path.suffix * (path.suffix == ".gz"), h] for path, h in self._named_contents()]
+        fields = [cfg.text_field, cfg.domain, cfg.domain_field, cfg.validation_fraction]
+        fields += [str(cfg.documents), cfg.separator] if self._texts else []
+        return {"kind": "files", "name": self.name, "split": split, "files": kinds, "fields": fields}
+
+    def _named_contents(self) -> Iterator[tuple[Path, str]]:
+        return zip(self.files, self.contents(), strict=True)
+
+    # --- reading ---
+
+    def documents(self, split: str) -> Documents:
+        """All documents of a split, in the order of the files. Raises: ConfigError (missing field, unreadable file)."""
+        if not self._splits:
+            self.contents()  # before anything is read, so that a change meanwhile is seen
+            train, validation, pieces = [], [], 0
+            for path in self.files:
+                for text, domain in self._read(path):
+                    chosen = validation if documents.held_out(text, self.cfg.validation_fraction) else train
+                    chosen.append({"text": text, "domain": domain})
+                    pieces += extension(path) == ".txt"
+            for path, before in zip(self.files, self._stamps, strict=True):
+                if stamp(path) != before:
+                    raise self._error("path", f"{path} has changed while it was read", "start again")
+            lines = self._account.lines()
+            if self._texts:
+                lines = [documents.describe(self.cfg.documents, self._texts, pieces), *lines]
+            notes = [f"data.sources.{self.name}: {line}" for line in lines]
+            made = {"train": train, "validation": validation}
+            self._splits = {name: Documents(items, notes, bool(self._texts)) for name, items in made.items()}
+        return self._splits[split]
+
+    def _read(self, path: Path) -> Iterator[Document]:
+        try:
+            yield from (self._read_text if extension(path) == ".txt" else self._read_rows)(path)
+        except ConfigError:
+            raise
+        except Unreadable as error:
+            raise self._error("path", f"cannot be read: {error}") from None
+        except (OSError, EOFError, ValueError, RecursionError, NotImplementedError, zlib.error, csv.Error) as error:
+            raise self._error("path", f"cannot be read: {path}: {error}".replace("\n", " ")) from error
+
+    def _read_text(self, path: Path) -> Iterator[Document]:
+        text = readers.read_text(path)
+        pieces = documents.cut(text, self.cfg.documents, self.cfg.separator, self._texts)
+        if not pieces:
+            self._account.add(documents.BLANK, str(path))
+        return ((piece, self.cfg.domain or self.name) for piece in pieces)
+
+    def _read_rows(self, path: Path) -> Iterator[Document]:
+        text, domain = self.cfg.text_field, self.cfg.domain_field if not self.cfg.domain else ""
+        needed = {"text_field": text} | ({"domain_field": domain} if domain else {})
+        names, rows = readers.open_rows(path, list(needed.values()))
+        if names:
+            self._check_fields(path, needed, names)
+        found, first = set(), None
+        for number, row in rows:
+            if names is None:  # each row of a .jsonl has its own fields; those that none has are a mistake
+                first = row if first is None else first
+                found.update(field for field, name in needed.items() if name in row)
+            yield from self._document(row, place(path, number), domain)
+        if first is not None:
+            self._check_fields(path, {f: name for f, name in needed.items() if f not in found}, list(first))
+
+    def _check_fields(self, path: Path, needed: dict[str, str], names: Sequence[Any]) -> None:
+        names = [str(name) for name in names if name is not None]
+        for field, name in needed.items():
+            if name not in names:
+                raise self._error(field, f"is not a field of {path.name}: {', '.join(names)}", nearest(name, names))
+
+    def _document(self, row: dict, where: str, domain_field: str) -> Iterator[Document]:
+        value = row.get(self.cfg.text_field)
+        if value is not None and not isinstance(value, str | bytes):
+            raise self._error("text_field", f"holds {type(value).__name__}, not text: {where}")
+        text, replaced = documents.decoded(value or "")
+        if not text.strip():
+            self._account.add(documents.WITHOUT_TEXT, where)
+            return
+        if replaced:
+            self._account.add(documents.REPLACED, where)
+        domain = self.cfg.domain or self.name
+        if domain_field:
+            domain = documents.domain_of(row.get(domain_field), "")
+            if not domain:
+                domain = self.name
+                self._account.add(f"documents without {domain_field!r}, now of the domain {domain!r}", where)
+        yield text, domain

@@ -56,9 +56,12 @@ def main(argv):
     with checkpoint.Checkpoints(workdir) as checkpoints:
         cli.check_earlier(EARLIER.value, STEP.value, checkpoints.steps())
         number, _ = checkpoints.contents(STEP.value)
+        before = checkpoints.data_state(number)
     abstract = step.abstract_weights(cfg.model, mesh)
     params, bias, _ = weights.load_weights(workdir, *abstract, step=number)
     earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value)[:2]
+    for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
+        say(line)
     say(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
 
     # --- numbers ------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ COMPILE_ONLY = flags.DEFINE_string(
 )
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 RESUME_STEP = flags.DEFINE_integer("resume_step", None, "go on from this checkpoint; later ones are set aside", 1)
+ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "go on though the text is not what it was at the checkpoint")
 REPLAY = cli.define_path("replay", None, "take the step of a dump again, and nothing else; see docs/survival.md")
 
 
@@ -78,16 +79,20 @@ def train(preemption: survive.Preemption):
     lock = survive.RunLock(cli.check_writable(workdir))
     with checkpoint.Checkpoints(workdir) as existing:
         differs = weights.check_same_model(cfg) if cfg.init_from and existing.latest() is None else []
+        before = existing.data_state(RESUME_STEP.value)
 
     # --- data ---------------------------------------------------------------------------------------------------------
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal)
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     evaluate.check_held_out(corpus)
+    read, other_data = data.record.resume(before, checkpoint.gather_json(corpus.record()), ACCEPT.value)
     batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
     for line in changed:
         say(line)
     say(corpus.table())
+    for line in [*corpus.notes(), *other_data]:
+        say(line)
 
     # --- model --------------------------------------------------------------------------------------------------------
     counts = model.count_parameters(cfg.model)
@@ -196,7 +201,7 @@ def train(preemption: survive.Preemption):
                     corpus.keep_tokenizer(workdir)
                     begun = True
                 config_file.begin(workdir, cfg, start + 1)
-                saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin}
+                saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin, "read": read}
                 with clock.paused():
                     checkpoints.save(n, state, saved | {"watch": watch.state()}, wait=stop)
             if stop:
@@ -221,6 +226,7 @@ def train(preemption: survive.Preemption):
         (workdir / "sample.txt").write_text(text + "\n")
     lock.close()
     say(f"\nrun directory: {workdir}; next: python eval.py --workdir={workdir}")
+    guard.check_end(watch, steps)
 
 
 if __name__ == "__main__":

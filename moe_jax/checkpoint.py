@@ -83,7 +83,7 @@ def check_fits(abstract_state: Any, saved: Any, where: str) -> None:
         )
 
 
-def _gather_json(value: Any) -> list[Any]:
+def gather_json(value: Any) -> list[Any]:
     """Every process's value, in order; one entry if all are equal."""
     try:
         text = json.dumps(value, allow_nan=False, sort_keys=True)
@@ -100,7 +100,7 @@ def _gather_json(value: Any) -> list[Any]:
 
 
 def _own_json(values: list[Any], where: str) -> Any:
-    """This process's entry of what `_gather_json` returned."""
+    """This process's entry of what `gather_json` returned."""
     if len(values) == 1:
         return values[0]
     if len(values) != jax.process_count():
@@ -213,7 +213,7 @@ class Checkpoints:
         if not step == newest == self._at:
             if newest is not None and step <= newest:
                 raise CheckpointError(f"{self.directory} has step {newest} already; step {step} would rewrite the past")
-            items = {"state": state, "data": {"processes": _gather_json(data_state)}}
+            items = {"state": state, "data": {"processes": gather_json(data_state)}}
             with self._named(step):
                 self._response = self._orbax.save_checkpointables_async(step, items, force=True)
                 if self._response is None:
@@ -241,7 +241,7 @@ class Checkpoints:
     def _verify(self, step: int) -> None:
         found = [checksums.damage(self.directory / str(step)) if jax.process_index() == 0 else ""]
         if jax.process_count() > 1:
-            found = [text for text in _gather_json(found[0]) if text != ""]
+            found = [text for text in gather_json(found[0]) if text != ""]
         if None in found and jax.process_index() == 0:
             print(f"{self.name(step)} has no checksums; read unverified", file=sys.stderr, flush=True)
         if damage := next(filter(None, found), ""):
@@ -295,6 +295,19 @@ class Checkpoints:
         try:
             items = self._orbax.load_checkpointables(step, {"state": abstract_state, "data": None})
             return items["state"], list(items["data"]["processes"])
+        except Exception as e:
+            raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e.__cause__ or e)}") from e
+
+    def data_state(self, step: int | None = None) -> Any:
+        """The data state of a step (the newest by default), of the first process; None if there is no such step.
+
+        It is not compared with its checksums, as `restore` does that.
+        """
+        if self.latest() is None or step not in (None, *self.steps()):
+            return None
+        step = self.latest() if step is None else step
+        try:
+            return self._orbax.load_checkpointables(step, {"data": None})["data"]["processes"][0]
         except Exception as e:
             raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e.__cause__ or e)}") from e
 

@@ -114,6 +114,16 @@ class Watch:
         return self.in_a_row >= self._cfg.max_skipped
 
 
+def check_end(watch: Watch, steps: int) -> None:
+    """Raises BadNumbers for a run of `steps` steps that ends in skipped ones: its last two or more, or all of them."""
+    if watch.in_a_row > 1 or (steps and watch.skipped == steps):
+        many = "all" if watch.skipped == steps else f"the last {watch.in_a_row:,} of"
+        why = f", the last as {watch.last.reason}" if watch.last else ""
+        raise BadNumbers(
+            f"{many} {steps:,} steps were skipped{why}; what is written is of a model that these steps did not train"
+        )
+
+
 def row(skip: Skip, batch: int) -> dict[str, Any]:
     """What `metrics.jsonl` keeps of it, kind "skipped". batch: its number in the run's data order, from 0."""
     return {"reason": skip.reason, "batch": batch, "loss": skip.loss, "grad_norm": skip.grad_norm}

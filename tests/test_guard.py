@@ -199,3 +199,37 @@ def test_a_skipped_step_is_no_measure_for_the_next():
 def test_settings_that_cannot_be(fields, says):
     with pytest.raises(config.ConfigError, match=says):
         train_config(**fields)
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("skipped", "says"),
+    [
+        ([], None),
+        ([3], None),
+        ([6], None),  # one step, and the ones before it were good
+        ([5, 6], r"the last 2 of 6 steps were skipped, the last as not finite: loss nan.*; what is written"),
+        ([1, 2, 3, 4, 5, 6], r"all 6 steps were skipped, the last as not finite"),
+    ],
+)
+def test_a_run_that_ends_in_skipped_steps_does_not_end_well(skipped, says):
+    watch = guard.Watch(train_config(spike=0.0, max_skipped=10))
+    for n in range(1, 7):
+        bad = n in skipped
+        watch.see(n, {"loss": np.nan if bad else 3.0, "grad_norm": 1.0, "skipped": float(bad)})
+    again = guard.Watch(train_config(spike=0.0), watch.state())  # the same command, with nothing left to do
+    for one in (watch, again):
+        if says is None:
+            guard.check_end(one, 6)
+        else:
+            with pytest.raises(guard.BadNumbers, match=says if one is watch else r"6 steps were skipped; what is"):
+                guard.check_end(one, 6)
+
+
+def test_a_run_of_one_skipped_step():
+    watch = guard.Watch(train_config(spike=0.0))
+    watch.see(1, {"loss": np.inf, "grad_norm": 1.0, "skipped": 1.0})
+    with pytest.raises(guard.BadNumbers, match="all 1 steps were skipped"):
+        guard.check_end(watch, 1)

@@ -20,7 +20,7 @@ from ml_collections.config_flags import config_path
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError, FileError
 from moe_jax.guard import BadNumbers
-from moe_jax.survive import Busy
+from moe_jax.survive import Busy, outlive_readers
 
 # What a value on the command line becomes, by the type of the field it replaces.
 _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
@@ -322,6 +322,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 raise
             _stop(_out_of_memory(e))
 
+    outlive_readers()
     use_whole_gpus()
     logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO
     app.run(guarded, flags_parser=_parse)

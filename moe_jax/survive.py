@@ -1,6 +1,9 @@
-"""What keeps a run whole from outside: one owner of its directory, and an end at a step when it is told to stop."""
+"""What keeps a run whole from outside: one owner of its directory, an end at a step when it is told to stop, and no end
+when nobody reads what it prints."""
 
+import errno
 import fcntl
+import io
 import os
 import signal
 import socket
@@ -74,10 +77,12 @@ class RunLock:
 
 
 class Preemption:
-    """SIGTERM, or a maintenance notice that JAX's preemption service has heard of.
+    """SIGTERM, Ctrl-C, a terminal that is closed, or a maintenance notice that JAX's preemption service has heard of.
 
     Until the first step the signal ends the program at once, with exit status 0. While steps are taken it is noted, and
-    `reached(n)` says so after the step: the same step on every process.
+    `reached(n)` says so after the step: the same step on every process. After Ctrl-C the program ends as Ctrl-C ends
+    others, so that a shell's loop around it ends too; a second Ctrl-C ends it at once. Of several processes only
+    SIGTERM is heard.
 
     It comes in the midst of anything, a library too. Some (Orbax, while it restores) make an error of their own of what
     ended them, or go on without what they were at. So what they raise, or return, after the signal does not count.
@@ -85,18 +90,37 @@ class Preemption:
 
     def __init__(self, several: bool):
         self._asked, self._at_once, self._several = False, True, several
+        self._interrupted, self._before = False, {}  # by Ctrl-C; handlers to put back
         if not several:  # else JAX's service installs its own handler
             signal.signal(signal.SIGTERM, self._handle)
 
-    def _handle(self, *_) -> None:
-        self._asked = True
+    def _handle(self, number: int, *_) -> None:
+        again, self._asked = self._interrupted, True
+        if number == signal.SIGINT:
+            self._interrupted = True
         if self._at_once:
             raise Stopped
+        if number == signal.SIGINT:
+            if again:
+                raise KeyboardInterrupt
+            # Not print, in the midst of which this may be.
+            os.write(2, b"\nthe step under way is finished and saved; Ctrl-C again ends at once\n")
 
     def __enter__(self) -> "Preemption":
+        for number in () if self._several else (signal.SIGINT, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:  # nohup, or in the background of a script
+                self._before[number] = before
+                signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        if self._interrupted and isinstance(error, Stopped | KeyboardInterrupt):
+            sys.stdout.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         if error is not None and self._asked and self._at_once:
             raise Stopped from error
 
@@ -137,3 +161,31 @@ class Preemption:
 
 def say_stopped(step: int) -> None:
     print(f"stopped after step {step}, which is saved; the same command goes on", file=sys.stderr, flush=True)
+
+
+# --- nobody reads ----------------------------------------------------------------------------------------------------
+
+
+class _Outliving(io.FileIO):
+    """A file descriptor that turns into /dev/null when the pipe or terminal behind it is gone."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """What reads stdout and stderr may end before the run (`| head`, a closed terminal): the rest goes nowhere."""
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        if old is getattr(sys, f"__{name}__") and old is not None:  # else somebody's own, such as a notebook's
+            raw = io.BufferedWriter(_Outliving(old.fileno(), "w", closefd=False))
+            how = {"line_buffering": old.line_buffering, "write_through": old.write_through}
+            setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, **how))

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from moe_jax import checksums, cli, evaluate, survive
 from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax.data import pipeline
 from moe_jax.preserve import Keep
 
 REPO = Path(__file__).parents[1]
@@ -328,3 +329,68 @@ def test_told_to_stop_and_a_library_answers_otherwise(answer):
         assert told.interruptibly(evaluation) is None and told.reached(1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_ctrl_c_and_a_closed_terminal_lose_no_step(monkeypatch, capfd):
+    """Both are heard like SIGTERM; a second Ctrl-C ends at once, and a shell's loop around the program ends too."""
+    send = lambda number: signal.pthread_kill(threading.main_thread().ident, number)
+    handlers = lambda: [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP)]
+    as_others, before, term = [], handlers(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "raise_signal", lambda n: as_others.append((n, signal.getsignal(n))))
+    ended = [(signal.SIGINT, signal.SIG_DFL)]
+    try:
+        for number, twice, ends in (
+            (signal.SIGINT, KeyboardInterrupt, ended),
+            (signal.SIGHUP, survive.Stopped, []),
+        ):
+            with pytest.raises(survive.Stopped), survive.Preemption(several=False):
+                send(number)  # before the first step
+            with pytest.raises(twice), survive.Preemption(several=False) as told:
+                told.begin()
+                send(number)
+                assert told.reached(1)
+                send(number)
+                raise survive.Stopped  # as train.py does once the step is saved
+            assert as_others == 2 * ends
+            as_others.clear()
+            signal.signal(signal.SIGINT, before[0])
+        assert "Ctrl-C again" in capfd.readouterr().err
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        with survive.Preemption(several=False):
+            send(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before[1])
+        signal.signal(signal.SIGTERM, term)
+    assert handlers() == before
+
+
+def test_a_reader_that_ends_first_ends_no_run(monkeypatch):
+    """`python train.py | head -1`, or a terminal that is gone."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        for name in ("stdout", "__stdout__"):
+            monkeypatch.setattr(sys, name, stdout)
+        survive.outlive_readers()
+        print("a line", flush=True)
+        print("another", flush=True)
+        assert os.path.samestat(os.fstat(sys.stdout.fileno()), os.stat(os.devnull))
+
+
+def test_readers_that_are_killed_are_started_again(monkeypatch, capsys):
+    """The batch that was due is delivered by new ones; the second time that they deliver nothing is an error."""
+    begun, deliveries = [], 2
+
+    def readers(elements, batch_size, rows, first, num_workers):
+        begun.append(first)
+        yield from ({"number": np.array([first + i])} for i in range(deliveries))
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+
+    monkeypatch.setattr(pipeline, "_batches", readers)
+    batches = pipeline.TrainIterator(None, 2, [0], num_workers=1)
+    assert [int(next(batches)["number"][0]) for _ in range(5)] == [0, 1, 2, 3, 4] and begun == [0, 2, 4]
+    assert capsys.readouterr().err.count("exit code -9.); new ones begin with batch") == 2
+    deliveries = 0
+    next(batches)
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        next(batches)

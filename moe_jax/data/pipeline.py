@@ -10,6 +10,7 @@ optimizer batch; `n` rows of this process, `S` tokens of a row.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,20 +146,31 @@ class TrainIterator:
     def __init__(self, elements, batch_size: int, rows: Sequence[int], num_workers: int):
         self._elements, self._batch_size, self._num_workers = elements, batch_size, num_workers
         self._rows = _check_rows(rows, batch_size)
-        self._count = 0
+        self._count = self._begun = 0
         self._iterator = None
 
     def __iter__(self) -> "TrainIterator":
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            made = _batches(self._elements, self._batch_size, self._rows, self._count, self._num_workers)
-            self._iterator = iter(made)
-        batch = next(self._iterator)
+        try:
+            batch = self._read()
+        except RuntimeError as error:  # a reader process that was killed
+            if self._count == self._begun:
+                raise
+            line = f"reader processes ended ({str(error).splitlines()[0]}); new ones begin with batch {self._count}"
+            print(line, file=sys.stderr, flush=True)
+            self.close()
+            batch = self._read()
         self._count += 1
         # A reader process hands over shared memory, which would have to outlive every use of the batch.
         return {k: np.array(v) for k, v in batch.items()} if self._num_workers else batch
+
+    def _read(self) -> Batch:
+        if self._iterator is None:
+            made = _batches(self._elements, self._batch_size, self._rows, self._count, self._num_workers)
+            self._iterator, self._begun = iter(made), self._count
+        return next(self._iterator)
 
     def get_state(self) -> dict[str, int]:
         return {"batches": self._count}

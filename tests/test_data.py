@@ -330,6 +330,9 @@ def test_a_store_is_written_once(tmp_path):
     fail = lambda: pytest.fail("written again")
     check_store(corpus_lib.prepare_store(tmp_path / "t" / "s", fail, tokenizers.BytesTokenizer()))
     assert [p.name for p in (tmp_path / "t").iterdir()] == ["s"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert (tmp_path / "t" / "s").stat().st_mode == plain.stat().st_mode  # a cache may be shared
     empty = corpus_lib.prepare_store(tmp_path / "e", lambda: Documents([]), tokenizers.BytesTokenizer())
     assert empty.tokens.tolist() == [256] and len(data.PackedRows(empty, 8, None, partial=True)) == 0
 

@@ -150,12 +150,14 @@ def prepare_store(
         if folder.exists():
             print(f"{description}: {folder} is damaged ({error}); prepared again", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
+    partial = temporary / folder.name  # mkdtemp's own is for its owner only, whatever the umask, and a cache is shared
     try:
+        partial.mkdir()
         _write_store(partial, documents(), tokenizer, description, progress, keep_text)
         return _publish(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _publish(partial: Path, folder: Path) -> TokenStore:

@@ -311,6 +311,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         except (ConfigError, FileError, CheckpointError, UserError, BadNumbers, Busy) as e:
             _stop(e)
         except OSError as e:
+            if e.errno == errno.ENAMETOOLONG:
+                _stop(f"{str(e.filename)[:200]}…: {e.strerror}")
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = f" ({e.filename})" if e.filename else ""
@@ -321,6 +323,11 @@ def run(main: Callable[[list[str]], None]) -> None:
             if not str(e).startswith("RESOURCE_EXHAUSTED"):
                 raise
             _stop(_out_of_memory(e))
+        except (RuntimeError, AssertionError) as e:  # the second: of a platform that JAX knows and cannot start
+            if not traceback.extract_tb(e.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+                raise
+            asked = f"JAX_PLATFORMS={jax.config.jax_platforms!r}: JAX has no such device here"
+            _stop(f"{asked}{f' ({e})' if str(e) else ''}; nearest valid: 'cpu', or unset for the best there is")
 
     outlive_readers()
     use_whole_gpus()

@@ -155,5 +155,12 @@ def describe(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int 
     sums = {label: 0 for label in who}
     for label, x in zip(labels, jax.tree.leaves(graph.shapes), strict=True):
         sums[label] += x.size
-    line = "; ".join(f"{label}: {who[label]}, {n:,} parameters" for label, n in sums.items())
-    return f"{line}\n{muon_plan(cfg, graph, sizes, head_dim)}" if "muon" in who.values() else line
+    lines = ["; ".join(f"{label}: {who[label]}, {n:,} parameters" for label, n in sums.items())]
+    norms = [x for path, x in jax.tree_util.tree_leaves_with_path(graph.shapes) if path_of(path).endswith("norm")]
+    step = cfg.lr * (1 + cfg.weight_decay)  # AdamW's largest; half the distance from 1 down to the next number is 2^-9
+    if step < 2**-9 and any(x.dtype == jnp.bfloat16 for x in norms):
+        lines += [
+            f"a norm's scale of 1 stays as it is: a step of optim.lr={cfg.lr:g} rounds away in bfloat16; "
+            "model.param_dtype=float32 trains it"
+        ]
+    return "\n".join(lines + ([str(muon_plan(cfg, graph, sizes, head_dim))] if "muon" in who.values() else []))

@@ -1,5 +1,6 @@
 """Weights, gradients and optimizer states in bfloat16: what stays float32, and what comes of it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config, sharding, step
+from moe_jax import config, model, optim, sharding, step
 
 
 def run_config(param_dtype: str, optimizer: str, micro: int = 1) -> config.RunConfig:
@@ -81,3 +82,16 @@ def test_micro_batches_are_summed_in_float32():
         found.append(np.concatenate([np.asarray(g, np.float32).ravel() for g in jax.tree.leaves(grads)]))
     one, eight = found
     assert np.linalg.norm(eight - one) < 3e-3 * np.linalg.norm(one), np.linalg.norm(eight - one) / np.linalg.norm(one)
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "lr", "stay"), [("bfloat16", 1e-3, 1), ("bfloat16", 2e-3, 0), ("float32", 1e-3, 0)]
+)
+def test_norms_that_cannot_move_are_named(param_dtype, lr, stay):
+    """The largest step of AdamW from 1 rounds away in bfloat16: the loss falls, and no norm is trained."""
+    cfg = run_config(param_dtype, "muon")
+    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=lr))
+    step_down = jnp.asarray(1, param_dtype) - jnp.asarray(lr * (1 + cfg.optim.weight_decay), jnp.float32)
+    assert (step_down.astype(param_dtype) == 1) == stay
+    text = optim.describe(cfg.optim, model.abstract(cfg.model), {"data": 1, "fsdp": 1, "expert": 1}, 8)
+    assert text.count("a norm's scale of 1 stays as it is: a step of optim.lr=0.001 rounds away in bfloat16") == stay

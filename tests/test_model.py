@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_jax import losses, model, sharding
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config import ConfigError, ModelConfig, MoEConfig
 from moe_jax.generate import generate, pick_token
 from moe_jax.model import Inputs
 from moe_jax.moe import TokenInfo
@@ -377,6 +377,11 @@ def test_sampling_draws_from_the_nucleus():
     near(draws(np.log(p)[[0, 2, 1, 3]], 1.0, 0.7, 2), [1, 0, 0, 0])
     greedy = pick_token(jnp.log(jnp.asarray([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])), jax.random.key(0), 0.0, 1.0, 2)
     assert greedy.tolist() == [1, 0]
+
+
+def test_generation_ends_at_the_last_position():
+    with pytest.raises(ConfigError, match=r"tokens=6: with a prompt of 3 tokens .*=8; nearest valid: 5"):
+        generate(ModelConfig(max_seq_len=8), mesh_of(1, 1, 1), {}, {}, [[1, 2, 3], [1]], 6)
 
 
 def test_generation_honours_the_vocabulary():

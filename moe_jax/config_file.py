@@ -100,6 +100,7 @@ def resume(workdir: str | os.PathLike, cfg: config.RunConfig) -> tuple[config.Ru
     Raises CheckpointError with the first fields that make it another run. Nothing is written.
     """
     if not (Path(workdir) / NAME).exists():
+        _check_no_checkpoint(Path(workdir))
         return cfg, []
     changes = differences(workdir, cfg)
     stays = {n: old for n, (old, new) in changes.items() if config.is_new_default(n, old, new)}
@@ -113,6 +114,15 @@ def resume(workdir: str | os.PathLike, cfg: config.RunConfig) -> tuple[config.Ru
     lines = [f"config.{name} stays {json.dumps(value, ensure_ascii=False)}, {why}" for name, value in stays.items()]
     lines += [f"changed since the run began: {line}" for line in describe(changes)]
     return _with(cfg, stays), lines
+
+
+def _check_no_checkpoint(workdir: Path) -> None:
+    """A checkpoint comes after config.json: somebody has removed that, and nobody knows what the checkpoint is of."""
+    folder = workdir / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if steps:
+        rule = f"does not exist, and checkpoint {steps[-1]} is of a run that had one"
+        raise CheckpointError(f"{workdir / NAME} {rule}; put it back, or use another --workdir")
 
 
 def _with(cfg: config.RunConfig, values: dict[str, Any]) -> config.RunConfig:

@@ -212,3 +212,14 @@ def test_killed_between_the_two_files(tmp_path, monkeypatch):
     assert load_config(tmp_path).train.steps == 40 and len(history(tmp_path)) == 1
     begin(tmp_path, having(train__steps=62), 41)
     assert load_config(tmp_path).train.steps == 62 and len(history(tmp_path)) == 1
+
+
+def test_checkpoints_without_their_configuration_are_refused(tmp_path):
+    """They would go on under whatever configuration the command has, another seed's data included."""
+    (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir(parents=True)  # a save that was killed
+    assert config_file.resume(tmp_path, RunConfig())[1] == []
+    (tmp_path / "checkpoints" / "6").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"config\.json does not exist, and checkpoint 6 is of a run that had one"
+    ):
+        config_file.resume(tmp_path, RunConfig())

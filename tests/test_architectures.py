@@ -14,7 +14,7 @@ from test_remat import of_a_token
 
 from moe_jax import analysis, config, losses, metrics, mla, model, optim, sharding, step
 from moe_jax.config import MLAConfig, ModelConfig, RopeScalingConfig
-from moe_jax.layers import rope_frequencies
+from moe_jax.layers import rope, rope_frequencies
 
 BASE = run_config().model
 LATENT = dataclasses.replace(BASE, qk_norm=False, num_kv_heads=4, head_dim=8, mla=MLAConfig(6, 0, 4, 6))
@@ -165,3 +165,12 @@ def test_llama_3_scaling_by_hand():
     for f, g, t in zip(a, b, turns, strict=True):
         share = min(max((t - 1) / 3, 0), 1)
         assert g == pytest.approx(f * share + f / 8 * (1 - share), rel=1e-6)
+
+
+def test_rotation_of_bfloat16_is_exact_at_far_positions():
+    """In bfloat16, position 16,001 would be 16,000, and its angles those of another token."""
+    freq, x = rope_frequencies(ModelConfig(), 16), np.random.default_rng(0).normal(size=16).astype(jnp.bfloat16)
+    got = np.asarray(rope(jnp.asarray(x)[None, None, None], jnp.full((1, 1), 16_001), freq), float).ravel()
+    a, b = x.astype(float)[:8], x.astype(float)[8:]
+    c, s = np.cos(16_001 * freq.astype(float)), np.sin(16_001 * freq.astype(float))
+    np.testing.assert_allclose(got, np.concatenate([a * c - b * s, b * c + a * s]), atol=0.01)

@@ -27,39 +27,63 @@ from moe_jax import newton_schulz
 from moe_jax.newton_schulz import Coefficients
 from moe_jax.spread import Group, Matrices, Rule, layout, one_matrix, placement
 
+Number = float | Array  # traced or not
+# Defaults that can be called would be schedules to `optax.inject_hyperparams`: jnp.bfloat16 can, its dtype cannot.
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+
 
 class MuonState(NamedTuple):
     momentum: optax.Updates  # sharded like the parameters
 
 
 def muon(
-    learning_rate: float | Callable[[Array], Array],
+    learning_rate: Number | optax.Schedule,
     *,
-    weight_decay: float = 0.1,
+    weight_decay: Number | optax.Schedule = 0.1,
     cautious_decay: bool = False,
-    **direction: Any,
+    momentum: Number = 0.95,
+    nesterov: bool = True,
+    coefficients: str | Coefficients = "jordan",
+    scale: Literal["match_rms", "spectral"] = "match_rms",
+    update_rms: Number = 0.2,
+    dtype: Any = BFLOAT16,
+    matrices: Rule | None = None,
 ) -> optax.GradientTransformation:
     """W ← W − η·(scale·O + λ·W), O = Newton–Schulz(G + μ·M) or (M) without Nesterov, M ← μ·M + G.
 
     Args:
         learning_rate: η, a number or an optax schedule.
-        weight_decay: λ, decoupled, multiplied by η.
+        weight_decay: λ, decoupled, multiplied by η; a number or an optax schedule. With 0, `update` needs no params.
         cautious_decay: decay only the entries that the update shrinks too (arXiv:2510.12402).
-        direction: the arguments of `scale_by_muon`.
+
+    The other arguments are those of `scale_by_muon`. `optax.inject_hyperparams(muon)` makes the numbers a part of the
+    state; name `dtype` and `matrices` in its static_args where they are passed.
     """
-    decay = _cautious_decay(weight_decay) if cautious_decay else optax.add_decayed_weights(weight_decay)
-    return optax.chain(scale_by_muon(**direction), decay, optax.scale_by_learning_rate(learning_rate))
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        decay = optax.identity()
+    else:
+        decay = _cautious_decay(weight_decay) if cautious_decay else optax.add_decayed_weights(weight_decay)
+    direction = scale_by_muon(
+        momentum=momentum,
+        nesterov=nesterov,
+        coefficients=coefficients,
+        scale=scale,
+        update_rms=update_rms,
+        dtype=dtype,
+        matrices=matrices,
+    )
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def scale_by_muon(
     *,
-    momentum: float = 0.95,
+    momentum: Number = 0.95,
     nesterov: bool = True,
     coefficients: str | Coefficients = "jordan",
     scale: Literal["match_rms", "spectral"] = "match_rms",
-    update_rms: float = 0.2,
-    dtype: Any = jnp.bfloat16,
-    matrices: Rule = one_matrix,
+    update_rms: Number = 0.2,
+    dtype: Any = BFLOAT16,
+    matrices: Rule | None = None,
 ) -> optax.GradientTransformation:
     """scale·O: the direction of `muon`, before weight decay and learning rate.
 
@@ -70,16 +94,20 @@ def scale_by_muon(
             so AdamW's η and λ carry over. "spectral", √max(1, n/m) for m inputs and n outputs. Of one head's m and n
             where `matrices` says so.
         dtype: of the iteration, and of what moves between devices. The momentum stays in the parameter's dtype.
-        matrices: which axes of a leaf form its matrices. Raises ValueError for a leaf of unknown geometry.
+        matrices: which axes of a leaf form its matrices; None: every leaf is one matrix. Raises ValueError for a leaf
+            of unknown geometry.
     """
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: must be one of {', '.join(SCALES)}")
+    if isinstance(dtype, jax.Array):
+        raise ValueError("muon: dtype is not a schedule; name it in static_args of optax.inject_hyperparams")
     chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
     iterate = functools.partial(newton_schulz.orthogonalize, coefficients=chosen, dtype=dtype)
     factor = lambda block: SCALES[scale](*block) * (update_rms if scale == "match_rms" else 1.0)
+    rule = matrices or one_matrix
 
     def init(params):
-        layout(params, matrices)
+        layout(params, rule)
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
     def update(grads, state, params=None):
@@ -88,7 +116,7 @@ def scale_by_muon(
         direction = jax.tree.map(lambda m, g: (g + momentum * m).astype(g.dtype), m, grads) if nesterov else m
         flat, tree = jax.tree.flatten(direction)
         out: list = [None] * len(flat)
-        for group in layout(direction, matrices):
+        for group in layout(direction, rule):
             results = group.map(iterate, [flat[leaf.index].astype(dtype) for leaf in group.leaves])
             for leaf, o in zip(group.leaves, results, strict=True):
                 x = flat[leaf.index]
@@ -104,10 +132,15 @@ SCALES = {  # by (inputs, outputs) of one matrix
 }
 
 
-def _cautious_decay(weight_decay: float) -> optax.GradientTransformation:
+def _cautious_decay(weight_decay: Number | optax.Schedule) -> optax.GradientTransformation:
     # An update u moves W by −η·u: it shrinks the entries of its own sign.
-    decay = lambda u, w: u + weight_decay * jnp.where(u * w > 0, w, jnp.zeros_like(w)).astype(u.dtype)
-    return optax.stateless(lambda updates, params: jax.tree.map(decay, updates, params))
+    decay = optax.add_decayed_weights(weight_decay)
+    shrunk = lambda u, w: jnp.where(u * w > 0, w, jnp.zeros_like(w)).astype(u.dtype)
+
+    def update(updates, state, params=None):
+        return decay.update(updates, state, None if params is None else jax.tree.map(shrunk, updates, params))
+
+    return optax.GradientTransformation(decay.init, update)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

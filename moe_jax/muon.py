@@ -6,9 +6,10 @@ batch of matrices; each matrix is orthogonalised on its own (each expert of each
 On a mesh with Explicit axes no collective lies inside the iteration. Leaves whose matrices have one shape and are cut
 alike form a group, and a group moves once: one all-to-all makes its matrices whole and spreads them evenly over the
 devices, one brings the results back; where devices hold the same shards (`data` replicas), each takes a part of the
-matrices and one all-gather hands out the results. `plan` says what that costs. Without a mesh, under Auto axes and
-inside a `shard_map`, each leaf is one batched iteration on the matrices as they are seen there: right everywhere, but
-under Auto axes the partitioner may put collectives into the iteration.
+matrices and one all-gather hands out the results. Of matrices that are cut, an all-reduce of a number each says which
+have a gradient. `plan` says what the rest costs. Without a mesh, under Auto axes and inside a `shard_map`, each leaf is
+one batched iteration on the matrices as they are seen there: right everywhere, but under Auto axes the partitioner may
+put collectives into the iteration.
 
 Sources: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon); arXiv:2502.16982, eqs. 1–4.
 """
@@ -87,6 +88,9 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """scale·O: the direction of `muon`, before weight decay and learning rate.
 
+    It does not depend on the gradient's scale. A matrix whose gradient is all zeros in a step, as that of an expert
+    without tokens, gets no update in that step; its momentum decays.
+
     Args:
         momentum: μ in [0, 1), in sum form.
         coefficients: a name in `newton_schulz.SETS`, or Coefficients.
@@ -104,6 +108,8 @@ def scale_by_muon(
     chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
     iterate = functools.partial(newton_schulz.orthogonalize, coefficients=chosen, dtype=dtype)
     factor = lambda block: SCALES[scale](*block) * (update_rms if scale == "match_rms" else 1.0)
+    # Matrices are scaled when they are whole, so that what moves needs the range of float32, as bfloat16 has it.
+    moved = dtype if jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp else jnp.float32
     rule = matrices or one_matrix
 
     def init(params):
@@ -115,9 +121,11 @@ def scale_by_muon(
         m = jax.tree.map(lambda m, g: (momentum * m + g).astype(m.dtype), state.momentum, grads)
         direction = jax.tree.map(lambda m, g: (g + momentum * m).astype(g.dtype), m, grads) if nesterov else m
         flat, tree = jax.tree.flatten(direction)
+        gradients = jax.tree.leaves(grads)
         out: list = [None] * len(flat)
         for group in layout(direction, rule):
-            results = group.map(iterate, [flat[leaf.index].astype(dtype) for leaf in group.leaves])
+            indices = [leaf.index for leaf in group.leaves]
+            results = group.map(iterate, [flat[i].astype(moved) for i in indices], [gradients[i] for i in indices])
             for leaf, o in zip(group.leaves, results, strict=True):
                 x = flat[leaf.index]
                 out[leaf.index] = (factor(leaf.block) * o.astype(jnp.float32)).astype(x.dtype)

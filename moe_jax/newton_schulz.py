@@ -79,7 +79,7 @@ def flops(m: int, n: int, steps: int) -> int:
 def orthogonalize(
     x: Float[Array, "*L m n"], coefficients: Coefficients = SETS["jordan"], dtype: Any = jnp.bfloat16
 ) -> Float[Array, "*L m n"]:
-    """U·Vᵀ of each matrix, approximately, in `dtype`. A zero matrix stays zero.
+    """U·Vᵀ of each matrix, approximately, in `dtype`, whatever the matrix's size (`_unit`). A zero matrix stays zero.
 
     Two things keep bf16 accurate. The products are of Z = A − s·I, s being about the mean of A's diagonal, with the
     same polynomial, (a + b·s + c·s²)·I + P, P = (b + 2·c·s)·Z + c·Z²: rows of X become nearly orthonormal, and the
@@ -90,9 +90,8 @@ def orthogonalize(
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -2, -1) if tall else x
     stack = x.reshape(-1, *x.shape[-2:])
-    norm = jnp.sqrt(jnp.sum(jnp.square(stack.astype(jnp.float32)), axis=(-2, -1)))
-    left, exponent = jnp.frexp(coefficients.prescale * norm + 1e-7)
-    y = (stack * jnp.ldexp(jnp.ones_like(left), -exponent)[:, None, None]).astype(dtype)
+    y, left = _unit(stack, coefficients.prescale)
+    y = y.astype(dtype)
 
     def step(carry, abc):
         y, left = carry
@@ -106,6 +105,22 @@ def orthogonalize(
     (y, _), _ = jax.lax.scan(step, (y, left), np.asarray(coefficients.steps, np.float32))
     y = y.reshape(x.shape)
     return jnp.swapaxes(y, -2, -1) if tall else y
+
+
+def _unit(x: Float[Array, "L m n"], prescale: float) -> tuple[Float[Array, "L m n"], Float[Array, " L"]]:
+    """Each matrix over a power of two, in float32, and `prescale` · ‖X‖_F over the same one: in [0.5, 1), of zeros 1.
+
+    The largest entry becomes 1 or a little less before anything is squared: float32, and bf16 with it, has no squares
+    of entries beyond 10¹⁹ or below 10⁻¹⁹. So the result does not depend on the scale of X, as long as the largest entry
+    is a normal number (from 1.2·10⁻³⁸). Below that a device may take X for zero.
+    """
+    power = lambda k: jnp.ldexp(jnp.ones_like(k, jnp.float32), jnp.clip(k, -126, 126))[:, None, None]
+    x = x.astype(jnp.float32)
+    _, largest = jnp.frexp(jnp.max(jnp.abs(x), axis=(-2, -1)))
+    x = x * power(-largest)
+    norm = prescale * jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1)))
+    left, exponent = jnp.frexp(norm)
+    return x * power(-exponent), jnp.where(norm > 0, left, 1.0)
 
 
 def orthogonalize_reference(x: np.ndarray, coefficients: Coefficients = SETS["jordan"]) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moe_jax import newton_schulz
 
@@ -162,27 +162,57 @@ class Group(NamedTuple):
     def _each(self, sharing: tuple[str, ...]) -> int:
         return -(-self._pieces // (math.prod(self.parts) * self.leaves[0].size(*sharing)))
 
-    def map(self, fn: Callable[[Array], Array], blocks: Sequence[Array]) -> list[Array]:
-        """`fn`, `[b, m, n]` → `[b, m, n]`, of every matrix of the leaves. A zero matrix must give zero."""
-        mesh, specs = self.leaves[0].mesh, tuple(leaf.spec for leaf in self.leaves)
-        if mesh is None:
-            return self._on_device(fn, *blocks)
-        explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-        local = lambda *blocks: tuple(self._on_device(fn, *blocks))
-        shard_map = jax.shard_map(
-            local, mesh=mesh, in_specs=specs, out_specs=specs, axis_names=explicit, check_vma=True
-        )
-        return list(shard_map(*blocks))
+    def map(
+        self, fn: Callable[[Array], Array], blocks: Sequence[Array], sources: Sequence[Array] | None = None
+    ) -> list[Array]:
+        """`fn`, `[b, m, n]` → `[b, m, n]`, of every matrix of the leaves. A zero matrix must give zero.
 
-    def _on_device(self, fn: Callable[[Array], Array], *blocks: Array) -> list[Array]:
+        sources: arrays that lie like `blocks`. A matrix that is all zeros in them gives zero as well.
+        """
+        mesh, specs = self.leaves[0].mesh, tuple(leaf.spec for leaf in self.leaves)
+        sources = tuple(sources or ())
+        if mesh is None:
+            return self._on_device(fn, blocks, sources)
+        explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+        local = lambda blocks, sources: tuple(self._on_device(fn, blocks, sources))
+        in_specs = specs, specs[: len(sources)]
+        shard_map = jax.shard_map(
+            local, mesh=mesh, in_specs=in_specs, out_specs=specs, axis_names=explicit, check_vma=True
+        )
+        return list(shard_map(tuple(blocks), sources))
+
+    def _on_device(
+        self, fn: Callable[[Array], Array], blocks: Sequence[Array], sources: Sequence[Array]
+    ) -> list[Array]:
         stacks = [leaf.to_stack(x) for leaf, x in zip(self.leaves, blocks, strict=True)]
         x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
         if self.leaves[0].mesh is None:
             y = self._heads_apart(fn, x)
         else:
             y = self._scatter_and_gather(fn, x)
+        if sources:
+            y = jnp.where(self._nonzero(sources), y, jnp.zeros_like(y))
         ends = [sum(len(s) for s in stacks[:i]) for i in range(1, len(stacks))]
         return [leaf.from_stack(o) for leaf, o in zip(self.leaves, jnp.split(y, ends), strict=True)]
+
+    def _nonzero(self, blocks: Sequence[Array]) -> Bool[Array, "b #m #n"]:
+        """Whether the matrix of each of a device's pieces has an entry that is not zero, here or on another device.
+
+        Where matrices are cut that takes one all-reduce of a number for each.
+        """
+        names, heads = self.cut[0] + self.cut[1], self.leaves[0].late_heads
+        axes = (-2, -1) if heads is None else (-1 if heads[0] == 0 else -2)
+        stacks = (leaf.to_stack(x) != 0 for leaf, x in zip(self.leaves, blocks, strict=True))
+        found = jnp.concatenate([jnp.any(x, axis=axes, keepdims=True) for x in stacks])
+        if heads is None:
+            return jax.lax.pmax(found.astype(jnp.int32), names) > 0 if names else found
+        # A device holds parts of heads: each of its rows or columns has its place in the row of them all.
+        axis, size = heads
+        here, parts = jax.lax.axis_index(self.cut[axis]), self.parts[axis]
+        mine = (jnp.arange(parts) == here)[None, :, None] & found.reshape(len(found), 1, -1)
+        of_heads = jax.lax.pmax(mine.astype(jnp.int32), names).reshape(len(found), -1, size).max(-1, keepdims=True) > 0
+        of_all = jnp.broadcast_to(of_heads, (*of_heads.shape[:2], size)).reshape(len(found), parts, -1)
+        return jax.lax.dynamic_index_in_dim(of_all, here, axis=1, keepdims=False).reshape(found.shape)
 
     def _scatter_and_gather(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
         """`fn` of all matrices of which the devices hold pieces x: at most three collectives."""

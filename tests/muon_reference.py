@@ -25,7 +25,7 @@ def each_matrix(x: np.ndarray, where: Matrices, fn) -> np.ndarray:
 
 
 def directions(grads, where: Matrices, momentum=0.95, nesterov=True, coefficients=SETS["jordan"]) -> list[np.ndarray]:
-    """0.2·√max(m, n)·O of each step, from its gradients: arXiv:2502.16982, eqs. 1, 2 and 4."""
+    """0.2·√max(m, n)·O of each step, from its gradients: arXiv:2502.16982, eqs. 1, 2 and 4; 0 without a gradient."""
 
     def update(x):
         return 0.2 * np.sqrt(max(x.shape)) * orthogonalize_reference(x, coefficients)
@@ -34,7 +34,8 @@ def directions(grads, where: Matrices, momentum=0.95, nesterov=True, coefficient
     for g in grads:
         g = np.asarray(g, np.float64)
         m = momentum * m + g
-        out.append(each_matrix(g + momentum * m if nesterov else m, where, update))
+        has_gradient = each_matrix(g, where, lambda x: np.full_like(x, x.any()))
+        out.append(has_gradient * each_matrix(g + momentum * m if nesterov else m, where, update))
     return out
 
 

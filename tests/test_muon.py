@@ -94,6 +94,48 @@ def test_batch_is_a_loop_over_matrices_and_zero_stays_zero(dtype):
     assert np.abs(got[0, 1]).max() > 0.1
 
 
+SIZES = [1e-20, 1e-12, 1e-6, 1.0, 1e6, 1e19, 1e20]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_the_size_of_the_gradient_does_not_matter(dtype, tolerance):
+    """Two steps of float64 at every size; a power of two changes no bit. Gradients in either type."""
+    tx = scale_by_muon(dtype=jnp.dtype(dtype), matrices=last_two)
+    draw = np.asarray(jnp.asarray(gaussian((2, 64, 16)), dtype), np.float32)
+    both = [np.stack([g * np.float32(size) for size in [*SIZES, 2.0**-60, 2.0**60]]) for g in draw]
+    got = updates(tx, jnp.zeros_like(both[0]), jnp.asarray(both))
+    for update, want in zip(got, directions(both, Matrices()), strict=True):
+        for size, u, w in zip(SIZES, update, want, strict=False):
+            assert error(u, w) < tolerance, (size, error(u, w))
+        np.testing.assert_array_equal(update[-2], update[-1])
+        np.testing.assert_array_equal(update[-2], update[SIZES.index(1.0)])
+    low = jnp.asarray(both[:1], jnp.bfloat16)  # the momentum's sum would be rounded
+    want = directions([np.asarray(low[0], np.float32)], Matrices())[0]
+    low = updates(tx, low[0], low)[0].astype(jnp.float32)
+    assert all(error(u, w) < 1e-2 for u, w in zip(low, want, strict=True))
+
+
+def test_float16_has_the_range_of_float32():
+    """Scaled before it is rounded: 1e-20 would be 0 in float16, 1e20 infinite."""
+    g = np.stack([gaussian((64, 16)) * np.float32(size) for size in SIZES])
+    got = updates(scale_by_muon(dtype=jnp.float16, matrices=last_two), jnp.zeros_like(g), jnp.asarray(g)[None])[0]
+    assert all(error(u, w) < 1e-2 for u, w in zip(got, directions([g], Matrices())[0], strict=True))
+
+
+def test_a_matrix_without_a_gradient_stays():
+    """In that step only, and its momentum decays: the fourth step is that of the formula. Weight decay goes on."""
+    tx = muon(0.1, weight_decay=0.3, dtype=jnp.float32, matrices=last_two)
+    params, grads = gaussian((3, 12, 20), 1), [gaussian((3, 12, 20), 3 + i) for i in range(4)]
+    for g in grads[1:3]:
+        g[1] = 0.0
+    grads[2][0, 1:] = 0.0  # one row that has a gradient is enough
+    w = params.astype(np.float64)
+    for step, (got, u) in enumerate(zip(trajectory(tx, params, grads), directions(grads, Matrices()), strict=True)):
+        assert u[1].any() == (step in (0, 3)) and u[0].any()
+        w = w - 0.1 * (u + 0.3 * w)
+        assert error(got, w) < 1e-6, step
+
+
 def test_coefficients_by_name():
     assert newton_schulz.coefficients("jordan") == SETS["jordan"] == newton_schulz.coefficients("jordan", 5)
     assert len(newton_schulz.coefficients("jordan", 7).steps) == 7

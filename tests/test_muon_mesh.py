@@ -38,15 +38,27 @@ LEAVES = {
     "q_heads": ((3, 40, 64), "layers embed heads", Matrices(heads=(1, 16))),
     "o_heads": ((3, 64, 40), "layers heads embed", Matrices(heads=(0, 16))),
     "q_heads_cut": ((3, 40, 64), P(None, None, EVERY), Matrices(heads=(1, 16))),  # 16 columns a device, or half a head
-    "o_heads_cut": ((3, 64, 40), P(None, EVERY, None), Matrices(heads=(0, 16))),
+    "o_heads_cut": ((3, 64, 40), P(None, EVERY, None), Matrices(heads=(0, 32))),  # half a head a device, or a quarter
 }
 IDLE_EXPERT = (1, 5)
+# No gradient in the second step, while there is momentum: a leaf and a place in it, of experts and of heads.
+DEAD = [("experts", np.s_[2, 3]), ("experts_down", np.s_[0, 7]), ("both_cut", np.s_[1]), ("few", np.s_[4]),
+        ("between", np.s_[:, 1]), ("q_heads", np.s_[2, :, 16:32]), ("q_heads_cut", np.s_[0, :, 48:]),
+        ("o_heads_cut", np.s_[1, 32:]), ("wide", np.s_[:])]  # fmt: skip
+# Of these matrices and heads one device has no gradient in the second step, but another one has.
+HALF_DEAD = [("square", np.s_[0, :, :16]), ("q_heads_cut", np.s_[1, :, 16:24]), ("o_heads_cut", np.s_[0, 32:48])]
 rule = lambda path, leaf: LEAVES[path][2]
 
 
 def gradients(step: int) -> dict[str, np.ndarray]:
+    """Of sizes from 1e-20 to 1e20, each leaf and each expert another."""
     out = {name: gaussian(shape, 100 * step + i) for i, (name, (shape, _, _)) in enumerate(LEAVES.items())}
+    for name, size in zip(LEAVES, np.logspace(-20, 20, len(LEAVES), dtype=np.float32), strict=True):
+        out[name] *= size
+    out["experts"] *= np.logspace(-20, 20, 8, dtype=np.float32)[:, None, None] / np.abs(out["experts"]).max()
     out["experts"][IDLE_EXPERT] = 0.0
+    for name, place in [*DEAD, *HALF_DEAD] if step else ():
+        out[name][place] = 0.0
     return out
 
 
@@ -96,8 +108,11 @@ def check(mesh_shape, dtype) -> str:
             for name in LEAVES:
                 spec = grads[0][name].sharding.spec
                 assert got[name].sharding.spec == state.momentum[name].sharding.spec == spec, name
-                assert error(whole[name], want[name]) <= TOLERANCE[dtype], (name, error(whole[name], want[name]))
+                if want[name].any():
+                    assert error(whole[name], want[name]) <= TOLERANCE[dtype], (name, error(whole[name], want[name]))
             assert not whole["experts"][IDLE_EXPERT].any()
+            for name, place in DEAD:
+                assert bool(whole[name][place].any()) == (step == 0), name
     return update.as_text()
 
 
@@ -194,14 +209,22 @@ def collectives(text: str) -> tuple[list[tuple[str, int]], list[str]]:
 
 
 def check_program(text: str, groups, plan: muon.Plan) -> None:
-    """At most one all-to-all in, one out and one all-gather a group, all outside the iteration, of the plan's bytes."""
+    """At most one all-to-all in, one out and one all-gather a group, all outside the iteration, of the plan's bytes.
+
+    And for cut matrices an all-reduce of a number each: whether it has a gradient. Of heads that are cut, a number for
+    each row or column. XLA joins those over the same devices.
+    """
     entry, elsewhere = collectives(text)
     assert not elsewhere and " while(" in text  # a loop is another computation
     cut = [math.prod(group.parts) for group in groups]
     count = lambda kind: sum(k == kind for k, _ in entry)
     assert count("all-to-all") == 2 * sum(parts > 1 for parts in cut)
     assert count("all-gather") == sum(group.replicas > 1 for group in groups)
-    assert len(entry) == count("all-to-all") + count("all-gather")
+    assert count("all-reduce") <= sum(parts > 1 for parts in cut)
+    assert len(entry) == count("all-to-all") + count("all-gather") + count("all-reduce")
+    long = lambda leaf: leaf.whole[leaf.late_heads[0]] if leaf.late_heads else 1
+    flags = sum(leaf.pieces * long(leaf) for g in groups if math.prod(g.parts) > 1 for leaf in g.leaves)
+    assert sum(n for k, n in entry if k == "all-reduce") == flags
     # Elements, as the CPU back end widens bf16. A device keeps 1/parts of an all-to-all, 1/replicas of an all-gather.
     exchanged = sum(2 * g.per_device * math.prod(g.shape) for g in groups if math.prod(g.parts) > 1)
     gathered = sum(g.per_device * math.prod(g.shape) * g.replicas for g in groups if g.replicas > 1)

@@ -13,6 +13,7 @@ import jax
 from absl import flags
 
 from moe_jax import (
+    changes,
     checkpoint,
     cli,
     compile_only,
@@ -125,6 +126,10 @@ def train(preemption: survive.Preemption):
         config.check_steps(cfg, start)
         config_file.begin(workdir, cfg, start + 1)
         say(f"resumed after step {start}")
+        for line in changes.since(saved.get("revision", 0), cfg):
+            say(f"changed since the run began: {line}")
+        if line := optim.describe_stretch(cfg.optim, saved.get("steps", steps), steps, start - watch.skipped):
+            say(line)
     elif cfg.init_from:
         params, bias, origin = weights.load_weights(cfg.init_from, *step.abstract_weights(cfg.model, mesh), cast=True)
         state = step.init_state(cfg, mesh, (params, bias))
@@ -202,6 +207,7 @@ def train(preemption: survive.Preemption):
                     begun = True
                 config_file.begin(workdir, cfg, start + 1)
                 saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin, "read": read}
+                saved |= {"revision": changes.REVISION, "steps": steps}
                 with clock.paused():
                     checkpoints.save(n, state, saved | {"watch": watch.state()}, wait=stop)
             if stop:

@@ -62,17 +62,22 @@ def label_params(params: Any) -> Any:
 
 
 def schedule(cfg: OptimConfig, steps: int) -> Callable[[Any], Any]:
-    """Learning rate by step: linear warm-up, then the schedule down to `final_lr_fraction` at the last step."""
-    last = cfg.lr * cfg.final_lr_fraction
-    rest = steps - cfg.warmup_steps
+    """Learning rate by step, from 0: a linear warm-up to `lr`, then down to `final_lr_fraction` of it at steps − 1.
+
+    The warm-up's last step is at `lr`, and with it the schedule begins; without a warm-up, with step 0. "wsd" stays at
+    `lr` until `decay_fraction` of the steps after the warm-up are left, and falls in each of those. A run of one step
+    takes it at `lr`. Skipped steps do not count: a run that skipped some ends so many short of the last.
+    """
+    top = max(cfg.warmup_steps - 1, 0)
+    last, falling = cfg.lr * cfg.final_lr_fraction, max(steps - 1 - top, 1)
     if cfg.schedule == "cosine":
-        body = optax.cosine_decay_schedule(cfg.lr, rest, cfg.final_lr_fraction)
+        body = optax.cosine_decay_schedule(cfg.lr, falling, cfg.final_lr_fraction)
     elif cfg.schedule == "linear":
-        body = optax.linear_schedule(cfg.lr, last, rest)
+        body = optax.linear_schedule(cfg.lr, last, falling)
     elif cfg.schedule == "wsd":  # warm-up, stable, decay
-        decay = max(1, round(rest * cfg.decay_fraction))
+        decay = min(max(1, round((steps - cfg.warmup_steps) * cfg.decay_fraction)), falling)
         body = optax.join_schedules(
-            [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, last, decay)], [rest - decay]
+            [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, last, decay)], [falling - decay]
         )
     else:
         body = optax.constant_schedule(cfg.lr)
@@ -80,7 +85,18 @@ def schedule(cfg: OptimConfig, steps: int) -> Callable[[Any], Any]:
         return body
     # The first step already moves: a rate of 0 would spend a batch on nothing.
     warmup = lambda step: cfg.lr * (step + 1) / cfg.warmup_steps
-    return optax.join_schedules([warmup, body], [cfg.warmup_steps])
+    return optax.join_schedules([warmup, body], [top])
+
+
+def describe_stretch(cfg: OptimConfig, before: int, steps: int, done: int) -> str:
+    """One line on what other `steps` than `before` mean for the learning rate after `done` updates, or ""."""
+    if before == steps or cfg.schedule == "constant":
+        return ""
+    old, new, last = (float(schedule(cfg, n)(at)) for n, at in ((before, done), (steps, done), (steps, steps - 1)))
+    return (
+        f"the learning rate's schedule is that of {steps} steps, no longer of {before}: {new:.3g} in the next step "
+        f"instead of {old:.3g}, {last:.3g} in the last"
+    )
 
 
 def matrices_of(cfg: OptimConfig, head_dim: int = 0) -> Callable[[str, Any], Matrices]:

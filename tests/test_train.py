@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_jax import changes
+
 REPO = Path(__file__).parents[1]
 STEPS = 6
 KEYS = {"step", "loss", "xent", "load_balance", "router_z", "tokens", "tokens_per_second", "mfu", "max_load"}
@@ -135,9 +137,28 @@ def train_twice(root: Path, *flags: str, devices: int) -> None:
     before, params = rows(root, "train"), sorted((root / "run" / "checkpoints").rglob("*"))
     again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, devices=devices)  # nothing is left to do
     check_output(again)
-    assert f"resumed after step {STEPS}" in again.stdout
+    assert f"resumed after step {STEPS}" in again.stdout and "schedule" not in again.stdout
+    assert "changed since the run began" not in again.stdout
     assert rows(root, "train") == before and sorted((root / "run" / "checkpoints").rglob("*")) == params
     assert not (root / "run" / "metrics.dropped.jsonl").exists()
+
+
+def check_longer(root: Path) -> None:
+    """A run of older code goes on for more steps: it is told what that changes."""
+    newest = root / "run" / "checkpoints" / str(STEPS)
+    (saved,) = (p for p in newest.rglob("*") if p.is_file() and b'"revision"' in p.read_bytes())
+    body = json.loads(saved.read_text())
+    for process in body["processes"]:
+        assert process["steps"] == STEPS and process.pop("revision") == changes.REVISION
+    saved.write_text(json.dumps(body))
+    (newest / "checksums.json").unlink()
+    done = run(root, "train.py", f"--config={root / 'config.py'}", "--config.train.steps=8", devices=1)
+    for text in (
+        "began: Muon's update does not depend",
+        "began: the learning rate falls",
+        "is that of 8 steps, no longer",
+    ):
+        assert text in done.stdout
 
 
 @pytest.mark.slow
@@ -145,6 +166,7 @@ def test_one_device(tmp_path):
     write_text(tmp_path)
     train_twice(tmp_path, devices=1)
     check_evaluation(tmp_path, devices=1)
+    check_longer(tmp_path)
 
 
 @pytest.mark.slow

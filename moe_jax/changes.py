@@ -29,6 +29,12 @@ CHANGES = (
         "the learning rate falls from the warm-up's last step on and reaches final_lr_fraction in the last step, where "
         "it was one step later for both",
     ),
+    Change(
+        1,
+        lambda cfg: cfg.model.num_moe_layers > 0 and cfg.model.moe.top_k == 1
+        and cfg.model.moe.top_groups < cfg.model.moe.num_groups,
+        "a group of experts is ranked by its best two scores, where it was the best alone",
+    ),
 )
 REVISION = max(change.revision for change in CHANGES)
 

@@ -224,7 +224,7 @@ def describe(cfg: LossConfig, micro_batches: int) -> str:
     over = lambda b: "the optimizer batch" if b == "global" else "each sequence" if b == 1 else f"{b} sequences"
     dealt = " at random, token by token" if cfg.shuffle_tokens else ""
     when = lambda t: (
-        (f" from step {t.start_step}" if t.start_step else "") + (f" until step {t.stop_step}" if t.stop_step else "")
+        (f" after step {t.start_step}" if t.start_step else "") + (f" until step {t.stop_step}" if t.stop_step else "")
     )
     terms = [f"{t.coef:g} over {over(t.balance_batch)}{dealt}{when(t)}" for t in cfg.load_balance.values() if t.coef]
     if not terms:

@@ -261,7 +261,7 @@ def test_an_empty_batch_has_a_finite_loss_and_gradient():
 def test_describe_names_every_loss_and_the_approximation():
     more = {"then": LoadBalanceConfig(0.3, "global", 3), "off": LoadBalanceConfig(0.0, 2)}
     cfg = LossConfig(load_balance_coef=0.1, balance_batch=1, load_balance_stop=3, more_load_balance=more)
-    text = "0.1 over each sequence until step 3 + 0.3 over the optimizer batch from step 3"
+    text = "0.1 over each sequence until step 3 + 0.3 over the optimizer batch after step 3"
     assert losses.describe(cfg, 1) == f"load-balancing loss, mean over layers, exact: {text}"
     running = losses.describe(dataclasses.replace(cfg, accumulation="running", shuffle_tokens=True), 2)
     assert "an approximation" in running and "0.1 over each sequence at random, token by token" in running

@@ -12,12 +12,12 @@ Scope = int | Literal["global"]  # sequences that are balanced together; "global
 
 @dataclass(frozen=True)
 class LoadBalanceConfig(Checked, resume=FIXED):
-    """One load-balancing loss: its weight, its scope, and the steps (from 0) at which it is on."""
+    """One load-balancing loss: its weight, its scope, and the steps at which it is on, those after `start_step`."""
 
     coef: float = number(0.0, 0.0)
     balance_batch: Scope = "global"
     start_step: int = number(0, 0)
-    stop_step: int = number(0, 0)  # the first step without it; 0: never
+    stop_step: int = number(0, 0)  # the last step with it, as `metrics.jsonl` counts them, from 1; 0: the run's last
 
     def check(self):
         _check_scope(self.balance_batch)
@@ -31,7 +31,7 @@ class LossConfig(Checked, resume=FIXED):
     load_balance_coef: float = number(0.01, 0.0)
     # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
     balance_batch: Scope = "global"
-    load_balance_stop: int = number(0, 0)  # the first step without this loss (to switch the scope); 0: never
+    load_balance_stop: int = number(0, 0)  # the last step with this loss (to switch the scope); 0: the run's last
     # More load-balancing losses, each with its own coefficient, scope and steps, logged as load_balance/<name>.
     more_load_balance: dict[str, LoadBalanceConfig] = field(default_factory=dict)
     # Ablation (arXiv:2501.11873, §5): tokens are dealt at random to groups as large as balance_batch sequences.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import newton_schulz
 from moe_jax.kernels import stacked
 
 needs_new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel is for jax 0.11 and later")
@@ -55,6 +56,23 @@ def test_kernel_equals_the_einsums(monkeypatch):
         got, want = (np.asarray(y, np.float32) for y in (got, want))
         assert np.mean(got != want) < 0.01, name
         np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-2, err_msg=name)
+
+
+@needs_new_jax
+@pytest.mark.slow
+def test_kernel_at_every_size_of_matrix(monkeypatch):
+    """A first step by the kernel, of gradients from 1e-20 to 1e20, against float64; zeros stay zeros."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    x = np.random.default_rng(1).normal(size=(1, 512, 512)).astype(np.float32)
+    x, once = x * np.float32([1e-20, 0.0, 1e20])[:, None, None], newton_schulz.coefficients("jordan", 1)
+    monkeypatch.setattr(stacked, "uses_kernel", lambda *_: True)
+    with plgpu.force_gpu_interpret_mode():
+        got = np.asarray(newton_schulz.orthogonalize(jnp.asarray(x), once), np.float64)
+    want = newton_schulz.orthogonalize_reference(x[0], once)
+    for y in got[::2]:
+        assert np.linalg.norm(y - want) < 0.01 * np.linalg.norm(want)
+    assert not got[1].any()
 
 
 @needs_new_jax

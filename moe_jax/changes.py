@@ -31,8 +31,11 @@ CHANGES = (
     ),
     Change(
         1,
-        lambda cfg: cfg.model.num_moe_layers > 0 and cfg.model.moe.top_k == 1
-        and cfg.model.moe.top_groups < cfg.model.moe.num_groups,
+        lambda cfg: (
+            cfg.model.num_moe_layers > 0
+            and cfg.model.moe.top_k == 1
+            and cfg.model.moe.top_groups < cfg.model.moe.num_groups
+        ),
         "a group of experts is ranked by its best two scores, where it was the best alone",
     ),
 )

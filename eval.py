@@ -53,6 +53,8 @@ def main(argv):
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
     evaluate.check_held_out(corpus)
+    for line in corpus.notes():
+        say(line)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         cli.check_earlier(EARLIER.value, STEP.value, checkpoints.steps())
         number, _ = checkpoints.contents(STEP.value)

@@ -79,13 +79,15 @@ def train(preemption: survive.Preemption):
 
     # --- data ---------------------------------------------------------------------------------------------------------
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
-    corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
+    corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal, init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     evaluate.check_held_out(corpus)
     batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
     for line in changed:
         say(line)
     say(corpus.table())
+    for line in corpus.notes():
+        say(line)
 
     # --- model --------------------------------------------------------------------------------------------------------
     counts = model.count_parameters(cfg.model)

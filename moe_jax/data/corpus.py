@@ -1,8 +1,9 @@
 """Token stores on disk, and fixed-length rows packed from them.
 
 A store holds one split of one source: every document once, as `[end_of_text, tokens…]`, and one more `end_of_text` at
-the end. It is written to a temporary folder that is renamed when complete, so a killed run leaves no half store behind
-and processes that prepare the same one at once all end well. Letters: `S` tokens of a row.
+the end; with a tokenizer that has a `begin_of_text`, as `[begin_of_text, tokens…, end_of_text]`, and one more
+`begin_of_text`. It is written to a temporary folder that is renamed when complete, so a killed run leaves no half store
+behind and processes that prepare the same one at once all end well. Letters: `S` tokens of a row.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
+from moe_jax.data.kept_text import size
 from moe_jax.data.tokenizers import Tokenizer
 
 _VERSION = 1
@@ -37,8 +39,9 @@ class TokenStore:
     """A prepared split: memory-mapped arrays, `D` documents and `N` tokens.
 
     tokens [N] uint16 or uint32; offsets [D+1] int64, where each document begins (the last: where the closing
-    end_of_text is); document_domains [D] int32, indices into `domains`; document_bytes [D] int64, UTF-8 bytes of the
-    text. Pickles as its path. Raises: ValueError if the folder is no complete store.
+    token is); document_domains [D] int32, indices into `domains`; document_bytes [D] int64, UTF-8 bytes of the
+    text; lost_bytes, how many of them no token stands for, by domain, where there are any. Pickles as its path.
+    Raises: ValueError if the folder is no complete store.
     """
 
     def __init__(self, folder: str | Path):
@@ -49,6 +52,8 @@ class TokenStore:
                 raise ValueError(f"version {meta['version']}")
             self.domains: tuple[str, ...] = tuple(map(str, meta["domains"]))
             self.end_of_text: int = int(meta["end_of_text"])
+            self.begin_of_text: int | None = meta.get("begin_of_text")
+            self.lost_bytes: dict[str, int] = {str(k): int(v) for k, v in meta.get("lost_bytes", {}).items()}
             self.num_documents: int = meta["documents"]
             self.tokens = self._load("tokens", meta["tokens"])
             self.offsets = self._load("offsets", self.num_documents + 1)
@@ -79,7 +84,7 @@ class TokenStore:
 
     def targets_per_document(self) -> np.ndarray:
         """[D] int64: predicted tokens of each document, the end_of_text after it included."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets) - (self.begin_of_text is not None)
 
 
 def store_folder(cache: Path, identity: dict, tokenizer: Tokenizer) -> Path:
@@ -124,22 +129,24 @@ def _publish(partial: Path, folder: Path) -> None:
 
 
 class _Encode:
-    """Documents → (ids, domains, bytes)."""
+    """Documents → (ids, domains, bytes, bytes lost)."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
-    def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray, str, int]]:
+    def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray, str, int, int]]:
         documents = [d for d in documents if d["text"]]
-        ids = self._tokenizer.encode([d["text"] for d in documents])
-        return [(i, d["domain"], len(d["text"].encode("utf-8"))) for i, d in zip(ids, documents, strict=True)]
+        made = self._tokenizer.encode_and_count([d["text"] for d in documents])
+        return [(ids, d["domain"], size(d["text"]), lost) for (ids, lost), d in zip(made, documents, strict=True)]
 
 
 def _write_store(folder: Path, documents: Sequence, tokenizer: Tokenizer, description: str, progress: bool) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     lengths, domains, sizes = [], [], []
     numbers: dict[str, int] = {}
-    mark = np.asarray([tokenizer.end_of_text], dtype)
+    lost: dict[str, int] = {}
+    begin, end = tokenizer.begin_of_text, np.asarray([tokenizer.end_of_text], dtype)
+    front, back = (end, end[:0]) if begin is None else (np.asarray([begin], dtype), end)
     with (
         open(folder / "tokens.raw", "wb") as file,
         tqdm(total=len(documents), desc=f"tokenize {description}", unit="doc", disable=not progress) as bar,
@@ -148,17 +155,19 @@ def _write_store(folder: Path, documents: Sequence, tokenizer: Tokenizer, descri
             read = grain.MapDataset.source(documents).batch(_BATCH, batch_fn=list).map(_Encode(tokenizer))
             iterator = iter(read.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
             for batch in iterator:
-                for ids, domain, size in batch:
-                    if (ids == tokenizer.end_of_text).any():
-                        raise RuntimeError(f"{description}: the tokenizer made end_of_text from text")
-                    mark.tofile(file)
-                    ids.astype(dtype).tofile(file)
-                    lengths.append(len(ids) + 1)
+                for ids, domain, length, dropped in batch:
+                    if np.isin(ids, [tokenizer.end_of_text, *front]).any():
+                        raise RuntimeError(f"{description}: the tokenizer made a special token from text")
+                    whole = np.concatenate([front, ids.astype(dtype), back])
+                    whole.tofile(file)
+                    lengths.append(len(whole))
                     domains.append(numbers.setdefault(domain, len(numbers)))
-                    sizes.append(size)
+                    sizes.append(length)
+                    if dropped:
+                        lost[domain] = lost.get(domain, 0) + dropped
                 bar.update(min(_BATCH, len(documents) - bar.n))
             iterator.close()
-        mark.tofile(file)
+        front.tofile(file)
     total = sum(lengths) + 1
     with open(folder / "tokens.npy", "wb") as file, open(folder / "tokens.raw", "rb") as raw:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (total,)}
@@ -170,6 +179,8 @@ def _write_store(folder: Path, documents: Sequence, tokenizer: Tokenizer, descri
     np.save(folder / "bytes.npy", np.asarray(sizes, np.int64))
     meta = {"version": _VERSION, "documents": len(lengths), "tokens": total, "end_of_text": tokenizer.end_of_text}
     meta |= {"domains": list(numbers), "source": description}
+    meta |= {} if begin is None else {"begin_of_text": begin}
+    meta |= {"lost_bytes": lost} if lost else {}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
@@ -186,8 +197,8 @@ class PackedRows:
     Row r covers positions r·S … r·S+S of the stream (neighbours share one token), so every target is predicted exactly
     once an epoch. A row is a dict of arrays [S]:
         tokens, targets  int32; padding is end_of_text
-        weights          float32: 1, or 0 for padding
-        segment_ids      int32: from 1 within the row, a new one at each document's end_of_text; 0 is padding
+        weights          float32: 1, or 0 for padding and for a begin_of_text, which nothing before it predicts
+        segment_ids      int32: from 1 within the row, a new one at each document's first token; 0 is padding
         positions        int32: from 0 at each segment's start
         domain_ids       int32: of the target's document; the end_of_text after a document belongs to it
 
@@ -212,8 +223,8 @@ class PackedRows:
         lengths = np.diff(store.offsets)
         self._order = np.arange(len(lengths)) if seed is None else permutation(len(lengths), "documents", seed, name)
         self._starts = np.concatenate([[0], np.cumsum(lengths[self._order], dtype=np.int64)]).astype(np.int64)
-        targets = int(self._starts[-1])
-        self._length = -(-targets // seq_len) if partial else targets // seq_len
+        inputs = int(self._starts[-1])
+        self._length = -(-inputs // seq_len) if partial else inputs // seq_len
 
     def __reduce__(self):
         seed, name, partial, domain_ids = self._arguments
@@ -247,10 +258,14 @@ class PackedRows:
         valid = np.arange(s) < count - 1
         index = np.arange(s, dtype=np.int32)
         starts = np.maximum.accumulate(np.where(first[:-1], index, 0))
+        predicted = valid
+        if store.begin_of_text is not None:
+            closing = np.arange(begin + 1, begin + s + 1) == self._starts[-1]
+            predicted = valid & ~first[1:] & ~closing
         return {
             "tokens": stream[:-1],
             "targets": stream[1:],
-            "weights": valid.astype(np.float32),
+            "weights": predicted.astype(np.float32),
             "segment_ids": np.where(valid, np.cumsum(first[:-1]), 0).astype(np.int32),
             "positions": np.where(valid, index - starts, 0).astype(np.int32),
             "domain_ids": np.where(valid, domains[:-1], 0).astype(np.int32),

@@ -25,15 +25,16 @@ from moe_jax.data.sources import SPLITS, Source, Split, cache_folder, check_sour
 Batch = dict[str, np.ndarray]
 
 
-def prepare(cfg: DataConfig, *, workdir: str | Path, seed: int, progress: bool = True) -> "Corpus":
+def prepare(cfg: DataConfig, *, workdir: str | Path, seed: int, progress: bool = True, init_from: str = "") -> "Corpus":
     """Builds, or finds prepared, the data sets, the tokenizer (kept in `workdir`) and the token stores.
 
     seed: decides the order of the training data; the prepared data does not depend on it.
+    init_from: the run directory whose weights, and so whose tokenizer, a new run starts with.
     Raises: ConfigError for a user's mistake.
     """
     cache = cache_folder(cfg)
     sources = {name: open_source(name, source, cache, progress) for name, source in cfg.sources.items()}
-    tokenizer = tokenizers.load_or_make(cfg.tokenizer, workdir, lambda: _training_text(cfg, sources))
+    tokenizer = tokenizers.load_or_make(cfg.tokenizer, workdir, lambda: _training_text(cfg, sources), init_from)
     stores = {}
     for name, source in sources.items():
         for split in SPLITS:
@@ -41,7 +42,16 @@ def prepare(cfg: DataConfig, *, workdir: str | Path, seed: int, progress: bool =
                 folder = store_folder(cache, source.identity(split), tokenizer)
                 read = lambda source=source, split=split: source.documents(split)
                 stores[name, split] = prepare_store(folder, read, tokenizer, f"{name}/{split}", progress)
+                if split == "train":
+                    _check_some_text_is_kept(cfg, name, stores[name, split])
     return Corpus(cfg, sources, tokenizer, stores, seed)
+
+
+def _check_some_text_is_kept(cfg: DataConfig, name: str, store: TokenStore) -> None:
+    size = int(store.document_bytes.sum())
+    if size and sum(store.lost_bytes.values()) == size:
+        rule = f"has a token for none of the {size:,} bytes of data.sources.{name}"
+        raise ConfigError("data.tokenizer.path", cfg.tokenizer.path, rule, "use a tokenizer of such text")
 
 
 def _is_read(cfg: DataConfig, name: str, split: Split) -> bool:
@@ -200,7 +210,7 @@ class Corpus:
             return PackedRows(store, s, None, partial=True, domain_ids=ids)
         rows = PackedRows(store, s, self._seed, name=name, domain_ids=ids)
         if len(rows) == 0:
-            targets = int(store.targets_per_document().sum())
+            targets = len(store.tokens) - 1
             rule = f"must be ≤ {targets}, the tokens in the training split of data.sources.{name}"
             raise ConfigError("data.seq_len", s, rule, f"nearest valid: {targets}" if targets > 1 else "add documents")
         return rows
@@ -223,6 +233,18 @@ class Corpus:
                 counts = {"documents": int(mine.sum()), "bytes": size, "tokens": tokens}
                 out.append({"source": name, "split": split, "domain": domain, **counts})
         return sorted(out, key=lambda row: (row["source"], row["split"], row["domain"]))
+
+    def notes(self) -> list[str]:
+        """Lines to be read before training: how documents begin, and text that the tokenizer drops."""
+        lines = list(self.tokenizer.lines)
+        for (name, split), store in self.stores.items():
+            if lost := store.lost_bytes:
+                total, size = sum(lost.values()), int(store.document_bytes.sum())
+                where = ", ".join(f"{domain} {count:,}" for domain, count in sorted(lost.items()))
+                share = f"{total:,} of {size:,} bytes ({100 * total / size:.2g} %)"
+                rule = "the tokenizer has no token for them, and bits per byte counts them all the same"
+                lines.append(f"{name}/{split}: {share} of text are lost ({where}): {rule}")
+        return lines
 
     def table(self) -> str:
         """`stats` as text, one line a row."""

@@ -12,7 +12,7 @@ from test_begin_of_text import byte_level, sentencepiece_model
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from moe_jax import data
-from moe_jax.config import ConfigError, DataConfig, SourceConfig, TokenizerConfig
+from moe_jax.config import ConfigError, DataConfig, SampleConfig, SourceConfig, TokenizerConfig
 from moe_jax.data import kept_text, tokenizers
 
 assert sentencepiece_model  # a fixture
@@ -55,6 +55,12 @@ def test_no_text_makes_end_of_text(what):
     assert made.decode(before) == "before" and made.decode(after) == "after"
     lost = made.encode_and_count([text])[0][1]
     assert lost == (2 if what == "one letter" else 0)
+
+
+def test_a_config_of_bytes_that_are_not_utf8_is_one_line():
+    """Such an argument comes as a surrogate: config.json could not be written, when all data was prepared."""
+    with pytest.raises(ConfigError, match=r"^config\.prompt='a\\udcffb': holds bytes .*; nearest valid: 'a\?b'$"):
+        SampleConfig(prompt="a\udcffb")
 
 
 def test_no_text_makes_the_beginning():

@@ -7,7 +7,7 @@ import pytest
 from test_begin_of_text import byte_level, folder_of
 
 from configs import continued
-from moe_jax import checkpoint, config, data
+from moe_jax import config, config_file, data
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError, RunConfig, TokenizerConfig
 from moe_jax.data import tokenizers
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     body = config.to_dict(RunConfig())
     body["data"] |= {"tokenizer": config.to_dict(BPE), "seq_len": 16, "batch_size": 2}
-    checkpoint.save_config(folder, config.build(body))
+    config_file.save_config(folder, config.build(body))
     tokenizers.load_or_make(BPE, folder, lambda: ["def add(a, b):\n    return a + b\n"] * 9)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
@@ -84,7 +84,7 @@ def test_weights_without_a_tokenizer(tmp_path):
     """An import that had none: a file may be named for it, which cannot be checked; a new one is no use."""
     body = config.to_dict(RunConfig())
     body["data"]["tokenizer"] |= {"kind": "huggingface", "path": str(tmp_path / "run" / "tokenizer.json")}
-    checkpoint.save_config(tmp_path / "run", config.build(body))
+    config_file.save_config(tmp_path / "run", config.build(body))
     with pytest.raises(ConfigError, match=r"tokenizer\.kind='bpe': a new one does not fit the weights of init_from"):
         tokenizers.load_or_make(BPE, tmp_path / "new", FAIL, str(tmp_path / "run"))
     cfg = folder_of(tmp_path / "t", byte_level())

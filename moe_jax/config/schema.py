@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, changeable, nearest_divisor, number, require
+from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, changeable, nearest_divisor, newer, number, require
 from moe_jax.config.model import ModelConfig
 
 Scope = int | Literal["global"]  # sequences that are balanced together; "global": the whole optimizer batch
@@ -138,7 +138,7 @@ class TokenizerConfig(Checked, resume=FIXED):
     end_of_text: str = ""  # the token between documents; "" looks for the usual names
     # The token that every document begins with: "auto" is what the tokenizer's own files say, "none" is end_of_text
     # alone, between documents; else a token's name.
-    begin_of_text: str = "auto"
+    begin_of_text: str = newer("auto", was="none")
 
     def check(self):
         need = self.kind in ("huggingface", "sentencepiece")

@@ -49,7 +49,7 @@ def prepare(cfg: DataConfig, *, workdir: str | Path, seed: int, progress: bool =
 
 def _check_some_text_is_kept(cfg: DataConfig, name: str, store: TokenStore) -> None:
     size = int(store.document_bytes.sum())
-    if size and sum(store.lost_bytes.values()) == size:
+    if size and store.targets_per_document().sum() == store.num_documents:  # the ends of documents, and no token else
         rule = f"has a token for none of the {size:,} bytes of data.sources.{name}"
         raise ConfigError("data.tokenizer.path", cfg.tokenizer.path, rule, "use a tokenizer of such text")
 

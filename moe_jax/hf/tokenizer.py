@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import ConfigError, TokenizerConfig
+from moe_jax.config import ConfigError, FileError, TokenizerConfig
 from moe_jax.data.begin_of_text import AUTO, NONE, of_json, settings_of, token
 from moe_jax.data.tokenizers import SETTINGS, JsonTokenizer, SentencePieceTokenizer, of_run, settings, travelling
 from moe_jax.hf.architectures import FormatError
@@ -27,7 +27,10 @@ def imported(
     """
     kind = "huggingface" if "tokenizer.json" in files or "tokenizer.model" not in files else "sentencepiece"
     name, make = KINDS[kind]
-    made = {"kind": kind, "path": str(workdir / name), "end_of_text": token(settings_of(files), "eos_token")}
+    try:
+        made = {"kind": kind, "path": str(workdir / name), "end_of_text": token(settings_of(files), "eos_token")}
+    except FileError as e:
+        raise FormatError(str(e)) from None
     if name not in files:
         return made, files, []
     if kind == "huggingface":

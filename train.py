@@ -84,7 +84,7 @@ def train(preemption: survive.Preemption):
 
     # --- data ---------------------------------------------------------------------------------------------------------
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
-    corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal)
+    corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal, init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     evaluate.check_held_out(corpus)
     read, other_data = data.record.resume(before, checkpoint.gather_json(corpus.record()), ACCEPT.value)

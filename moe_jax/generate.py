@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import model, sharding
 from moe_jax.config import ConfigError, ModelConfig, RunConfig
 from moe_jax.data import Tokenizer
+from moe_jax.data.documents import as_text
 from moe_jax.layers import weight
 from moe_jax.moe import TokenInfo
 
@@ -123,7 +124,8 @@ def sample_text(
     It ends at the end-of-text token, or at the last position that the model is good for.
     """
     s = cfg.sample
-    start = [tokenizer.end_of_text, *tokenizer.encode([s.prompt if prompt is None else prompt])[0].tolist()]
+    first = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
+    start = [first, *tokenizer.encode([as_text(s.prompt if prompt is None else prompt)])[0].tolist()]
     room = cfg.model.max_seq_len - len(start) if cfg.model.max_seq_len else s.tokens
     (ids,) = generate(
         cfg.model, mesh, params, router_bias, [start], max(min(s.tokens, room), 0),

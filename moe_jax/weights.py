@@ -74,6 +74,7 @@ def save_weights(
             checkpoints.save(0, state, {"origin": origin}, wait=True)
         if first:
             for name, data in (files or {}).items():
+                (partial / name).parent.mkdir(exist_ok=True)
                 (partial / name).write_bytes(data)
             os.replace(partial, path)  # an empty directory gives way
     except BaseException:

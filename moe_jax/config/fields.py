@@ -103,6 +103,9 @@ class Checked:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if isinstance(value, str):  # an argument of bytes that are not UTF-8, which no config.json can hold
+                plain = value.encode("utf-8", "replace").decode()
+                require(plain == value, f.name, value, "holds bytes that are not UTF-8", f"nearest valid: {plain!r}")
             if "low" in f.metadata and isinstance(value, int | float):
                 low, high = f.metadata["low"], f.metadata["high"]
                 rule = f"must be ≥ {low}" if high == float("inf") else f"must be in [{low}, {high}]"

@@ -147,10 +147,16 @@ class TokenizerConfig(Checked, resume=FIXED):
     train_bytes: int = number(10_000_000, 1)  # bpe: at most this much text is used for training it
     path: str = ""  # huggingface: a tokenizer.json; sentencepiece: a .model file
     end_of_text: str = ""  # the token between documents; "" looks for the usual names
+    # The token that every document begins with: "auto" is what the tokenizer's own files say, "none" is end_of_text
+    # alone, between documents; else a token's name.
+    begin_of_text: str = newer("auto", was="none")
 
     def check(self):
         need = self.kind in ("huggingface", "sentencepiece")
         require(bool(self.path) or not need, "path", self.path, f"is needed for kind={self.kind!r}", "a tokenizer file")
+        rule = "must be 'auto', 'none' or a token" if need else f"must be 'auto' or 'none' for kind={self.kind!r}"
+        ok = bool(self.begin_of_text) if need else self.begin_of_text in ("auto", "none")
+        require(ok, "begin_of_text", self.begin_of_text, rule, "nearest valid: 'auto'")
 
 
 def _default_sources():

@@ -1,9 +1,10 @@
 """Token stores on disk: what preparing a split of a source leaves behind.
 
 A store holds one split of one source: every document once, as `[end_of_text, tokens…]`, and one more `end_of_text` at
-the end. It is written to a temporary folder that is renamed when complete, so a killed run leaves no half store behind
-and processes that prepare the same one at once all end well. Its checksums are compared when a run opens it; a damaged
-one is written again.
+the end; with a tokenizer that has a `begin_of_text`, as `[begin_of_text, tokens…, end_of_text]`, and one more
+`begin_of_text`. It is written to a temporary folder that is renamed when complete, so a killed run leaves no half store
+behind and processes that prepare the same one at once all end well. Its checksums are compared when a run opens it; a
+damaged one is written again.
 """
 
 import hashlib
@@ -39,8 +40,9 @@ class TokenStore:
     """A prepared split: memory-mapped arrays, `D` documents and `N` tokens.
 
     tokens [N] uint16 or uint32; offsets [D+1] int64, where each document begins (the last: where the closing
-    end_of_text is); document_domains [D] int32, indices into `domains`; document_bytes [D] int64, UTF-8 bytes of the
-    text; held-out splits: text [Σ document_bytes] uint8, the documents one after another.
+    token is); document_domains [D] int32, indices into `domains`; document_bytes [D] int64, UTF-8 bytes of the
+    text; lost_bytes, how many of them no token stands for, by domain, where there are any; held-out splits: text
+    [Σ document_bytes] uint8, the documents one after another.
     content: a hash of all of it. notes: what the reader left out, one line each. least_fractions: by domain, the least
     `validation_fraction` that would hold out one of these documents. cut: whether any were cut out of text files.
     Pickles as its path. Raises: ValueError if the folder is no complete store.
@@ -56,6 +58,8 @@ class TokenStore:
                 raise ValueError("meta.json has other values than were written")
             self.domains: tuple[str, ...] = tuple(map(str, meta["domains"]))
             self.end_of_text: int = int(meta["end_of_text"])
+            self.begin_of_text: int | None = meta.get("begin_of_text")
+            self.lost_bytes: dict[str, int] = {str(k): int(v) for k, v in meta.get("lost_bytes", {}).items()}
             self.num_documents: int = meta["documents"]
             self.content: str = meta["content"]
             self.notes: tuple[str, ...] = tuple(meta["notes"])
@@ -102,7 +106,7 @@ class TokenStore:
 
     def targets_per_document(self) -> np.ndarray:
         """[D] int64: predicted tokens of each document, the end_of_text after it included."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets) - (self.begin_of_text is not None)
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """(domain, text) of every document of a held-out split."""
@@ -184,16 +188,17 @@ def _publish(partial: Path, folder: Path) -> TokenStore:
 
 
 class _Encode:
-    """Documents → (ids, document)."""
+    """Documents → (ids, bytes lost, document)."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
-    def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray, dict[str, str]]]:
+    def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray | None, int, dict[str, str]]]:
         """A blank document has no ids, and is left out."""
         kept = [d for d in documents if d["text"].strip()]
-        ids = self._tokenizer.encode([d["text"] for d in kept])
-        return [*zip(ids, kept, strict=True), *((None, d) for d in documents if not d["text"].strip())]
+        made = self._tokenizer.encode_and_count([d["text"] for d in kept])
+        full = [(ids, lost, d) for (ids, lost), d in zip(made, kept, strict=True)]
+        return [*full, *((None, 0, d) for d in documents if not d["text"].strip())]
 
 
 def _write_store(
@@ -204,7 +209,9 @@ def _write_store(
     numbers: dict[str, int] = {}
     least: dict[str, float] = {}
     odd: Counter[str] = Counter()
-    mark = np.asarray([tokenizer.end_of_text], dtype)
+    lost: dict[str, int] = {}
+    begin, end = tokenizer.begin_of_text, np.asarray([tokenizer.end_of_text], dtype)
+    front, back = (end, end[:0]) if begin is None else (np.asarray([begin], dtype), end)
     with (
         open(folder / "tokens.raw", "wb") as file,
         open(folder / "text.raw", "wb") as text_file,
@@ -214,28 +221,30 @@ def _write_store(
             read = grain.MapDataset.source(documents).batch(_BATCH, batch_fn=list).map(_Encode(tokenizer))
             iterator = iter(read.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
             for batch in iterator:
-                for ids, document in batch:
+                for ids, dropped, document in batch:
                     text, domain = document["text"], document["domain"]
                     odd[docs.BLANK] += ids is None
                     odd[docs.REPLACED] += "replaced" in document
                     if ids is None:
                         continue
-                    if (ids == tokenizer.end_of_text).any():
-                        raise RuntimeError(f"{description}: the tokenizer made end_of_text from text")
+                    if np.isin(ids, [tokenizer.end_of_text, *front]).any():
+                        raise RuntimeError(f"{description}: the tokenizer made a special token from text")
                     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                         raise RuntimeError(f"{description}: the tokenizer made ids beyond its vocabulary")
-                    mark.tofile(file)
-                    ids.astype(dtype).tofile(file)
+                    whole = np.concatenate([front, ids.astype(dtype), back])
+                    whole.tofile(file)
                     raw = text.encode("utf-8")
                     if keep_text:
                         text_file.write(raw)
-                    lengths.append(len(ids) + 1)
+                    lengths.append(len(whole))
                     domains.append(numbers.setdefault(domain, len(numbers)))
                     sizes.append(len(raw))
+                    if dropped:
+                        lost[domain] = lost.get(domain, 0) + dropped
                     least[domain] = min(least.get(domain, 1.0), docs.least_fraction(text))
                 bar.update(min(_BATCH, len(documents) - bar.n))
             iterator.close()
-        mark.tofile(file)
+        front.tofile(file)
     total = sum(lengths) + 1
     _as_array(folder, "tokens", dtype, total)
     _as_array(folder, "text", np.uint8, sum(sizes)) if keep_text else (folder / "text.raw").unlink()
@@ -244,11 +253,18 @@ def _write_store(
     np.save(folder / "bytes.npy", np.asarray(sizes, np.int64))
     meta = {"version": _VERSION, "documents": len(lengths), "tokens": total, "end_of_text": tokenizer.end_of_text}
     meta |= {"domains": list(numbers), "source": description, "least_fractions": least}
+    meta |= {} if begin is None else {"begin_of_text": begin}
+    meta |= {"lost_bytes": lost} if lost else {}
     meta["cut"] = getattr(documents, "cut", False)
     meta["notes"] = [*getattr(documents, "notes", ()), *_account(description, odd)]
     arrays = {name: path for name in _ARRAYS if (path := folder / f"{name}.npy").exists()}
     meta["checksums"] = {name: checksum(path) for name, path in arrays.items()}
-    parts = [meta["domains"], meta["end_of_text"], [content_hash(path) for path in arrays.values()]]
+    parts = [
+        meta["domains"],
+        meta["end_of_text"],
+        *([] if begin is None else [begin]),
+        [content_hash(path) for path in arrays.values()],
+    ]
     meta["content"] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta | {"sum": _sum_of(meta)}, indent=1) + "\n")
 

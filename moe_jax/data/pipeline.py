@@ -29,16 +29,19 @@ from moe_jax.data.sources import SPLITS, Source, Split, cache_folder, check_sour
 Batch = dict[str, np.ndarray]
 
 
-def prepare(cfg: DataConfig, *, workdir: str | Path | None, seed: int, progress: bool = True) -> "Corpus":
+def prepare(
+    cfg: DataConfig, *, workdir: str | Path | None, seed: int, progress: bool = True, init_from: str = ""
+) -> "Corpus":
     """Builds, or finds prepared, the data sets, the tokenizer (kept in `workdir`) and the token stores.
 
     workdir: None for a run that has not begun, so that one that fails leaves nothing; see `Corpus.keep_tokenizer`.
     seed: decides the order of the training data; the prepared data does not depend on it.
+    init_from: the run directory whose weights, and so whose tokenizer, a new run starts with.
     Raises: ConfigError for a user's mistake.
     """
     cache = cache_folder(cfg)
     sources = {name: open_source(name, source, cache, progress) for name, source in cfg.sources.items()}
-    tokenizer = tokenizers.load_or_make(cfg.tokenizer, workdir, lambda: _training_text(cfg, sources))
+    tokenizer = tokenizers.load_or_make(cfg.tokenizer, workdir, lambda: _training_text(cfg, sources), init_from)
     stores = {}
     for name, source in sources.items():
         for split in SPLITS:
@@ -48,7 +51,16 @@ def prepare(cfg: DataConfig, *, workdir: str | Path | None, seed: int, progress:
                 stores[name, split] = prepare_store(
                     folder, read, tokenizer, f"{name}/{split}", progress, keep_text=split == "validation"
                 )
+                if split == "train":
+                    _check_some_text_is_kept(cfg, name, stores[name, split])
     return Corpus(cfg, sources, tokenizer, stores, seed)
+
+
+def _check_some_text_is_kept(cfg: DataConfig, name: str, store: TokenStore) -> None:
+    size = int(store.document_bytes.sum())
+    if size and store.targets_per_document().sum() == store.num_documents:  # the ends of documents, and no token else
+        rule = f"has a token for none of the {size:,} bytes of data.sources.{name}"
+        raise ConfigError("data.tokenizer.path", cfg.tokenizer.path, rule, "use a tokenizer of such text")
 
 
 def _is_read(cfg: DataConfig, name: str, split: Split) -> bool:
@@ -222,7 +234,7 @@ class Corpus:
             return PackedRows(store, s, None, partial=True, domain_ids=ids)
         rows = PackedRows(store, s, self._seed, name=name, domain_ids=ids)
         if len(rows) == 0:
-            targets = int(store.targets_per_document().sum())
+            targets = len(store.tokens) - 1
             rule = f"must be ≤ {targets}, the tokens in the training split of data.sources.{name}"
             raise ConfigError("data.seq_len", s, rule, f"nearest valid: {targets}" if targets > 1 else "add documents")
         return rows
@@ -306,9 +318,20 @@ class Corpus:
                 yield from store.texts()
 
     def notes(self) -> list[str]:
-        """What a user should know of the data, one line each: what readers left out, domains without held-out text."""
-        lines = [line for store in self.stores.values() for line in store.notes]
-        return [*dict.fromkeys(lines), *map(str, self.not_held_out())]
+        """What a user should know of the data, one line each: how documents begin, what readers and the tokenizer left
+        out, domains without held-out text."""
+        read = [line for store in self.stores.values() for line in store.notes]
+        return [*self.tokenizer.lines, *dict.fromkeys(read), *self._lost(), *map(str, self.not_held_out())]
+
+    def _lost(self) -> Iterator[str]:
+        """A line for each store of whose text the tokenizer dropped something."""
+        for (name, split), store in self.stores.items():
+            if lost := store.lost_bytes:
+                total, size = sum(lost.values()), int(store.document_bytes.sum())
+                where = ", ".join(f"{domain} {count:,}" for domain, count in sorted(lost.items()))
+                share = f"{total:,} of {size:,} bytes ({100 * total / size:.2g} %)"
+                rule = "the tokenizer has no token for them, and bits per byte counts them all the same"
+                yield f"{name}/{split}: {share} of text are lost ({where}): {rule}"
 
     def not_held_out(self) -> list[NotHeldOut]:
         """The domains that are trained on and not evaluated."""

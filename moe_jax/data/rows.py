@@ -28,8 +28,8 @@ class PackedRows:
     Row r covers positions r·S … r·S+S of the stream (neighbours share one token), so every target is predicted exactly
     once an epoch. A row is a dict of arrays [S]:
         tokens, targets  int32; padding is end_of_text
-        weights          float32: 1, or 0 for padding
-        segment_ids      int32: from 1 within the row, a new one at each document's end_of_text; 0 is padding
+        weights          float32: 1, or 0 for padding and for a begin_of_text, which nothing before it predicts
+        segment_ids      int32: from 1 within the row, a new one at each document's first token; 0 is padding
         positions        int32: from 0 at each segment's start
         domain_ids       int32: of the target's document; the end_of_text after a document belongs to it
 
@@ -54,8 +54,8 @@ class PackedRows:
         lengths = np.diff(store.offsets)
         self._order = np.arange(len(lengths)) if seed is None else permutation(len(lengths), "documents", seed, name)
         self._starts = np.concatenate([[0], np.cumsum(lengths[self._order], dtype=np.int64)]).astype(np.int64)
-        targets = int(self._starts[-1])
-        self._length = -(-targets // seq_len) if partial else targets // seq_len
+        inputs = int(self._starts[-1])
+        self._length = -(-inputs // seq_len) if partial else inputs // seq_len
 
     def __reduce__(self):
         seed, name, partial, domain_ids = self._arguments
@@ -89,10 +89,14 @@ class PackedRows:
         valid = np.arange(s) < count - 1
         index = np.arange(s, dtype=np.int32)
         starts = np.maximum.accumulate(np.where(first[:-1], index, 0))
+        predicted = valid
+        if store.begin_of_text is not None:
+            closing = np.arange(begin + 1, begin + s + 1) == self._starts[-1]
+            predicted = valid & ~first[1:] & ~closing
         return {
             "tokens": stream[:-1],
             "targets": stream[1:],
-            "weights": valid.astype(np.float32),
+            "weights": predicted.astype(np.float32),
             "segment_ids": np.where(valid, np.cumsum(first[:-1]), 0).astype(np.int32),
             "positions": np.where(valid, index - starts, 0).astype(np.int32),
             "domain_ids": np.where(valid, domains[:-1], 0).astype(np.int32),

@@ -1,15 +1,13 @@
 """Tokenizers: text → token ids and back, with one `<|endoftext|>` between documents, behind one small interface.
 
-Text never produces `end_of_text`, even if it spells it. `fingerprint` changes whenever ids could: it is part of the key
-of prepared token stores. A run directory keeps its tokenizer (`save`, `load`), so that evaluation reads what training
-wrote.
+Text never produces `end_of_text`, nor `begin_of_text`, even if it spells it. `fingerprint` changes whenever ids could:
+it is part of the key of prepared token stores. A run directory keeps its tokenizer (`save`, `load`), so that evaluation
+reads what training wrote, and weights are started from with the tokenizer that they were made with (`of_run`).
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, SupportsInt, runtime_checkable
@@ -18,42 +16,57 @@ import numpy as np
 
 from moe_jax.config import ConfigError, FileError, TokenizerConfig
 from moe_jax.config.fields import shown
+from moe_jax.data import vocabularies
+from moe_jax.data.begin_of_text import AUTO, NONE
+from moe_jax.data.vocabularies import (
+    END_OF_TEXT,
+    BytesTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    train_bpe,
+    write,
+)
 
-END_OF_TEXT = "<|endoftext|>"
-_USUAL_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
-_SETTINGS = "tokenizer_settings.json"
+_USUAL_NAMES = vocabularies.USUAL_NAMES
+SETTINGS = "tokenizer_settings.json"
 _MOST = 200_000_000  # bytes of a tokenizer file; the largest in use have a tenth
 _FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+_KINDS = {"bpe": JsonTokenizer, "huggingface": JsonTokenizer, "sentencepiece": SentencePieceTokenizer}
+# Beside a tokenizer's file: what it says of special tokens and of chats.
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+TRAVELS = (  # all that goes from model to run to model; none is code
+    "tokenizer.json", "tokenizer.model", *BESIDE, "added_tokens.json", "vocab.json", "merges.txt",
+    "generation_config.json",
+)  # fmt: skip
+MORE_TEMPLATES = "additional_chat_templates"  # a folder
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """ids are int32 arrays of shape [tokens]; `vocab_size` counts `end_of_text` too."""
+    """ids are int32 arrays of shape [tokens]; `vocab_size` counts the special ones too.
+
+    begin_of_text: the token in front of every document; None: the `end_of_text` before it alone. words: of the two as
+    the vocabulary spells them ("" without). files: what a run keeps of it, by name. lines: what the user should know.
+    """
 
     vocab_size: int
     end_of_text: int
+    begin_of_text: int | None
     fingerprint: str
+    words: tuple[str, str]
+    files: dict[str, bytes]
+    lines: tuple[str, ...]
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """ids of texts, without any special token. No text stops the others."""
+
+    def encode_and_count(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
+        """… and of each text the bytes that no token stands for."""
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of ids; `end_of_text` is left out."""
+        """The text of ids; `begin_of_text` and `end_of_text` are left out."""
 
     def save(self, folder: str | Path) -> None: ...
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file at once: another process sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
 
 
 def read_file(path: Path, most: int = _MOST) -> bytes:
@@ -67,178 +80,126 @@ def read_file(path: Path, most: int = _MOST) -> bytes:
         raise FileError(f"{path}: cannot be read: {e.strerror}") from None
 
 
-class BytesTokenizer:
-    """One token a byte of UTF-8; `end_of_text` is 256."""
-
-    vocab_size = 257
-    end_of_text = 256
-    fingerprint = "bytes-1"
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
-
-    def decode(self, ids: Iterable[SupportsInt]) -> str:
-        return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", "replace")
-
-    def save(self, folder: str | Path) -> None:
-        """Nothing to keep."""
+def read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Those of the files that are there, by name. Raises FileError."""
+    return {name: read_file(folder / name) for name in names if (folder / name).is_file()}
 
 
-def _without(text: str, word: str, encode) -> np.ndarray:
-    """ids of a text that spells the end-of-text token, which is cut where it would be recognised."""
-    pieces, cut = [], max(1, len(word) // 2)
-    parts = text.split(word)
-    for i, part in enumerate(parts):
-        head = word[cut:] if i else ""
-        tail = word[:cut] if i < len(parts) - 1 else ""
-        pieces.append(encode(head + part + tail))
-    return np.concatenate(pieces)
-
-
-class JsonTokenizer:
-    """A `tokenizer.json` of the `tokenizers` library: trained here (kind "bpe") or elsewhere (kind "huggingface")."""
-
-    def __init__(self, data: bytes, end_of_text: str, path: str):
-        import tokenizers
-
-        self._data = data
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-            raise ConfigError("data.tokenizer.path", path, f"is no tokenizer.json: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is these letters, not the token
-        special = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
-        self._word, self.end_of_text = _find_end_of_text(self._tokenizer.token_to_id, end_of_text, sorted(special))
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # it has end_of_text
-        self.fingerprint = _digest(b"json-1", data, self._word.encode())
-
-    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(e.ids, np.int32) for e in encoded]
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        out = self._ids(texts)
-        for i, ids in enumerate(out):
-            if (ids == self.end_of_text).any():  # an added token that is not marked special
-                out[i] = _without(texts[i], self._word, lambda t: self._ids([t])[0])
-        return out
-
-    def decode(self, ids: Iterable[SupportsInt]) -> str:
-        kept = [int(i) for i in ids if int(i) != self.end_of_text]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
-
-    def save(self, folder: str | Path) -> None:
-        _write(Path(folder) / "tokenizer.json", self._data)
-
-
-class SentencePieceTokenizer:
-    """A SentencePiece `.model`."""
-
-    def __init__(self, data: bytes, end_of_text: str, path: str):
-        import sentencepiece
-
-        self._data = data
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(data)
-        except Exception as error:
-            raise ConfigError("data.tokenizer.path", path, "is no SentencePiece model") from error
-        self.vocab_size = self._processor.GetPieceSize()
-        pieces = {self._processor.IdToPiece(i): i for i in range(self.vocab_size)}
-        special = [p for p, i in pieces.items() if self._processor.IsControl(i)]
-        self._word, self.end_of_text = _find_end_of_text(pieces.get, end_of_text, special)
-        self.fingerprint = _digest(b"sentencepiece-1", data, self._word.encode())
-
-    def _ids(self, text: str) -> np.ndarray:
-        return np.asarray(self._processor.EncodeAsIds(text), np.int32)
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        out = [self._ids(text) for text in texts]
-        for i, ids in enumerate(out):
-            if (ids == self.end_of_text).any():
-                out[i] = _without(texts[i], self._word, self._ids)
-        return out
-
-    def decode(self, ids: Iterable[SupportsInt]) -> str:
-        return self._processor.DecodeIds([int(i) for i in ids if int(i) != self.end_of_text])
-
-    def save(self, folder: str | Path) -> None:
-        _write(Path(folder) / "tokenizer.model", self._data)
-
-
-def _find_end_of_text(lookup, wanted: str, special: Sequence[str]) -> tuple[str, int]:
-    """The end-of-text token and its id. Raises: ConfigError listing the vocabulary's special tokens."""
-    for name in (wanted,) if wanted else _USUAL_NAMES:
-        if lookup(name) is not None:
-            return name, lookup(name)
-    rule = "is not in the vocabulary" if wanted else f"is needed: the vocabulary has none of {', '.join(_USUAL_NAMES)}"
-    raise ConfigError("data.tokenizer.end_of_text", wanted, rule, f"its special tokens: {', '.join(special) or 'none'}")
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens (fewer if the text has no more pairs), the same from the same text.
-
-    Every text can be encoded and decodes to itself, byte for byte.
-    """
-    import tokenizers
-
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    made.train_from_iterator(texts, trainer)
-    return JsonTokenizer(made.to_str(pretty=True).encode("utf-8"), END_OF_TEXT, "")
+def travelling(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that go with its weights wherever they go, by name. Raises FileError."""
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja")) if (folder / MORE_TEMPLATES).is_dir() else []
+    return read_files(folder, (*TRAVELS, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)))
 
 
 # --- the tokenizer of a run directory --------------------------------------------------------------------------------
 
 
-def _settings(cfg: TokenizerConfig) -> dict:
+def _asked(cfg: TokenizerConfig) -> dict:
     """The fields that decide what this kind of tokenizer is."""
-    names = {"bytes": (), "bpe": ("vocab_size", "train_bytes")}.get(cfg.kind, ("path", "end_of_text"))
+    names = {"bytes": (), "bpe": ("vocab_size", "train_bytes")}.get(cfg.kind, ("path", "end_of_text", "begin_of_text"))
     return {"kind": cfg.kind, **{n: v for n, v in dataclasses.asdict(cfg).items() if n in names}}
+
+
+def settings(tokenizer: Tokenizer, cfg: TokenizerConfig) -> bytes:
+    """What a run directory keeps of a tokenizer beside its files: `tokenizer_settings.json`."""
+    made = _asked(cfg)
+    if cfg.kind in ("huggingface", "sentencepiece"):
+        begin, end = tokenizer.words
+        made |= {"end_of_text": end, "begin_of_text": begin or NONE}
+    return (json.dumps({**made, "fingerprint": tokenizer.fingerprint}, indent=1) + "\n").encode()
 
 
 def save(tokenizer: Tokenizer, cfg: TokenizerConfig, workdir: str | Path) -> None:
     """Keeps a tokenizer and its settings in a run directory."""
     tokenizer.save(workdir)
-    settings = {**_settings(cfg), "fingerprint": tokenizer.fingerprint}
-    _write(Path(workdir) / _SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+    write(Path(workdir) / SETTINGS, settings(tokenizer, cfg))
 
 
 def load(workdir: str | Path) -> Tokenizer | None:
-    """The tokenizer of a run directory, whatever it was made of; None if there is none."""
-    path = Path(workdir) / _SETTINGS
+    """The tokenizer of a run directory, whatever it was made of; None if there is none.
+
+    Raises: FileError for a file that is another than the one that the run was made with.
+    """
+    path = Path(workdir) / SETTINGS
     if not path.is_file():
         return None
-    settings = _read_settings(path)
-    if settings["kind"] == "bytes":
+    kept = _read_settings(path)
+    made = _open(workdir, kept["kind"], kept.get("end_of_text") or "", kept.get("begin_of_text", ""))
+    if made is not None and kept.get("fingerprint", made.fingerprint) != made.fingerprint:
+        file = Path(workdir) / _FILES[kept["kind"]]
+        raise FileError(f"{file}: is not the tokenizer that this run was made with; put that one there")
+    return made
+
+
+def _open(folder: str | Path, kind: str, end_of_text: str, begin_of_text: str) -> Tokenizer | None:
+    """The tokenizer in a folder, which had another begin_of_text before there was a choice (""): that is kept."""
+    if kind == "bytes":
         return BytesTokenizer()
-    file = Path(workdir) / _FILES[settings["kind"]]
+    file = Path(folder) / _FILES[kind]
     if not file.is_file():
         return None
-    made = SentencePieceTokenizer if settings["kind"] == "sentencepiece" else JsonTokenizer
-    return made(read_file(file), settings.get("end_of_text") or "", str(file))
+    files = read_files(file.parent, BESIDE if kind != "bpe" else ())
+    make = lambda begin: _KINDS[kind](read_file(file), end_of_text, str(file), begin, files)
+    made = make(begin_of_text)
+    if not begin_of_text and kind != "bpe" and (word := make(AUTO).words[0]):
+        made.lines = (f"documents do not begin with {word!r}, though the tokenizer says so: this run began without it",)
+    return made
 
 
 def _read_settings(path: Path) -> dict:
     try:
-        settings = json.loads(read_file(path))
-        if settings["kind"] in ("bytes", *_FILES) and isinstance(settings.get("end_of_text", ""), str):
-            return settings
-        problem = f"kind={shown(settings['kind'])}, end_of_text={shown(settings.get('end_of_text'))}"
+        kept = json.loads(read_file(path))
+        words = [kept.get(name, "") for name in ("end_of_text", "begin_of_text")]
+        if kept["kind"] in ("bytes", *_FILES) and all(isinstance(word, str) for word in words):
+            return kept
+        problem = f"kind={shown(kept['kind'])}, end_of_text={shown(words[0])}, begin_of_text={shown(words[1])}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         problem = f"{type(e).__name__}: {e}"
     raise FileError(f"{path}: is not a tokenizer's settings: {problem}")
+
+
+def of_run(folder: str | Path) -> tuple[Tokenizer | None, dict]:
+    """The tokenizer that the weights of a run directory need, and its settings; None if it has none.
+
+    A run directory that has not been trained in may have no settings yet: its `config.json` says them.
+    """
+    made = load(folder)
+    if made is not None:
+        return made, _read_settings(Path(folder) / SETTINGS)
+    try:
+        kept = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["data"]["tokenizer"]
+        kind, words = kept["kind"], [kept.get(name, "") for name in ("end_of_text", "begin_of_text")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None, {}
+    return _open(folder, kind, *words), kept
+
+
+def check_same(cfg: TokenizerConfig, made: Tokenizer, kept: dict, where: str, way: str) -> None:
+    """Raises ConfigError, naming the field, if a configuration asks for another tokenizer than weights were made with.
+
+    made, kept: the tokenizer and its settings. where: who has it. way: what else to do.
+    """
+    for name, value in _asked(cfg).items():
+        have = kept.get(name)
+        same = value == have
+        if name == "kind":  # a trained one may be named by its file
+            same |= value == "huggingface" and have == "bpe" and _is_file_of(cfg, made)
+        elif name == "path":  # the run may have been moved or copied, and the file, too, or be gone
+            same |= _is_file_of(cfg, made) or not Path(os.path.expanduser(value)).is_file()
+        elif name == "end_of_text":
+            have = made.words[1]
+            same = value in ("", have)
+        elif name == "begin_of_text":
+            have = made.words[0] or NONE
+            same = value in (AUTO, have)
+        if not same:
+            rule = f"differs from {where}, which has {have!r}"
+            raise ConfigError(f"data.tokenizer.{name}", value, rule, f"use {have!r}{way}")
+
+
+def _is_file_of(cfg: TokenizerConfig, made: Tokenizer) -> bool:
+    file = Path(os.path.expanduser(cfg.path))
+    return bool(cfg.path) and file.is_file() and read_file(file) in made.files.values()
 
 
 def own_file(cfg: TokenizerConfig, workdir: str | Path | None) -> Path | None:
@@ -249,43 +210,70 @@ def own_file(cfg: TokenizerConfig, workdir: str | Path | None) -> Path | None:
     return file if file.is_file() else None
 
 
-def load_or_make(cfg: TokenizerConfig, workdir: str | Path | None, training_text) -> Tokenizer:
-    """The run directory's tokenizer, or a new one that is then kept there.
+def load_or_make(cfg: TokenizerConfig, workdir: str | Path | None, training_text, init_from: str = "") -> Tokenizer:
+    """The run directory's tokenizer, or that of the run whose weights it starts from, or a new one; kept there.
 
     workdir: None for a run that has not begun; nothing is kept. Where a run directory has its own copy of an external
         tokenizer, `cfg.path` is only where it came from, and need not be there any more.
     training_text: called, only for kind "bpe" and only if there is none yet, for an iterable of texts.
-    Raises: ConfigError if the run directory holds a tokenizer of other settings (its checkpoints need that one).
+    init_from: a run directory of weights, which need its tokenizer; "" for none.
+    Raises: ConfigError if the run directory, or init_from, has a tokenizer of other settings.
     """
     kept = None if workdir is None else load(workdir)
     if kept is not None:
-        _check_settings(cfg, Path(workdir))
+        path = Path(workdir) / SETTINGS
+        check_same(cfg, kept, _read_settings(path), str(path), " or another workdir")
         return kept
-    if cfg.kind == "bytes":
-        made = BytesTokenizer()
-    elif cfg.kind == "bpe":
-        made = train_bpe(training_text(), cfg.vocab_size)
-    else:
-        file = own_file(cfg, workdir) or Path(os.path.expanduser(cfg.path))
-        if not file.is_file():
-            raise ConfigError("data.tokenizer.path", cfg.path, "is not a file", "a tokenizer.json or a .model file")
-        kind = JsonTokenizer if cfg.kind == "huggingface" else SentencePieceTokenizer
-        made = kind(read_file(file), cfg.end_of_text, cfg.path)
+    made, lines = None, ()
+    if init_from:
+        made, its = of_run(init_from)
+        if made is not None:
+            check_same(cfg, made, its, f"the run of init_from, {init_from}", ", whose weights need it")
+            made.files = made.files | travelling(Path(init_from))
+        elif cfg.kind == "bpe":
+            rule = f"a new one does not fit the weights of init_from={init_from!r}, which come without a tokenizer"
+            raise ConfigError("data.tokenizer.kind", cfg.kind, rule, "use 'huggingface' and the path of theirs")
+        else:
+            lines = (f"{init_from} has no tokenizer: whether its weights were made with this one is not known",)
+    if made is None:
+        made = _make(cfg, workdir, training_text)
+        made.lines = (*made.lines, *lines)
     if workdir is not None:
         save(made, cfg, workdir)
     return made
 
 
-def _check_settings(cfg: TokenizerConfig, workdir: Path) -> None:
-    """Raises ConfigError if `cfg` asks for another tokenizer than the run directory's."""
-    path = workdir / _SETTINGS
-    settings, own = _read_settings(path), own_file(cfg, workdir)
-    for name, value in _settings(cfg).items():
-        has = settings.get(name)
-        if name == "path" and value != has:  # the run may have been moved or copied, and the file, too, or be gone
-            file = Path(os.path.expanduser(value))
-            if own and not (file.is_file() and read_file(file) != read_file(own)):
-                continue
-        if has != value:
-            raise ConfigError(f"data.tokenizer.{name}", value, f"differs from {path}, which has {has!r}",
-                              f"use {has!r} or another workdir")  # fmt: skip
+def _make(cfg: TokenizerConfig, workdir: str | Path | None, training_text) -> Tokenizer:
+    if cfg.kind == "bytes":
+        return BytesTokenizer()
+    if cfg.kind == "bpe":
+        return train_bpe(training_text(), cfg.vocab_size)
+    file = own_file(cfg, workdir) or Path(os.path.expanduser(cfg.path))
+    if not file.is_file():
+        raise ConfigError("data.tokenizer.path", cfg.path, "is not a file", "a tokenizer.json or a .model file")
+    files = read_files(file.parent, BESIDE if file.name == _FILES[cfg.kind] else ())
+    return _KINDS[cfg.kind](read_file(file), cfg.end_of_text, cfg.path, cfg.begin_of_text, files)
+
+
+__all__ = [
+    "AUTO",
+    "END_OF_TEXT",
+    "NONE",
+    "SETTINGS",
+    "TRAVELS",
+    "BytesTokenizer",
+    "JsonTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "check_same",
+    "load",
+    "load_or_make",
+    "of_run",
+    "own_file",
+    "read_file",
+    "read_files",
+    "save",
+    "settings",
+    "train_bpe",
+    "travelling",
+]

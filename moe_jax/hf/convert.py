@@ -17,15 +17,13 @@ from jax.sharding import Mesh
 from moe_jax import config, sharding, step, weights
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config_file import load_config
-from moe_jax.data.tokenizers import END_OF_TEXT, read_file
+from moe_jax.data.tokenizers import TRAVELS, travelling
 from moe_jax.hf import gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, FormatError, read_config, write_config
 from moe_jax.hf.devices import Assembly, fetch, flatten, is_finite
+from moe_jax.hf.tokenizer import exported, imported
 
-TOKENIZER_FILES = (  # none is code
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+TOKENIZER_FILES = TRAVELS
 HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # of a tied model
 IGNORED = ".rotary_emb.inv_freq"  # of old Llama files: follows from the configuration
 SEQ_LEN = 2048  # of the run's configuration, if the model is good for it
@@ -60,7 +58,7 @@ def import_model(
         if not source.is_dir():
             raise FormatError(f"{source}: no such directory")
         hf = safetensors.read_json(source / "config.json")
-        files = {name: read_file(source / name) for name in TOKENIZER_FILES if (source / name).is_file()}
+        files = travelling(source)
         table = ""
     name, model, lines = read_config(hf, str(source))
     for line in lines:
@@ -74,7 +72,10 @@ def import_model(
     shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
     wanted = tables.tensors(table or name, model, shapes)
     skipped = check_names(source, wanted, entries, model.tie_embeddings)
-    cfg = _run_config(model, workdir, files, seq_len)
+    tokenizer, files, said = imported(files, Path(workdir), model.vocab_size)
+    for line in said:
+        say(line)
+    cfg = _run_config(model, tokenizer, seq_len)
     for tensor in skipped:
         say(f"{tensor}: not needed")
 
@@ -132,14 +133,8 @@ def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, An
     return skipped
 
 
-def _run_config(model: ModelConfig, workdir: str | os.PathLike, files: dict[str, bytes], seq_len: int) -> RunConfig:
+def _run_config(model: ModelConfig, tokenizer: dict[str, str], seq_len: int) -> RunConfig:
     """The configuration of the new run directory: the model's, with its tokenizer; the rest as by default."""
-    kind, name = ("huggingface", "tokenizer.json")
-    if "tokenizer.json" not in files and "tokenizer.model" in files:
-        kind, name = ("sentencepiece", "tokenizer.model")
-    tokenizer = {"kind": kind, "path": str(Path(workdir) / name), "end_of_text": _end_of_text(files)}
-    if "tokenizer.json" in files:
-        _check_vocabulary(model, files["tokenizer.json"])
     length = seq_len or min(model.max_seq_len, SEQ_LEN)
     return config.build(
         {
@@ -148,31 +143,6 @@ def _run_config(model: ModelConfig, workdir: str | os.PathLike, files: dict[str,
             "sample": {"prompt": "The "},
         }
     )
-
-
-def _check_vocabulary(model: ModelConfig, data: bytes) -> None:
-    import tokenizers
-
-    try:
-        vocabulary = tokenizers.Tokenizer.from_str(data.decode("utf-8")).get_vocab(with_added_tokens=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the library raises bare Exception, and PanicException, which is none
-        raise FormatError(f"tokenizer.json: is none: {e}") from None
-    largest = max(vocabulary.values(), default=0)
-    if largest >= model.vocab_size:
-        rule = f"has token {largest}, but config.json says vocab_size={model.vocab_size}"
-        raise FormatError(f"tokenizer.json: {rule}: it belongs to another model")
-
-
-def _end_of_text(files: dict[str, bytes]) -> str:
-    """What tokenizer_config.json calls the end-of-text token; "" if nothing."""
-    try:
-        token = json.loads(files.get("tokenizer_config.json", b"{}")).get("eos_token", "")
-    except (ValueError, AttributeError, RecursionError):
-        raise FormatError("tokenizer_config.json: is not a JSON object") from None
-    token = token.get("content", "") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else ""
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -194,9 +164,10 @@ def export_run(
     params, bias, origin = weights.load_weights(
         workdir, *step.abstract_weights(cfg.model, mesh or whole_mesh()), step=at
     )
-    imported = next((event for event in origin if event.get("event") == "import"), {})
-    name, hf = write_config(cfg.model, cfg.data.seq_len, imported.get("architecture", ""))
-    hf |= imported.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}
+    source = next((event for event in origin if event.get("event") == "import"), {})
+    name, hf = write_config(cfg.model, cfg.data.seq_len, source.get("architecture", ""))
+    hf |= source.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}
+    hf, files = exported(Path(workdir), hf, {event.get("event") for event in origin}, say)
     leaves = flatten(params) | flatten(bias)
     found = tables.tensors(name, cfg.model, {path: leaf.shape for path, leaf in leaves.items()})
     kind = lambda t: np.dtype("float32") if t.targets[0].path.endswith("router_bias") else dtype
@@ -218,13 +189,9 @@ def export_run(
     try:
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-        for file in TOKENIZER_FILES:
-            if (Path(workdir) / file).is_file():
-                shutil.copyfile(Path(workdir) / file, partial / file)
-        if (partial / "tokenizer.json").exists() and not (partial / "tokenizer_config.json").exists():
-            end = cfg.data.tokenizer.end_of_text or END_OF_TEXT
-            kind_of = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-            (partial / "tokenizer_config.json").write_text(json.dumps(kind_of, indent=2) + "\n", encoding="utf-8")
+        for file, data in files.items():
+            (partial / file).parent.mkdir(exist_ok=True)
+            (partial / file).write_bytes(data)
         safetensors.write_model(partial, specs, values(), max_file)
         os.replace(partial, target)
     except BaseException:

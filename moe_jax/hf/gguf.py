@@ -121,7 +121,7 @@ def _check_lengths(path: Path) -> None:
 def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json of a byte-level BPE whose splitting is known; {} for any other."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     splits = {  # names of llama.cpp
         "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -136,11 +136,16 @@ def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
     made.decoder = decoders.ByteLevel()
     kinds = zip(words, value("tokenizer.ggml.token_type") or [], strict=False)
     made.add_special_tokens([word for word, kind in kinds if kind == CONTROL])
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    begins = bool(value("tokenizer.ggml.add_bos_token"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": begins}
     for name in ("bos", "eos", "unknown"):
         if (i := value(f"tokenizer.ggml.{name}_token_id")) is not None:
             settings[f"{name[:3]}_token"] = words[i]
     if template := value("tokenizer.chat_template"):
         settings["chat_template"] = template
+    if begins and "bos_token" in settings:  # also where transformers reads it
+        word = settings["bos_token"]
+        front = [(word, words.index(word))]
+        made.post_processor = processors.TemplateProcessing(f"{word} $A", f"{word} $A {word}:1 $B:1", front)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     return {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": text.encode()}

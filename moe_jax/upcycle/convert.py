@@ -14,8 +14,6 @@ from moe_jax import config_file, model, sharding, step, weights
 from moe_jax.checkpoint import CheckpointError, Checkpoints
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data import tokenizers
-from moe_jax.data.tokenizers import read_file
-from moe_jax.hf.convert import TOKENIZER_FILES
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
 
@@ -67,6 +65,7 @@ def convert(
     configs = [_config(folder) for folder, _ in runs]
     for folder, _ in runs[1:]:
         weights.check_same_model(dataclasses.replace(configs[0], init_from=str(folder)))
+        _check_same_tokenizer(runs[0][0], folder)
     before, after = configs[0].model, final_config(chain, configs[0].model)
     for folder, number in runs:
         with Checkpoints(folder) as checkpoints:
@@ -125,10 +124,17 @@ def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path)
     return dataclasses.replace(cfg, init_from="", model=after, loss=loss, data=data)
 
 
+def _check_same_tokenizer(first: Path, other: Path) -> None:
+    """That an average is of models that read the same tokens."""
+    (a, _), (b, its) = tokenizers.of_run(first), tokenizers.of_run(other)
+    if a is not None and b is not None and a.fingerprint != b.fingerprint:
+        rule = f"its tokenizer ({its['kind']}) is another than that of {first}"
+        raise CheckpointError(f"--from={other}: {rule}; runs are averaged that read the same tokens")
+
+
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
     """What a run of train.py, or an import, keeps of its tokenizer."""
-    found = {*folder.glob("tokenizer*"), *(folder / name for name in TOKENIZER_FILES)}
-    return {path.name: read_file(path) for path in sorted(found) if path.is_file()}
+    return tokenizers.travelling(folder) | tokenizers.read_files(folder, (tokenizers.SETTINGS,))
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,0 +1,154 @@
+"""What travels with a model beside its weights: the tokenizer, its special tokens, how generation begins and ends.
+
+An imported model that was not trained since is exported as it came. Else the files say what it was trained with here.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import ConfigError, FileError, TokenizerConfig
+from moe_jax.data.begin_of_text import AUTO, NONE, of_json, settings_of, token
+from moe_jax.data.tokenizers import SETTINGS, JsonTokenizer, SentencePieceTokenizer, of_run, settings, travelling
+from moe_jax.hf.architectures import FormatError
+
+PLAIN = "PreTrainedTokenizerFast"  # in transformers the class that takes a file as it is
+KINDS = {"huggingface": ("tokenizer.json", JsonTokenizer), "sentencepiece": ("tokenizer.model", SentencePieceTokenizer)}
+
+
+def imported(
+    files: dict[str, bytes], workdir: Path, vocab_size: int
+) -> tuple[dict[str, str], dict[str, bytes], list[str]]:
+    """`data.tokenizer` of a run directory with these files, the files with its settings, and lines about it.
+
+    Raises FormatError for a tokenizer of more tokens than the model has.
+    """
+    kind = "huggingface" if "tokenizer.json" in files or "tokenizer.model" not in files else "sentencepiece"
+    name, make = KINDS[kind]
+    try:
+        made = {"kind": kind, "path": str(workdir / name), "end_of_text": token(settings_of(files), "eos_token")}
+    except FileError as e:
+        raise FormatError(str(e)) from None
+    if name not in files:
+        return made, files, []
+    if kind == "huggingface":
+        _check_vocabulary(files[name], vocab_size)
+    try:
+        tokenizer = make(files[name], made["end_of_text"], made["path"], AUTO, files)
+    except ConfigError as e:  # the weights are good without it
+        return made, files, [f"the tokenizer cannot be used yet: {e}"]
+    begin, end = tokenizer.words
+    made |= {"end_of_text": end, "begin_of_text": begin or NONE}
+    return made, files | {SETTINGS: settings(tokenizer, TokenizerConfig(**made))}, list(tokenizer.lines)
+
+
+def _check_vocabulary(data: bytes, vocab_size: int) -> None:
+    import tokenizers
+
+    try:
+        vocabulary = tokenizers.Tokenizer.from_str(data.decode("utf-8")).get_vocab(with_added_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and PanicException, which is none
+        raise FormatError(f"tokenizer.json: is none: {e}") from None
+    largest = max(vocabulary.values(), default=0)
+    if largest >= vocab_size:
+        rule = f"has token {largest}, but config.json says vocab_size={vocab_size}"
+        raise FormatError(f"tokenizer.json: {rule}: it belongs to another model")
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def exported(
+    workdir: Path, hf: dict[str, Any], events: set[str], say: Callable[[str], Any]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """config.json with the special tokens of a run's tokenizer, and the files that travel with the weights.
+
+    events: what happened to the weights ("import", "train", …).
+    """
+    files = travelling(workdir)
+    tokenizer, _ = of_run(workdir)
+    if tokenizer is None:
+        return hf, files
+    if tokenizer.vocab_size > hf["vocab_size"]:
+        raise FormatError(f"{workdir}: its tokenizer has {tokenizer.vocab_size} tokens, its model {hf['vocab_size']}")
+    came, trained = "import" in events, "train" in events
+    end = tokenizer.end_of_text
+    ours = {"bos_token_id": end if tokenizer.begin_of_text is None else tokenizer.begin_of_text, "eos_token_id": end}
+    hf = (hf if came else {"pad_token_id": None} | hf) | _differing(hf, ours, trained or not came, say)
+    if "generation_config.json" not in files:
+        files["generation_config.json"] = _json({k: hf[k] for k in (*ours, "pad_token_id") if hf.get(k) is not None})
+    elif trained:
+        generation = _read(files, "generation_config.json")
+        files["generation_config.json"] = _json(generation | _differing(generation, ours, True, say))
+    if tokenizer.files:
+        _settle(files, tokenizer, 0 if came else hf["max_position_embeddings"], trained or not came)
+    return hf, files
+
+
+def _differing(values: dict[str, Any], ours: dict[str, int], always: bool, say: Callable[[str], Any]) -> dict[str, int]:
+    """Those of our ids that the values lack, or (always) have not among theirs."""
+    made = {}
+    for key, value in ours.items():
+        theirs = values.get(key)
+        if key not in values or (always and value not in (theirs if isinstance(theirs, list) else [theirs])):
+            made[key] = value
+            if theirs is not None:
+                say(f"{key}={theirs!r} of the imported model is {value} now, as the documents had it in training")
+    return made
+
+
+def _settle(files: dict[str, bytes], tokenizer, positions: int, ours: bool) -> None:
+    """Makes the files of a tokenizer say which tokens begin and end documents. positions: 0 for what they say."""
+    begin, end = tokenizer.words
+    new = "tokenizer_config.json" not in files
+    changed = {"tokenizer_class": PLAIN} if new else {}
+    said = settings_of(files)
+    changed |= {} if token(said, "eos_token") == end else {"eos_token": end}
+    if begin or ours or new:
+        changed |= {} if token(said, "bos_token") == (begin or end) else {"bos_token": begin or end}
+    if positions:
+        changed["model_max_length"] = positions
+    if "tokenizer.json" in files:
+        spec = json.loads(files["tokenizer.json"])
+        front, _ = of_json(spec, said | changed | {"add_bos_token": None})
+        if front not in ([begin], [end]) if begin else front not in ([], [end]):
+            spec["post_processor"] = _in_front(spec.get("post_processor"), begin, tokenizer.begin_of_text, bool(front))
+            files["tokenizer.json"] = _json(spec)
+            changed |= {"tokenizer_class": PLAIN, "add_bos_token": bool(begin)}
+    elif (said.get("add_bos_token") is True) != bool(begin):
+        changed["add_bos_token"] = bool(begin)
+    if changed:
+        files["tokenizer_config.json"] = _json(_read(files, "tokenizer_config.json") | changed)
+    if "special_tokens_map.json" in files:  # which has the last word in transformers
+        have = _read(files, "special_tokens_map.json")
+        files["special_tokens_map.json"] = _json(have | {k: v for k, v in changed.items() if k in have})
+
+
+def _in_front(old: dict[str, Any] | None, word: str, number: int | None, replace: bool) -> dict[str, Any] | None:
+    """A post-processor that puts a token in front, after the old one unless that put another there."""
+    if not word:
+        return None
+    mark = lambda i: {"SpecialToken": {"id": word, "type_id": i}}
+    text = lambda name, i: {"Sequence": {"id": name, "type_id": i}}
+    made = {
+        "type": "TemplateProcessing",
+        "single": [mark(0), text("A", 0)],
+        "pair": [mark(0), text("A", 0), mark(1), text("B", 1)],
+        "special_tokens": {word: {"id": word, "ids": [number], "tokens": [word]}},
+    }
+    return made if replace or not old else {"type": "Sequence", "processors": [copy.copy(old), made]}
+
+
+def _read(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(files.get(name, b"{}")))
+    except (ValueError, TypeError, RecursionError):
+        raise FormatError(f"{name}: is not a JSON object") from None
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

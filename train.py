@@ -21,6 +21,7 @@ from moe_jax import (
     evaluate,
     generate,
     guard,
+    log,
     losses,
     metrics,
     model,
@@ -131,14 +132,14 @@ def train(preemption: survive.Preemption):
     scores.update(evaluate.scores(workdir, start))
     train_step = step.make_train_step(cfg, mesh)
     pending, clock = metrics.OneBehind(), metrics.Throughput(tokens)
-    writer = metrics.Writer(
+    writer = log.Writer(
         workdir,
         resume_step=start,
         tensorboard=every.tensorboard,
         wandb_project=every.wandb_project,
         config=config.to_dict(cfg),
     )
-    progress = metrics.Progress(steps, initial=start)
+    progress = log.Progress(steps, initial=start)
 
     def record(done):
         if done is None:
@@ -150,12 +151,12 @@ def train(preemption: survive.Preemption):
             progress.write(f"step {n} skipped, {skip.reason}; batch {n - 1} of seed {cfg.seed}")
         if "skipped" in aux:
             aux["skipped"] = watch.skipped
-        log = n % every.log_every == 0 or n == steps
-        if log:
+        logged = n % every.log_every == 0 or n == steps
+        if logged:
             aux = metrics.train_metrics(n, aux, top_k=cfg.model.moe.top_k, **clock.read(),
                                         flops_per_token=flops, peak=peak * mesh.size)  # fmt: skip
             writer.write(n, aux)
-        progress.update(n, aux, log=log)
+        progress.update(n, aux, log=logged)
 
     def held_out(n):
         with clock.paused():

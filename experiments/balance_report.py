@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import INK, QUIET, selection_frequency, specialisation
-from moe_jax.metrics import read_metrics
+from moe_jax.log import read_metrics
 from moe_jax.routing import RouterStats
 
 BLUE, ORANGE = "#2f6fb0", "#c4572e"

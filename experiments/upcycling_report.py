@@ -19,7 +19,7 @@ from experiments.balance_report import BLUE, ORANGE, cell, markdown
 from moe_jax import checkpoint, config, model
 from moe_jax.analysis import INK
 from moe_jax.figures import GRID
-from moe_jax.metrics import read_metrics
+from moe_jax.log import read_metrics
 
 SHARES = (0.25, 0.5)  # of the tokens, at which the table gives the loss, beside the start and the end
 NOTES = """\

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moe_jax import metrics, step
+from moe_jax import log, step
 from moe_jax.config import ConfigError, RunConfig
 from moe_jax.data import Corpus
 from moe_jax.routing import ChoiceSums, RouterStats
@@ -120,7 +120,7 @@ def scores(workdir: str | os.PathLike, until: int) -> dict[int, float]:
     """Held-out loss by step, of the evaluations in a run's `metrics.jsonl` up to a step."""
     if not (Path(workdir) / "metrics.jsonl").exists():
         return {}
-    rows = metrics.read_metrics(workdir, "eval")
+    rows = log.read_metrics(workdir, "eval")
     return {row["step"]: row["xent"] for row in rows if row["step"] <= until and row["xent"] is not None}
 
 

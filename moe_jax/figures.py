@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax.analysis import HIGH, INK, QUIET, Analysis, high_frequency
-from moe_jax.metrics import read_metrics
+from moe_jax.log import read_metrics
 
 GRID = "#e8e9ee"
 

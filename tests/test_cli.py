@@ -1,7 +1,8 @@
 """User mistakes at train.py and eval.py: exit status 2, one line on stderr that says what to change, nothing compiled.
 
-Most cases run in children forked from a process that has already imported everything (`Server`): the real program from
-its first line on, with its real exit status and stderr, without the seconds of importing. Some run as users run them.
+The cases run in children forked from a process that has already imported everything (`Server`): the real program from
+its first line on, with its real exit status and stderr, without the seconds of importing. In test_cli_process.py some
+run as users run them.
 """
 
 import json
@@ -134,6 +135,13 @@ def write_runs(root: Path) -> None:
         (root / name / "config.json").write_text(body)
 
 
+def environment(root: Path) -> dict[str, str]:
+    """Of a program under test: a CPU, and a cache of its own."""
+    changes = {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    changes["PYTHONPATH"] = str(REPO)  # which `python -m benchmarks.…` has by itself
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     made = tmp_path_factory.mktemp("cli")
@@ -143,15 +151,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def env(root):
-    changes = {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-    changes["PYTHONPATH"] = str(REPO)  # which `python -m benchmarks.…` has by itself
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
-
-
-@pytest.fixture(scope="module")
-def server(root, env):
-    made = Server(root / "out", env)
+def server(root):
+    made = Server(root / "out", environment(root))
     yield made
     made.process.stdin.close()
     made.process.stdout.close()
@@ -358,36 +359,7 @@ def test_first_step_without_rounds(server):
     assert stderr.endswith("error: --rounds=0: must be ≥ 1; nearest valid: 1\n")
 
 
-# --- as users run them -----------------------------------------------------------------------------------------------
-
-REAL = [
-    (TRAIN + "--config.optim.lrr=1", ["config.optim.lrr: is not a field; nearest valid name: lr"]),
-    (TRAIN + "--config.optim.lr=abc", ["config.optim.lr='abc': must be of type float"]),
-    (TRAIN + "--config.mesh.data=7919", ["config.mesh=(7919, 1, 1): must multiply to the "]),
-    (TRAIN + "--config.data.seq_len=1000000", ["config.data.seq_len=1000000: must be ≤ "]),
-    ("train.py --config=configs/debgu.py --workdir={d}/runs/x", ["debgu.py: no such file", "configs/debug.py"]),
-    ("eval.py --workdir={d}/run", ["/checkpoints has no complete checkpoint"]),
-]
-
-
-@pytest.mark.parametrize(("command", "says"), REAL)
-def test_process(root, env, command, says):
-    """Under 10 s by the clock, imports and waiting included; JAX chooses the platform, and is silent about it.
-
-    One slow start may be other work on the machine; three in a row are ours.
-    """
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *command.replace("{d}", str(root)).split()],
-            cwd=REPO, env={k: v for k, v in env.items() if k != "JAX_PLATFORMS"},
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        check(done.returncode, done.stdout, done.stderr, says)
-        seconds = time.perf_counter() - began
-        if seconds < LIMIT:
-            break
-    assert seconds < LIMIT
+# --- a run with a checkpoint -----------------------------------------------------------------------------------------
 
 
 def test_step_that_does_not_exist(server, root):

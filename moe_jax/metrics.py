@@ -68,12 +68,14 @@ def train_metrics(
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
     aux: the step's result on the host: scalars loss, xent, load_balance, router_z (as `losses.total_loss` names its
-        parts), grad_norm, lr, with QK-clip max_logit and clipped_heads, skipped (steps so far), router: `RouterStats`.
+        parts, which add up to loss), the last two without their coefficients as load_balance_raw and router_z_raw,
+        grad_norm, lr, with QK-clip max_logit and clipped_heads, skipped (steps so far), router: `RouterStats`.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward by formula. peak: FLOP/s of all devices together; mfu is their ratio.
     """
-    parts = [name for name in aux if name.split("/")[0] == "load_balance"]  # load_balance/<name> of further losses
-    names = ["loss", "xent", *parts, "router_z", "grad_norm", "lr"]
+    of = lambda first: [name for name in aux if name.split("/")[0] == first]  # load_balance/<name> of further losses
+    names = ["loss", "xent", *of("load_balance"), "router_z", *of("load_balance_raw"), *of("router_z_raw")]
+    names += ["grad_norm", "lr"]
     names += [name for name in ("max_logit", "clipped_heads", "skipped") if name in aux]
     row = {"step": int(step)} | {name: float(aux[name]) for name in names}
     row |= {

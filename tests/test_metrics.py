@@ -98,6 +98,11 @@ def test_train_metrics_row():
     assert row["loss"] == 0.5 and row["lr"] == 5.5 and row["tokens"] == 448.0
     assert row["mfu"] == pytest.approx(1000 * 6e6 / 1e12)
     assert list(make_row(8)) == list(row)
+    raw = {"load_balance/a": 0.1, "load_balance_raw": 1.5, "load_balance_raw/a": 0.2, "router_z_raw": 2.5}
+    more = make_row(**raw)
+    names = ["load_balance", "load_balance/a", "router_z", "load_balance_raw", "load_balance_raw/a", "router_z_raw"]
+    assert [name for name in more if "load" in name or "router_z" in name][: len(names)] == names
+    assert (more["load_balance"], more["load_balance_raw/a"], more["router_z_raw"]) == (2.5, 0.2, 2.5)
 
 
 def test_throughput_leaves_compilation_and_pauses_out(monkeypatch):

@@ -205,15 +205,24 @@ def train(preemption: survive.Preemption):
         result = held_out(steps)
         if result is None:
             raise survive.Stopped
-        baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
+
+    def keep(file, text):
+        """Each result is in its file as soon as it is there, and all of them before any is printed, which may fail."""
+        if jax.process_index() == 0:
+            log.write_text(workdir / file, text)
+
+    name = f"eval{evaluate.suffix_at_the_end(workdir, result, steps) if start == steps else ''}.json"
+    keep(name, evaluate.to_json(steps, result, {}))
+    text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
+    keep("sample.txt", text + "\n")
+    baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
+    keep(name, evaluate.to_json(steps, result, baselines))
+    lock.close()
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
     say(evaluate.table(result, baselines))
-    text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
     say(f"\nsample\n{text}")
-    if jax.process_index() == 0:
-        (workdir / "eval.json").write_text(evaluate.to_json(steps, result, baselines))
-        (workdir / "sample.txt").write_text(text + "\n")
-    lock.close()
+    if name != "eval.json":
+        say(f"\neval.json stays, which is of this step and of more text; this evaluation is in {name}")
     say(f"\nrun directory: {workdir}; next: python eval.py --workdir={workdir}")
 
 

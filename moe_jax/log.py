@@ -17,6 +17,22 @@ import tqdm
 
 from moe_jax.config import FileError
 
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with null for every value that is not finite, and their names under `nonfinite`, if there are any."""
+    bad = [name for name, v in row.items() if isinstance(v, float | list) and not np.isfinite(v).all()]
+    return {name: None if name in bad else v for name, v in row.items()} | ({"nonfinite": bad} if bad else {})
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file as a whole or not at all, in UTF-8; half a surrogate pair, which has no bytes there, becomes ?."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary.write_bytes(text.encode("utf-8", "replace"))
+    os.replace(temporary, path)
+
+
 # --- writers ---------------------------------------------------------------------------------------------------------
 
 
@@ -88,13 +104,10 @@ class Writer:
         if self._file is None:
             return
         values = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in row.items() if n not in ("kind", "step")}
-        bad = [n for n, v in values.items() if not isinstance(v, str) and not np.isfinite(v).all()]
-        line = {"kind": kind, "step": int(step)} | {name: None if name in bad else v for name, v in values.items()}
-        if bad:
-            line["nonfinite"] = bad
+        line = {"kind": kind, "step": int(step)} | finite(values)
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        scalars = {f"{kind}/{n}": v for n, v in values.items() if isinstance(v, int | float) and n not in bad}
+        scalars = {f"{kind}/{name}": line[name] for name in values if isinstance(line[name], int | float)}
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)

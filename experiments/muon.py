@@ -21,7 +21,6 @@ these.
 
 import argparse
 import fnmatch
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ import jax
 from experiments import muon_figures, muon_report, pool
 from experiments.muon_report import Finished
 from experiments.pool import Job, Run
+from moe_jax.log import read_eval
 
 CONFIG = "configs/balance_scope.py"
 MINUTES = 3.5  # of a run with all tokens on one H200
@@ -150,7 +150,7 @@ class Done:
             arm = Arm(optimizer, rate)
             file = self.out / arm.name / "seed0" / "eval.json"
             if file.is_file():
-                return json.loads(file.read_text())["domains"][-1]["xent"]
+                return read_eval(file.parent)["domains"][-1]["xent"]
             run = self.get(arm, 0)
             return run and run.losses[1]
 

@@ -5,6 +5,7 @@ Rows are what metrics.py makes of a step: flat dicts of Python numbers, on the h
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -141,6 +142,16 @@ def read_metrics(workdir: str | os.PathLike, kind: str = "train") -> list[dict[s
         return [row for row in map(json.loads, lines) if row["kind"] == kind]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise FileError(f"{path}: is not a run's metrics: {type(e).__name__}: {e}") from None
+
+
+def read_eval(workdir: str | os.PathLike) -> dict[str, Any]:
+    """A run's `eval.json`; numbers that were not finite, null in the file, are NaN."""
+    path = Path(workdir) / "eval.json"
+    restored = lambda row: row | dict.fromkeys(row.get("nonfinite", ()), math.nan)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=restored)
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise FileError(f"{path}: is not a run's evaluation: {type(e).__name__}: {e}") from None
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax import evaluate
+from moe_jax import evaluate, log
 from moe_jax.routing import RouterStats
 
 
@@ -34,7 +34,7 @@ def test_it_records_what_it_is_of():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_null_and_named(bad):
+def test_numbers_that_are_not_finite_are_null_and_named(tmp_path, bad):
     text = evaluate.to_json(30, result_of(nll=(8.0, bad)), {"gzip -9": {"a": 1.0, "b": bad}})
     body = json.loads(text, parse_constant=pytest.fail)
     good, row, _ = body["domains"]
@@ -42,6 +42,9 @@ def test_numbers_that_are_not_finite_are_null_and_named(bad):
     names = ["xent", "perplexity", "bits_per_byte"] if math.isnan(bad) else ["xent", "bits_per_byte"]
     assert row["xent"] is row["bits_per_byte"] is None and row["nonfinite"] == names
     assert body["bits_per_byte_of"]["gzip -9"] == {"a": 1.0, "b": None, "nonfinite": ["b"]}
+    (tmp_path / "eval.json").write_text(text, encoding="utf-8")
+    good, row, _ = log.read_eval(tmp_path)["domains"]
+    assert good["xent"] == 2.0 and math.isnan(row["xent"]) and math.isnan(row["bits_per_byte"])
 
 
 def test_training_again_keeps_a_fuller_evaluation_of_the_same_step(tmp_path):

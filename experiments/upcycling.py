@@ -24,6 +24,7 @@ import jax
 from experiments import pool, upcycling_report
 from experiments.pool import Job, Run
 from experiments.upcycling_report import Finished
+from moe_jax import log
 
 CONFIG = "configs/continued.py"
 STEPS, BATCH = 600, 128
@@ -165,4 +166,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    log.replace_unprintable()
     sys.exit(main())

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
+from moe_jax import log
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError, FileError
 from moe_jax.guard import BadNumbers
@@ -292,6 +293,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 raise
             _stop(_out_of_memory(e))
 
+    log.replace_unprintable()
     use_whole_gpus()
     logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO
     app.run(guarded, flags_parser=_parse)

@@ -143,8 +143,10 @@ def train_twice(root: Path, *flags: str, devices: int) -> None:
     assert f"step {STEPS}/{STEPS}" in first.stderr
     check_run(root, tensorboard="--config.train.tensorboard=false" not in flags)
     before, params = rows(root, "train"), sorted((root / "run" / "checkpoints").rglob("*"))
-    again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, devices=devices)  # nothing is left to do
+    how = {"devices": devices, "PYTHONIOENCODING": "ascii"}  # which has no × and no →
+    again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, **how)  # nothing is left to do
     check_output(again)
+    assert f"devices: {devices} ? cpu" in again.stdout
     assert f"resumed after step {STEPS}" in again.stdout
     assert rows(root, "train") == before and sorted((root / "run" / "checkpoints").rglob("*")) == params
     assert not (root / "run" / "metrics.dropped.jsonl").exists()

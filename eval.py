@@ -2,7 +2,8 @@
 
     python eval.py --workdir=runs/quickstart
 
-Writes eval.json, analysis.npz, figures/ and sample.txt into the run directory.
+Writes eval.json, analysis.npz, figures/ and sample.txt into the run directory. These are of all held-out text and the
+newest checkpoint; with --batches, or another --step, the names say so: eval.200.8batches.json.
 """
 
 import sys
@@ -21,6 +22,7 @@ from moe_jax import (
     evaluate,
     figures,
     generate,
+    log,
     sharding,
     step,
     weights,
@@ -54,7 +56,8 @@ def main(argv):
     corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
     evaluate.check_held_out(corpus)
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        cli.check_earlier(EARLIER.value, STEP.value, checkpoints.steps())
+        steps = checkpoints.steps()
+        cli.check_earlier(EARLIER.value, STEP.value, steps)
         number, _ = checkpoints.contents(STEP.value)
         before = checkpoints.data_state(number)
     abstract = step.abstract_weights(cfg.model, mesh)
@@ -69,34 +72,50 @@ def main(argv):
         cfg, mesh, params, bias, corpus, limit=LIMIT.value,
         record=True, earlier=earlier,
     )  # fmt: skip
-    baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
-    say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
-    say(evaluate.table(result, baselines))
+    suffix, written, drawn = evaluate.suffix(result, number, steps[-1]), [], []
+
+    def keep(file, write):
+        """Each result is in its file as soon as it is there, and all of them before any is printed, which may fail."""
+        if jax.process_index() == 0:
+            write(workdir / file)
+            written.append(file)
+
+    keep(f"eval{suffix}.json", lambda path: log.write_text(path, evaluate.to_json(number, result, {})))
     found = None
     if cfg.model.num_moe_layers:
         found = analysis.analyse(result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value)
-        say("\nrouter, over the same text")
-        say(analysis.layer_table(found))
+        keep(f"analysis{suffix}.npz", found.save)
 
     # --- samples ------------------------------------------------------------------------------------------------------
     prompts = PROMPT.value or [cfg.sample.prompt]
     texts = [generate.sample_text(cfg, mesh, params, bias, corpus.tokenizer, p) for p in prompts]
-    for text in texts:
-        say(f"\nsample\n{text}")
+    keep(f"sample{suffix}.txt", lambda path: log.write_text(path, "\n\n".join(texts) + "\n"))
 
-    # --- files --------------------------------------------------------------------------------------------------------
+    # --- beside compressors -------------------------------------------------------------------------------------------
+    baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
+    keep(f"eval{suffix}.json", lambda path: log.write_text(path, evaluate.to_json(number, result, baselines)))
+
+    # --- figures ------------------------------------------------------------------------------------------------------
     if jax.process_index() == 0:
-        (workdir / "eval.json").write_text(evaluate.to_json(number, result, baselines))
-        (workdir / "sample.txt").write_text("\n\n".join(texts) + "\n")
-        drawn = [("loss", figures.training(workdir))] if (workdir / "metrics.jsonl").exists() else []
-        if found is not None:
-            found.save(workdir / "analysis.npz")
-            drawn = [*figures.every(found), *drawn]
+        drawn = [(f"{name}{suffix}", figure) for name, figure in (figures.every(found) if found else ())]
+        if (workdir / "metrics.jsonl").exists():
+            drawn.append(("loss", figures.training(workdir)))
         (workdir / "figures").mkdir(exist_ok=True)
         for name, figure in drawn:
             figure.savefig(workdir / "figures" / f"{name}.png", dpi=160)
-        files = ["eval.json", "sample.txt", *(["analysis.npz"] if found else [])]
-        say(f"\nwritten in {workdir}: {', '.join(files)}, figures/: {', '.join(n for n, _ in drawn) or 'none'}")
+
+    # --- in words -----------------------------------------------------------------------------------------------------
+    say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
+    say(evaluate.table(result, baselines))
+    if found is not None:
+        say("\nrouter, over the same text")
+        say(analysis.layer_table(found))
+    for text in texts:
+        say(f"\nsample\n{text}")
+    files = ", ".join(dict.fromkeys(written))
+    say(f"\nwritten in {workdir}: {files}, figures/: {', '.join(name for name, _ in drawn) or 'none'}")
+    if suffix:
+        say(f"eval.json is kept for all held-out text at the newest checkpoint, {steps[-1]}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from moe_jax import (
     evaluate,
     generate,
     guard,
+    log,
     losses,
     metrics,
     model,
@@ -144,14 +145,14 @@ def train(preemption: survive.Preemption):
     scores.update(evaluate.scores(workdir, start))
     train_step = step.make_train_step(cfg, mesh)
     pending, clock = metrics.OneBehind(), metrics.Throughput(tokens)
-    writer = metrics.Writer(
+    writer = log.Writer(
         workdir,
         resume_step=start,
         tensorboard=every.tensorboard,
         wandb_project=every.wandb_project,
         config=config.to_dict(cfg),
     )
-    progress = metrics.Progress(steps, initial=start)
+    progress = log.Progress(steps, initial=start)
 
     def record(done):
         if done is None:
@@ -163,12 +164,12 @@ def train(preemption: survive.Preemption):
             progress.write(f"step {n} skipped, {skip.reason}; batch {n - 1} of seed {cfg.seed}")
         if "skipped" in aux:
             aux["skipped"] = watch.skipped
-        log = n % every.log_every == 0 or n == steps
-        if log:
+        logged = n % every.log_every == 0 or n == steps
+        if logged:
             aux = metrics.train_metrics(n, aux, top_k=cfg.model.moe.top_k, **clock.read(),
                                         flops_per_token=flops, peak=peak * mesh.size)  # fmt: skip
             writer.write(n, aux)
-        progress.update(n, aux, log=log)
+        progress.update(n, aux, log=logged)
 
     def held_out(n):
         with clock.paused():
@@ -222,15 +223,24 @@ def train(preemption: survive.Preemption):
         result = held_out(steps)
         if result is None:
             raise survive.Stopped
-        baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
+
+    def keep(file, text):
+        """Each result is in its file as soon as it is there, and all of them before any is printed, which may fail."""
+        if jax.process_index() == 0:
+            log.write_text(workdir / file, text)
+
+    name = f"eval{evaluate.suffix_at_the_end(workdir, result, steps) if start == steps else ''}.json"
+    keep(name, evaluate.to_json(steps, result, {}))
+    text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
+    keep("sample.txt", text + "\n")
+    baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
+    keep(name, evaluate.to_json(steps, result, baselines))
+    lock.close()
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
     say(evaluate.table(result, baselines))
-    text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
     say(f"\nsample\n{text}")
-    if jax.process_index() == 0:
-        (workdir / "eval.json").write_text(evaluate.to_json(steps, result, baselines))
-        (workdir / "sample.txt").write_text(text + "\n")
-    lock.close()
+    if name != "eval.json":
+        say(f"\neval.json stays, which is of this step and of more text; this evaluation is in {name}")
     say(f"\nrun directory: {workdir}; next: python eval.py --workdir={workdir}")
     guard.check_end(watch, steps)
 

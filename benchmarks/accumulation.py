@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import app
 
-from moe_jax import config, sharding, step
+from moe_jax import config, log, sharding, step
 
 DOMAINS, WORDS, SEQUENCES, S = 8, 32, 16, 128  # SEQUENCES of S tokens make a micro-batch
 
@@ -78,4 +78,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    log.replace_unprintable()
     app.run(main)

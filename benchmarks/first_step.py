@@ -125,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     run_train() if CLOCK in os.environ else main()

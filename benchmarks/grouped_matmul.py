@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from moe_jax import log
 from moe_jax.kernels import choose_backend, grouped_matmul, grouped_matmuls
 from moe_jax.kernels.grouped_matmul import BACKENDS as KNOWN
 
@@ -151,4 +152,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    log.replace_unprintable()
     app.run(main)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import INK, QUIET, selection_frequency, specialisation
-from moe_jax.metrics import read_metrics
+from moe_jax.log import read_eval, read_metrics
 from moe_jax.routing import RouterStats
 
 BLUE, ORANGE = "#2f6fb0", "#c4572e"
@@ -77,7 +77,7 @@ class Arm(NamedTuple):
 
 def load_run(folder: Path) -> Finished:
     config = json.loads((folder / "config.json").read_text())
-    result = json.loads((folder / "eval.json").read_text())
+    result = read_eval(folder)
     rows = read_metrics(folder)
     last = [row for row in rows if row["step"] > (1 - LAST) * result["step"]] or rows[-1:]
     mean = lambda name: float(np.mean([math.nan if row[name] is None else row[name] for row in last]))

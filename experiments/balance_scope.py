@@ -19,6 +19,7 @@ import jax
 
 from experiments import balance_report, pool
 from experiments.pool import Run
+from moe_jax import log
 
 CONFIG = "configs/balance_scope.py"
 
@@ -110,4 +111,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    log.replace_unprintable()
     sys.exit(main())

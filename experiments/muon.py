@@ -21,7 +21,6 @@ these.
 
 import argparse
 import fnmatch
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,9 @@ import jax
 from experiments import muon_figures, muon_report, pool
 from experiments.muon_report import Finished
 from experiments.pool import Job, Run
+from moe_jax import log
 from moe_jax.cli import expanded
+from moe_jax.log import read_eval
 
 CONFIG = "configs/balance_scope.py"
 MINUTES = 3.5  # of a run with all tokens on one H200
@@ -151,7 +152,7 @@ class Done:
             arm = Arm(optimizer, rate)
             file = self.out / arm.name / "seed0" / "eval.json"
             if file.is_file():
-                return json.loads(file.read_text())["domains"][-1]["xent"]
+                return read_eval(file.parent)["domains"][-1]["xent"]
             run = self.get(arm, 0)
             return run and run.losses[1]
 
@@ -250,4 +251,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    log.replace_unprintable()
     sys.exit(main())

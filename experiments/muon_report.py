@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.balance_report import LAST, cell, markdown
-from moe_jax.metrics import read_metrics
+from moe_jax.log import read_eval, read_metrics
 
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 DEFAULT_RMS, DEFAULT_DECAY = 0.2, 0.1
@@ -69,7 +69,7 @@ def trailing(loss: np.ndarray, step: np.ndarray, window: float) -> np.ndarray:
 
 def load_run(folder: Path) -> Finished:
     config = json.loads((folder / "config.json").read_text())
-    total = json.loads((folder / "eval.json").read_text())["domains"][-1]
+    total = read_eval(folder)["domains"][-1]
     rows, evals = read_metrics(folder), read_metrics(folder, "eval")
     column = lambda name: np.array([_number(row[name]) for row in rows])
     step, tokens, per_step = column("step"), column("tokens"), column("step_seconds")

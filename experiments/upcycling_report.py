@@ -20,7 +20,7 @@ from moe_jax import config, config_file, model
 from moe_jax.analysis import INK
 from moe_jax.evaluate import TOTAL
 from moe_jax.figures import GRID
-from moe_jax.metrics import read_metrics
+from moe_jax.log import read_eval, read_metrics
 
 SHARES = (0.25, 0.5)  # of the tokens, at which the table gives the loss, beside the start and the end
 NOTES = """\
@@ -96,7 +96,7 @@ def total(by_domain: dict[str, float]) -> dict[str, float]:
 
 
 def load_run(folder: Path) -> Finished:
-    domains = json.loads((folder / "eval.json").read_text())["domains"]
+    domains = read_eval(folder)["domains"]
     rows, evals = read_metrics(folder), read_metrics(folder, "eval")
     if (folder / "measures.json").is_file():
         found = json.loads((folder / "measures.json").read_text())

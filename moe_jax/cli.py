@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
+from moe_jax import log
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError, FileError
 from moe_jax.guard import BadNumbers
@@ -330,6 +331,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             _stop(f"{asked}{f' ({e})' if str(e) else ''}; nearest valid: 'cpu', or unset for the best there is")
 
     outlive_readers()
+    log.replace_unprintable()
     use_whole_gpus()
     logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO
     app.run(guarded, flags_parser=_parse)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moe_jax import metrics, step
+from moe_jax import log, step
 from moe_jax.config import ConfigError, RunConfig
 from moe_jax.data import Corpus
 from moe_jax.routing import ChoiceSums, RouterStats
@@ -33,6 +33,8 @@ class EvalResult(NamedTuple):
     bytes_per_token: np.ndarray  # [G]
     router: RouterStats  # numpy, [L, G(, E)]
     choices: ChoiceSums | None  # numpy, if recorded
+    limit: int = 0  # batches asked for; 0: all
+    sequences: tuple[int, int] = (0, 0)  # rows evaluated, and rows of the whole split
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a domain that has tokens, then TOTAL: xent (nats per token), perplexity, bits_per_byte."""
@@ -93,7 +95,8 @@ def evaluate(
         sums = one if sums is None else jax.tree.map(jnp.add, sums, one)
     host = jax.tree.map(np.asarray, jax.device_get(sums))
     size = np.asarray(corpus.bytes_per_token)
-    return EvalResult(corpus.domains, host.nll, host.tokens, size, host.router, host.choices)
+    sequences = (corpus.num_validation_rows(limit), corpus.num_validation_rows())
+    return EvalResult(corpus.domains, host.nll, host.tokens, size, host.router, host.choices, limit, sequences)
 
 
 def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
@@ -130,23 +133,52 @@ def scores(workdir: str | os.PathLike, until: int) -> dict[int, float]:
     """Held-out loss by step, of the evaluations in `metrics.jsonl` up to a step; NaN where there was no number."""
     if not (Path(workdir) / "metrics.jsonl").exists():
         return {}
-    rows = metrics.read_metrics(workdir, "eval")
+    rows = log.read_metrics(workdir, "eval")
     return {row["step"]: math.nan if row["xent"] is None else row["xent"] for row in rows if row["step"] <= until}
+
+
+def suffix(result: EvalResult, step_number: int, newest: int) -> str:
+    """What the names of an evaluation's files have before their extension.
+
+    Nothing if it is of the newest checkpoint and all held-out text, as in eval.json; else .<step>[.<limit>batches].
+    """
+    part = result.sequences[0] < result.sequences[1]
+    if step_number == newest and not part:
+        return ""
+    return f".{step_number}" + (f".{result.limit}batches" if part else "")
+
+
+def suffix_at_the_end(workdir: str | os.PathLike, result: EvalResult, step_number: int) -> str:
+    """The same for a run that ends where it ended before: an eval.json of the same step and more text stays."""
+    try:
+        old = json.loads((Path(workdir) / "eval.json").read_text(encoding="utf-8"))
+        tokens = old["tokens"] if "tokens" in old else old["domains"][-1]["tokens"]
+        fuller = old["step"] == step_number and tokens > result.tokens.sum()
+    except (OSError, ValueError, LookupError, TypeError):  # none, or none that anybody can read
+        fuller = False
+    return suffix(result, step_number, step_number) if fuller else ""
 
 
 def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
     """eval.json: the table, the baselines, and counts [L][domain][E] of expert assignments.
 
     The table's last row, and the baselines' entry "", are all domains together.
+    Of how much text: `limit` batches at most (null: no limit), `rows` of the `of_rows` that there are, `tokens`.
+    Numbers that are not finite are null, and named in `nonfinite` beside them.
     """
     stats = result.router
+    rows, of_rows = result.sequences
     body = {
         "step": step_number,
-        "domains": result.rows(),
+        "limit": result.limit or None,
+        "rows": rows,
+        "of_rows": of_rows,
+        "tokens": int(result.tokens.sum()),
+        "domains": [log.finite(row) for row in result.rows()],
         "domains_without_text": result.unseen(),
-        "bits_per_byte_of": baselines,
+        "bits_per_byte_of": {name: log.finite(of) for name, of in baselines.items()},
         "tokens_per_expert": stats.tokens_per_expert.astype(int).tolist(),
         "tokens_per_layer_and_domain": stats.tokens.astype(int).tolist(),
         "dropped": int(stats.dropped.sum()),
     }
-    return json.dumps(body, indent=1)
+    return json.dumps(body, indent=1, allow_nan=False) + "\n"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax.analysis import HIGH, INK, QUIET, Analysis, high_frequency
-from moe_jax.metrics import read_metrics
+from moe_jax.log import read_metrics
 
 GRID = "#e8e9ee"
 
@@ -306,31 +306,53 @@ def coactivation(found: Analysis, layers: list[int] | None = None) -> Figure:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _smooth(y: np.ndarray, decay: float = 0.8) -> np.ndarray:
-    """Exponential moving average without the bias of its start."""
-    out, total, weight = np.empty_like(y), 0.0, 0.0
-    for i, value in enumerate(y):
-        total, weight = decay * total + value, decay * weight + 1.0
-        out[i] = total / weight
+def _smooth(y: Float[np.ndarray, " R"], decay: float) -> Float[np.ndarray, " R"]:
+    """Exponential mean of the rows around each, Σ decay^|i−j| y_j / Σ decay^|i−j|: neither its ends nor its slope lag.
+
+    A row that is NaN is passed over.
+    """
+    known = ~np.isnan(y)
+    values = y[known]
+
+    def sums(values):
+        total, out = 0.0, []
+        for value in values:
+            total = decay * total + value
+            out.append(total)
+        return np.array(out)
+
+    around = lambda values: sums(values) + sums(values[::-1])[::-1] - values
+    out = np.full_like(y, np.nan)
+    out[known] = around(values) / around(np.ones_like(values))
     return out
 
 
 def training(workdir: Path | str) -> Figure:
-    """Cross-entropy and maximum expert load over the run in `workdir`."""
-    rows = read_metrics(workdir)
-    m = {k: np.array([np.nan if r[k] is None else r[k] for r in rows], float) for k in ("step", "xent", "max_load")}
-    figure = Figure((9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axis, name, colour in ((left, "xent", "#2f6fb0"), (right, "max_load", "#c4572e")):
-        axis.plot(m["step"], m[name], color=colour, lw=0.8, alpha=0.35)
-        axis.plot(m["step"], _smooth(m[name]), color=colour, lw=1.8)
-    left.set_ylabel("cross-entropy, nats per token")
-    right.axhline(1.0, color=QUIET, lw=0.8, ls="--")
-    right.annotate(
-        "balanced", (m["step"][-1], 1.0), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8, color=QUIET
-    )
-    right.set_ylabel("largest expert load ÷ mean")
-    for axis in (left, right):
+    """Cross-entropy of the run in `workdir`, with the held-out text's, and beside it the maximum expert load.
+
+    A run without experts has no loads, and a run that was stopped early may have no rows at all.
+    """
+    rows, evals = read_metrics(workdir), read_metrics(workdir, "eval")
+    column = lambda rows, name: np.array([np.nan if r.get(name) is None else r[name] for r in rows], float)
+    shown = [("xent", "#2f6fb0", "cross-entropy, nats per token")]
+    if any("max_load" in row for row in rows):
+        shown.append(("max_load", "#c4572e", "largest expert load ÷ mean"))
+    figure = Figure((0.3 + 4.5 * len(shown), 3.2), layout="constrained")
+    # To each side the mean reaches 2 % of the figure's width, so it is where the run is. A short run's is its values.
+    steps, reach = column(rows, "step"), max(1.0, len(rows) / 50)
+    for (name, colour, label), axis in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+        values = column(rows, name)
+        axis.plot(steps, values, color=colour, lw=0.8, alpha=0.35, label="training")
+        mean = f"training, mean of about {2 * reach:.0f} rows" if reach > 1 else "training, mean"
+        axis.plot(steps, _smooth(values, 1 - 1 / reach), color=colour, lw=1.8, label=mean)
+        if name == "xent" and evals:
+            axis.plot(
+                column(evals, "step"), column(evals, name), "o", color=INK, ms=4.5, mec="white", label="held-out text"
+            )
+        if name == "max_load":
+            axis.axhline(1.0, color=QUIET, lw=0.8, ls="--", label="balanced")
+        axis.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axis.set_ylabel(label)
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color=GRID, lw=0.7)

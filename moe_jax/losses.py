@@ -30,17 +30,18 @@ class BatchSums(NamedTuple):
 
 
 class LossParts(NamedTuple):
-    """Terms with their coefficients: they add up to the loss that was differentiated."""
+    """Terms with their coefficients, which add up to the loss that was differentiated, and without."""
 
     xent: Float[Array, ""]  # nats per token
     router_z: Float[Array, ""]
     load_balance: dict[str, Float[Array, ""]]  # by the names of `LossConfig.load_balance`
+    raw: dict[str, Float[Array, ""]]  # router losses without coefficients, by the names they are logged under
 
     def total(self) -> Float[Array, ""]:
         return self.xent + self.router_z + sum(self.load_balance.values())
 
     def scalars(self) -> dict[str, Float[Array, ""]]:
-        """Every term by the name it is logged under."""
+        """Every term of the loss by the name it is logged under."""
         return {"xent": self.xent, **self.load_balance, "router_z": self.router_z}
 
 
@@ -189,13 +190,13 @@ def total_loss(
     frame = exact_frame(sums.tokens, sums.router) if frame is None else frame
     over_layers = jnp.mean if cfg.router_loss_layers == "mean" and len(sums.router.tokens) else jnp.sum
     z = over_layers(jnp.sum(sums.router.z_sq, axis=-1)) / jnp.maximum(frame.counted, 1.0)
+    terms = cfg.load_balance
+    raw = {name: over_layers(_in_frame(sums.router, frame, cfg, term, top_k)) for name, term in terms.items()}
     parts = LossParts(
         xent=sums.nll / jnp.maximum(frame.weights, 1.0),
         router_z=cfg.router_z_coef * z,
-        load_balance={
-            name: _coef(term, step) * over_layers(_in_frame(sums.router, frame, cfg, term, top_k))
-            for name, term in cfg.load_balance.items()
-        },
+        load_balance={name: _coef(term, step) * raw[name] for name, term in terms.items()},
+        raw={name.replace("load_balance", "load_balance_raw", 1): x for name, x in raw.items()} | {"router_z_raw": z},
     )
     return parts.total(), parts
 

@@ -1,31 +1,22 @@
-"""Metrics: sums → named scalars, MFU, and everything that shows or keeps them.
+"""Metrics: sums → named scalars, and MFU. What keeps and shows them is in log.py.
 
-A metric's name is written in this file and in no other. `train_metrics` makes one flat row of a step, `Writer` keeps it
-(`metrics.jsonl`, TensorBoard, Weights & Biases), `Progress` shows it. All of it runs on the host, on values `OneBehind`
-fetched while the device was already computing the next step.
+A metric's name is written in this file and in no other. `train_metrics` makes one flat row of a step, on the host, of
+values that `OneBehind` fetched while the device was already computing the next step.
 
 Axes: `L` layers, `G` balance groups, `E` experts, `K` experts per token.
 """
 
 import functools
-import hashlib
-import json
 import math
-import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
-
-from moe_jax.config import FileError
 
 # --- sums → scalars --------------------------------------------------------------------------------------------------
 
@@ -77,12 +68,14 @@ def train_metrics(
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
     aux: the step's result on the host: scalars loss, xent, load_balance, router_z (as `losses.total_loss` names its
-        parts), grad_norm, lr, with QK-clip max_logit and clipped_heads, skipped (steps so far), router: `RouterStats`.
+        parts, which add up to loss), the last two without their coefficients as load_balance_raw and router_z_raw,
+        grad_norm, lr, with QK-clip max_logit and clipped_heads, skipped (steps so far), router: `RouterStats`.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward by formula. peak: FLOP/s of all devices together; mfu is their ratio.
     """
-    parts = [name for name in aux if name.split("/")[0] == "load_balance"]  # load_balance/<name> of further losses
-    names = ["loss", "xent", *parts, "router_z", "grad_norm", "lr"]
+    of = lambda first: [name for name in aux if name.split("/")[0] == first]  # load_balance/<name> of further losses
+    names = ["loss", "xent", *of("load_balance"), "router_z", *of("load_balance_raw"), *of("router_z_raw")]
+    names += ["grad_norm", "lr"]
     names += [name for name in ("max_logit", "clipped_heads", "skipped") if name in aux]
     row = {"step": int(step)} | {name: float(aux[name]) for name in names}
     row |= {
@@ -227,175 +220,3 @@ class OneBehind:
         """The step still waiting, on the host, or None."""
         waiting, self._waiting = self._waiting, None
         return waiting and (waiting[0], to_host(waiting[1]))
-
-
-# --- writers ---------------------------------------------------------------------------------------------------------
-
-
-def _drop_after(path: Path, step: int | None) -> None:
-    """Takes a torn line, and lines later than `step`, out of a JSONL file; they go to `*.dropped.jsonl` beside it."""
-    if not path.exists():
-        return
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    keep, drop = [], []
-    for line in filter(None, text.split("\n")):
-        try:
-            later = step is not None and json.loads(line)["step"] > step
-        except (ValueError, KeyError, TypeError):  # a line cut short by a killed process
-            line, later = json.dumps({"torn": line}), True
-        (drop if later else keep).append(line)
-    if not drop and (not text or text.endswith("\n")):
-        return
-    if drop:
-        with open(path.with_suffix(".dropped.jsonl"), "a", encoding="utf-8") as f:
-            f.write("".join(line + "\n" for line in drop))
-            f.flush()
-            os.fsync(f.fileno())
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write("".join(line + "\n" for line in keep))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def _open_wandb(workdir: Path, project: str, config: dict | None):
-    try:
-        import wandb
-    except ImportError:
-        raise ImportError(f"config.train.wandb_project={project!r} needs Weights & Biases: pip install wandb") from None
-    ident = hashlib.sha1(str(workdir.resolve()).encode()).hexdigest()[:16]  # a resumed run continues its own record
-    return wandb.init(project=project, dir=str(workdir), name=workdir.name, id=ident, resume="allow", config=config)
-
-
-class Writer:
-    """Keeps rows in a run directory: `metrics.jsonl`, TensorBoard's `tensorboard/`, Weights & Biases if asked for.
-
-    A line of `metrics.jsonl` is valid JSON with `kind` ("train", "eval", "skipped") and `step` first. A value that is
-    not finite is written as null and named in `nonfinite`. Only process 0 writes; elsewhere every method does nothing.
-
-    resume_step: training goes on after this step, so later lines (of a run that died after its last checkpoint) are
-        moved to `metrics.dropped.jsonl`. None keeps every whole line.
-    """
-
-    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True,
-                 wandb_project: str = "", config: dict | None = None):  # fmt: skip
-        self._file = self._tensorboard = self._wandb = None
-        if jax.process_index() != 0:
-            return
-        workdir = Path(workdir)
-        if wandb_project:
-            self._wandb = _open_wandb(workdir, wandb_project, config)
-        workdir.mkdir(parents=True, exist_ok=True)
-        _drop_after(workdir / "metrics.jsonl", resume_step)
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, flush_secs=30)
-
-    def write(self, step: int, row: dict[str, Any], kind: str = "train") -> None:
-        """Appends one row. kind: as above; it also prefixes the names in TensorBoard and W&B."""
-        if self._file is None:
-            return
-        values = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in row.items() if n not in ("kind", "step")}
-        bad = [n for n, v in values.items() if not isinstance(v, str) and not np.isfinite(v).all()]
-        line = {"kind": kind, "step": int(step)} | {name: None if name in bad else v for name, v in values.items()}
-        if bad:
-            line["nonfinite"] = bad
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        scalars = {f"{kind}/{n}": v for n, v in values.items() if isinstance(v, int | float) and n not in bad}
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
-
-    def close(self) -> None:
-        """Everything is on the disk afterwards. Closing twice does nothing."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._file = self._tensorboard = self._wandb = None
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-def read_metrics(workdir: str | os.PathLike, kind: str = "train") -> list[dict[str, Any]]:
-    """The rows of one kind in a run's `metrics.jsonl`; a last line still being written is left out."""
-    path = Path(workdir) / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [row for row in map(json.loads, lines) if row["kind"] == kind]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise FileError(f"{path}: is not a run's metrics: {type(e).__name__}: {e}") from None
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """One bar on a terminal; elsewhere plain lines, at every log step and otherwise at most every `seconds`.
-
-    Shows step, loss, tokens per second and the time left, on stderr. Only process 0 shows anything.
-    """
-
-    def __init__(self, total: int, *, initial: int = 0, seconds: float = 10.0):
-        self._on = jax.process_index() == 0
-        self._total, self._initial, self._step, self._seconds = total, initial, initial, seconds
-        self._start = self._printed = time.perf_counter()
-        self._rate = 0.0
-        self._bar = None
-        if self._on and sys.stderr.isatty():
-            self._bar = tqdm.tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=sys.stderr)
-
-    def update(self, step: int, values: dict[str, Any] | None = None, *, log: bool = False) -> None:
-        """`step` is done. values: the step's aux, or at a log step `train_metrics`' row, which also has the rate."""
-        if not self._on:
-            return
-        values = values or {}
-        loss = f"loss {float(values['loss']):.4f}" if "loss" in values else ""
-        self._rate = float(values.get("tokens_per_second", self._rate))
-        rate = f"{tqdm.tqdm.format_sizeof(self._rate)} tokens/s" if self._rate else ""
-        done, self._step = step - self._step, step
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(filter(None, (loss, rate))), refresh=log)
-            self._bar.update(done)
-            return
-        now = time.perf_counter()
-        if not log and now - self._printed < self._seconds:
-            return
-        self._printed = now
-        left = (now - self._start) / max(step - self._initial, 1) * (self._total - step)
-        left = f"{tqdm.tqdm.format_interval(left)} left"
-        parts = filter(None, (f"step {step}/{self._total}", loss, rate, left))
-        print("  ".join(parts), file=sys.stderr, flush=True)
-
-    def write(self, text: str) -> None:
-        """Prints on stdout without breaking the bar."""
-        if self._bar is not None:
-            tqdm.tqdm.write(text, file=sys.stdout)
-        elif self._on:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()

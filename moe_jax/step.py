@@ -259,6 +259,7 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[..., tuple[TrainStat
         aux = {
             "loss": loss,
             **parts.scalars(),
+            **parts.raw,
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(lr(_updates(state)), jnp.float32),
             "tokens": sums.tokens,

@@ -76,7 +76,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from moe_jax import config
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config_file import save_config
-from moe_jax.metrics import OneBehind, Writer
+from moe_jax.log import Writer
+from moe_jax.metrics import OneBehind
 me = jax.process_index()
 mesh = jax.make_mesh((2, 2, 1), ("data", "fsdp", "expert"), axis_types=(AxisType.Explicit,) * 3)
 sharding = NamedSharding(mesh, P(("data", "fsdp")))

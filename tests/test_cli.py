@@ -1,11 +1,13 @@
 """User mistakes at train.py and eval.py: exit status 2, one line on stderr that says what to change, nothing compiled.
 
-Most cases run in children forked from a process that has already imported everything (`Server`): the real program from
-its first line on, with its real exit status and stderr, without the seconds of importing. Some run as users run them.
+The cases run in children forked from a process that has already imported everything (`Server`): the real program from
+its first line on, with its real exit status and stderr, without the seconds of importing. In test_cli_process.py some
+run as users run them.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -139,6 +141,14 @@ def write_runs(root: Path) -> None:
         (root / name / "config.json").write_text(body)
 
 
+def environment(root: Path) -> dict[str, str]:
+    """Of a program under test: a CPU, and a cache of its own."""
+    changes = {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    changes["HOME"] = str(root / "home")
+    changes["PYTHONPATH"] = str(REPO)  # which `python -m benchmarks.…` has by itself
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     made = tmp_path_factory.mktemp("cli")
@@ -148,16 +158,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def env(root):
-    changes = {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-    changes["HOME"] = str(root / "home")
-    changes["PYTHONPATH"] = str(REPO)  # which `python -m benchmarks.…` has by itself
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
-
-
-@pytest.fixture(scope="module")
-def server(root, env):
-    made = Server(root / "out", env)
+def server(root):
+    made = Server(root / "out", environment(root))
     yield made
     made.process.stdin.close()
     made.process.stdout.close()
@@ -367,6 +369,25 @@ def test_help(server, path):
     assert stderr == compiled == "" and " ".join(purpose) in " ".join(stdout.split())
 
 
+def test_what_stdout_cannot_encode_is_replaced(server, root):
+    script = root / "prints.py"
+    lines = ["import sys; from moe_jax import cli", 'sys.stdout.reconfigure(encoding="ascii", errors="strict")']
+    script.write_text("\n".join([*lines, 'cli.run(lambda argv: print("a → ü \\ud800 b"))']), encoding="utf-8")
+    assert server(str(script))[:3] == (0, "a ? ? ? b\n", "")
+
+
+def test_every_command_replaces_what_it_cannot_print():
+    files = [
+        p for folder in ("", "benchmarks", "experiments", "moe_jax/*") for p in REPO.glob(f"{folder}/*.py".strip("/"))
+    ]
+    sources = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    commands = {name: text for name, text in sources.items() if '\nif __name__ == "__main__":' in text}
+    careful = re.compile(
+        r"cli\.run\(main\)|log\.replace_unprintable\(\)|sys\.stdout\.reconfigure\(errors=\"replace\"\)"
+    )
+    assert len(commands) > 25 and not [name for name, text in commands.items() if not careful.search(text)]
+
+
 def test_first_step_without_rounds(server):
     """argparse's error, after its line of usage: no table without rows."""
     status, stdout, stderr, compiled = server("benchmarks/first_step.py", "--config=configs/debug.py", "--rounds=0")
@@ -374,36 +395,7 @@ def test_first_step_without_rounds(server):
     assert stderr.endswith("error: --rounds=0: must be ≥ 1; nearest valid: 1\n")
 
 
-# --- as users run them -----------------------------------------------------------------------------------------------
-
-REAL = [
-    (TRAIN + "--config.optim.lrr=1", ["config.optim.lrr: is not a field; nearest valid name: lr"]),
-    (TRAIN + "--config.optim.lr=abc", ["config.optim.lr='abc': must be of type float"]),
-    (TRAIN + "--config.mesh.data=7919", ["config.mesh=(7919, 1, 1): must multiply to the "]),
-    (TRAIN + "--config.data.seq_len=1000000", ["config.data.seq_len=1000000: must be ≤ "]),
-    ("train.py --config=configs/debgu.py --workdir={d}/runs/x", ["debgu.py: no such file", "configs/debug.py"]),
-    ("eval.py --workdir={d}/run", ["/checkpoints has no complete checkpoint"]),
-]
-
-
-@pytest.mark.parametrize(("command", "says"), REAL)
-def test_process(root, env, command, says):
-    """Under 10 s by the clock, imports and waiting included; JAX chooses the platform, and is silent about it.
-
-    One slow start may be other work on the machine; three in a row are ours.
-    """
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *command.replace("{d}", str(root)).split()],
-            cwd=REPO, env={k: v for k, v in env.items() if k != "JAX_PLATFORMS"},
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        check(done.returncode, done.stdout, done.stderr, says)
-        seconds = time.perf_counter() - began
-        if seconds < LIMIT:
-            break
-    assert seconds < LIMIT
+# --- a run with a checkpoint -----------------------------------------------------------------------------------------
 
 
 def test_step_that_does_not_exist(server, root):

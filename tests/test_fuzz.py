@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_jax import analysis, cli, config, config_file, metrics
+from moe_jax import analysis, cli, config, config_file, log
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError, FileError
 from moe_jax.data import corpus, sources, tokenizers
@@ -169,7 +169,7 @@ READERS = {  # file → what reads it, given its folder
     "tokenizer.json": lambda folder: tokenizers.load(folder),
     "tokenizer_settings.json": lambda folder: tokenizers.load(folder),
     "config.json": lambda folder: config_file.load_config(folder),
-    "metrics.jsonl": lambda folder: metrics.read_metrics(folder),
+    "metrics.jsonl": lambda folder: log.read_metrics(folder),
     "analysis.npz": lambda folder: analysis.load(folder / "analysis.npz"),
     **{name: lambda folder, name=name: read_source(folder / name)
        for name in ("a.jsonl", "a.csv", "a.txt", "b.jsonl.gz", "a.parquet")},

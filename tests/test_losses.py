@@ -217,6 +217,26 @@ def test_logged_parts_add_up_to_the_loss():
     np.testing.assert_allclose(summed - named["xent"], 2 * (loss - named["xent"]), rtol=1e-6)  # two layers
 
 
+def test_raw_values_do_not_depend_on_the_coefficients():
+    """What two runs with other coefficients, steps or none at all can be compared by: each term before its factor."""
+    moe = MoEConfig(num_experts=4, top_k=2)
+    sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
+    merged = jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router)
+    want = {
+        "load_balance_raw": np.mean(load_balancing_loss(sums.router, 2)),
+        "load_balance_raw/then": np.mean(load_balancing_loss(merged, 2)),
+        "router_z_raw": np.mean(router_z_loss(sums.router)),
+    }
+    for coef, z, more, stop in ((0.3, 0.07, 0.2, 0), (0.0, 0.0, 0.0, 0), (0.1, 0.001, 0.0, 3)):
+        later = {"then": LoadBalanceConfig(more, "global", start_step=5)}
+        cfg = LossConfig(coef, 1, stop, router_z_coef=z, more_load_balance=later)
+        loss, parts = total_loss(sums, cfg, moe.top_k, 4)
+        assert parts.raw.keys() == want.keys()
+        for name, value in want.items():
+            np.testing.assert_allclose(parts.raw[name], value, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(loss, sum(parts.scalars().values()), rtol=1e-7)
+
+
 def test_losses_of_several_scopes_come_and_go_with_their_steps():
     """Per sequence until step 3, global from step 3 on, and 1 % of per-sequence beside it from step 5 on."""
     more = {"then": LoadBalanceConfig(0.3, "global", 3), "micro": LoadBalanceConfig(0.003, 1, 5)}

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, config, config_file, data, metrics, sharding, step
+from moe_jax import checkpoint, config, config_file, data, log, sharding, step
 
 REPO = Path(__file__).parents[1]
 TIMES = ("tokens_per_second", "mfu", "step_seconds")  # all else of a training row is decided by the configuration
@@ -197,7 +197,7 @@ def saving_or_saved(root: Path, name: str) -> set[str]:
 
 
 def training_rows(root: Path, name: str) -> list[dict]:
-    rows = metrics.read_metrics(root / name)
+    rows = log.read_metrics(root / name)
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 

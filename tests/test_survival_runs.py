@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax import metrics
+from moe_jax.log import read_metrics
 from tests.test_resume import REPO, TIMES, write_text
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def finish(root: Path, name: str, *processes: subprocess.Popen, status: int = 0,
 
 
 def rows(root: Path, name: str, kind: str = "train") -> list[dict]:
-    found = metrics.read_metrics(root / name, kind) if (root / name / "metrics.jsonl").exists() else []
+    found = read_metrics(root / name, kind) if (root / name / "metrics.jsonl").exists() else []
     return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
 
 

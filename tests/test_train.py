@@ -127,6 +127,16 @@ def check_evaluation(root: Path, devices: int) -> None:
         assert data.startswith(b"\x89PNG") and len(data) > 10_000
     assert all(text in done.stdout for text in ("bits/byte", "as at step 4", "sample"))
 
+    before = {name: (root / "run" / name).read_bytes() for name in ("eval.json", "analysis.npz", "sample.txt")}
+    done = run(root, "eval.py", "--step=4", "--batches=1", devices=devices)
+    assert "eval.json is kept for all held-out text at the newest checkpoint, 6" in done.stdout
+    assert before == {name: (root / "run" / name).read_bytes() for name in before}
+    part = json.loads((root / "run" / "eval.4.1batches.json").read_text())
+    assert (part["step"], part["limit"], part["rows"], part["of_rows"]) == (4, 1, 16, body["rows"])
+    assert part["bits_per_byte_of"].keys() == body["bits_per_byte_of"].keys() and body["limit"] is None
+    for name in ("sample.4.1batches.txt", "analysis.4.1batches.npz", "figures/overlap.4.1batches.png"):
+        assert (root / "run" / name).stat().st_size
+
 
 def train_twice(root: Path, *flags: str, devices: int) -> None:
     first = run(root, "train.py", f"--config={root / 'config.py'}", *flags, devices=devices)
@@ -135,8 +145,10 @@ def train_twice(root: Path, *flags: str, devices: int) -> None:
     assert f"step {STEPS}/{STEPS}" in first.stderr
     check_run(root, tensorboard="--config.train.tensorboard=false" not in flags)
     before, params = rows(root, "train"), sorted((root / "run" / "checkpoints").rglob("*"))
-    again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, devices=devices)  # nothing is left to do
+    how = {"devices": devices, "PYTHONIOENCODING": "ascii"}  # which has no × and no →
+    again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, **how)  # nothing is left to do
     check_output(again)
+    assert f"devices: {devices} ? cpu" in again.stdout
     assert f"resumed after step {STEPS}" in again.stdout and "schedule" not in again.stdout
     assert "changed since the run began" not in again.stdout
     assert rows(root, "train") == before and sorted((root / "run" / "checkpoints").rglob("*")) == params

@@ -12,7 +12,7 @@ import pytest
 from moe_jax import config, config_file, step, upcycle, weights
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.hf import export_run
-from moe_jax.metrics import read_metrics
+from moe_jax.log import read_metrics
 from moe_jax.upcycle import Depth, Drop, VirtualGroups
 from tests import two_processes
 from tests.test_cli import REPO, Server, check

@@ -284,9 +284,13 @@ class Corpus:
         return TrainIterator(elements, self._cfg.batch_size, rows, self._cfg.num_workers)
 
     def num_validation_batches(self, limit: int = 0) -> int:
-        total = sum(len(part) for part in self._validation)
-        batches = -(-total // self._cfg.batch_size)
+        batches = -(-self.num_validation_rows() // self._cfg.batch_size)
         return min(batches, limit) if limit else batches
+
+    def num_validation_rows(self, limit: int = 0) -> int:
+        """Rows of held-out text in so many batches, or in all of them, without the padding in the last."""
+        total = sum(len(part) for part in self._validation)
+        return min(total, limit * self._cfg.batch_size) if limit else total
 
     def validation_batches(self, rows: Sequence[int], limit: int = 0) -> Iterator[Batch]:
         """The held-out split once, sources one after another; every batch is full, the last filled with padding rows.
@@ -294,10 +298,7 @@ class Corpus:
         limit: at most this many batches, of rows spread evenly over the whole split; 0: all.
         """
         rows = _check_rows(rows, self._cfg.batch_size)
-        total, length = (
-            sum(len(part) for part in self._validation),
-            self.num_validation_batches(limit) * self._cfg.batch_size,
-        )
+        total, length = self.num_validation_rows(), self.num_validation_batches(limit) * self._cfg.batch_size
         taken = min(total, length)
         chosen = (
             (2 * np.arange(taken, dtype=np.int64) + 1) * total // (2 * max(taken, 1))

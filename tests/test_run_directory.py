@@ -54,7 +54,7 @@ def test_another_tokenizer_is_refused(tmp_path, external):
     tokenizers.load_or_make(external, tmp_path / "run", None)
     same, other = tmp_path / "same.json", tmp_path / "other.json"
     same.write_bytes(Path(external.path).read_bytes())
-    other.write_bytes(tokenizers.train_bpe(["other text"], 260)._data)
+    other.write_bytes(tokenizers.train_bpe(["other text"], 260).files["tokenizer.json"])
     tokenizers.load_or_make(dataclasses.replace(external, path=str(same)), tmp_path / "run", None)
     with pytest.raises(ConfigError, match=r"other\.json'?: differs from "):
         tokenizers.load_or_make(dataclasses.replace(external, path=str(other)), tmp_path / "run", None)

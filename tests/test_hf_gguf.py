@@ -100,8 +100,8 @@ def test_broken_gguf(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 
 
-def small_gguf(path, architecture="llama", tensors=None):
-    """A Llama of one layer, as the `gguf` package writes it."""
+def small_gguf(path, architecture="llama", tensors=None, more=lambda writer: None):
+    """A Llama of one layer, as the `gguf` package writes it. more: called with the writer, for further keys."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(str(path), architecture)
@@ -112,6 +112,7 @@ def small_gguf(path, architecture="llama", tensors=None):
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_context_length(32)
+    more(writer)
     rng = np.random.default_rng(0)
     shapes = {"token_embd": (300, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
               "blk.0.attn_q": (8, 8), "blk.0.attn_k": (4, 8), "blk.0.attn_v": (4, 8), "blk.0.attn_output": (8, 8),
@@ -145,3 +146,59 @@ def test_small_gguf(tmp_path):
     stored = {t.name: np.asarray(t.data) for t in GGUFReader(str(file)).tensors}["blk.0.attn_q.weight"]
     ours = np.asarray(params["dense_layers"]["attention"]["w_q"][0])
     np.testing.assert_array_equal(ours, stored[[0, 2, 1, 3, 4, 6, 5, 7]].T)
+
+
+def test_user_defined_tokens_are_never_split(tmp_path):
+    """A token of type 4 in a text is that token, as it is in transformers and llama.cpp; one of type 3 is letters."""
+    pytest.importorskip("gguf")
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    pytest.importorskip("torch")
+    words = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th", "the", "<s>", "</s>", "<think>"]
+
+    def more(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(words)
+        writer.add_token_types([1] * 258 + [3, 3, 4])
+        writer.add_token_merges(["t h", "th e"])
+        writer.add_bos_token_id(258)
+        writer.add_eos_token_id(259)
+
+    file = small_gguf(tmp_path / "a.gguf", tensors={"token_embd": (261, 8)}, more=more)
+    cfg = import_model(file, tmp_path / "run", mesh=mesh())
+    made = load_or_make(cfg.data.tokenizer, tmp_path / "run", None)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    text = "a<think>b the"
+    assert made.encode([text])[0].tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+    assert made.encode([text])[0].tolist()[1] == 260 and made.decode(made.encode([text])[0]) == text
+    assert not {258, 259} & set(made.encode(["a</s><s>b"])[0].tolist())
+
+
+@pytest.mark.parametrize(
+    "keys, refused",
+    [
+        ({"rope.scaling.factor": 2.0}, "type='linear', factor=2.0"),  # llama.cpp: without a type it is linear
+        ({"rope.scale_linear": 2.0}, "type='linear', factor=2.0"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 1.0}, "type='yarn'"),
+        ({"rope.scaling.attn_factor": 1.5}, "attn_factor=1.5"),
+        ({"rope.dimension_count": 4, "attention.key_length": 6}, "rope.dimension_count=4, beside heads of 6"),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, ""),
+        ({"rope.scaling.factor": 1.0, "rope.scale_linear": 3.0}, ""),  # the newer name counts
+        ({"rope.scale_linear": 0.0, "strange": 7.0}, ""),
+    ],
+)
+def test_keys_of_the_file(tmp_path, keys, refused):
+    pytest.importorskip("gguf")
+
+    def more(writer):
+        for name, value in keys.items():
+            add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+            add(f"llama.{name}", value)
+
+    file, said = small_gguf(tmp_path / "a.gguf", more=more), []
+    if refused:
+        with pytest.raises(FormatError, match=refused.replace(".", r"\.")):
+            import_model(file, tmp_path / "run", mesh=mesh())
+    else:
+        import_model(file, tmp_path / "run", mesh=mesh(), say=said.append)
+        assert any("llama.strange=7.0 in the file is not known here" in line for line in said) == ("strange" in keys)

@@ -192,7 +192,8 @@ def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[
     model = _model(flat, where)
     known = keys.asked | set(MUST) | set(KEPT) | set(ROPE) | INERT | set(arch.inert)
     unknown = [key for key in hf if key not in known and hf[key] is not None]
-    lines += [f"{key}={hf[key]!r} in config.json is not known here and not used" for key in unknown]
+    file = "the file" if where.endswith(".gguf") else "config.json"
+    lines += [f"{key}={hf[key]!r} in {file} is not known here and not used" for key in unknown]
     if absent := {key: value for key, value in keys.absent.items() if value is not None and key not in QUIET}:
         said = ", ".join(f"{key}={value!r}" for key, value in absent.items())
         lines.append(f"config.json does not say {', '.join(absent)}; as in transformers' {arch.model_type}: {said}")

@@ -19,7 +19,11 @@ KEYS = (
     ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
     ("context_length", "max_position_embeddings"),
 )
-CONTROL = 3  # a token's type: special
+# Further keys below `llama.` that are read, or say nothing that the tensors do not say.
+READ = {"rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+        "rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+        "attention.key_length", "attention.value_length", "vocab_size"}  # fmt: skip
+CONTROL, USER_DEFINED = 3, 4  # types of tokens: special; a word that is never split
 
 
 class Entry(NamedTuple):
@@ -57,22 +61,41 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
             if t.name in entries:
                 raise FormatError(f"{path}: has {t.name} twice")
             entries[t.name] = Entry(t, tuple(int(n) for n in t.shape[::-1]), np.dtype("float32"))
+        _check_rope(path, value, entries)
         rope = {"rope_theta": float(value("llama.rope.freq_base") or 10_000.0), "rope_type": "default"}
-        if value("llama.rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in entries:
-            rope["rope_type"] = "scaled"
         head = value("llama.attention.key_length") or value("llama.rope.dimension_count") or width // heads
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if (size := value(f"llama.{key}")) not in (None, head):
+                raise FormatError(f"{path}: llama.{key}={size}, beside heads of {head}, is not computed here")
         tied = "output.weight" not in entries
         hf |= {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": rope,
             "head_dim": head, "tie_word_embeddings": tied, "vocab_size": entries["token_embd.weight"].shape[0],
             "bos_token_id": value("tokenizer.ggml.bos_token_id"), "eos_token_id": value("tokenizer.ggml.eos_token_id"),
         }  # fmt: skip
+        known = READ | {ours for ours, _ in KEYS}
+        unknown = [key for key in reader.fields if key.startswith("llama.") and key.removeprefix("llama.") not in known]
+        hf |= {key: value(key) for key in unknown}  # to be told of, as those of a config.json are
         files = _tokenizer_files(value)
     except FormatError:
         raise
     except Exception as e:  # of a file that is not what it says, the package raises anything
         raise FormatError(f"{path}: is not a whole GGUF file: {type(e).__name__}: {e}") from None
     return hf, entries, files
+
+
+def _check_rope(path: Path, value: Callable[[str], Any], entries: dict[str, Entry]) -> None:
+    """Raises FormatError for scaled positions. What is absent is what llama.cpp takes (llama-model.cpp, load_hparams):
+    the type "linear", and a factor of `rope.scale_linear`, the older name, of which 0 stands for 1."""
+    kind = value("llama.rope.scaling.type") or "linear"
+    newer, older = (value(f"llama.rope.{key}") for key in ("scaling.factor", "scale_linear"))
+    factor = older if newer is None else newer
+    scaled = kind == "linear" and factor not in (None, 0, 1)
+    if scaled or kind not in ("linear", "none") or "rope_freqs.weight" in entries:
+        said = f"llama.rope.scaling.type={kind!r}, factor={factor}"
+        raise FormatError(f"{path}: {said}: scaled positions are not computed here from GGUF; nearest valid: 'none'")
+    if (factor := value("llama.rope.scaling.attn_factor")) not in (None, 0, 1):
+        raise FormatError(f"{path}: llama.rope.scaling.attn_factor={factor} is not computed here; nearest valid: 1")
 
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type; 8: text, 9: array
@@ -121,7 +144,7 @@ def _check_lengths(path: Path) -> None:
 def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json of a byte-level BPE whose splitting is known; {} for any other."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
     splits = {  # names of llama.cpp
         "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -135,7 +158,9 @@ def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
     made.pre_tokenizer = pre_tokenizers.Sequence(splits[value("tokenizer.ggml.pre")])
     made.decoder = decoders.ByteLevel()
     kinds = zip(words, value("tokenizer.ggml.token_type") or [], strict=False)
-    made.add_special_tokens([word for word, kind in kinds if kind == CONTROL])
+    for word, kind in kinds:
+        if kind in (CONTROL, USER_DEFINED):
+            made.add_tokens([AddedToken(word, normalized=False, special=kind == CONTROL)])
     begins = bool(value("tokenizer.ggml.add_bos_token"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": begins}
     for name in ("bos", "eos", "unknown"):

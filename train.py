@@ -69,6 +69,7 @@ def train(preemption: survive.Preemption):
     begun = (workdir / "config.json").exists()  # else nothing here binds the command, nor is anything left if it fails
     own = workdir if begun else None
     data.check_sources(cfg.data, own)
+    log.check_wandb(cfg.train.wandb_project)
     cli.keep_compiled(data.cache_folder(cfg.data) / "compiled")
     if DISTRIBUTED.value:
         cli.join_processes()

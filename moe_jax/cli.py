@@ -26,8 +26,17 @@ from moe_jax.survive import Busy, outlive_readers
 # What a value on the command line becomes, by the type of the field it replaces.
 _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
 
+# Groups of the user's own entries: how a config file makes one.
+_ENTRIES = {
+    "data.sources": "config.source(kind='files', path='…')",
+    "loss.more_load_balance": "config.load_balance(coef=0.01, balance_batch=1)",
+}
+
 HEARTBEAT = 20  # seconds; several processes
 GPU_SHARE = 0.9  # of a GPU's memory for JAX, whose default is 0.75; the rest is for CUDA's and NCCL's own
+
+
+flags.disclaim_key_flags()  # those that are defined here are the program's, whose --help lists them
 
 
 class UserError(Exception):
@@ -39,10 +48,15 @@ class UserError(Exception):
 
 def define_config() -> flags.FlagHolder:
     try:
-        holder = config_flags.DEFINE_config_file("config", help_string="config file, e.g. configs/quickstart.py")
+        text = (
+            "config file, e.g. configs/quickstart.py; --config.FIELD=VALUE after it sets a field, e.g. "
+            "--config.train.steps=200. All fields, their ranges and defaults: moe_jax/config/"
+        )
+        holder = config_flags.DEFINE_config_file("config", help_string=text)
     except flags.Error as e:  # it looks at the command line already
         _stop(str(e).removeprefix("ERROR:: "))
     flags.FLAGS["config"].parser = _ConfigParser()
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # which --help lists
     return holder
 
 
@@ -123,7 +137,10 @@ def _check_override(config: ml_collections.ConfigDict, name: str, value: str | l
             rule = f"{here} is a value of type {type(held).__name__} and has no fields"
             raise UserError(f"{here}.{part}: is not a field; {rule}")
         if part not in held:
-            raise UserError(f"{here}.{part}: is not a field; nearest valid name: {_nearest(config, held, str(part))}")
+            hints = [f"nearest valid name: {_nearest(config, held, str(part))}"] if len(held) else []
+            if made := _ENTRIES.get(here.removeprefix("config.")):
+                hints.append(f"a new one is made in the config file: {here}.{part} = {made}")
+            raise UserError("; ".join([f"{here}.{part}: is not a field", *hints]))
         kind, held = held.get_type(part), held[part]
     if isinstance(held, ml_collections.ConfigDict) and not str(value).startswith("{"):  # a dict literal may replace it
         hint = f"nearest valid: --config.{name}.{next(iter(held), '')}=…"
@@ -158,17 +175,24 @@ def _paths(config: ml_collections.ConfigDict, prefix: str = "config") -> list[st
 
 def expanded(path: str) -> Path:
     """A path; `~` at its start is the home folder, which no shell puts in the middle of `--workdir=~/a`."""
-    return Path(path).expanduser()
+    return Path(_expanded(path))
+
+
+def _expanded(path: str) -> str:
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UserError(f"{path}: there is no home folder that {path.split('/')[0]} stands for; name the whole path")
+    return found
 
 
 class _PathParser(flags.ArgumentParser):
     def parse(self, path: str) -> str:
-        return os.path.expanduser(path)
+        return _expanded(path)
 
 
 class _PathsParser(flags.ListParser):
     def parse(self, paths: str | list[str]) -> list[str]:
-        return [os.path.expanduser(path) for path in super().parse(paths)]
+        return [_expanded(path) for path in super().parse(paths)]
 
 
 def define_path(name: str, default: str | None, text: str, required: bool = False) -> flags.FlagHolder:
@@ -191,6 +215,8 @@ def check_writable(workdir: str | os.PathLike) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
+        if path.is_symlink():
+            raise UserError(f"--workdir={path}: is a link to {os.readlink(path)}, which is not there") from None
         raise UserError(f"--workdir={path}: is a file; name a new directory or one of an earlier run") from None
     except OSError as e:
         raise UserError(f"--workdir={path}: cannot be made ({e.strerror})") from None
@@ -330,6 +356,9 @@ def run(main: Callable[[list[str]], None]) -> None:
             asked = f"JAX_PLATFORMS={jax.config.jax_platforms!r}: JAX has no such device here"
             _stop(f"{asked}{f' ({e})' if str(e) else ''}; nearest valid: 'cpu', or unset for the best there is")
 
+    if jax.config.jax_enable_x64:
+        print("JAX_ENABLE_X64 is switched off: all of this computes in float32 and bfloat16", file=sys.stderr)
+        jax.config.update("jax_enable_x64", False)
     outlive_readers()
     log.replace_unprintable()
     use_whole_gpus()

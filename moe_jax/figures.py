@@ -33,6 +33,16 @@ def every(found: Analysis) -> Iterator[tuple[str, Figure]]:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
+def _names(found: Analysis, which: list[int]) -> list[str]:
+    """Names of domains, in which matplotlib would read what lies between two dollar signs as a formula."""
+    return [plain(found.domains[g]) for g in which]
+
+
+def plain(text: str) -> str:
+    """A text from outside, drawn as it is written."""
+    return text.replace("$", r"\$")
+
+
 def _seen(found: Analysis) -> list[int]:
     """Domains that have tokens."""
     return [g for g in range(len(found.domains)) if found.tokens[g] > 0]
@@ -89,7 +99,7 @@ def _heat(found: Analysis, axis: Axes, layer: int, norm: Normalize, names: bool)
     f = found.selection_frequency[layer, seen]
     order = _by_preference(f)
     image = _cells(axis, f[:, order], norm, "RdBu_r")
-    axis.set_yticks(range(len(seen)), [found.domains[g] for g in seen] if names else [], fontsize=8)
+    axis.set_yticks(range(len(seen)), _names(found, seen) if names else [], fontsize=8)
     few = f.shape[1] <= 16
     axis.set_xticks(range(len(order)) if few else [], order if few else [], fontsize=7, color=QUIET)
     if f.shape[1] <= 10:
@@ -145,7 +155,7 @@ def expert_domain(found: Analysis, layers: list[int] | None = None) -> Figure:
     _frequency_bar(figure, image, axes, norm)
     figure.suptitle("Share of a domain's tokens sent to each expert (held-out text)", fontsize=11, color=INK)
     if missing := [name for name, tokens in zip(found.domains, found.tokens, strict=True) if not tokens > 0]:
-        figure.supxlabel(f"without held-out text here: {', '.join(missing)}", fontsize=8, color=QUIET)
+        figure.supxlabel(f"without held-out text here: {plain(', '.join(missing))}", fontsize=8, color=QUIET)
     return figure
 
 
@@ -161,7 +171,7 @@ def compare(runs: dict[str, Analysis], layer: int) -> Figure:
     )
     for (name, found), axis in zip(runs.items(), axes.flat, strict=True):
         image = _heat(found, axis, layer, norm, names=axis is axes.flat[0])
-        axis.set_title(name, fontsize=10, color=INK, loc="left")
+        axis.set_title(plain(name), fontsize=10, color=INK, loc="left")
         axis.set_title(
             f"I(expert; domain) {found.specialisation[layer]:.3f} bits", fontsize=8, color=QUIET, loc="right"
         )
@@ -179,7 +189,7 @@ def overlap(found: Analysis, layers: list[int] | None = None) -> Figure:
     On the diagonal stands how many a domain has.
     """
     layers, seen = _spread(len(found.overlap), 4) if layers is None else layers, _seen(found)
-    names, side = [found.domains[g] for g in seen], max(2.0, 0.42 * len(seen) + 0.5)
+    names, side = _names(found, seen), max(2.0, 0.42 * len(seen) + 0.5)
     below = 0.055 * max(map(len, names))  # slanted names
     figure, axes = _grid(len(layers), len(layers), side, side + below)
     norm = Normalize(0.0, 1.0)
@@ -215,7 +225,7 @@ def _by_layer(found: Analysis, values: Float[np.ndarray, "L G"], reference: floa
     ends = [(reference, label, QUIET)]
     axis.axhline(reference, color=QUIET, lw=0.9, ls="--")
     for i, g in enumerate(seen):
-        ends.append((float(values[-1, g]), found.domains[g], colours[i % len(colours)]))
+        ends.append((float(values[-1, g]), plain(found.domains[g]), colours[i % len(colours)]))
         axis.plot(layers, values[:, g], color=ends[-1][2], lw=1.8, marker="o", ms=4 if len(layers) <= 24 else 0)
     axis.set_xlim((-0.5, 0.5) if len(layers) == 1 else (-0.05 * layers[-1], 1.03 * layers[-1]))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -24,13 +24,13 @@ def pick_token(
     """The next token of every row: greedy at temperature 0, else from the smallest set with probability ≥ top_p."""
     logits = jnp.where(jnp.arange(logits.shape[-1])[None, :] < vocab, logits, -jnp.inf)
     if temperature == 0:
-        return jnp.argmax(logits, axis=-1)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits / temperature, order, axis=-1)
     probs = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # the best token has 0 before it and is always kept
     choice = jax.random.categorical(key, jnp.where(before < top_p, ranked, -jnp.inf), axis=-1)
-    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
+    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 def generate(

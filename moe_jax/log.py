@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_jax.config import FileError
+from moe_jax.config import ConfigError, FileError
 
 # --- terminals -------------------------------------------------------------------------------------------------------
 
@@ -73,13 +73,25 @@ def _drop_after(path: Path, step: int | None) -> None:
     os.replace(temporary, path)
 
 
-def _open_wandb(workdir: Path, project: str, config: dict | None):
+def check_wandb(project: str) -> None:
+    """Raises ConfigError if a project is named and the package is missing."""
     try:
-        import wandb
+        if project:
+            import wandb  # noqa: F401
     except ImportError:
-        raise ImportError(f"config.train.wandb_project={project!r} needs Weights & Biases: pip install wandb") from None
+        rule = "needs Weights & Biases, which is not installed: pip install wandb"
+        raise ConfigError("train.wandb_project", project, rule, "nearest valid: ''") from None
+
+
+def _open_wandb(workdir: Path, project: str, config: dict | None):
+    check_wandb(project)
+    import wandb
+
     ident = hashlib.sha1(str(workdir.resolve()).encode()).hexdigest()[:16]  # a resumed run continues its own record
-    return wandb.init(project=project, dir=str(workdir), name=workdir.name, id=ident, resume="allow", config=config)
+    run = wandb.init(project=project, dir=str(workdir), name=workdir.name, id=ident, resume="allow", config=config)
+    # Its own count of steps only rises, and would drop those that are taken again after --resume_step.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 class Writer:
@@ -104,10 +116,12 @@ class Writer:
         _drop_after(workdir / "metrics.jsonl", resume_step)
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            import tensorboardX
 
             purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, flush_secs=30)
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=purge, flush_secs=30
+            )
 
     def write(self, step: int, row: dict[str, Any], kind: str = "train") -> None:
         """Appends one row. kind: as above; it also prefixes the names in TensorBoard and W&B."""
@@ -119,10 +133,14 @@ class Writer:
         self._file.flush()
         scalars = {f"{kind}/{name}": line[name] for name in values if isinstance(line[name], int | float)}
         if self._tensorboard is not None:
+            from tensorboardX.summary import scalar
+
             for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+                summary = scalar("value", value)
+                summary.value[0].tag = name  # add_scalar would make one tag of `c#` and `c+`
+                self._tensorboard.file_writer.add_summary(summary, step)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+            self._wandb.log({"step": step} | scalars)
 
     def close(self) -> None:
         """Everything is on the disk afterwards. Closing twice does nothing."""

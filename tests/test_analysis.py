@@ -4,11 +4,13 @@ Letters: L MoE layers, G domains, E experts, K experts per token, B batch, S seq
 """
 
 import functools
+import io
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from matplotlib.text import Text
 
 from moe_jax import analysis, config, figures, model, sharding, step
 from moe_jax.moe import TokenInfo
@@ -251,6 +253,15 @@ def test_figures_of_any_shape(shape, tmp_path):
     drawn = {**names, "compare": figures.compare({"one": found, "two": found}, shape[0] - 1)}
     for name, figure in drawn.items():
         figure.savefig(tmp_path / f"{name}.png", dpi=40)
+
+
+def test_names_from_outside_are_drawn_as_they_are():
+    """A pair of dollar signs is a formula to matplotlib, and one that it cannot read ends the whole figure."""
+    found = made_up(2, 3, 4, 2)._replace(domains=("$x^$", r"$\frac$", "$y_$"))
+    for name, figure in [*figures.every(found), ("compare", figures.compare({"$y^$": found}, 0))]:
+        figure.savefig(io.BytesIO(), dpi=40)
+        drawn = {text.get_text() for text in figure.findobj(Text)}
+        assert name == "coactivation" or any("$" in text for text in drawn)
 
 
 def test_arrays_come_back(tmp_path):

@@ -103,6 +103,7 @@ def write_files(root: Path) -> None:
     (root / "notes.md").write_text("# no text we read\n")
     (root / "broken.jsonl").write_text("{nonsense\n")
     (root / "a_file").write_text("x")
+    (root / "dangling").symlink_to(root / "nowhere")
     (root / "home").mkdir()
     (root / "home" / "file").write_text("x")
     edits = {
@@ -253,6 +254,10 @@ OVERRIDES = {
     "data.tokenizer.kind=huggingface data.tokenizer.path={d}/tokenizer.json": [
         "config.model.vocab_size=512: must hold the tokenizer's 600 tokens; nearest valid: 600",
     ],
+    "data.cache_dir={d}/a_file": ["config.data.cache_dir='", "(is a file)", "set $MOE_JAX_CACHE or"],
+    "train.wandb_project=x": ["config.train.wandb_project='x': needs Weights & Biases, which is not", "pip install"],
+    "loss.more_load_balance.micro.coef=0.1": ["a new one is made in the config file", "config.load_balance("],
+    "data.sources.more.path=x": ["more: is not a field; nearest valid name: text; a new", "config.source(kind='files'"],
     "data.seq_len=1000000": ["config.data.seq_len=1000000: must be ≤ ", "data.sources.text", "nearest valid: "],
 }  # fmt: skip
 
@@ -320,6 +325,8 @@ OTHER = {
     "train.py --config={d}/configs/good.py --workdir={d}/run": [
         "belongs to another configuration (config.model.moe.num_experts: 8 in the run, 4 now)", "another --workdir",
     ],
+    "train.py --config={d}/configs/good.py --workdir={d}/dangling": ["is a link to ", "/nowhere, which is not"],
+    "train.py --config={d}/configs/good.py --workdir=~nobody_here/a": ["~nobody_here/a: there is no home folder that"],
     "train.py --config={d}/configs/good.py --workdir={d}/a_file": ["/a_file: is a file", "directory"],
     "train.py --config={d}/configs/good.py --workdir={d}/a_file/run": ["/a_file/run: cannot be made"],
     "train.py --config={d}/configs/good.py --workdir={d}/" + 300 * "n": ["/nnnnnn", "File name too long"],

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ import pytest
 from test_metrics import make_aux, make_row
 
 from moe_jax import log
+from moe_jax.config import ConfigError
 from moe_jax.log import Progress, Writer, read_metrics
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -132,26 +132,61 @@ def test_tensorboard_mirrors_the_scalars(tmp_path):
 
 def test_wandb_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"config.train.wandb_project='moe' needs .*: pip install wandb") as e:
+    with pytest.raises(ConfigError, match=r"config.train.wandb_project='moe': needs .*: pip install wandb") as e:
         Writer(tmp_path / "run", wandb_project="moe")
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
 
 
+class Wandb:
+    """Of the package's module: like it, a run drops what comes for a step before its newest, and never says so."""
+
+    def __init__(self):
+        self.calls, self.rows, self.metrics, self.newest = [], [], {}, 0
+
+    def init(self, **kwargs):
+        self.calls.append(kwargs)
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.metrics[name] = step_metric
+
+    def log(self, values, step=None):
+        step = self.newest + 1 if step is None else step
+        if step >= self.newest:
+            self.newest = step
+            self.rows.append(values)
+
+    def finish(self):
+        self.calls.append("finish")
+
+
 def test_wandb_gets_the_scalars_and_continues_its_record(tmp_path, monkeypatch):
-    calls = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
-    )
-    init = lambda **kwargs: calls.append(kwargs) or run
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    for step in (1, 2):
+    """… also with the steps that are taken again after --resume_step."""
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for steps in ((1, 2, 3), (2, 3)):
         with Writer(tmp_path, wandb_project="moe", config={"seed": 0}, tensorboard=False) as writer:
-            writer.write(step, {"loss": 1.5, "bad": math.inf})
-    first, logged, finished, second = calls[:4]
-    assert (
-        first == second and first["project"] == "moe" and first["resume"] == "allow" and first["config"] == {"seed": 0}
-    )
-    assert logged == (1, {"train/loss": 1.5}) and finished == "finish"
+            for step in steps:
+                writer.write(step, {"loss": step + len(steps) / 10, "bad": math.inf})
+    first, finished, second, _ = wandb.calls
+    assert first == second and finished == "finish"
+    assert first["project"] == "moe" and first["resume"] == "allow" and first["config"] == {"seed": 0}
+    assert [(row["step"], row["train/loss"]) for row in wandb.rows] == [
+        (1, 1.3),
+        (2, 2.3),
+        (3, 3.3),
+        (2, 2.2),
+        (3, 3.2),
+    ]
+    assert wandb.metrics == {"*": "step"} and not any("bad" in name for row in wandb.rows for name in row)
+
+
+def test_tensorboard_keeps_names_apart(tmp_path):
+    """Languages as domains, which a tag of letters and digits would make one."""
+    with Writer(tmp_path) as writer:
+        writer.write(1, {"c#/xent": 1.0, "c+/xent": 2.0, "数/xent": 3.0}, kind="eval")
+    want = [(1, "eval/c#/xent", 1.0), (1, "eval/c+/xent", 2.0), (1, "eval/数/xent", 3.0)]
+    assert read_events(tmp_path / "tensorboard") == want
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

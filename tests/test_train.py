@@ -145,7 +145,7 @@ def train_twice(root: Path, *flags: str, devices: int) -> None:
     assert f"step {STEPS}/{STEPS}" in first.stderr
     check_run(root, tensorboard="--config.train.tensorboard=false" not in flags)
     before, params = rows(root, "train"), sorted((root / "run" / "checkpoints").rglob("*"))
-    how = {"devices": devices, "PYTHONIOENCODING": "ascii"}  # which has no × and no →
+    how = {"devices": devices, "PYTHONIOENCODING": "ascii", "JAX_ENABLE_X64": "1"}  # ascii has no × and no →
     again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, **how)  # nothing is left to do
     check_output(again)
     assert f"devices: {devices} ? cpu" in again.stdout

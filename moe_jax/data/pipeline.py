@@ -10,7 +10,9 @@ optimizer batch; `n` rows of this process, `S` tokens of a row.
 """
 
 import hashlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,11 @@ from moe_jax.data import record, tokenizers
 from moe_jax.data.corpus import TokenStore, prepare_store, store_folder
 from moe_jax.data.held_out import NotHeldOut, not_held_out
 from moe_jax.data.rows import PackedRows, padding_row, permutation
-from moe_jax.data.sources import SPLITS, Source, Split, cache_folder, check_sources, open_source
+from moe_jax.data.sources import SPLITS, Source, Split, check_cache, check_sources, open_source
 
 Batch = dict[str, np.ndarray]
+SHARED_MEMORY = Path("/dev/shm")
+BUFFERED = 2  # batches that each reader process has ready
 
 
 def prepare(
@@ -39,7 +43,7 @@ def prepare(
     init_from: the run directory whose weights, and so whose tokenizer, a new run starts with.
     Raises: ConfigError for a user's mistake.
     """
-    cache = cache_folder(cfg)
+    cache = check_cache(cfg)
     sources = {name: open_source(name, source, cache, progress) for name, source in cfg.sources.items()}
     tokenizer = tokenizers.load_or_make(cfg.tokenizer, workdir, lambda: _training_text(cfg, sources), init_from)
     stores = {}
@@ -139,6 +143,23 @@ def _check_rows(rows: Sequence[int], batch_size: int) -> tuple[int, ...]:
     return rows
 
 
+def _check_shared_memory(num_workers: int, batch_bytes: int) -> None:
+    """That reader processes can hand over their batches. Raises ConfigError."""
+    need = num_workers * (BUFFERED + 1) * batch_bytes
+    if not SHARED_MEMORY.is_dir():  # of systems that keep it elsewhere
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    try:
+        with tempfile.TemporaryFile(dir=SHARED_MEMORY):
+            pass
+    except OSError as error:
+        rule = f"readers hand over batches in {SHARED_MEMORY}, which cannot be written ({error.strerror})"
+        raise ConfigError("data.num_workers", num_workers, rule, "nearest valid: 0") from None
+    if free < need:
+        rule = f"readers need up to {need / 2**20:,.1f} MiB in {SHARED_MEMORY}, where {free / 2**20:,.1f} are free"
+        raise ConfigError("data.num_workers", num_workers, rule, "nearest valid: 0")
+
+
 def _batches(
     elements: grain.MapDataset, batch_size: int, rows: tuple[int, ...], first: int, num_workers: int
 ) -> grain.IterDataset:
@@ -148,7 +169,7 @@ def _batches(
     if num_workers:
         if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own flags, for which the defaults will do
             flags.FLAGS.mark_as_parsed()
-        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BUFFERED))
     return made
 
 
@@ -269,7 +290,12 @@ class Corpus:
         return "\n".join([head, *body])
 
     def train_iterator(self, rows: Sequence[int]) -> TrainIterator:
-        """Endless batches. rows: sorted indices in range(batch_size) that this process produces."""
+        """Endless batches. rows: sorted indices in range(batch_size) that this process produces.
+
+        Raises: ConfigError if there is too little shared memory for `num_workers` readers.
+        """
+        if self._cfg.num_workers:  # six arrays of four bytes a token
+            _check_shared_memory(self._cfg.num_workers, len(rows) * self._cfg.seq_len * 6 * 4)
         mixed = []
         for name, packed in zip((n for n, s in self._cfg.sources.items() if s.weight > 0), self._train, strict=True):
             mixed.append(grain.MapDataset.source(packed).shuffle(seed=_key("rows", self._seed, name)).repeat())

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -37,7 +38,27 @@ class Source(Protocol):
 
 def cache_folder(cfg: DataConfig | None = None) -> Path:
     """Where prepared data lives: `cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
-    return Path((cfg and cfg.cache_dir) or os.environ.get("MOE_JAX_CACHE") or "~/.cache/moe_jax").expanduser()
+    named = (cfg and cfg.cache_dir) or os.environ.get("MOE_JAX_CACHE")
+    path = os.path.expanduser(named or "~/.cache/moe_jax")
+    if path.startswith("~"):
+        hint = "set $MOE_JAX_CACHE or data.cache_dir to a folder"
+        raise ConfigError("data.cache_dir", cfg.cache_dir if cfg else "", f"there is no home folder for {path}", hint)
+    return Path(path)
+
+
+def check_cache(cfg: DataConfig) -> Path:
+    """`cache_folder`, made if missing. Raises ConfigError if nothing can be written there."""
+    path, why = cache_folder(cfg), ""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        why = "is a file" if path.is_file() else error.strerror or str(error)
+    if why:
+        rule = f"prepared data cannot be kept in {path} ({why})"
+        raise ConfigError("data.cache_dir", cfg.cache_dir, rule, "set $MOE_JAX_CACHE or data.cache_dir to a folder")
+    return path
 
 
 def open_source(name: str, cfg: SourceConfig, cache: Path, progress: bool = False) -> Source:
@@ -198,6 +219,7 @@ def check_sources(cfg: DataConfig, workdir: str | Path | None = None) -> None:
     workdir: of a run that has begun, which may have its own copy of the tokenizer's file.
     Raises: ConfigError naming the field and the nearest valid choice.
     """
+    check_cache(cfg)
     for name, source in cfg.sources.items():
         open_source(name, source, cache_folder(cfg))
     path = os.path.expanduser(cfg.tokenizer.path)

@@ -1,0 +1,64 @@
+"""Where a program runs: no home folder, a cache that cannot be written, no shared memory, JAX in float64."""
+
+import os
+import types
+
+import jax
+import pytest
+
+from moe_jax import cli, data
+from moe_jax.config import ConfigError, DataConfig
+from moe_jax.data import pipeline, sources
+
+
+def test_no_home_folder(monkeypatch):
+    """A process without HOME and without an entry in the password file, as in some containers."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.delenv("MOE_JAX_CACHE", raising=False)
+    with pytest.raises(ConfigError, match=r"data\.cache_dir='': there is no home folder for ~.*; set \$MOE_JAX_CACHE"):
+        data.cache_folder(DataConfig())
+    with pytest.raises(cli.UserError, match=r"^~/a: there is no home folder that ~ stands for"):
+        cli.expanded("~/a")
+    monkeypatch.setenv("MOE_JAX_CACHE", "/somewhere")
+    assert str(data.cache_folder(DataConfig())) == "/somewhere" and str(cli.expanded("a/~b")) == "a/~b"
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for path, why in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "below", "Not a directory")):
+        with pytest.raises(ConfigError, match=rf"cannot be kept in {path} \({why}\); set \$MOE_JAX_CACHE or"):
+            sources.check_cache(DataConfig(cache_dir=str(path)))
+
+    def refuses(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(sources.tempfile, "TemporaryFile", refuses)
+    with pytest.raises(ConfigError, match=r"\(Read-only file system\)"):
+        sources.check_cache(DataConfig(cache_dir=str(tmp_path)))
+
+
+def test_readers_without_shared_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "SHARED_MEMORY", tmp_path)
+    free = lambda size: monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=size))
+    free(6 * 2**20)
+    pipeline._check_shared_memory(2, 2**20)
+    free(6 * 2**20 - 1)
+    with pytest.raises(ConfigError, match=r"num_workers=2: readers need up to 6.0 MiB in .*; nearest valid: 0"):
+        pipeline._check_shared_memory(2, 2**20)
+    monkeypatch.setattr(pipeline.tempfile, "TemporaryFile", lambda **_: os.open(tmp_path / "no" / "file", os.O_RDONLY))
+    with pytest.raises(ConfigError, match=r"cannot be written \(No such file or directory\); nearest valid: 0"):
+        pipeline._check_shared_memory(2, 2**20)
+
+
+def test_float64_is_switched_off(monkeypatch, capsys):
+    """JAX_ENABLE_X64=1: sampling ended in a traceback, after the whole of training."""
+    monkeypatch.setattr(cli.app, "run", lambda *_, **__: None)
+    for name in ("outlive_readers", "use_whole_gpus"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        cli.run(lambda argv: None)
+        assert not jax.config.jax_enable_x64
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert "JAX_ENABLE_X64 is switched off" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def one_run(arguments: list[str], cache: Path, workdir: Path) -> dict[str, Any]:
     path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     env |= {"MOE_JAX_CACHE": str(cache), "PYTHONPATH": path, CLOCK: repr(time.time())}
     command = [sys.executable, "-m", "benchmarks.first_step", f"--workdir={workdir}", *arguments]
-    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
     shutil.rmtree(workdir, ignore_errors=True)
     if done.returncode:
         sys.exit(done.stderr)

@@ -88,7 +88,7 @@ def main(_):
         memory, text = compiled.memory_analysis(), compiled.as_text()
         if HLO.value:
             os.makedirs(HLO.value, exist_ok=True)
-            with open(os.path.join(HLO.value, f"{policy}.txt"), "w") as f:
+            with open(os.path.join(HLO.value, f"{policy}.txt"), "w", encoding="utf-8") as f:
                 f.write(text)
         kernels = sorted(set(re.findall(r"splash_mha_\w+?(?=_(?:no_)?residuals)|fmhaSoftmax\w*", text)))
         gib = lambda n: f"{n / 2**30:.2f} GiB"

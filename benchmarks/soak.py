@@ -28,13 +28,13 @@ def start(args) -> subprocess.Popen:
 
 
 def logged(run: Path) -> list[int]:
-    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8") if (run / "metrics.jsonl").exists() else ""
     return [row["step"] for row in map(json.loads, text.split("\n")[:-1]) if row["kind"] == "train"]
 
 
 def sample(pid: int) -> tuple[float, int]:
     """MB resident, descriptors."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
 
 

@@ -47,7 +47,9 @@ def newest(run: Path) -> int:
 
 
 def last_logged(run: Path) -> int:
-    rows = (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
+    rows = (
+        (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
+    )
     return max((row["step"] for row in map(json.loads, rows) if row["kind"] == "train"), default=0)
 
 
@@ -112,7 +114,7 @@ def arrays(run: Path) -> dict[str, bytes]:
 
 
 def compare(want: Path, got: Path) -> str:
-    rows = lambda run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = lambda run: [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = lambda run, kind: [
         json.dumps({k: v for k, v in row.items() if k not in TIMES}) for row in rows(run) if row["kind"] == kind
     ]
@@ -120,7 +122,7 @@ def compare(want: Path, got: Path) -> str:
         assert kept(got, kind) == kept(want, kind), f"{kind} rows differ"
     assert arrays(got) == arrays(want), "states differ"
     for file in ("eval.json", "sample.txt"):
-        assert (got / file).read_text() == (want / file).read_text(), file
+        assert (got / file).read_text(encoding="utf-8") == (want / file).read_text(encoding="utf-8"), file
     return f"{len(kept(got, 'train'))} training rows, {len(kept(got, 'eval'))} evaluations, all of the state: same bits"
 
 
@@ -135,12 +137,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.root.mkdir(parents=True, exist_ok=True)
-    assert start(args, "straight").wait() == 0, (args.root / "straight.log").read_text()
+    assert start(args, "straight").wait() == 0, (args.root / "straight.log").read_text(encoding="utf-8")
     for name, how, count in (("killed", signal.SIGKILL, args.kills), ("told", signal.SIGTERM, args.terms)):
         if count:
             print(name, harass(args, name, how, count), flush=True)
             print(name, compare(args.root / "straight", args.root / name), flush=True)
-            resumed = re.findall(r"resumed after step (\d+)", (args.root / f"{name}.log").read_text())
+            resumed = re.findall(r"resumed after step (\d+)", (args.root / f"{name}.log").read_text(encoding="utf-8"))
             print(name, f"{len(resumed)} resumes", flush=True)
 
 

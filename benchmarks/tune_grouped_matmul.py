@@ -81,13 +81,13 @@ def tune(kind, inner, columns, experts, rows, sizes) -> list[tuple[float, hopper
 
 def write(out: Path, measured: str, tilings: dict[str, list]) -> None:
     rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(tiling)}" for key, tiling in sorted(tilings.items()))
-    out.write_text(f'{{"measured": {json.dumps(measured)},\n "tilings": {{\n{rows}\n}}}}\n')
+    out.write_text(f'{{"measured": {json.dumps(measured)},\n "tilings": {{\n{rows}\n}}}}\n', encoding="utf-8")
 
 
 def main(_):
     device = jax.devices()[0]
     out = Path(OUT.value)
-    table = json.loads(out.read_text()) if out.is_file() else {"tilings": {}}
+    table = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"tilings": {}}
     rng = np.random.default_rng(0)
     for text in CHOSEN.value:
         experts, d, f, rows = (int(n) for n in text.split("x"))

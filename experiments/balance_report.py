@@ -76,7 +76,7 @@ class Arm(NamedTuple):
 
 
 def load_run(folder: Path) -> Finished:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     result = read_eval(folder)
     rows = read_metrics(folder)
     last = [row for row in rows if row["step"] > (1 - LAST) * result["step"]] or rows[-1:]
@@ -283,8 +283,8 @@ def plot_specialisation(left: Arm, right: Arm) -> Figure:
 
 def write(out: Path, arms: dict[str, Arm]) -> None:
     """table.md, results.json and scope.png; specialisation.png if both ends of the comparison are there."""
-    (out / "table.md").write_text(table(arms))
-    (out / "results.json").write_text(json.dumps(as_json(arms), indent=1) + "\n")
+    (out / "table.md").write_text(table(arms), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(as_json(arms), indent=1) + "\n", encoding="utf-8")
     if any(arm.scope for arm in arms.values()):
         plot_scope(arms).savefig(out / "scope.png", dpi=160)
     if "scope_1" in arms and "global" in arms:

@@ -106,7 +106,7 @@ def main() -> int:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
     balance_report.write(out, finished)
-    print((out / "table.md").read_text())
+    print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 
 

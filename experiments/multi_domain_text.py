@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--local", type=os.path.expanduser, help="folder of the files that are fetched by hand")
     arguments = parser.parse_args()
     made = build(arguments.out, arguments.local and Path(arguments.local))
-    (arguments.out / "sources.json").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    (arguments.out / "sources.json").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for domain, row in sorted(made.items()):
         stored = (arguments.out / f"{domain}.parquet").stat().st_size
         print(f"{domain:<14} {row['documents']:>7,} documents {row['bytes']:>12,} bytes {stored:>11,} stored")

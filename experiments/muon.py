@@ -246,7 +246,7 @@ def main() -> int:
     comparison = muon_report.Comparison(finished)
     muon_report.write(out, comparison)
     muon_figures.write(out, comparison)
-    print((out / "table.md").read_text())
+    print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 
 

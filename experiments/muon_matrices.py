@@ -45,7 +45,7 @@ def measure(folder: Path) -> dict:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    (folder / "matrices.json").write_text(json.dumps(measure(folder)) + "\n")
+    (folder / "matrices.json").write_text(json.dumps(measure(folder)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def trailing(loss: np.ndarray, step: np.ndarray, window: float) -> np.ndarray:
 
 
 def load_run(folder: Path) -> Finished:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     total = read_eval(folder)["domains"][-1]
     rows, evals = read_metrics(folder), read_metrics(folder, "eval")
     column = lambda name: np.array([_number(row[name]) for row in rows])
@@ -83,7 +83,7 @@ def load_run(folder: Path) -> Finished:
     return Finished(
         optim["name"], optim["lr"], optim["update_rms"], optim["weight_decay"], steps, config["seed"],
         float(tokens[-1]), train, held_out, total["perplexity"], 1e3 * float(np.median(per_step)),
-        json.loads(file.read_text()) if file.is_file() else None,
+        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None,
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def read(file: Path) -> list[Finished]:
         fields = {name: saved[name] for name in Finished._fields}
         return Finished(**fields | {"train": curve("train"), "held_out": curve("held_out")})
 
-    return [one(saved) for saved in json.loads(file.read_text())["runs"]]
+    return [one(saved) for saved in json.loads(file.read_text(encoding="utf-8"))["runs"]]
 
 
 def merge(known: Iterable[Finished], new: Iterable[Finished]) -> list[Finished]:
@@ -335,5 +335,5 @@ def _finite(value: Any) -> Any:
 
 def write(out: Path, c: Comparison) -> None:
     """table.md and results.json."""
-    (out / "table.md").write_text(table(c))
-    (out / "results.json").write_text(json.dumps(_finite(as_json(c)), allow_nan=False) + "\n")
+    (out / "table.md").write_text(table(c), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(_finite(as_json(c)), allow_nan=False) + "\n", encoding="utf-8")

@@ -105,7 +105,7 @@ def count_gpus() -> int:
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d])
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=True, encoding="utf-8").stdout
     except (OSError, subprocess.CalledProcessError):
         return 0
     return sum(line.startswith("GPU ") for line in listed.splitlines())
@@ -124,7 +124,7 @@ def execute(job: Job, device: str | None, share: float) -> int:
         env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the same by its old name: JAX refuses both
         env |= {"CUDA_VISIBLE_DEVICES": device, "XLA_CLIENT_MEM_FRACTION": f"{share:.3f}"}
     job.folder.mkdir(parents=True, exist_ok=True)
-    with open(job.folder / "output.txt", "a") as output:
+    with open(job.folder / "output.txt", "a", encoding="utf-8") as output:
         command = [sys.executable, *job.command]
         return subprocess.run(command, cwd=REPO, env=env, stdout=output, stderr=subprocess.STDOUT).returncode
 

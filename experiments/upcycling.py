@@ -162,7 +162,7 @@ def main() -> int:
         return 1
     out.mkdir(parents=True, exist_ok=True)
     upcycling_report.write(out, arms)
-    print((out / "table.md").read_text())
+    print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 
 

@@ -53,7 +53,7 @@ def measure(folder: Path) -> dict:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    (folder / "measures.json").write_text(json.dumps(measure(folder), indent=1) + "\n")
+    (folder / "measures.json").write_text(json.dumps(measure(folder), indent=1) + "\n", encoding="utf-8")
     if "--keep" not in sys.argv[2:]:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

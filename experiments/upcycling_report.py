@@ -99,7 +99,7 @@ def load_run(folder: Path) -> Finished:
     domains = read_eval(folder)["domains"]
     rows, evals = read_metrics(folder), read_metrics(folder, "eval")
     if (folder / "measures.json").is_file():
-        found = json.loads((folder / "measures.json").read_text())
+        found = json.loads((folder / "measures.json").read_text(encoding="utf-8"))
     else:
         found = {"start": {TOTAL: math.nan}, "similarity": {}} | costs(config_file.load_config(folder))
     steps, tokens = ([row[name] for row in rows] for name in ("step", "tokens"))
@@ -126,7 +126,7 @@ def load(out: Path) -> Runs:
 def read(file: Path) -> Runs:
     """The runs of a results.json that `write` wrote."""
     found = {}
-    for arm, saved in json.loads(file.read_text()).items():
+    for arm, saved in json.loads(file.read_text(encoding="utf-8")).items():
         for run in saved["runs"]:
             loss = np.array([math.nan if x is None else x for x in run["loss"]])
             similarity = {int(n): kinds for n, kinds in run["similarity"].items()}
@@ -177,8 +177,8 @@ def numbers(arms: dict[str, Arm]) -> dict[str, dict]:
 
 
 def write(out: Path, arms: dict[str, Arm]) -> None:
-    (out / "table.md").write_text(table(arms))
-    (out / "results.json").write_text(json.dumps(numbers(arms), indent=1) + "\n")
+    (out / "table.md").write_text(table(arms), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(numbers(arms), indent=1) + "\n", encoding="utf-8")
     loss(arms).savefig(out / "loss.png", dpi=160)
     similarity(arms).savefig(out / "similarity.png", dpi=160)
 

@@ -40,7 +40,7 @@ def dump(
     if jax.process_index() == 0:
         bounds = None if limits is None else [str(x) for x in limits]
         result = {"loss": str(skip.loss), "grad_norm": str(skip.grad_norm), "reason": skip.reason, "limits": bounds}
-        (folder / "dump.json").write_text(json.dumps(result, indent=2) + "\n")
+        (folder / "dump.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -73,7 +73,7 @@ def replay(cfg: RunConfig, mesh: Mesh, folder: Path) -> str:
     """Takes the step again and says what came out: the numbers then and now, and every leaf that is not finite."""
     cfg, _ = config_file.resume(folder, cfg)
     rows = _rows(folder, step.process_rows(mesh, cfg.data.batch_size))
-    then = json.loads((folder / "dump.json").read_text())
+    then = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
     with checkpoint.Checkpoints(folder) as checkpoints:
         state, _ = checkpoints.restore(step.abstract_state(cfg, mesh))
     batch = step.put_batch(rows, mesh, cfg)

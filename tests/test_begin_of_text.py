@@ -40,14 +40,18 @@ def folder_of(path, made, **settings):
     path.mkdir(parents=True, exist_ok=True)
     made.save(str(path / "tokenizer.json"))
     if settings:
-        (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"} | settings))
+        (path / "tokenizer_config.json").write_text(
+            json.dumps({"bos_token": "<s>", "eos_token": "</s>"} | settings), encoding="utf-8"
+        )
     return TokenizerConfig(kind="huggingface", path=str(path / "tokenizer.json"), end_of_text="</s>")
 
 
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory):
     root = tmp_path_factory.mktemp("sp")
-    (root / "text.txt").write_text("\n".join(f"the quick brown fox number {i} jumps" for i in range(200)))
+    (root / "text.txt").write_text(
+        "\n".join(f"the quick brown fox number {i} jumps" for i in range(200)), encoding="utf-8"
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(root / "text.txt"), model_prefix=str(root / "tokenizer"), vocab_size=45, minloglevel=2,
         model_type="bpe", user_defined_symbols=["<|endoftext|>"],
@@ -99,8 +103,8 @@ def test_sentencepiece_begins_documents_as_transformers_does(tmp_path, sentencep
     shutil.copy(sentencepiece_model, tmp_path)
     if add is not None:
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": add, "eos_token": "</s>"}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     cfg = TokenizerConfig(kind="sentencepiece", path=str(tmp_path / "tokenizer.model"), end_of_text="</s>")
     made = tokenizers.load_or_make(cfg, tmp_path / "run", None)
@@ -148,13 +152,13 @@ def test_a_run_keeps_its_choice(tmp_path):
     plain = tokenizers.JsonTokenizer((tmp_path / "t" / "tokenizer.json").read_bytes(), "</s>", "")
     assert plain.begin_of_text is None and plain.fingerprint != made.fingerprint
     path = tmp_path / "run" / "tokenizer_settings.json"
-    old = json.loads(path.read_text()) | {"fingerprint": plain.fingerprint}
+    old = json.loads(path.read_text(encoding="utf-8")) | {"fingerprint": plain.fingerprint}
     del old["begin_of_text"]
-    path.write_text(json.dumps(old))
+    path.write_text(json.dumps(old), encoding="utf-8")
     kept = tokenizers.load_or_make(cfg, tmp_path / "run", None)
     assert kept.begin_of_text is None and kept.fingerprint == plain.fingerprint
     assert kept.lines == ("documents do not begin with '<s>', though the tokenizer says so: this run began without it",)
-    path.write_text(json.dumps(old | {"fingerprint": made.fingerprint}))
+    path.write_text(json.dumps(old | {"fingerprint": made.fingerprint}), encoding="utf-8")
     with pytest.raises(FileError, match=r"tokenizer\.json: is not the tokenizer that this run was made with"):
         data.load_tokenizer(tmp_path / "run")
 
@@ -208,7 +212,9 @@ def test_rows_predict_every_token_once_and_no_beginning(begun, seq_len):
 
 def test_counts_of_a_corpus(tmp_path):
     """Bytes per token, the table and the weights of all batches agree."""
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {i} " * (i % 5 + 1)}) for i in range(60)))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"text {i} " * (i % 5 + 1)}) for i in range(60)), encoding="utf-8"
+    )
     source = SourceConfig(kind="files", path=str(tmp_path / "a.jsonl"), validation_fraction=0.4)
     tokenizer = folder_of(tmp_path / "t", byte_level(front=["<s>"]))
     cfg = DataConfig(batch_size=4, seq_len=16, sources={"a": source}, tokenizer=tokenizer,
@@ -263,7 +269,9 @@ def test_the_loss_of_a_document_is_transformers_own(tmp_path):
     cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh_of(1, 1, 1), say=said.append)
     assert "documents begin with '<s>', id 256: tokenizer.json puts it in front" in said
     assert cfg.data.tokenizer.begin_of_text == "<s>"
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {TEXT}"}) for i in range(8)))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{i} {TEXT}"}) for i in range(8)), encoding="utf-8"
+    )
     source = {"kind": "files", "path": str(tmp_path / "a.jsonl"), "validation_fraction": 0.5}
     plain = config.to_dict(cfg)
     plain["data"] |= {"sources": {"a": source}, "seq_len": 40, "batch_size": 2, "cache_dir": str(tmp_path / "cache")}

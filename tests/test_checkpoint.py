@@ -108,7 +108,7 @@ def test_holds_two_items_and_no_pickle(saved):
     step = saved / "checkpoints" / "3"
     assert sorted(p.name for p in step.iterdir() if p.is_dir()) == ["data", "state"]
     [data] = [p for p in (step / "data").iterdir() if p.suffix == ".json"]
-    assert json.loads(data.read_text()) == {"processes": [DATA | {"step": 3}]}
+    assert json.loads(data.read_text(encoding="utf-8")) == {"processes": [DATA | {"step": 3}]}
     for path in step.rglob("*"):
         assert path.is_dir() or not path.read_bytes().startswith(b"\x80"), f"{path} looks like a pickle"
 

@@ -24,7 +24,9 @@ def run_child(code, *argv, **kwargs):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
     env.pop("XLA_FLAGS", None)
     command = [sys.executable, "-c", code, *map(str, argv)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs, encoding="utf-8"
+    )
 
 
 KILLED = """
@@ -120,7 +122,7 @@ def test_two_processes(tmp_path):
     for i, (out, errors) in enumerate(results):
         assert children[i].returncode == 0 and out.endswith(f"done {i}\n"), errors[-4000:]
     assert load_config(tmp_path) == config.RunConfig()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1, "loss": 2016.0}\n'
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"kind": "train", "step": 1, "loss": 2016.0}\n'
     target = {"w": jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh_of(8, 1, 1), PartitionSpec()))}
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"of 2 processes .* resume with 2"):
         checkpoints.restore(target)

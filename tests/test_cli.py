@@ -30,7 +30,7 @@ from moe_jax import sharding, step
 
 def record(event, seconds, **_):
     if event.endswith("backend_compile_duration"):
-        with open(job["compiled"], "a") as file:
+        with open(job["compiled"], "a", encoding="utf-8") as file:
             file.write(event + "\\n")
 
 jax.monitoring.register_event_duration_secs_listener(record)
@@ -78,7 +78,12 @@ class Server:
     def __init__(self, folder: Path, env: dict):
         self.folder, self.count = folder, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], cwd=REPO, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", SERVER],
+            cwd=REPO,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
         )
         assert self.process.stdout.readline() == "ready\n"
 
@@ -90,7 +95,7 @@ class Server:
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         status = int(self.process.stdout.readline())
-        return status, *(path.read_text() if path.exists() else "" for path in paths.values())
+        return status, *(path.read_text(encoding="utf-8") if path.exists() else "" for path in paths.values())
 
 
 def write_files(root: Path) -> None:
@@ -98,14 +103,15 @@ def write_files(root: Path) -> None:
     for name in ("text", "configs", "empty", "out"):
         (root / name).mkdir()
     for i in range(20):
-        (root / "text" / f"{i}.txt").write_text(f"{i}: the quick brown fox jumps over the lazy dog\n" * 3)
-    (root / "rows.jsonl").write_text('{"txt": "a b c", "n": 1}\n' * 9)
-    (root / "notes.md").write_text("# no text we read\n")
-    (root / "broken.jsonl").write_text("{nonsense\n")
-    (root / "a_file").write_text("x")
+        text = f"{i}: the quick brown fox jumps over the lazy dog\n" * 3
+        (root / "text" / f"{i}.txt").write_text(text, encoding="utf-8")
+    (root / "rows.jsonl").write_text('{"txt": "a b c", "n": 1}\n' * 9, encoding="utf-8")
+    (root / "notes.md").write_text("# no text we read\n", encoding="utf-8")
+    (root / "broken.jsonl").write_text("{nonsense\n", encoding="utf-8")
+    (root / "a_file").write_text("x", encoding="utf-8")
     (root / "dangling").symlink_to(root / "nowhere")
     (root / "home").mkdir()
-    (root / "home" / "file").write_text("x")
+    (root / "home" / "file").write_text("x", encoding="utf-8")
     edits = {
         "good": "",
         "unknown_field": "config.optim.lrr = 1e-3",
@@ -121,15 +127,16 @@ def write_files(root: Path) -> None:
         "no_plugin": "import jax; jax.config.update('jax_platforms', 'cuda')",
     }
     for name, edit in edits.items():
-        (root / "configs" / f"{name}.py").write_text(GOOD.replace("@EDIT", edit).replace("@", str(root)))
-    (root / "configs" / "syntax.py").write_text("def get_config():\n    return (1,\n")
-    (root / "configs" / "no_function.py").write_text("config = 1\n")
-    (root / "configs" / "returns_none.py").write_text("def get_config():\n    pass\n")
-    (root / "configs" / "missing_import.py").write_text("import no_such_package\n")
+        text = GOOD.replace("@EDIT", edit).replace("@", str(root))
+        (root / "configs" / f"{name}.py").write_text(text, encoding="utf-8")
+    (root / "configs" / "syntax.py").write_text("def get_config():\n    return (1,\n", encoding="utf-8")
+    (root / "configs" / "no_function.py").write_text("config = 1\n", encoding="utf-8")
+    (root / "configs" / "returns_none.py").write_text("def get_config():\n    pass\n", encoding="utf-8")
+    (root / "configs" / "missing_import.py").write_text("import no_such_package\n", encoding="utf-8")
 
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(599)} | {"</s>": 599}, "w0"))
     made.save(str(root / "tokenizer.json"))
-    (root / "bad_tokenizer.json").write_text("{}")
+    (root / "bad_tokenizer.json").write_text("{}", encoding="utf-8")
 
 
 def write_runs(root: Path) -> None:
@@ -139,7 +146,7 @@ def write_runs(root: Path) -> None:
     config_file.save_config(root / "run", cfg)
     for name, body in {"broken_run": '{"seed": ', "odd_run": "[]", "old_run": '{"sed": 1}'}.items():
         (root / name).mkdir()
-        (root / name / "config.json").write_text(body)
+        (root / name / "config.json").write_text(body, encoding="utf-8")
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -277,7 +284,7 @@ def test_override(server, root, overrides):
 
 def test_compilations_are_seen(server, root):
     script = root / "compiles.py"
-    script.write_text("import jax\njax.jit(lambda x: x + 1)(1.0)\n")
+    script.write_text("import jax\njax.jit(lambda x: x + 1)(1.0)\n", encoding="utf-8")
     status, _, stderr, compiled = server(str(script))
     assert (status, stderr) == (0, "") and compiled
 
@@ -365,14 +372,14 @@ def test_command(server, root, command):
     assert not (root / "a_file").is_dir() and not (root / "runs" / "x" / "config.json").exists()
 
 
-PROGRAMS = [path for path in sorted((REPO / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+PROGRAMS = [p for p in sorted((REPO / "benchmarks").glob("*.py")) if "__main__" in p.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("path", [REPO / "train.py", REPO / "eval.py", *PROGRAMS], ids=lambda path: path.stem)
 def test_help(server, path):
     """Every program can be started and tells what it does: two that share code define no flag twice."""
     _, stdout, stderr, compiled = server(str(path), "--help")
-    purpose = path.read_text().split('"""')[1].split("\n\n")[0].split()
+    purpose = path.read_text(encoding="utf-8").split('"""')[1].split("\n\n")[0].split()
     assert stderr == compiled == "" and " ".join(purpose) in " ".join(stdout.split())
 
 

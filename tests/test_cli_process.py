@@ -38,8 +38,8 @@ def test_process(root, command, says):
         done = subprocess.run(
             [sys.executable, *command.replace("{d}", str(root)).split()],
             cwd=REPO, env={k: v for k, v in environment(root).items() if k != "JAX_PLATFORMS"},
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            capture_output=True, timeout=60,
+        encoding="utf-8")  # fmt: skip
         check(done.returncode, done.stdout, done.stderr, says)
         seconds = time.perf_counter() - began
         if seconds < LIMIT:

@@ -144,7 +144,9 @@ def test_memory_counts_nothing_twice():
 def test_nothing_is_touched(tmp_path):
     """One line and exit status 2 for a mistake, no run directory asked for, none made."""
     argv = [sys.executable, REPO / "train.py", f"--config={REPO}/configs/debug.py", "--compile_only=v5p:9"]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path)})
+    done = subprocess.run(
+        argv, cwd=tmp_path, capture_output=True, env=os.environ | {"HOME": str(tmp_path)}, encoding="utf-8"
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nearest valid: v5p:4x4x4" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -221,7 +223,10 @@ def test_the_optimizer_sends_what_its_plan_says(report):
     cfg = small()
     plan = optim.muon_plan(cfg.optim, model.abstract(cfg.model), report.mesh, cfg.model.head_dim)
     found = [c for c in report.sent if "/optimizer/shard_map/" in c.name]
-    assert {c.kind for c in found} == {"all-to-all", "all-gather"}
+    # Whether the gradient of a matrix is all zeros: one number for each. (On GPUs XLA joins them with others.)
+    numbers = [c for c in found if c.kind == "all-reduce"]
+    assert sum(c.times * math.prod(s) for c in numbers for s in c.shapes) <= sum(row.matrices for row in plan.rows)
+    assert {c.kind for c in found if c not in numbers} == {"all-to-all", "all-gather"}
     assert sum(c.sent for c in found) == pytest.approx(plan.bytes, rel=0.02)
 
 

@@ -25,7 +25,7 @@ def having(**values) -> RunConfig:
 
 def edit(folder, **values) -> None:
     """Writes values into config.json, as someone might; `...` takes a field out."""
-    made = json.loads((folder / "config.json").read_text())
+    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, value in values.items():
         *groups, last = name.split("__")
         group = made
@@ -34,7 +34,7 @@ def edit(folder, **values) -> None:
         group[last] = value
         if value is ...:
             del group[last]
-    (folder / "config.json").write_text(json.dumps(made))
+    (folder / "config.json").write_text(json.dumps(made), encoding="utf-8")
 
 
 def test_config_is_written_once_and_compared(tmp_path):
@@ -63,7 +63,7 @@ def test_config_is_written_once_and_compared(tmp_path):
 def test_config_that_cannot_be_read(tmp_path):
     with pytest.raises(CheckpointError, match="is not a run directory"):
         load_config(tmp_path)
-    (tmp_path / "config.json").write_text('{"seed": ')
+    (tmp_path / "config.json").write_text('{"seed": ', encoding="utf-8")
     with pytest.raises(CheckpointError, match="is not valid JSON"):
         load_config(tmp_path)
 
@@ -158,7 +158,7 @@ def test_what_a_run_did_before_a_field_existed_stays(tmp_path, newer, recorded):
     assert load_config(tmp_path) == old
     if recorded:
         begin(tmp_path, dataclasses.replace(old, train=dataclasses.replace(old.train, steps=2000)), 41)
-        assert json.loads((tmp_path / "config.json").read_text())["optim"]["nesterov"] is False
+        assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["optim"]["nesterov"] is False
     command = having(train__steps=2000)
     cfg, lines = resume(tmp_path, command)
     assert cfg == dataclasses.replace(old, train=command.train)

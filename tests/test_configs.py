@@ -40,7 +40,7 @@ def load(name: str) -> tuple[str, RunConfig]:
             return module.__doc__, config_lib.build(module.get_config(folder))
     with tempfile.TemporaryDirectory() as folder:  # a config of a folder of text
         for domain in ("law", "prose"):
-            Path(folder, f"{domain}.txt").write_text(f"{domain}\n")
+            Path(folder, f"{domain}.txt").write_text(f"{domain}\n", encoding="utf-8")
         return module.__doc__, config_lib.build(module.get_config(folder))
 
 

@@ -344,7 +344,9 @@ def test_a_half_written_store_is_never_used(tmp_path, damage):
     if damage == "cut":
         (path / "tokens.npy").write_bytes((path / "tokens.npy").read_bytes()[:-3])
     elif damage == "version":
-        (path / "meta.json").write_text((path / "meta.json").read_text().replace('"version": 2', '"version": 0'))
+        (path / "meta.json").write_text(
+            (path / "meta.json").read_text(encoding="utf-8").replace('"version": 2', '"version": 0'), encoding="utf-8"
+        )
     else:
         (path / damage).unlink()
     with pytest.raises(ValueError, match="not a complete token store"):

@@ -156,8 +156,8 @@ def test_records_of_every_format(tmp_path, extension):
 
 def test_text_files_globs_and_large_files(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "one.txt").write_text("first\n\nparagraph")
-    with gzip.open(tmp_path / "sub" / "two.txt.gz", "wt") as file:
+    (tmp_path / "one.txt").write_text("first\n\nparagraph", encoding="utf-8")
+    with gzip.open(tmp_path / "sub" / "two.txt.gz", "wt", encoding="utf-8") as file:
         file.write("second")
     found = read_all(path=str(tmp_path / "**" / "*.txt*"), validation_fraction=0.0)
     assert [d["text"] for d in found] == ["first\n\nparagraph", "second"]
@@ -180,7 +180,7 @@ def test_cutting_a_text_loses_nothing(parts):
 
 
 def test_text_that_is_not_unicode_can_be_encoded(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n', encoding="utf-8")
     (document,) = read_all(path=str(tmp_path / "a.jsonl"))
     assert document["text"] == "lone ? surrogate" and documents.as_text(b"a\xffb") == "a\ufffdb"
 
@@ -204,7 +204,7 @@ def test_the_split_is_disjoint_stable_and_of_the_right_size(tmp_path):
 
 def test_the_store_follows_data_and_tokenizer(tmp_path, bpe):
     path = tmp_path / "a.txt"
-    path.write_text("one")
+    path.write_text("one", encoding="utf-8")
     opened = lambda **k: files.FilesSource("s", SourceConfig(kind="files", path=str(path), **k))
     where = lambda source, split, tok: corpus_lib.store_folder(tmp_path, source.identity(split), tok)
     plain = tokenizers.BytesTokenizer()
@@ -216,7 +216,7 @@ def test_the_store_follows_data_and_tokenizer(tmp_path, bpe):
         where(opened(domain="d"), "train", plain),
     ]
     for text, time in (("two!", 1), ("four", 2)):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         os.utime(path, (time, time))
         path2.append(where(opened(), "train", plain))
     assert len({first, *path2}) == 6
@@ -239,7 +239,7 @@ def test_the_store_follows_data_and_tokenizer(tmp_path, bpe):
 )
 def test_check_sources_names_the_mistake(tmp_path, fields, name, says):
     for file in ("a.jsonl", "odd.json", "ok.txt"):
-        (tmp_path / file).write_text("{}")
+        (tmp_path / file).write_text("{}", encoding="utf-8")
     fields = {"kind": "files"} | {k: v.format(tmp_path) for k, v in fields.items()}
     cfg = DataConfig(cache_dir=str(tmp_path), sources={"mine": SourceConfig(**fields)})
     with pytest.raises(ConfigError, match=says) as error:
@@ -248,7 +248,7 @@ def test_check_sources_names_the_mistake(tmp_path, fields, name, says):
 
 
 def test_check_sources_reads_no_document(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     monkeypatch.setattr(files.FilesSource, "documents", lambda *_: pytest.fail("read"))
     local = SourceConfig(kind="files", path=str(tmp_path / "a.txt"))
     cfg = DataConfig(cache_dir=str(tmp_path), sources={"a": local, "std": SourceConfig(name="stdlib_text")})
@@ -273,7 +273,7 @@ def test_check_sources_reads_no_document(tmp_path, monkeypatch):
     ],
 )
 def test_unreadable_files_and_missing_fields(tmp_path, file, text, fields, name, says):
-    (tmp_path / file).write_text(text)
+    (tmp_path / file).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=says) as error:
         read_all(path=str(tmp_path / file), **fields)
     assert error.value.name == f"data.sources.src.{name}" and "\n" not in str(error.value)
@@ -322,7 +322,7 @@ def test_a_form_feed_ends_no_line():
 def test_two_pythons_do_not_share_a_dataset(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "os.py").write_text("x = 1\n" * (100 if name == "one" else 101))
+        (tmp_path / name / "os.py").write_text("x = 1\n" * (100 if name == "one" else 101), encoding="utf-8")
     names = set()
     for name, version in (("one", (3, 11, 7)), ("two", (3, 11, 7)), ("one", (3, 13, 0))):
         monkeypatch.setattr(stdlib_text, "roots", lambda name=name: (tmp_path / name, tmp_path / "no headers"))
@@ -340,13 +340,17 @@ def test_a_small_library(tmp_path):
     library = tmp_path / "lib"
     (library / "pydoc_data").mkdir(parents=True)
     long = "A sentence about something worth keeping in the prose. " * 6
-    (library / "a.py").write_text(f'"""{long}"""\nimport os\n' + "value = os.path.join('here', 'there')\n" * 20)
-    (library / "copy.py").write_text((library / "a.py").read_text())
+    (library / "a.py").write_text(
+        f'"""{long}"""\nimport os\n' + "value = os.path.join('here', 'there')\n" * 20, encoding="utf-8"
+    )
+    (library / "copy.py").write_text((library / "a.py").read_text(encoding="utf-8"), encoding="utf-8")
     (library / "latin.py").write_bytes(b"# \xe9\n" * 100)
-    (library / "broken.py").write_text("def f(:\n" * 50)
-    (library / "table.py").write_text("t = [" + "0x41, " * 500 + "]")
-    (library / "pydoc_data" / "topics.py").write_text(f"topics = {{'if': {long!r}, 'for': 'short'}}\n")
-    (library / "README.txt").write_text(long + "more\n")
+    (library / "broken.py").write_text("def f(:\n" * 50, encoding="utf-8")
+    (library / "table.py").write_text("t = [" + "0x41, " * 500 + "]", encoding="utf-8")
+    (library / "pydoc_data" / "topics.py").write_text(
+        f"topics = {{'if': {long!r}, 'for': 'short'}}\n", encoding="utf-8"
+    )
+    (library / "README.txt").write_text(long + "more\n", encoding="utf-8")
     found = {name: (key, domain, text) for name, key, domain, text in stdlib_text.documents(library, tmp_path / "no")}
     assert {n: d for n, (_, d, _) in found.items()} == {
         "a.py": "code", "a.py#docstrings": "prose", "README.txt": "prose",
@@ -392,7 +396,7 @@ def test_folders_that_exist_are_taken_as_they_are_written(tmp_path):
     """A glob is what is left of a path behind the folders that exist by that very name."""
     for folder in ("[v2] {a,b}/x", "a*b", "axb", "[12]", "1", "100%20 #1?"):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "text[1].txt").write_text(folder)
+        (tmp_path / folder / "text[1].txt").write_text(folder, encoding="utf-8")
     for path, found in {
         "[v2] {a,b}/*/*.txt": ["[v2] {a,b}/x"], "[[]v2*/x/*.txt": ["[v2] {a,b}/x"], "a*b/*.txt": ["a*b"],
         "a?b/*.txt": ["a*b", "axb"], "[12]/*": ["[12]"], "[1]/*": ["1"], "100%20 #1?/text[1].txt": ["100%20 #1?"],

@@ -17,9 +17,9 @@ def domains(tmp_path):
     folder = tmp_path / "domains"
     (folder / "law").mkdir(parents=True)
     for i in range(3):
-        (folder / "law" / f"{i}.txt").write_text("whereas and hereby\n" * 40)
-    (folder / "prose.jsonl").write_text('{"text": "a fine day"}\n' * 100)
-    (folder / "sources.json").write_text("{}")
+        (folder / "law" / f"{i}.txt").write_text("whereas and hereby\n" * 40, encoding="utf-8")
+    (folder / "prose.jsonl").write_text('{"text": "a fine day"}\n' * 100, encoding="utf-8")
+    (folder / "sources.json").write_text("{}", encoding="utf-8")
     return folder
 
 
@@ -55,7 +55,7 @@ def test_no_domains(tmp_path, folder, says):
 
 
 def test_domain_twice(domains):
-    (domains / "prose.txt").write_text("again\n")
+    (domains / "prose.txt").write_text("again\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="has domain 'prose' twice"):
         balance_scope.load_config(str(domains), {})
 
@@ -102,9 +102,9 @@ def fake_run(folder: Path, seed: int, perplexity: float, split: bool, coef: floa
     result = {"step": 100, "domains": [{"domain": d, "perplexity": p} for d, p in names.items()]}
     result["tokens_per_layer_and_domain"] = [[100, 200]]
     result["tokens_per_expert"] = [[[100, 100, 0, 0], [0, 0, 200, 200]] if split else [[50] * 4, [100] * 4]]
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "eval.json").write_text(json.dumps(result))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "eval.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 @pytest.fixture
@@ -131,10 +131,10 @@ def test_numbers(finished):
 
 def test_files(finished):
     balance_report.write(finished, balance_report.load(finished, LABELS))
-    text = (finished / "table.md").read_text()
+    text = (finished / "table.md").read_text(encoding="utf-8")
     assert "| each sequence (2) | 11.00 ± 1.41 | +25.00% |" in text and "| the global batch (1) | 8.00 |  |" in text
     assert "| code | 9.00 ± 1.41 | 6.00 | 7.00 |" in text
-    results = json.loads((finished / "results.json").read_text())
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     assert results["global"]["runs"][0]["domains"] == {"code": 6.0, "prose": 10.0}
     for name in ("scope.png", "specialisation.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")

@@ -129,20 +129,22 @@ def write_gguf(path: Path) -> None:
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     write_shards(folder)
-    (folder / "hf.json").write_text(json.dumps(hf_config()))
+    (folder / "hf.json").write_text(json.dumps(hf_config()), encoding="utf-8")
     made = tokenizers.train_bpe(["some text, and more text; numbers 1 2 3"] * 3, 300)
     made.save(folder)
-    (folder / "tokenizer_settings.json").write_text(json.dumps({"kind": "huggingface", "end_of_text": ""}))
-    (folder / "config.json").write_text(json.dumps(config.to_dict(config.RunConfig())))
+    (folder / "tokenizer_settings.json").write_text(
+        json.dumps({"kind": "huggingface", "end_of_text": ""}), encoding="utf-8"
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_dict(config.RunConfig())), encoding="utf-8")
     rows = [{"kind": "train", "step": i, "loss": 1.0 / i} for i in range(1, 5)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     write_analysis(folder / "analysis.npz")
     write_store(folder / "store")
     write_gguf(folder / "m.gguf")
     lines = "".join(json.dumps({"text": f"line {i}", "domain": "d"}) + "\n" for i in range(9))
-    (folder / "a.jsonl").write_text(lines)
-    (folder / "a.csv").write_text('text,domain\n"one, two",d\n' + "x,y\n" * 9)
-    (folder / "a.txt").write_text("some text\n\nmore\n" * 9)
+    (folder / "a.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "a.csv").write_text('text,domain\n"one, two",d\n' + "x,y\n" * 9, encoding="utf-8")
+    (folder / "a.txt").write_text("some text\n\nmore\n" * 9, encoding="utf-8")
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     import pyarrow
     import pyarrow.parquet
@@ -301,15 +303,15 @@ def test_overrides(name, value):
 def test_paths_do_not_leave_their_folder(tmp_path):
     write_shards(tmp_path)
     where = tmp_path / safetensors.INDEX
-    index = json.loads(where.read_text())
+    index = json.loads(where.read_text(encoding="utf-8"))
     for name in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", ""):
-        where.write_text(json.dumps(index | {"weight_map": {"t0": name}}))
+        where.write_text(json.dumps(index | {"weight_map": {"t0": name}}), encoding="utf-8")
         with pytest.raises(CheckpointError, match="is not the name of"):
             safetensors.open_model(tmp_path)
 
 
 def test_absurd_sizes(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer_settings.json").write_text('{"kind": "huggingface"}')
+    (tmp_path / "tokenizer_settings.json").write_text('{"kind": "huggingface"}', encoding="utf-8")
     with open(tmp_path / "tokenizer.json", "wb") as f:
         f.truncate(10**12)  # sparse
     with pytest.raises(FileError, match="a tokenizer has at most"):
@@ -331,7 +333,7 @@ def test_no_pickle_and_no_code():
     """In the text of all that reads: nothing that runs what it reads, but for the user's own --config."""
     root = Path(importlib.util.find_spec("moe_jax").submodule_search_locations[0])
     for path in root.rglob("*.py"):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert "allow_pickle=True" not in text and "import pickle" not in text, path
         assert text.count("exec(") == (path.name == "cli.py"), path
         assert " eval(" not in text, path

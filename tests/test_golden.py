@@ -63,7 +63,7 @@ def curves() -> dict[str, list[float]]:
 
 
 def test_golden():
-    want = json.loads(GOLDEN.read_text())
+    want = json.loads(GOLDEN.read_text(encoding="utf-8"))
     got = curves()
     assert want["loss"][-1] < want["loss"][0] - 1.0  # it learns, so that the curve depends on every part
     np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-4)
@@ -76,4 +76,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     from tests import conftest  # noqa: F401  8 virtual devices
 
-    GOLDEN.write_text(json.dumps({"written_with": f"jax {jax.__version__}"} | curves(), indent=1) + "\n")
+    GOLDEN.write_text(
+        json.dumps({"written_with": f"jax {jax.__version__}"} | curves(), indent=1) + "\n", encoding="utf-8"
+    )

@@ -128,8 +128,8 @@ def test_any_mesh_imports_the_same(name, shape):
     abstract = step.abstract_weights(cfg, mesh_of(1, 1, 1))
     a, b = (weights.load_weights(folder, *abstract) for folder in (one, other))
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a[:2], b[:2])
-    assert (one / "config.json").read_text().replace(str(one), "") == (
-        (other / "config.json").read_text().replace(str(other), "")
+    assert (one / "config.json").read_text(encoding="utf-8").replace(str(one), "") == (
+        (other / "config.json").read_text(encoding="utf-8").replace(str(other), "")
     )
 
 
@@ -152,7 +152,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     assert set(got) == set(want) and {x.dtype.name for x in got.values()} == {"bfloat16"}
     for name in want:
         np.testing.assert_array_equal(got[name].view(np.uint16), want[name].view(np.uint16))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
 @pytest.mark.slow

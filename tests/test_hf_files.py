@@ -64,7 +64,7 @@ def write(folder, change=None, **hf):
         change(numbers)
     specs = [files.Spec(name, x.dtype, x.shape) for name, x in numbers.items()]
     files.write_model(folder, specs, numbers.values())
-    (folder / "config.json").write_text(json.dumps(CONFIG | hf))
+    (folder / "config.json").write_text(json.dumps(CONFIG | hf), encoding="utf-8")
     return folder
 
 
@@ -81,9 +81,9 @@ def shards(folder):
 
 def edit_index(folder, edit):
     path = folder / files.INDEX
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text(encoding="utf-8"))
     edit(index["weight_map"])
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(index), encoding="utf-8")
 
 
 def header(folder, edit=None, length=None, name=files.SINGLE):
@@ -120,7 +120,7 @@ def with_tokenizer(folder):
     import tokenizers
 
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(301)}, unk_token="0"))
-    (write(folder) / "tokenizer.json").write_text(made.to_str())
+    (write(folder) / "tokenizer.json").write_text(made.to_str(), encoding="utf-8")
 
 
 # Ways to break a whole model: its header, one entry of it, the index, its tensors, its config.json.
@@ -155,7 +155,7 @@ BROKEN = {
     "pickled shard": (embed_in("model.bin"), OUTSIDE),
     "index lies": (embed_in(SECOND), "says that"),
     "index asks for more": (index(x=SECOND), "has no x, which"),
-    "index no map": (lambda f: (shards(f) / files.INDEX).write_text("{}"), "must have a weight_map"),
+    "index no map": (lambda f: (shards(f) / files.INDEX).write_text("{}", encoding="utf-8"), "must have a weight_map"),
     "pickle": (pickled, "pytorch_model.bin is a pickle, .* never opened"),
     "no weights": (file(files.SINGLE, Path.unlink), "has neither model.safetensors nor"),
     "missing tensor": (held(lambda n: n.pop("model.layers.1.mlp.up_proj.weight")), "has no model.layers.1.mlp.up_proj"),
@@ -176,7 +176,7 @@ BROKEN = {
     "odd number": (said(hidden_size="8"), "hidden_size must be a number"),
     "broken rule": (said(num_key_value_heads=3), "num_kv_heads=3: must divide num_heads=2"),
     "no config": (file("config.json", Path.unlink), "config.json: no such file"),
-    "config cut short": (file("config.json", lambda p: p.write_text('{"a": ')), "config.json: is not valid JSON"),
+    "config cut short": (file("config.json", lambda p: p.write_bytes(b'{"a": ')), "config.json: is not valid JSON"),
     "no directory": (lambda f: None, "no such directory"),
 }
 
@@ -210,7 +210,7 @@ def test_no_value_in_config_json_is_a_traceback():
 def test_command_line(tmp_path):
     """Exit status 2 and one line; then the way in, and out again."""
     run = lambda *args: subprocess.run(
-        [sys.executable, "-m", "moe_jax.hf", *args], cwd=REPO, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "moe_jax.hf", *args], cwd=REPO, capture_output=True, encoding="utf-8", timeout=120
     )
     pickled(tmp_path / "in")
     done = run("import", f"--from={tmp_path / 'in'}", f"--workdir={tmp_path / 'run'}")
@@ -223,7 +223,7 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "strange_key=1 in config.json is not known here" in done.stdout
     assert "no tokenizer came with it" in done.stdout and "next: python eval.py" in done.stdout
-    cfg = json.loads((tmp_path / "run" / "config.json").read_text())
+    cfg = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert cfg["data"]["seq_len"] == 16 and cfg["model"]["num_dense_layers"] == 2
 
 
@@ -245,7 +245,7 @@ def test_tokenizer_files_travel(tmp_path):
         ("merges.txt", "a b"),
         ("x.py", "1"),
     ):
-        (tmp_path / "in" / name).write_text(text)
+        (tmp_path / "in" / name).write_text(text, encoding="utf-8")
     cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
     assert cfg.data.tokenizer.kind == "huggingface" and cfg.data.tokenizer.end_of_text == "</s>"
     assert cfg.data.tokenizer.path == str(tmp_path / "run" / "tokenizer.json")
@@ -253,7 +253,7 @@ def test_tokenizer_files_travel(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
     ]  # fmt: skip
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["eos_token_id"] == 2
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):

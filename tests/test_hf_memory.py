@@ -27,7 +27,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 from moe_jax.hf import import_model
 
-memory = lambda key: next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith(key))
+status = lambda: open("/proc/self/status", encoding="utf-8")
+memory = lambda key: next(int(line.split()[1]) / 1e3 for line in status() if line.startswith(key))
 jax.block_until_ready(jax.numpy.zeros(3) + 1)
 before = memory("VmRSS")
 import_model(sys.argv[1], sys.argv[2])
@@ -50,9 +51,9 @@ def import_one(path, layers):
     hf = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=V, hidden_size=D, intermediate_size=F,
               num_hidden_layers=layers, num_attention_heads=16, max_position_embeddings=64, rms_norm_eps=1e-6,
               tie_word_embeddings=True)  # fmt: skip
-    (path / "in" / "config.json").write_text(json.dumps(hf))
+    (path / "in" / "config.json").write_text(json.dumps(hf), encoding="utf-8")
     program = [sys.executable, "-c", PROGRAM, str(path / "in"), str(path / "run")]
-    done = subprocess.run(program, cwd=REPO, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(program, cwd=REPO, capture_output=True, timeout=300, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return sum(s.size for s in specs) / 1e6, float(done.stdout.split()[-1])
 

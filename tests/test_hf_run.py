@@ -32,12 +32,12 @@ def get_config(run):
 
 @pytest.mark.slow
 def test_evaluate_train_and_export(tmp_path):
-    write_text(tmp_path)
+    write_text(tmp_path, encoding="utf-8")
     write(tmp_path / "in")
-    train_bpe([p.read_text() for p in (tmp_path / "prose").iterdir()], 290).save(tmp_path / "in")
+    train_bpe([p.read_text(encoding="utf-8") for p in (tmp_path / "prose").iterdir()], 290).save(tmp_path / "in")
     run_module("import", f"--from={tmp_path / 'in'}", f"--workdir={tmp_path / 'run'}")
 
-    cfg = json.loads((tmp_path / "run" / "config.json").read_text())
+    cfg = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     source = cfg["data"]["sources"].pop("stdlib")
     for name in ("prose", "numbers"):
         cfg["data"]["sources"][name] = source | {
@@ -45,13 +45,13 @@ def test_evaluate_train_and_export(tmp_path):
         }  # fmt: skip
     cfg["train"] |= {"steps": 4, "log_every": 1}
     cfg["optim"] |= {"lr": 0.003}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(cfg))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(cfg), encoding="utf-8")
     done = run(tmp_path, "eval.py")
     assert "checkpoint of step 0" in done.stdout and "router" not in done.stdout and "bits/byte" in done.stdout
-    first = json.loads((tmp_path / "run" / "eval.json").read_text())
+    first = json.loads((tmp_path / "run" / "eval.json").read_text(encoding="utf-8"))
     assert first["step"] == 0 and not first["tokens_per_expert"]
 
-    (tmp_path / "from_run.py").write_text(FROM_RUN)
+    (tmp_path / "from_run.py").write_text(FROM_RUN, encoding="utf-8")
     flags = [f"--config={tmp_path / 'from_run.py'}:{tmp_path / 'run'}"]
     done = run(tmp_path, "train.py", *flags, workdir="more")
     assert f"starting from the weights of {tmp_path / 'run'}, with a fresh optimizer state" in done.stdout
@@ -65,10 +65,10 @@ def test_evaluate_train_and_export(tmp_path):
     line, summary, *_ = out.splitlines()
     assert line.startswith(f"eos_token_id={CONFIG['eos_token_id']} of the imported model is 0 now")
     assert summary.startswith("LlamaForCausalLM: 21 tensors")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["eos_token_id"] == 0
     before, after = (files.open_model(tmp_path / name) for name in ("in", "out"))
     assert set(before) == set(after) and (tmp_path / "out" / "tokenizer.json").exists()
-    assert "eos_token" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "eos_token" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert any((before[name].read() != after[name].read()).any() for name in before)
 
 
@@ -88,6 +88,6 @@ import_model({str(tmp_path / "in")!r}, {str(tmp_path / "two")!r})
 
 
 def run_module(*flags: str) -> str:
-    process = subprocess.Popen([sys.executable, "-m", "moe_jax.hf", *flags], cwd=REPO, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "moe_jax.hf", *flags], cwd=REPO,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
     return finish(process).stdout

@@ -56,7 +56,7 @@ def check_agrees(folder, ours):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     begin, end = (ours.end_of_text if ours.begin_of_text is None else ours.begin_of_text), ours.end_of_text
     assert (theirs.bos_token_id, theirs.eos_token_id) == (begin, end)
-    said = json.loads((folder / "config.json").read_text())
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert (said["bos_token_id"], said["eos_token_id"], len(theirs)) == (begin, end, ours.vocab_size)
     ids = theirs("return a").input_ids
     ids = ids[:-1] if ids[-1] == end else ids  # where a post-processor puts one behind
@@ -98,8 +98,8 @@ def test_documents_begin_there_as_they_did_in_training(tmp_path, front, asked):
     """… whatever the tokenizer's own files say, which are changed where they say another thing."""
     cfg = folder_of(tmp_path / "t", byte_level(front=front), model_max_length=131072, bos_token=None, eos_token="<x>",
                     unk_token=None)  # fmt: skip
-    (tmp_path / "t" / "special_tokens_map.json").write_text('{"eos_token": "<x>"}')
-    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "t" / "special_tokens_map.json").write_text('{"eos_token": "<x>"}', encoding="utf-8")
+    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     cfg = dataclasses.replace(cfg, begin_of_text=asked)
     ours = trained(tmp_path / "run", cfg, seq_len=24)
     shutil.rmtree(tmp_path / "t")
@@ -118,7 +118,7 @@ def test_a_sentencepiece_run(tmp_path, sentencepiece_model, begin):
     first = 1 if begin == "<s>" else 2
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (first, 2, ours.vocab_size)
     assert theirs("the fox").input_ids == [*[1] * (begin == "<s>"), *ours.encode(["the fox"])[0]]
-    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
     assert generation == {"bos_token_id": first, "eos_token_id": 2}
 
 
@@ -126,14 +126,14 @@ def test_an_imported_model_comes_back_as_it_was_unless_trained(tmp_path):
     """Also where its end of text was found by name, or several tokens end generation."""
     write(tmp_path / "in", vocab_size=300, eos_token_id=[257, 5], bos_token_id=256)
     byte_level().save(str(tmp_path / "in" / "tokenizer.json"))
-    (tmp_path / "in" / "generation_config.json").write_text('{"eos_token_id": [257, 5], "top_k": 7}')
+    (tmp_path / "in" / "generation_config.json").write_text('{"eos_token_id": [257, 5], "top_k": 7}', encoding="utf-8")
     (tmp_path / "in" / "additional_chat_templates").mkdir()
-    (tmp_path / "in" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (tmp_path / "in" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}", encoding="utf-8")
     import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=QUIET)
     export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), say=QUIET)
     for name in ("tokenizer.json", "generation_config.json", "additional_chat_templates/tools.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
-    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    said = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert said["eos_token_id"] == [257, 5] and said["bos_token_id"] == 256 and "pad_token_id" not in said
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (theirs.eos_token, theirs.eos_token_id, len(theirs)) == ("</s>", 257, 258)
@@ -149,13 +149,13 @@ def test_an_imported_model_comes_back_as_it_was_unless_trained(tmp_path):
     tokenizers.save(tokenizers.BytesTokenizer(), cfg.data.tokenizer, tmp_path / "more")
     lines = []
     export_run(tmp_path / "more", tmp_path / "out2", mesh=mesh(), say=lines.append)
-    said = json.loads((tmp_path / "out2" / "config.json").read_text())
+    said = json.loads((tmp_path / "out2" / "config.json").read_text(encoding="utf-8"))
     assert (said["bos_token_id"], said["eos_token_id"]) == (256, 256)
     assert "eos_token_id=[257, 5] of the imported model is 256 now" in lines[0]
 
 
 def _config(folder):
-    return json.loads((folder / "config.json").read_text())
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def test_a_tokenizer_larger_than_the_model_is_not_exported(tmp_path):

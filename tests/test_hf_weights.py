@@ -80,7 +80,7 @@ def test_json_of_other_editors_is_read(tmp_path, encoding):
     shards(tmp_path / "in")
     for name in ("config.json", files.INDEX):
         path = tmp_path / "in" / name
-        path.write_text(path.read_text(), encoding=encoding)
+        path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
     imported(tmp_path / "in", tmp_path / "run")
     (tmp_path / "in" / "config.json").write_bytes(b"\xff\xfe" + json.dumps(CONFIG).encode()[:-1])
     with pytest.raises(FormatError, match=r"config\.json: is not valid JSON"):
@@ -142,7 +142,7 @@ def test_into_links_and_home(tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
     write(tmp_path / "in")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("disk"))
     monkeypatch.setattr("moe_jax.hf.safetensors.read_json", lambda path: 1 / 0)

@@ -143,7 +143,7 @@ def test_a_tokenizer_that_keeps_everything_is_known_as_such(text):
 def test_a_prepared_store_says_again_what_is_lost(tmp_path):
     """… and every document is there, the one that the library refuses with no tokens."""
     rows = [{"text": "a hello 日", "d": "x"}, {"text": "zzz", "d": "y"}, {"text": "world hello", "d": "x"}]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 8))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 8), encoding="utf-8")
     made = hf_tokenizers.Tokenizer(models.WordLevel({"hello": 0, "world": 1, "a": 2}))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["</s>"])
@@ -154,7 +154,7 @@ def test_a_prepared_store_says_again_what_is_lost(tmp_path):
     lines = [data.prepare(cfg, workdir=tmp_path / "run", seed=0, progress=False).notes() for _ in range(2)]
     assert lines[0] == lines[1] and len(lines[0]) == 4  # the others: x and y have no held-out text
     assert lines[0][1].startswith("s/train: 72 of 200 bytes (36 %) of text are lost (x 48, y 24): the tokenizer has no")
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "zzz", "d": "y"}) + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "zzz", "d": "y"}) + "\n", encoding="utf-8")
     with pytest.raises(
         ConfigError, match=r"tokenizer\.path=.*: has a token for none of the 3 bytes of data\.sources\.s"
     ):

@@ -22,7 +22,7 @@ from moe_jax.log import Progress, Writer, read_metrics
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_writer_appends_json_lines(tmp_path):
@@ -42,7 +42,7 @@ def test_values_that_are_not_finite(tmp_path):
     with Writer(tmp_path) as writer:
         writer.write(1, make_row(1, loss=jnp.float32(jnp.nan), grad_norm=jnp.float32(jnp.inf)))
         writer.write(2, {"loss": np.array([1.0, np.nan])})
-    text = (tmp_path / "metrics.jsonl").read_text()
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     first, second = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     assert first["loss"] is None and first["grad_norm"] is None and first["xent"] == 1.5
     assert first["nonfinite"] == ["loss", "grad_norm"]
@@ -59,7 +59,7 @@ def write_history(path, steps=6):
 def test_resume_moves_later_lines_aside(tmp_path):
     write_history(tmp_path)
     path = tmp_path / "metrics.jsonl"
-    with open(path, "a") as f:
+    with open(path, "a", encoding="utf-8") as f:
         f.write('{"kind": "train", "step": 7, "lo')  # killed here
     with Writer(tmp_path, resume_step=4, tensorboard=False) as writer:
         writer.write(5, {"loss": 50.0})
@@ -71,7 +71,7 @@ def test_resume_moves_later_lines_aside(tmp_path):
 
     with Writer(tmp_path, resume_step=0, tensorboard=False):  # died before its first checkpoint
         pass
-    assert path.read_text() == ""
+    assert path.read_text(encoding="utf-8") == ""
     assert len(lines(tmp_path / "metrics.dropped.jsonl")) == 4 + 5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.dropped.jsonl", "metrics.jsonl"]
 
@@ -88,12 +88,12 @@ def test_a_whole_history_is_left_alone(tmp_path):
 def test_a_line_without_its_end_is_whole_or_torn(tmp_path):
     write_history(tmp_path, 2)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text().rstrip("\n"))
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     with Writer(tmp_path, tensorboard=False) as writer:
         writer.write(3, {"loss": 3.0})
     assert [row["step"] for row in lines(path)] == [1, 2, 2, 3]
-    with open(path, "a") as f:
+    with open(path, "a", encoding="utf-8") as f:
         f.write('{"kind": "train", "st')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 

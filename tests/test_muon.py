@@ -256,7 +256,7 @@ def test_the_files_stand_alone():
     folder = Path(__file__).parents[1] / "moe_jax"
     allowed = {"jax", "numpy", "optax", "jaxtyping", "functools", "math", "collections", "typing"}
     for name in ("newton_schulz", "spread", "muon", "kernels/stacked", "kernels/common"):
-        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed
             elif isinstance(node, ast.ImportFrom) and node.module == "moe_jax":

@@ -99,7 +99,7 @@ def test_pool_gives_each_job_a_device(tmp_path, monkeypatch):
     code = f"import os; print(*map(os.environ.get, ({names})))"
     jobs = [job(tmp_path, f"{i}", code) for i in range(4)]
     assert pool.run_all(lambda: jobs, None, 2) == []
-    seen = [(one.folder / "output.txt").read_text().split() for one in jobs]
+    seen = [(one.folder / "output.txt").read_text(encoding="utf-8").split() for one in jobs]
     assert sorted(device for device, *_ in seen) == ["4", "4", "7", "7"]
     assert {tuple(shares) for _, *shares in seen} == {("0.450", "None")}
 
@@ -119,7 +119,7 @@ def test_command_line(tmp_path, flags, says, monkeypatch, capsys):
 
 def test_plan_counts_what_is_left(tmp_path):
     (tmp_path / "adamw_lr0.001" / "seed0").mkdir(parents=True)
-    (tmp_path / "adamw_lr0.001" / "seed0" / "eval.json").write_text('{"domains": [{"xent": 2.0}]}')
+    (tmp_path / "adamw_lr0.001" / "seed0" / "eval.json").write_text('{"domains": [{"xent": 2.0}]}', encoding="utf-8")
     nothing = muon.Done(tmp_path, [], 900)
     text = muon.estimate(["a", "b"], nothing, ["*"], 4)
     assert " 8 runs,  7 to do,  24.5 GPU minutes" in text and " 7 runs,  7 to do,  17.8 GPU minutes" in text
@@ -142,16 +142,16 @@ def fake_run(out: Path, arm: Arm, seed: int, end: float, spread: float = 0.0, me
     row = lambda step: {"kind": "train", "step": step, "xent": loss(step), "tokens": 1e3 * step, "step_seconds": 0.5}
     rows = [row(step) for step in range(1, steps + 1)]
     rows += [{"kind": "eval", "step": step, "xent": loss(step) + 0.5} for step in range(10, steps + 1, 10)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     total = {"domain": "all", "xent": end + 0.5, "perplexity": math.exp(end + 0.5)}
-    (folder / "eval.json").write_text(json.dumps({"step": steps, "domains": [total]}))
+    (folder / "eval.json").write_text(json.dumps({"step": steps, "domains": [total]}), encoding="utf-8")
     if measured:
         entropy = 0.95 if arm.optimizer == "muon" else 0.9
         numbers = {"weight_rms": {kind: [0.03, 0.04] for kind in [*KINDS, "embedding"]},
                    "update_rms": {kind: [arm.update_rms] * 2 for kind in [*KINDS, "embedding"]},
                    "svd_entropy": {k: np.full(shape, entropy).tolist() for k, shape in KINDS.items()}}  # fmt: skip
-        (folder / "matrices.json").write_text(json.dumps(numbers))
+        (folder / "matrices.json").write_text(json.dumps(numbers), encoding="utf-8")
 
 
 @pytest.fixture
@@ -185,14 +185,14 @@ def test_files(finished):
     c = muon_report.Comparison(muon_report.load(finished))
     muon_report.write(finished, c)
     muon_figures.write(finished, c)
-    text = (finished / "table.md").read_text()
+    text = (finished / "table.md").read_text(encoding="utf-8")
     assert "| 0.001 | 2.102 | 2.600 | **1.902** | **2.400** |" in text
     assert "| AdamW (2) | 0.002 | 2.012 ± 0.014 | 2.510 ± 0.014 |" in text
     assert "Muon against AdamW, seed by seed: training -0.110 ± 0.014, held-out -0.110 ± 0.014" in text
     assert "The best rate is at an end of the sweep: Muon." in text
     assert "| Muon 0.05 | 2.302 | 2.800 | 0.0354 |" in text and "| Muon, λ 0 | 1.972 | 2.470 |" in text
     assert "| expert gate | 0.9000 | 0.9500 | +0.0500 | 2 of 2 |" in text
-    results = json.loads((finished / "results.json").read_text())
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     assert results["best_lr"] == {"adamw": 2e-3, "muon": 1e-3} and len(results["runs"]) == 13
     assert sum(x is None for x in results["runs"][0]["train"]["loss"]) == 0
     for name in ("loss", "learning_rate", "update_rms", "svd_entropy"):
@@ -236,7 +236,9 @@ def test_half_an_experiment_can_be_compared(tmp_path):
 def test_update_of_one_more_step(tmp_path):
     """AdamW's first update is the gradient's sign, RMS 1, whatever the weight decay; weights are as they were drawn."""
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{i} divided by {i % 7 + 1} is {i / (i % 7 + 1):.5f}" for i in range(4000)))
+    text.write_text(
+        "\n\n".join(f"{i} divided by {i % 7 + 1} is {i / (i % 7 + 1):.5f}" for i in range(4000)), encoding="utf-8"
+    )
     c = config.default_config()
     c.model.update(vocab_size=257, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, init_std=0.5,
                    compute_dtype="float32")  # fmt: skip

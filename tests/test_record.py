@@ -96,7 +96,7 @@ def test_processes_must_read_the_same_text_wherever_it_lies():
 
 
 def write(path, *numbers):
-    path.write_text("".join(json.dumps({"text": f"number {n} " * 5}) + "\n" for n in numbers))
+    path.write_text("".join(json.dumps({"text": f"number {n} " * 5}) + "\n" for n in numbers), encoding="utf-8")
 
 
 def test_a_checkpoint_keeps_what_was_read(tmp_path):

@@ -25,7 +25,9 @@ def write_text(root: Path) -> None:
     rng = np.random.default_rng(0)
     (root / "text").mkdir()
     for i in range(60):
-        (root / "text" / f"{i}.txt").write_text(f"{i} " + " ".join(rng.choice(["red", "green", "blue", "7"], 80)))
+        (root / "text" / f"{i}.txt").write_text(
+            f"{i} " + " ".join(rng.choice(["red", "green", "blue", "7"], 80)), encoding="utf-8"
+        )
 
 
 # --- in this process -------------------------------------------------------------------------------------------------
@@ -34,7 +36,7 @@ def write_text(root: Path) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     made = tmp_path_factory.mktemp("resume")
-    write_text(made)
+    write_text(made, encoding="utf-8")
     return made
 
 
@@ -160,7 +162,7 @@ def get_config():
 
 
 def launch(root: Path, name: str, *flags: str) -> subprocess.Popen:
-    (root / "debug.py").write_text(DEBUG.replace("@", str(root)))
+    (root / "debug.py").write_text(DEBUG.replace("@", str(root)), encoding="utf-8")
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache")}
     command = [sys.executable, "train.py", f"--config={root}/debug.py", f"--workdir={root}/{name}", *flags]
@@ -169,7 +171,7 @@ def launch(root: Path, name: str, *flags: str) -> subprocess.Popen:
 
 
 def finish(root: Path, name: str, *flags: str) -> None:
-    assert launch(root, name, *flags).wait(300) == 0, (root / f"{name}.log").read_text()
+    assert launch(root, name, *flags).wait(300) == 0, (root / f"{name}.log").read_text(encoding="utf-8")
 
 
 def kill_when(process: subprocess.Popen, ready, delay: float) -> bool:
@@ -212,7 +214,7 @@ def final_state(root: Path, name: str) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     root = tmp_path_factory.mktemp("killed")
-    write_text(root)
+    write_text(root, encoding="utf-8")
     finish(root, "straight")
     return root
 
@@ -244,4 +246,6 @@ def test_killed_three_times(uninterrupted, num_workers):
         assert json.dumps(a) == json.dumps(b), f"step {b['step']}"  # the order of keys and every bit of every number
     assert_same_bits(final_state(root, name), final_state(root, "straight"))
     for file in ("eval.json", "sample.txt"):
-        assert (root / name / file).read_text() == (root / "straight" / file).read_text()
+        assert (root / name / file).read_text(encoding="utf-8") == (root / "straight" / file).read_text(
+            encoding="utf-8"
+        )

@@ -80,13 +80,13 @@ def test_the_dump_of_a_corrected_start_is_its_own(tmp_path):
 @pytest.mark.slow
 def test_failed_corrected_moved_and_opened_from_elsewhere(tmp_path, external):
     """The whole story, in a folder whose name libraries take for a pattern."""
-    write_text(tmp_path)
+    write_text(tmp_path, encoding="utf-8")
     text = (
         CONFIG.replace("@", str(tmp_path)).replace("steps=6", "steps=2").replace("checkpoint_every=4", "max_skipped=1")
     )
     tokenizer = f'    config.data.tokenizer.update(kind="huggingface", path={external.path!r})\n    return config\n'
     text = text.replace("    return config\n", tokenizer).replace("vocab_size=257", "vocab_size=270")
-    (tmp_path / "config.py").write_text(text)
+    (tmp_path / "config.py").write_text(text, encoding="utf-8")
     (tmp_path / "a [v2] {b}").mkdir()
     (tmp_path / "cwd").mkdir()
     env = os.environ | {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPO)}
@@ -94,7 +94,7 @@ def test_failed_corrected_moved_and_opened_from_elsewhere(tmp_path, external):
 
     def start(program, *flags, cwd=REPO, status=0):
         command = [sys.executable, str(REPO / program), *flags]
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, timeout=300, encoding="utf-8")
         assert done.returncode == status, done.stderr
         return done
 
@@ -112,7 +112,7 @@ def test_failed_corrected_moved_and_opened_from_elsewhere(tmp_path, external):
     assert "resumed after step 2" in done.stdout
     assert "changed since the run began: config.train.steps: 2 in the run, 3 now" in done.stdout
     assert config_file.load_config(moved).train.steps == 3
-    [line] = [json.loads(text) for text in (moved / "config_history.jsonl").read_text().splitlines()]
+    [line] = [json.loads(text) for text in (moved / "config_history.jsonl").read_text(encoding="utf-8").splitlines()]
     assert line == {"from_step": 3, "changed": {"train.steps": [2, 3]}}
     done = start("eval.py", "--workdir=moved *", "--batches=1", cwd=tmp_path / "cwd")
     assert "checkpoint of step 3" in done.stdout

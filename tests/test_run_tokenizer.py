@@ -25,14 +25,14 @@ def run(tmp_path_factory):
     body["data"] |= {"tokenizer": config.to_dict(BPE), "seq_len": 16, "batch_size": 2}
     config_file.save_config(folder, config.build(body))
     tokenizers.load_or_make(BPE, folder, lambda: ["def add(a, b):\n    return a + b\n"] * 9)
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     return folder
 
 
 def test_continuing_takes_the_tokenizer_of_the_run(run, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text(
-        "\n".join(json.dumps({"text": f"other words {i} " * 5}) for i in range(40))
+        "\n".join(json.dumps({"text": f"other words {i} " * 5}) for i in range(40)), encoding="utf-8"
     )
     cfg = config.build(continued.get_config(f"{run},{tmp_path / 'text'}"))
     assert cfg.init_from == str(run) and cfg.data.tokenizer == BPE

@@ -17,7 +17,7 @@ from moe_jax.data import digests, files, tokenizers
 
 def write(path: Path, word: str, documents: int = 40) -> None:
     rows = [{"text": f"{n:03} " + f"{word} " * (n % 5 + 3), "kind": "ab"[n % 2]} for n in range(documents)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def prepare(tmp_path, pattern="*.jsonl", **fields) -> data.Corpus:
@@ -60,7 +60,7 @@ def test_an_unchanged_file_is_hashed_once_and_a_name_is_no_content(tmp_path, mon
     assert prepare(tmp_path).stores["src", "train"].folder == stores["src", "train"].folder and read == ["a.jsonl"]
     os.rename(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert prepare(tmp_path).stores["src", "train"].folder == stores["src", "train"].folder and read[1:] == ["b.jsonl"]
-    (tmp_path / "cache" / "content_hashes.json").write_text("[1, 2")  # damaged: hashed again
+    (tmp_path / "cache" / "content_hashes.json").write_text("[1, 2", encoding="utf-8")  # damaged: hashed again
     assert prepare(tmp_path).stores["src", "train"].folder == stores["src", "train"].folder and len(read) == 3
 
 
@@ -83,7 +83,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 def spoil(folder: Path, what: str) -> None:
     if what == "meta":
         meta = folder / "meta.json"
-        meta.write_text(meta.read_text().replace('"end_of_text": 256', '"end_of_text": 255'))
+        meta.write_text(
+            meta.read_text(encoding="utf-8").replace('"end_of_text": 256', '"end_of_text": 255'), encoding="utf-8"
+        )
         return
     name, value = what.split("=")
     array = np.load(folder / f"{name}.npy", mmap_mode="r+")
@@ -138,7 +140,7 @@ def test_compressors_read_what_was_prepared(tmp_path):
     """What becomes of the files, or of the whole cache, while a run trains changes no number at its end."""
     write(tmp_path / "a.jsonl", "words")
     corpus = prepare(tmp_path, domain_field="kind")
-    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     held = [(row["kind"], row["text"]) for row in rows if data.documents.held_out(row["text"], 0.4)]
     write(tmp_path / "a.jsonl", "quite other text")
     assert list(corpus.validation_texts()) == held

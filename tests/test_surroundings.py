@@ -24,7 +24,7 @@ def test_no_home_folder(monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     for path, why in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "below", "Not a directory")):
         with pytest.raises(ConfigError, match=rf"cannot be kept in {path} \({why}\); set \$MOE_JAX_CACHE or"):
             sources.check_cache(DataConfig(cache_dir=str(path)))

@@ -90,7 +90,7 @@ def re_line(text: str, name: str) -> bool:
 def test_the_one_before_is_used_on_request(saved, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
-    (run / "checkpoints" / "3" / checksums.NAME).write_text("{")
+    (run / "checkpoints" / "3" / checksums.NAME).write_text("{", encoding="utf-8")
     with Checkpoints(run, keep=3) as checkpoints:
         with pytest.raises(CheckpointError, match=r"3 is damaged: checksums.json is not readable; --resume_step=2"):
             checkpoints.restore(target())
@@ -103,7 +103,9 @@ def test_the_one_before_is_used_on_request(saved, tmp_path):
         np.testing.assert_array_equal(got["w"], state(2)["w"])
         checkpoints.save(3, state(4), {"n": 3}, wait=True)
         np.testing.assert_array_equal(checkpoints.restore(target())[0]["w"], state(4)["w"])
-    assert (run / "checkpoints.dropped" / "3" / checksums.NAME).read_text() == "{"  # set aside, not deleted
+    assert (run / "checkpoints.dropped" / "3" / checksums.NAME).read_text(
+        encoding="utf-8"
+    ) == "{"  # set aside, not deleted
 
 
 def test_without_checksums_it_is_read_and_said(saved, tmp_path, capfd):
@@ -143,7 +145,7 @@ def test_what_is_not_a_number_is_never_the_best(values, best):
 def test_a_restart_knows_of_an_evaluation_that_gave_no_number(tmp_path):
     """metrics.jsonl has null for it; it was made, and is not made again."""
     rows = ['{"kind": "eval", "step": 4, "xent": 2.5}', '{"kind": "eval", "step": 8, "xent": null}']
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     found = evaluate.scores(tmp_path, 8)
     assert list(found) == [4, 8] and found[4] == 2.5 and math.isnan(found[8])
     assert Keep(1, 0, 1, found).steps([4, 8, 9]) == {4, 9}
@@ -177,12 +179,12 @@ time.sleep(60)
 
 def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], env=env, stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], env=env, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         assert owner.stdout.readline() == "mine\n"
         with pytest.raises(survive.Busy, match=rf"another run is training in it \(process {owner.pid} on "):
             survive.RunLock(tmp_path)
-        assert f"process {owner.pid}" in (tmp_path / "lock").read_text()
+        assert f"process {owner.pid}" in (tmp_path / "lock").read_text(encoding="utf-8")
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.wait()
@@ -213,7 +215,9 @@ cli.run(main)
 def test_no_room_for_a_save_ends_in_one_line_and_the_last_one_is_whole(tmp_path):
     """A limit on the size of a file stands for the full disk: writing fails in the same places."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path], env=env, capture_output=True, timeout=120, encoding="utf-8"
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1, done.stderr
     assert "checkpoints/2 could not be saved: " in errors[0] and "earlier checkpoints are intact" in errors[0]
@@ -369,7 +373,7 @@ def test_a_reader_that_ends_first_ends_no_run(monkeypatch):
     """`python train.py | head -1`, or a terminal that is gone."""
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w") as stdout:
+    with os.fdopen(write, "w", encoding="utf-8") as stdout:
         for name in ("stdout", "__stdout__"):
             monkeypatch.setattr(sys, name, stdout)
         survive.outlive_readers()

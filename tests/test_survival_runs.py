@@ -59,8 +59,8 @@ runpy.run_path("train.py", run_name="__main__")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     made = tmp_path_factory.mktemp("survival")
-    write_text(made)
-    (made / "config.py").write_text(CONFIG.replace("@", str(made)))
+    write_text(made, encoding="utf-8")
+    (made / "config.py").write_text(CONFIG.replace("@", str(made)), encoding="utf-8")
     return made
 
 
@@ -85,7 +85,7 @@ def start_several(root: Path, name: str, count: int, *flags: str) -> list[subpro
 
 
 def log(root: Path, name: str) -> str:
-    return (root / f"{name}.log").read_text()
+    return (root / f"{name}.log").read_text(encoding="utf-8")
 
 
 def finish(root: Path, name: str, *processes: subprocess.Popen, status: int = 0, seconds: float = 500) -> str:
@@ -148,7 +148,9 @@ def test_told_to_stop_again_and_again_no_step_is_lost(root):
     for kind in ("train", "eval"):
         assert json.dumps(rows(root, "told", kind)) == json.dumps(rows(root, "straight", kind))
     for file in ("eval.json", "sample.txt"):
-        assert (root / "told" / file).read_text() == (root / "straight" / file).read_text()
+        assert (root / "told" / file).read_text(encoding="utf-8") == (root / "straight" / file).read_text(
+            encoding="utf-8"
+        )
 
 
 def test_told_to_stop_while_an_evaluation_is_made_up_for(root):

@@ -41,8 +41,8 @@ def write_text(root: Path) -> None:
     for name, choices in words.items():
         (root / name).mkdir()
         for i in range(40):
-            (root / name / f"{i}.txt").write_text(" ".join(rng.choice(choices, 60)) + "\n")
-    (root / "config.py").write_text(CONFIG.replace("@", str(root)))
+            (root / name / f"{i}.txt").write_text(" ".join(rng.choice(choices, 60)) + "\n", encoding="utf-8")
+    (root / "config.py").write_text(CONFIG.replace("@", str(root)), encoding="utf-8")
 
 
 def start(root: Path, program: str, *flags: str, devices: int = 1, workdir: str = "run", **extra) -> subprocess.Popen:
@@ -51,8 +51,8 @@ def start(root: Path, program: str, *flags: str, devices: int = 1, workdir: str 
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "MOE_JAX_CACHE": str(root / "cache")}
     return subprocess.Popen(
         [sys.executable, program, f"--workdir={root / workdir}", *flags],
-        cwd=REPO, env=env | {"MPLBACKEND": "agg"} | extra, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=REPO, env=env | {"MPLBACKEND": "agg"} | extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    encoding="utf-8")  # fmt: skip
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -70,7 +70,7 @@ def run(root: Path, program: str, *flags: str, **how) -> subprocess.CompletedPro
 
 
 def rows(root: Path, kind: str, workdir: str = "run") -> list[dict]:
-    lines = [json.loads(line) for line in (root / workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (root / workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {line["kind"] for line in lines} <= {"train", "eval"}
     return [line for line in lines if line["kind"] == kind]
 
@@ -98,13 +98,13 @@ def check_run(root: Path, tensorboard: bool) -> None:
         assert "nonfinite" not in row
         assert all(isinstance(v, str) or math.isfinite(v) for v in row.values())
     made = root / "run"
-    config = json.loads((made / "config.json").read_text())
+    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
     assert config["data"]["seq_len"] == 32 and set(config["data"]["sources"]) == {"prose", "numbers"}
     assert sorted(p.name for p in (made / "checkpoints").iterdir()) == ["4", "6"]
-    assert (made / "sample.txt").read_text().startswith("the ")
+    assert (made / "sample.txt").read_text(encoding="utf-8").startswith("the ")
     events = list((made / "tensorboard").glob("events.*")) if (made / "tensorboard").exists() else []
     assert (sum(p.stat().st_size for p in events) > 1000) == tensorboard
-    body = json.loads((made / "eval.json").read_text())
+    body = json.loads((made / "eval.json").read_text(encoding="utf-8"))
     assert body["step"] == STEPS and [d["domain"] for d in body["domains"]] == ["numbers", "prose", ""]
     assert 0 < body["bits_per_byte_of"]["xz -9"][""] < 8
     assert any((root / "cache" / "compiled").iterdir())  # the next run starts faster
@@ -114,7 +114,7 @@ def check_evaluation(root: Path, devices: int) -> None:
     """eval.py over all the text: the table adds up, and the numbers and figures are written."""
     done = run(root, "eval.py", "--earlier=4", devices=devices)
     check_output(done)
-    body = json.loads((root / "run" / "eval.json").read_text())
+    body = json.loads((root / "run" / "eval.json").read_text(encoding="utf-8"))
     assert body["domains"][-1]["tokens"] == sum(d["tokens"] for d in body["domains"][:-1]) > 2 * 16 * 32
     counts = np.asarray(body["tokens_per_expert"])  # [L, domain, E]
     assert counts.shape == (2, 2, 4) and body["dropped"] == 0
@@ -131,7 +131,7 @@ def check_evaluation(root: Path, devices: int) -> None:
     done = run(root, "eval.py", "--step=4", "--batches=1", devices=devices)
     assert "eval.json is kept for all held-out text at the newest checkpoint, 6" in done.stdout
     assert before == {name: (root / "run" / name).read_bytes() for name in before}
-    part = json.loads((root / "run" / "eval.4.1batches.json").read_text())
+    part = json.loads((root / "run" / "eval.4.1batches.json").read_text(encoding="utf-8"))
     assert (part["step"], part["limit"], part["rows"], part["of_rows"]) == (4, 1, 16, body["rows"])
     assert part["bits_per_byte_of"].keys() == body["bits_per_byte_of"].keys() and body["limit"] is None
     for name in ("sample.4.1batches.txt", "analysis.4.1batches.npz", "figures/overlap.4.1batches.png"):
@@ -159,10 +159,10 @@ def check_longer(root: Path) -> None:
     """A run of older code goes on for more steps: it is told what that changes."""
     newest = root / "run" / "checkpoints" / str(STEPS)
     (saved,) = (p for p in newest.rglob("*") if p.is_file() and b'"revision"' in p.read_bytes())
-    body = json.loads(saved.read_text())
+    body = json.loads(saved.read_text(encoding="utf-8"))
     for process in body["processes"]:
         assert process["steps"] == STEPS and process.pop("revision") == changes.REVISION
-    saved.write_text(json.dumps(body))
+    saved.write_text(json.dumps(body), encoding="utf-8")
     (newest / "checksums.json").unlink()
     done = run(root, "train.py", f"--config={root / 'config.py'}", "--config.train.steps=8", devices=1)
     for text in (
@@ -175,7 +175,7 @@ def check_longer(root: Path) -> None:
 
 @pytest.mark.slow
 def test_one_device(tmp_path):
-    write_text(tmp_path)
+    write_text(tmp_path, encoding="utf-8")
     train_twice(tmp_path, devices=1)
     check_evaluation(tmp_path, devices=1)
     check_longer(tmp_path)
@@ -184,7 +184,7 @@ def test_one_device(tmp_path):
 @pytest.mark.slow
 def test_eight_devices(tmp_path):
     """A mesh with all three axes, micro-batches and reader processes; evaluation on another number of devices."""
-    write_text(tmp_path)
+    write_text(tmp_path, encoding="utf-8")
     flags = ["data.num_workers=2", "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", "train.micro_batches=2"]
     train_twice(tmp_path, *(f"--config.{f}" for f in [*flags, "train.tensorboard=false"]), devices=8)
     check_evaluation(tmp_path, devices=4)
@@ -193,7 +193,7 @@ def test_eight_devices(tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """2 processes × 4 devices give the numbers of 1 × 8: training, evaluation and the sample."""
-    write_text(tmp_path)
+    write_text(tmp_path, encoding="utf-8")
     names = ["model.compute_dtype=float32", "optim.newton_schulz_dtype=float32", "train.tensorboard=false",
              "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"]  # fmt: skip
     flags = [f"--config={tmp_path / 'config.py'}", *(f"--config.{name}" for name in names)]
@@ -214,4 +214,6 @@ def test_two_processes_equal_one(tmp_path):
         for a, b in zip(one, other, strict=True):
             for name in set(a) - {"kind", "tokens_per_second", "mfu", "step_seconds"}:
                 np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=f"{kind} {a['step']} {name}")
-    assert (tmp_path / "two" / "sample.txt").read_text() == (tmp_path / "run" / "sample.txt").read_text()
+    assert (tmp_path / "two" / "sample.txt").read_text(encoding="utf-8") == (tmp_path / "run" / "sample.txt").read_text(
+        encoding="utf-8"
+    )

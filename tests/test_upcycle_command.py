@@ -40,7 +40,7 @@ def write_runs(root: Path) -> None:
     moe = VirtualGroups(4, 2, 2).config(SOURCE)
     config_file.save_config(root / "moe", dataclasses.replace(run, model=moe))
     config_file.save_config(root / "latent", dataclasses.replace(run, model=latent()))
-    (root / "file").write_text("")
+    (root / "file").write_text("", encoding="utf-8")
 
 
 def latent() -> config.ModelConfig:
@@ -213,7 +213,7 @@ def test_training_goes_on_from_the_dense_loss(server, root):
     """The first step's loss on one batch, of the dense model and of the one made of it: equal to rounding."""
     (root / "domains" / "sums").mkdir(parents=True)
     for i in range(40):
-        (root / "domains" / "sums" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}\n" * 20)
+        (root / "domains" / "sums" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}\n" * 20, encoding="utf-8")
     cfg, params = dense(vocab_size=257)
     run = dataclasses.replace(RUN, model=cfg, data=config.DataConfig(seq_len=32))
     weights.save_weights(root / "bytes", run, params, {}, ORIGIN)

@@ -23,7 +23,7 @@ def root(tmp_path_factory):
     for name, word in (("law", "whereas"), ("prose", "a fine day")):
         (made / "domains" / name).mkdir(parents=True)
         for i in range(20):
-            (made / "domains" / name / f"{i}.txt").write_text(f"{word} {i}\n" * 40)
+            (made / "domains" / name / f"{i}.txt").write_text(f"{word} {i}\n" * 40, encoding="utf-8")
     with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
         weights.save_weights(made / "dense", RUN, model.init(TINY, jax.random.key(0))[0], {}, [])
     return made
@@ -43,12 +43,12 @@ def test_order(root, tmp_path):
     assert made == upcycling.weights_of("exact_muon", 0, root / "dense", tmp_path)
     assert made != upcycling.weights_of("exact", 1, root / "dense", tmp_path)
     (made / "run").mkdir(parents=True)
-    (made / "run" / "config.json").write_text("{}")
+    (made / "run" / "config.json").write_text("{}", encoding="utf-8")
     trains = planned(root, names, tmp_path)
     assert [job.name for job in trains] == [f"{name}, seed 0" for name in names]
     assert f"--config=configs/continued.py:{made}/run,{root}/domains" in trains[1].command
     (tmp_path / "dense" / "seed0").mkdir(parents=True)
-    (tmp_path / "dense" / "seed0" / "eval.json").write_text("{}")
+    (tmp_path / "dense" / "seed0" / "eval.json").write_text("{}", encoding="utf-8")
     assert planned(root, names, tmp_path)[0].name == "measures of dense, seed 0"
     seeds = [(run.arm, run.seed) for run in upcycling.planned(["exact", "drop"], tmp_path, {})]
     assert seeds == [("exact", 0), ("drop", 0), ("exact", 1), ("exact", 2)]
@@ -116,12 +116,14 @@ def fake_run(out: Path, arm: str, start: float, end: float, alike: list[float], 
     line = lambda step: start + (end - start) * step / 100
     rows = [{"kind": "train", "step": s, "tokens": 1e3 * s, "xent": line(s)} for s in range(1, 101)]
     rows += [{"kind": "eval", "step": s, "xent": line(s)} for s in range(25, 101, 25)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "eval.json").write_text(json.dumps({"domains": [{"domain": "all", "perplexity": float(np.exp(end))}]}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "eval.json").write_text(
+        json.dumps({"domains": [{"domain": "all", "perplexity": float(np.exp(end))}]}), encoding="utf-8"
+    )
     steps = dict(zip((0, 50, 100), alike, strict=False))
     similarity = {n: {"expert up": [x, x], "expert down": [x, x]} for n, x in steps.items()} or {0: {}}
     measures = {"start": {"all": start}, "similarity": similarity, "flops_per_token": flops, "parameters": [2e6, 1e6]}
-    (folder / "measures.json").write_text(json.dumps(measures))
+    (folder / "measures.json").write_text(json.dumps(measures), encoding="utf-8")
 
 
 def test_comparison(tmp_path):
@@ -134,12 +136,12 @@ def test_comparison(tmp_path):
     assert list(found) == ["dense", "exact"] and found["exact"].runs[0].at(0.5) == pytest.approx(2.45)
     assert [run.seed for run in found["dense"].runs] == [0, 1]
     upcycling_report.write(tmp_path, found)
-    text = (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
     dense = "| dense (2) | 2.0M | 1.0M | 1.00 | 3.000 ± 0.000 | 2.775 ± 0.035 | 2.550 ± 0.071 | 2.100 ± 0.141 |"
     assert f"{dense} 8.21 ± 1.16 |  |  |" in text
     exact = "| virtual groups, E8G8T8 (1) | 2.0M | 1.0M | 1.10 | 3.000 | 2.725 | 2.450 | 1.900"
     assert f"{exact} | 6.69 | -9.52% | 2.0e-01 |" in text
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["exact"]["runs"][0]["tokens"] == [0.0, 25e3, 50e3, 75e3, 100e3]
     again = upcycling_report.arms_of(upcycling_report.read(tmp_path / "results.json"), labels)
     assert upcycling_report.table(again) == text and upcycling_report.numbers(again) == upcycling_report.numbers(found)
@@ -159,7 +161,7 @@ def test_toy_experiment(root, tmp_path, monkeypatch, capsys):
     first_seeds = {name: arm._replace(seeds=(0,)) for name, arm in upcycling.ARMS.items()}
     monkeypatch.setattr(upcycling, "ARMS", first_seeds)
     status = upcycling.main()
-    logs = [file.read_text()[-1500:] for file in tmp_path.glob("*/*/output.txt")]
+    logs = [file.read_text(encoding="utf-8")[-1500:] for file in tmp_path.glob("*/*/output.txt")]
     assert status == 0, "\n".join(logs)
     found = upcycling_report.arms_of(upcycling_report.load(tmp_path), dict.fromkeys(upcycling.ARMS, ""))
     runs = {name: arm.runs[0] for name, arm in found.items()}

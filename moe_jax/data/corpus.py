@@ -51,7 +51,7 @@ class TokenStore:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            meta = json.loads((self.folder / "meta.json").read_text())
+            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             if meta["version"] != _VERSION:
                 raise ValueError(f"version {meta['version']}")
             if meta.pop("sum") != _sum_of(meta):
@@ -266,7 +266,7 @@ def _write_store(
         [content_hash(path) for path in arrays.values()],
     ]
     meta["content"] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-    (folder / "meta.json").write_text(json.dumps(meta | {"sum": _sum_of(meta)}, indent=1) + "\n")
+    (folder / "meta.json").write_text(json.dumps(meta | {"sum": _sum_of(meta)}, indent=1) + "\n", encoding="utf-8")
 
 
 def _as_array(folder: Path, name: str, dtype: Any, length: int) -> None:

@@ -34,7 +34,7 @@ def candidates(kind: str, inner: int, columns: int) -> list[Tiling]:
 
 @functools.cache
 def _tuned() -> dict[str, list]:
-    return json.loads(TABLE.read_text())["tilings"] if TABLE.is_file() else {}
+    return json.loads(TABLE.read_text(encoding="utf-8"))["tilings"] if TABLE.is_file() else {}
 
 
 def best_tiling(kind: str, inner: int, columns: int) -> Tiling:

@@ -187,6 +187,8 @@ def _expanded(path: str) -> str:
 
 class _PathParser(flags.ArgumentParser):
     def parse(self, path: str) -> str:
+        if not path:  # `--workdir=$FOLDER` where FOLDER is not set; as a path it would be the folder one stands in
+            raise ValueError("is empty; name a path")
         return _expanded(path)
 
 

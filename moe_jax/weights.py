@@ -135,7 +135,8 @@ def _in_dtype_of(want: jax.ShapeDtypeStruct, have: Any) -> jax.ShapeDtypeStruct:
 def check_same_model(cfg: config.RunConfig) -> list[str]:
     """That the weights of `cfg.init_from` are of the model `cfg.model`: from its config.json, before compilation.
 
-    Returns lines about what may differ (how the model is computed, the dtype its weights are in).
+    Returns lines about what may differ: how the model is computed, the dtype its weights are in, fields that say the
+    same function otherwise (`config.plain`).
     Raises ConfigError for what is no run directory, CheckpointError with the fields that make it another model.
     """
     path = Path(cfg.init_from).expanduser()
@@ -151,9 +152,14 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
         if new[name] != old[name]
     }
     refused = [line for name, line in lines.items() if not config.is_machine(name)]
-    if refused:
+    if refused and not _same_function(cfg.model, load_config(path).model):
         raise CheckpointError(f"config.init_from={cfg.init_from!r} has another model ({'; '.join(refused[:5])})")
     return list(lines.values())
+
+
+def _same_function(a: config.ModelConfig, b: config.ModelConfig) -> bool:
+    one, other = (_fields({"model": config.to_dict(config.plain(x))}) for x in (a, b))
+    return not any(one[name] != other[name] for name in one if not config.is_machine(name))
 
 
 def _fields(values: Any, name: str = "") -> dict[str, Any]:

@@ -124,7 +124,7 @@ def write_files(root: Path) -> None:
         "no_sources": "config.data.sources = {}",
         "bug": "config.optim.lr = 1 / 0",
         "no_platform": "import jax; jax.config.update('jax_platforms', 'cup')",  # as JAX_PLATFORMS=cup
-        "no_plugin": "import jax; jax.config.update('jax_platforms', 'cuda')",
+        "no_plugin": "import jax; jax.config.update('jax_platforms', 'rocm')",
     }
     for name, edit in edits.items():
         text = GOOD.replace("@EDIT", edit).replace("@", str(root))
@@ -338,7 +338,7 @@ OTHER = {
     "train.py --config={d}/configs/good.py --workdir={d}/a_file/run": ["/a_file/run: cannot be made"],
     "train.py --config={d}/configs/good.py --workdir={d}/" + 300 * "n": ["/nnnnnn", "File name too long"],
     "train.py --config={d}/configs/no_platform.py --workdir={d}/runs/x": ["JAX_PLATFORMS='cup': JAX has no", "'cpu'"],
-    "train.py --config={d}/configs/no_plugin.py --workdir={d}/runs/x": ["JAX_PLATFORMS='cuda': JAX has no", "'cpu'"],
+    "train.py --config={d}/configs/no_plugin.py --workdir={d}/runs/x": ["JAX_PLATFORMS='rocm': JAX has no", "'cpu'"],
     "train.py --config={d}/configs/good.py --workdir=/proc/run": ["--workdir=/proc/run: cannot be made"],
     "train.py --config={d}/configs/good.py --workdir={d}/broken_run": ["/config.json is not valid JSON"],
     # eval.py

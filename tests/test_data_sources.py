@@ -185,23 +185,6 @@ def test_text_that_is_not_unicode_can_be_encoded(tmp_path):
     assert document["text"] == "lone ? surrogate" and documents.as_text(b"a\xffb") == "a\ufffdb"
 
 
-def test_the_split_is_disjoint_stable_and_of_the_right_size(tmp_path):
-    texts = [f"document {i % 1500}" for i in range(2000)]  # some twice
-    write(tmp_path / "a.jsonl", texts)
-    split = lambda path, part: {
-        d["text"]
-        for d in files.FilesSource(
-            "s", SourceConfig(kind="files", path=path, validation_fraction=0.1)
-        ).documents(part)
-    }  # fmt: skip
-    train, validation = (split(str(tmp_path / "a.jsonl"), s) for s in sources.SPLITS)
-    assert not train & validation and train | validation == set(texts)
-    assert 0.07 < len(validation) / 1500 < 0.13
-    write(tmp_path / "b.csv", [f"new {i}" for i in range(300)] + texts[::-1])
-    assert split(str(tmp_path / "b.csv"), "validation") >= validation
-    assert not split(str(tmp_path / "b.csv"), "train") & validation
-
-
 def test_the_store_follows_data_and_tokenizer(tmp_path, bpe):
     path = tmp_path / "a.txt"
     path.write_text("one", encoding="utf-8")

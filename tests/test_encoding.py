@@ -9,8 +9,8 @@ import pytest
 REPO = Path(__file__).parents[1]
 SOURCES = [p for p in sorted(REPO.rglob("*")) if p.suffix in (".py", ".ipynb") and not {"runs", ".git"} & {*p.parts}]
 # Of a call, by the name called: the place of its mode among positional arguments, and of its encoding.
-CALLS = {"open": (1, 3), "fdopen": (1, 3), "read_text": (None, 0), "write_text": (None, 1)}
-METHODS = {"open": (0, 2)} | {name: CALLS[name] for name in ("read_text", "write_text")}  # of a Path
+CALLS = {"open": (1, 3), "fdopen": (1, 3)}
+METHODS = {"open": (0, 2), "read_text": (None, 0), "write_text": (None, 1)}  # of a Path
 MODULES = {"os", "io", "gzip", "bz2", "lzma", "codecs", "tarfile", "zipfile", "tokenize", "webbrowser", "Image"}
 SUBPROCESS = {"run", "Popen", "check_output", "getoutput"}
 
@@ -61,7 +61,7 @@ def lacks_encoding(call: ast.Call) -> bool:
 def strings(tree: ast.AST) -> list[str]:
     """Programs that a test keeps in a string."""
     texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    return [s for s in texts if any(f"{name}(" in s for name in CALLS) and "\n" in s and is_program(s)]
+    return [s for s in texts if any(f"{name}(" in s for name in CALLS | METHODS) and "\n" in s and is_program(s)]
 
 
 def found(source: str, where: str) -> list[str]:

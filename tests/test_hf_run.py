@@ -32,7 +32,7 @@ def get_config(run):
 
 @pytest.mark.slow
 def test_evaluate_train_and_export(tmp_path):
-    write_text(tmp_path, encoding="utf-8")
+    write_text(tmp_path)
     write(tmp_path / "in")
     train_bpe([p.read_text(encoding="utf-8") for p in (tmp_path / "prose").iterdir()], 290).save(tmp_path / "in")
     run_module("import", f"--from={tmp_path / 'in'}", f"--workdir={tmp_path / 'run'}")

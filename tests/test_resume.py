@@ -36,7 +36,7 @@ def write_text(root: Path) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     made = tmp_path_factory.mktemp("resume")
-    write_text(made, encoding="utf-8")
+    write_text(made)
     return made
 
 
@@ -214,7 +214,7 @@ def final_state(root: Path, name: str) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     root = tmp_path_factory.mktemp("killed")
-    write_text(root, encoding="utf-8")
+    write_text(root)
     finish(root, "straight")
     return root
 

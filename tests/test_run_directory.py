@@ -80,7 +80,7 @@ def test_the_dump_of_a_corrected_start_is_its_own(tmp_path):
 @pytest.mark.slow
 def test_failed_corrected_moved_and_opened_from_elsewhere(tmp_path, external):
     """The whole story, in a folder whose name libraries take for a pattern."""
-    write_text(tmp_path, encoding="utf-8")
+    write_text(tmp_path)
     text = (
         CONFIG.replace("@", str(tmp_path)).replace("steps=6", "steps=2").replace("checkpoint_every=4", "max_skipped=1")
     )

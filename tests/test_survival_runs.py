@@ -59,7 +59,7 @@ runpy.run_path("train.py", run_name="__main__")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     made = tmp_path_factory.mktemp("survival")
-    write_text(made, encoding="utf-8")
+    write_text(made)
     (made / "config.py").write_text(CONFIG.replace("@", str(made)), encoding="utf-8")
     return made
 

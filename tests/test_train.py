@@ -175,7 +175,7 @@ def check_longer(root: Path) -> None:
 
 @pytest.mark.slow
 def test_one_device(tmp_path):
-    write_text(tmp_path, encoding="utf-8")
+    write_text(tmp_path)
     train_twice(tmp_path, devices=1)
     check_evaluation(tmp_path, devices=1)
     check_longer(tmp_path)
@@ -184,7 +184,7 @@ def test_one_device(tmp_path):
 @pytest.mark.slow
 def test_eight_devices(tmp_path):
     """A mesh with all three axes, micro-batches and reader processes; evaluation on another number of devices."""
-    write_text(tmp_path, encoding="utf-8")
+    write_text(tmp_path)
     flags = ["data.num_workers=2", "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", "train.micro_batches=2"]
     train_twice(tmp_path, *(f"--config.{f}" for f in [*flags, "train.tensorboard=false"]), devices=8)
     check_evaluation(tmp_path, devices=4)
@@ -193,7 +193,7 @@ def test_eight_devices(tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """2 processes × 4 devices give the numbers of 1 × 8: training, evaluation and the sample."""
-    write_text(tmp_path, encoding="utf-8")
+    write_text(tmp_path)
     names = ["model.compute_dtype=float32", "optim.newton_schulz_dtype=float32", "train.tensorboard=false",
              "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"]  # fmt: skip
     flags = [f"--config={tmp_path / 'config.py'}", *(f"--config.{name}" for name in names)]

@@ -128,6 +128,16 @@ def test_init_from_compares_the_models_before_compilation(saved):
         weights.check_same_model(dataclasses.replace(cfg, init_from=f"{saved}2"))
 
 
+def test_init_from_takes_the_same_function_in_other_words(saved):
+    """As export does: all groups are one group, and the width of dense layers that are not there says nothing."""
+    moe = dataclasses.replace(MODEL.moe, num_groups=2, top_groups=2)
+    other = dataclasses.replace(MODEL, moe=moe, d_ff=MODEL.d_ff + 8)
+    lines = weights.check_same_model(dataclasses.replace(CFG, init_from=str(saved), model=other))
+    assert {line.split(":")[0].removeprefix("config.model.") for line in lines} == {
+        "d_ff", "moe.num_groups", "moe.top_groups",
+    }  # fmt: skip
+
+
 def test_state_from_weights_is_fresh_but_for_them(saved):
     mesh = mesh_of(2, 2, 2)
     params, bias, _ = weights.load_weights(saved, *step.abstract_weights(MODEL, mesh))

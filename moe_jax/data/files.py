@@ -74,6 +74,13 @@ class FilesSource:
             rule = f"is about .txt files, and {self.files[0].name} is none: each of its rows is a document"
             raise self._error("documents", rule, "nearest valid: 'auto'")
 
+    def cutting(self, path: str) -> tuple:
+        """What decides which documents come out of a file; "auto" goes by all files of a source."""
+        if extension(Path(path)) != ".txt":
+            return (self.cfg.text_field,)
+        auto = sorted(map(os.path.realpath, self.files)) if self.cfg.documents == "auto" else []
+        return self.cfg.documents, self.cfg.separator, *auto
+
     def contents(self) -> list[str]:
         """The hash of every file."""
         if not self._contents:

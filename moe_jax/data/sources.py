@@ -220,11 +220,32 @@ def check_sources(cfg: DataConfig, workdir: str | Path | None = None) -> None:
     Raises: ConfigError naming the field and the nearest valid choice.
     """
     check_cache(cfg)
-    for name, source in cfg.sources.items():
-        open_source(name, source, cache_folder(cfg))
+    sources = {name: open_source(name, source, cache_folder(cfg)) for name, source in cfg.sources.items()}
+    _check_no_text_is_on_both_sides([s for s in sources.values() if isinstance(s, FilesSource)])
     path = os.path.expanduser(cfg.tokenizer.path)
     external = cfg.tokenizer.kind in ("huggingface", "sentencepiece") and not own_file(cfg.tokenizer, workdir)
     if external and not os.path.isfile(path):
         folder = Path(path).parent
         inside = [p.as_posix() for p in folder.iterdir() if p.suffix in (".json", ".model")] if folder.is_dir() else []
         raise ConfigError("data.tokenizer.path", cfg.tokenizer.path, "is not a file", nearest(path, inside))
+
+
+def _check_no_text_is_on_both_sides(sources: Sequence[FilesSource]) -> None:
+    """What one source holds out, another may not train on: a file of both has to be split alike in both."""
+    seen: dict[str, FilesSource] = {}
+    for source in sources:
+        for path in map(os.path.realpath, source.files):
+            other = seen.setdefault(path, source)
+            pairs = ((source.cfg, other.cfg), (other.cfg, source.cfg))
+            if other is source or not any(a.weight > 0 and b.validation_fraction > 0 for a, b in pairs):
+                continue
+            field, cfg, where = f"data.sources.{source.name}", source.cfg, f"data.sources.{other.name}"
+            why = "held-out text would be trained on"
+            if cfg.validation_fraction != other.cfg.validation_fraction:
+                rule = f"is not that of {where}, though both read {path}: {why}"
+                hint = f"nearest valid: {other.cfg.validation_fraction}"
+                raise ConfigError(f"{field}.validation_fraction", cfg.validation_fraction, rule, hint)
+            if source.cutting(path) != other.cutting(path):
+                same = other.cfg.documents if other.cfg.documents != "auto" else "file"
+                rule = f"cuts {path} in other places than {where}: {why}"
+                raise ConfigError(f"{field}.documents", cfg.documents, rule, f"nearest valid: {same!r} in both")

@@ -46,8 +46,8 @@ VALUES = {
 ROUNDS = flags.DEFINE_integer("rounds", 3, "times that every value has its turn", 1)
 STEPS = flags.DEFINE_integer("steps", 5, "steps of a turn", 1)
 PIECES = flags.DEFINE_bool("pieces", False, "time forward and backward without the optimizer, too")
-ROWS = cli.define_path("rows", "", "file that rows are appended to, one JSON object each")
-FIGURE = cli.define_path("figure", "", "figure of all rows of --rows")
+ROWS = cli.define_path("rows", None, "file that rows are appended to, one JSON object each")
+FIGURE = cli.define_path("figure", None, "figure of all rows of --rows")
 
 DEFAULTS = {
     "cpu": {"experts": (4, 8, 16), "top_k": (1, 2, 4), "length": (64, 128, 256)},

@@ -26,7 +26,7 @@ from moe_jax.moe import TokenInfo
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "", "compile for the first chip of a TPU topology that need not be here")
 POLICY = flags.DEFINE_multi_string("policy", list(remat.POLICIES), "policies to compare")
-HLO = cli.define_path("hlo", "", "write the compiled programs to this folder")
+HLO = cli.define_path("hlo", None, "write the compiled programs to this folder")
 
 
 def mesh_of(cfg: config.RunConfig) -> jax.sharding.Mesh:

@@ -33,7 +33,7 @@ STEPS = flags.DEFINE_integer("steps", 10, "timed steps", 1)
 WARMUP = flags.DEFINE_integer("warmup", 4, "steps before the clock starts, compilation included", 1)
 TEXT = flags.DEFINE_bool("text", False, "the config's training text instead of random tokens")
 SETTLE = flags.DEFINE_integer("settle", 0, "training steps before all others", 0)
-TOKENS_TO = cli.define_path("tokens_to", "", "with --text: .npy file for the tokens of one batch, [B, S]")
+TOKENS_TO = cli.define_path("tokens_to", None, "with --text: .npy file for the tokens of one batch, [B, S]")
 LOADS = flags.DEFINE_list("loads", [], "own, or maximum load over mean")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "with --loads: times that every load has its turn", 1)
 

@@ -1,9 +1,15 @@
 """Muon in float64 NumPy, one matrix after the other on one device: the oracle of tests/test_muon*.py."""
 
+import functools
+
+import jax
 import numpy as np
+import optax
 
 from moe_jax.newton_schulz import SETS, orthogonalize_reference
 from moe_jax.spread import Matrices
+
+SHAPES = [(24, 24), (16, 40), (40, 16)]
 
 
 def gaussian(shape, seed=0) -> np.ndarray:
@@ -42,3 +48,24 @@ def directions(grads, where: Matrices, momentum=0.95, nesterov=True, coefficient
 def error(got, want) -> float:
     """‖got − want‖_F / ‖want‖_F, of a whole leaf."""
     return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
+
+
+def trajectory(tx, params, grads):
+    """Parameters after each step."""
+
+    @jax.jit
+    def step(params, state, g):
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, out = tx.init(params), []
+    for g in grads:
+        params, state = step(params, state, g)
+        out.append(params)
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def updates(tx, params, grads):
+    """Of every step, at the same parameters."""
+    return jax.lax.scan(lambda state, g: tx.update(g, state, params)[::-1], tx.init(params), grads)[1]

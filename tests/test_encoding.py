@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,15 @@ def test_every_text_file_is_opened_as_utf_8():
     assert len(SOURCES) > 150
     bad = [line for path in SOURCES for code in programs(path) for line in found(code, str(path.relative_to(REPO)))]
     assert not bad, "without encoding=: " + ", ".join(bad)
+
+
+def test_every_command_replaces_what_it_cannot_print():
+    files = [
+        p for folder in ("", "benchmarks", "experiments", "moe_jax/*") for p in REPO.glob(f"{folder}/*.py".strip("/"))
+    ]
+    sources = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    commands = {name: text for name, text in sources.items() if '\nif __name__ == "__main__":' in text}
+    careful = re.compile(
+        r"cli\.run\(main\)|log\.replace_unprintable\(\)|sys\.stdout\.reconfigure\(errors=\"replace\"\)"
+    )
+    assert len(commands) > 25 and not [name for name, text in commands.items() if not careful.search(text)]

@@ -343,7 +343,9 @@ def test_ctrl_c_and_a_closed_terminal_lose_no_step(monkeypatch, capfd):
     monkeypatch.setattr(signal, "raise_signal", lambda n: as_others.append((n, signal.getsignal(n))))
     ended = [(signal.SIGINT, signal.SIG_DFL)]
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        # The tests themselves may run under nohup, or in the background of a script.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, twice, ends in (
             (signal.SIGINT, KeyboardInterrupt, ended),
             (signal.SIGHUP, survive.Stopped, []),
@@ -358,14 +360,14 @@ def test_ctrl_c_and_a_closed_terminal_lose_no_step(monkeypatch, capfd):
                 raise survive.Stopped  # as train.py does once the step is saved
             assert as_others == 2 * ends
             as_others.clear()
-            signal.signal(signal.SIGINT, before[0])
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         assert "Ctrl-C again" in capfd.readouterr().err
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
         with survive.Preemption(several=False):
             send(signal.SIGHUP)
     finally:
-        signal.signal(signal.SIGHUP, before[1])
-        signal.signal(signal.SIGTERM, term)
+        for number, handler in zip((signal.SIGINT, signal.SIGHUP, signal.SIGTERM), (*before, term), strict=True):
+            signal.signal(number, handler)
     assert handlers() == before
 
 

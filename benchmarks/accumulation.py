@@ -11,9 +11,8 @@ CPU cores.
 
 import jax
 import numpy as np
-from absl import app
 
-from moe_jax import config, log, sharding, step
+from moe_jax import cli, config, sharding, step
 
 DOMAINS, WORDS, SEQUENCES, S = 8, 32, 16, 128  # SEQUENCES of S tokens make a micro-batch
 
@@ -78,5 +77,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
-    app.run(main)
+    cli.run(main)

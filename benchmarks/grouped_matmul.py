@@ -16,9 +16,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from moe_jax import log
+from moe_jax import cli
 from moe_jax.kernels import choose_backend, grouped_matmul, grouped_matmuls
 from moe_jax.kernels.grouped_matmul import BACKENDS as KNOWN
 
@@ -152,5 +152,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
-    app.run(main)
+    cli.run(main)

@@ -16,10 +16,10 @@ import statistics
 from typing import NamedTuple
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from benchmarks.rows import milliseconds, moe_layer, seconds, steer, where
-from moe_jax import config, log, metrics, sharding, step
+from moe_jax import cli, config, metrics, sharding, step
 
 LOADS = flags.DEFINE_list("loads", ["own", "1", "1.5", "2", "4"], "own, or maximum load over mean")
 SMALL = flags.DEFINE_bool("small", False, "a shape for a CPU")
@@ -109,5 +109,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
-    app.run(main)
+    cli.run(main)

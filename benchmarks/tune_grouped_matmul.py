@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.grouped_matmul import CALLS, SHAPES, draw_sizes
-from moe_jax import cli, log
+from moe_jax import cli
 from moe_jax.kernels import hopper
 
 CHOSEN = flags.DEFINE_list("shapes", ["x".join(map(str, s)) for s in SHAPES], "experts x d_model x d_expert x rows")
@@ -106,5 +106,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
-    app.run(main)
+    cli.run(main)

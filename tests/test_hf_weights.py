@@ -64,6 +64,7 @@ FOUND = {
 
 @pytest.mark.parametrize("what", FOUND)
 def test_the_weights_are_those_that_transformers_loads(tmp_path, what):
+    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     make, line = FOUND[what]
     make(tmp_path / "in")

@@ -27,6 +27,7 @@ from moe_jax import (
     step,
     weights,
 )
+from moe_jax.errors import UserError
 
 WORKDIR = cli.define_path("workdir", None, "run directory of train.py", required=True)
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
@@ -38,10 +39,10 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes 
 
 def main(argv):
     if argv[1:]:
-        raise cli.UserError(f"unexpected argument {argv[1]!r}; options start with --")
+        raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     workdir = Path(WORKDIR.value)
     if not workdir.is_dir():
-        raise cli.UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
+        raise UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
     cfg = config_file.load_config(workdir)
     cli.check_writable(workdir)
     cli.keep_compiled(data.cache_folder() / "compiled")  # code: never from where a run directory says

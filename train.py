@@ -15,6 +15,7 @@ from absl import flags
 from moe_jax import (
     changes,
     checkpoint,
+    chips,
     cli,
     compile_only,
     config,
@@ -34,6 +35,7 @@ from moe_jax import (
     survive,
     weights,
 )
+from moe_jax.errors import Stopped, UserError
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "run directory; made if missing, resumed if not")
@@ -48,11 +50,11 @@ REPLAY = cli.define_path("replay", None, "take the step of a dump again, and not
 
 def main(argv):
     if argv[1:]:
-        raise cli.UserError(f"unexpected argument {argv[1]!r}; options start with --")
+        raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     if WORKDIR.value is None and not COMPILE_ONLY.value:
-        raise cli.UserError("--workdir is needed, for example --workdir=runs/a")
+        raise UserError("--workdir is needed, for example --workdir=runs/a")
     if CONFIG.value is None:
-        raise cli.UserError("--config is needed, for example --config=configs/quickstart.py")
+        raise UserError("--config is needed, for example --config=configs/quickstart.py")
 
     with survive.Preemption(DISTRIBUTED.value) as preemption:
         train(preemption)
@@ -100,7 +102,7 @@ def train(preemption: survive.Preemption):
     # --- model --------------------------------------------------------------------------------------------------------
     counts = model.count_parameters(cfg.model)
     flops = model.flops_per_token(cfg.model, cfg.data.seq_len)
-    peak, peak_source = metrics.peak_flops(device)
+    peak, peak_source = chips.peak_flops(device)
     say(f"devices: {mesh.size} × {device.device_kind}, mesh {dict(mesh.shape)}")
     say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
     say(f"parameters: {counts.total:,} total, {counts.active:,} active; {flops / 1e6:.2f} MFLOP a token")
@@ -189,7 +191,7 @@ def train(preemption: survive.Preemption):
         preemption.begin()
         if due(start) and held_out(start) is None:  # the run ended between a checkpoint and its evaluation: now again
             survive.say_stopped(start)  # a step from here, and the evaluation would never be made up for
-            raise survive.Stopped
+            raise Stopped
         for n in range(start + 1, steps + 1):
             rows, limits = next(batches), watch.limits(n)
             state, aux = train_step(state, step.put_batch(rows, mesh, cfg), limits)
@@ -214,7 +216,7 @@ def train(preemption: survive.Preemption):
                     checkpoints.save(n, state, saved | {"watch": watch.state()}, wait=stop)
             if stop:
                 survive.say_stopped(n)
-                raise survive.Stopped
+                raise Stopped
         batches.close()
         progress.close()
         checkpoints.wait()
@@ -223,7 +225,7 @@ def train(preemption: survive.Preemption):
         # --- the end: held-out text, and a sample ---------------------------------------------------------------------
         result = held_out(steps)
         if result is None:
-            raise survive.Stopped
+            raise Stopped
 
     def keep(file, text):
         """Each result is in its file as soon as it is there, and all of them before any is printed, which may fail."""

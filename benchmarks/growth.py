@@ -34,6 +34,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from benchmarks.rows import milliseconds, random_rows, seconds, training_step, where
 from moe_jax import cli, config, metrics, model, optim, sharding, step
 from moe_jax.analysis import INK, QUIET
+from moe_jax.errors import UserError
 from moe_jax.figures import GRID
 
 CONFIG = cli.define_config()
@@ -258,7 +259,7 @@ def main(_):
     found = []
     for part in PARTS.value:
         if part not in VALUES:
-            raise cli.UserError(f"--parts={part}: must be among {', '.join(VALUES)}")
+            raise UserError(f"--parts={part}: must be among {', '.join(VALUES)}")
         values = [int(v) for v in VALUES[part].value] or DEFAULTS["cpu" if small else "gpu"][part]
         made = measure(part, values, small, rate)
         found += made

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.rows import random_rows, seconds
 from moe_jax import cli, config, model, newton_schulz, optim, sharding, step
+from moe_jax.tree import path_of
 
 CONFIG = cli.define_config()
 ROUNDS = flags.DEFINE_integer("rounds", 3, "times that every variant has its turn", 1)
@@ -128,10 +129,10 @@ class Bench:
         """Under Auto axes, parameters and moments are kept sharded by hand, each moment like its parameter."""
         if self.variant.explicit:
             return tree
-        known = {optim.path_of(path): place for path, place in jax.tree_util.tree_leaves_with_path(self._shardings)}
+        known = {path_of(path): place for path, place in jax.tree_util.tree_leaves_with_path(self._shardings)}
 
         def keep(path, x):
-            name = "/" + optim.path_of(path)
+            name = "/" + path_of(path)
             place = next((place for key, place in known.items() if x.ndim and name.endswith(f"/{key}")), None)
             return jax.lax.with_sharding_constraint(x, place or jax.sharding.NamedSharding(self.mesh, P()))
 

@@ -26,7 +26,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks.rows import milliseconds, random_rows, steer, where
-from moe_jax import cli, config, data, metrics, model, sharding, step
+from moe_jax import chips, cli, config, data, metrics, model, sharding, step
+from moe_jax.errors import UserError
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "timed steps", 1)
@@ -40,7 +41,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "with --loads: times that every load 
 
 def build() -> config.RunConfig:
     if TOKENS_TO.value and not TEXT.value:
-        raise cli.UserError(f"--tokens_to={TOKENS_TO.value}: needs --text")
+        raise UserError(f"--tokens_to={TOKENS_TO.value}: needs --text")
     if not LOADS.value:
         return config.build(CONFIG.value)
     c = CONFIG.value.copy_and_resolve_references()
@@ -101,7 +102,7 @@ def main(_):
 
     tokens = cfg.data.batch_size * cfg.data.seq_len
     flops = model.flops_per_token(cfg.model, cfg.data.seq_len) * tokens
-    peak, source = metrics.peak_flops(device)
+    peak, source = chips.peak_flops(device)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
     for load, taken in turns.items():
         aux, seconds = last[load], statistics.median(taken)

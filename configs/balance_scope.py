@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow.parquet
 
 from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError
 
 STEPS, BATCH, SEQ_LEN = 900, 256, 512
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".parquet", ".gz")
@@ -48,12 +49,12 @@ def find_domains(folder: Path) -> dict[str, tuple[str, int]]:
         if size:
             name = entry.name.split(".")[0]
             if name in found:
-                raise config_lib.ConfigError("data.sources", str(folder), f"has domain {name!r} twice")
+                raise ConfigError("data.sources", str(folder), f"has domain {name!r} twice")
             found[name] = (str(entry) if entry.is_file() else f"{entry}/*", size)
     if not found:
         rule = f"holds no file of {' '.join(EXTENSIONS)}" if folder.is_dir() else "is not a folder"
         hint = "name one after the config file's colon; `python -m experiments.multi_domain_text FOLDER` makes it"
-        raise config_lib.ConfigError("data.sources", str(folder), rule, hint)
+        raise ConfigError("data.sources", str(folder), rule, hint)
     return found
 
 

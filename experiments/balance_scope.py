@@ -19,7 +19,7 @@ import jax
 
 from experiments import balance_report, pool
 from experiments.pool import Run
-from moe_jax import log
+from moe_jax import terminal
 
 CONFIG = "configs/balance_scope.py"
 
@@ -111,5 +111,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
+    terminal.replace_unprintable()
     sys.exit(main())

@@ -31,7 +31,7 @@ import jax
 from experiments import muon_figures, muon_report, pool
 from experiments.muon_report import Finished
 from experiments.pool import Job, Run
-from moe_jax import log
+from moe_jax import terminal
 from moe_jax.cli import expanded
 from moe_jax.log import read_eval
 
@@ -251,5 +251,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
+    terminal.replace_unprintable()
     sys.exit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_jax import analysis, checkpoint, config, config_file, data, log, sharding, step
+from moe_jax import analysis, checkpoint, config, config_file, data, sharding, step, terminal
 
 ENTROPY = ("attention", "expert", "router")  # kinds whose name begins so
 
@@ -49,5 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
+    terminal.replace_unprintable()
     main()

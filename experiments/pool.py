@@ -22,6 +22,7 @@ from tqdm import tqdm
 from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.cli import GPU_SHARE, expanded
+from moe_jax.errors import ConfigError
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -76,7 +77,7 @@ def load_config(config: str, folder: str, overrides: dict[str, Any]) -> config_l
         *groups, field = name.split(".")
         holder = functools.reduce(lambda held, group: held.get(group, {}), groups, made)
         if field not in holder:
-            raise config_lib.ConfigError(name, value, "is not a field")
+            raise ConfigError(name, value, "is not a field")
         kind = type(holder[field])
         holder[field] = str(value).lower() == "true" if kind is bool else kind(value)
     return config_lib.build(made)

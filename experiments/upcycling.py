@@ -24,7 +24,7 @@ import jax
 from experiments import pool, upcycling_report
 from experiments.pool import Job, Run
 from experiments.upcycling_report import Finished
-from moe_jax import log
+from moe_jax import terminal
 from moe_jax.cli import expanded
 
 CONFIG = "configs/continued.py"
@@ -167,5 +167,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
+    terminal.replace_unprintable()
     sys.exit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from experiments.upcycling_report import costs
-from moe_jax import analysis, checkpoint, config, config_file, data, evaluate, log, sharding, step, weights
+from moe_jax import analysis, checkpoint, config, config_file, data, evaluate, sharding, step, terminal, weights
 from moe_jax.config import RunConfig
 
 
@@ -59,5 +59,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    log.replace_unprintable()
+    terminal.replace_unprintable()
     main()

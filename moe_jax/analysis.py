@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.config import FileError
-from moe_jax.optim import path_of
+from moe_jax.errors import FileError
 from moe_jax.routing import ChoiceSums, RouterStats
+from moe_jax.tree import path_of
 
 INK, QUIET = "#1f2430", "#8a90a0"  # of every figure, here and in experiments/
 HIGH = 1.5  # how many times the uniform frequency makes an expert a high-frequency one

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
+from moe_jax.chips import is_hopper
 from moe_jax.config import ModelConfig
-from moe_jax.kernels.common import is_hopper, varying_like
+from moe_jax.kernels.common import varying_like
 from moe_jax.remat import keep
 
 LANES = 128  # splash works on blocks of whole multiples of it

@@ -34,6 +34,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax import checksums, preserve
+from moe_jax.errors import CheckpointError
+from moe_jax.tree import flatten
 
 PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
 # Orbax lists folders with a glob of their whole path (etils' epath), and takes "gs:/" in it for a scheme. It would find
@@ -41,26 +43,12 @@ PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore
 _TAKEN_FOR_A_PATTERN = re.compile(r"[*?\[\\]|:/")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read as asked, in one line."""
-
-
 # --- the two items ---------------------------------------------------------------------------------------------------
-
-
-def _key(entry: Any) -> str:
-    """One step of a path, the same for an attribute, a dictionary key and an index (Orbax stores records as dicts)."""
-    return str(next(getattr(entry, field) for field in ("name", "key", "idx") if hasattr(entry, field)))
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
 
 
 def check_fits(abstract_state: Any, saved: Any, where: str) -> None:
     """Raises CheckpointError for the first leaf that the checkpoint does not have exactly so."""
-    want, have = _leaves(abstract_state), _leaves(saved)
+    want, have = flatten(abstract_state), flatten(saved)
     if "step" in want and "step" not in have:
         raise CheckpointError(
             f"{where} holds weights only: name its run directory in config.init_from, and another workdir"
@@ -219,7 +207,7 @@ class Checkpoints:
                 if self._response is None:
                     raise CheckpointError(f"{self.directory}: Orbax refused to save step {step}")
             self._at = self._saving = step
-            self._expected = {name: (leaf.shape, leaf.dtype) for name, leaf in _leaves(state).items()}
+            self._expected = {name: (leaf.shape, leaf.dtype) for name, leaf in flatten(state).items()}
             if jax.process_index() == 0:
                 self._sealer = checksums.Sealer(self.directory / str(step))
         if wait:
@@ -286,7 +274,7 @@ class Checkpoints:
             saved = self._orbax.checkpointables_metadata(step).metadata["state"]
         except Exception as e:
             raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e)}") from e
-        if not _leaves(saved):
+        if not flatten(saved):
             raise CheckpointError(f"{self.name(step)} cannot be read: a part of its files is missing")
         return step, saved
 
@@ -342,7 +330,7 @@ class Checkpoints:
         """A save counts when what was to be written is found. Else it is set aside, so that nothing resumes from it."""
         try:
             saved = ocp.checkpointables_metadata(self._path() / str(step)).metadata["state"]
-            found = {name: (leaf.shape, leaf.dtype) for name, leaf in _leaves(saved).items()}
+            found = {name: (leaf.shape, leaf.dtype) for name, leaf in flatten(saved).items()}
         except Exception as e:
             why = _first_line(e)
         else:

@@ -17,11 +17,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from moe_jax import log
-from moe_jax.checkpoint import CheckpointError
-from moe_jax.config import ConfigError, FileError
-from moe_jax.guard import BadNumbers
-from moe_jax.survive import Busy, outlive_readers
+from moe_jax import terminal
+from moe_jax.errors import ONE_LINE, ConfigError, UserError
 
 # What a value on the command line becomes, by the type of the field it replaces.
 _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
@@ -37,10 +34,6 @@ GPU_SHARE = 0.9  # of a GPU's memory for JAX, whose default is 0.75; the rest is
 
 
 flags.disclaim_key_flags()  # those that are defined here are the program's, whose --help lists them
-
-
-class UserError(Exception):
-    """A mistake of the user, in one line."""
 
 
 # --- the config file and its overrides -------------------------------------------------------------------------------
@@ -337,7 +330,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     def guarded(argv):
         try:
             main(argv)
-        except (ConfigError, FileError, CheckpointError, UserError, BadNumbers, Busy) as e:
+        except ONE_LINE as e:
             _stop(e)
         except OSError as e:
             if e.errno == errno.ENAMETOOLONG:
@@ -361,8 +354,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     if jax.config.jax_enable_x64:
         print("JAX_ENABLE_X64 is switched off: all of this computes in float32 and bfloat16", file=sys.stderr)
         jax.config.update("jax_enable_x64", False)
-    outlive_readers()
-    log.replace_unprintable()
+    terminal.outlive_readers()
+    terminal.replace_unprintable()
     use_whole_gpus()
     logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO
     app.run(guarded, flags_parser=_parse)

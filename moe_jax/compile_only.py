@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config, exchange, hlo, machines, metrics, model, optim, sharding, step
-from moe_jax.cli import GPU_SHARE, UserError
+from moe_jax import config, exchange, hlo, machines, model, optim, sharding, step
+from moe_jax.chips import peak_flops
+from moe_jax.cli import GPU_SHARE
+from moe_jax.errors import UserError
 
 # What JAX asks of the machine that it traces on, by its words.
 REFUSALS = {
@@ -153,7 +155,7 @@ def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
     moved = 2 * state + 2 * a * report.memory["parameters"] + 2 * weights * passes * a
     sent = bytes_sent(cfg, report).items()
     over = lambda network: sum(size for (kind, _), (_, size) in sent if (kind == hlo.NETWORK) == network)
-    peak, _ = metrics.peak_flops(machines.devices(report.topology)[0])
+    peak, _ = peak_flops(machines.devices(report.topology)[0])
     times = {"arithmetic": flops / peak, "memory": moved / memory_rate, "links": over(False) / link_rate}
     return times | ({"network": over(True) / network_rate} if over(True) else {})
 

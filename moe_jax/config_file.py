@@ -17,19 +17,14 @@ from typing import Any
 import jax
 
 from moe_jax import config
-from moe_jax.checkpoint import CheckpointError
+from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.tree import flatten_config
 
 NAME, HISTORY = "config.json", "config_history.jsonl"
 
 
 def _plain(cfg: config.RunConfig) -> dict:
     return json.loads(json.dumps(config.to_dict(cfg), allow_nan=False))
-
-
-def _flatten(value: Any, name: str = "") -> dict[str, Any]:
-    if not (isinstance(value, dict) and value):
-        return {name: value}
-    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{name}.{key}" if name else key).items()}
 
 
 def _write(path: Path, text: str) -> None:
@@ -75,9 +70,9 @@ def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> None:
 def differences(workdir: str | os.PathLike, cfg: config.RunConfig) -> dict[str, tuple[Any, Any]]:
     """Fields of `cfg` that differ from the run's, as (in the run, now); None for a field that one of them lacks."""
     old = config.complete(_read(Path(workdir) / NAME))
-    with contextlib.suppress(config.ConfigError):  # one that cannot be built is compared as it stands
+    with contextlib.suppress(ConfigError):  # one that cannot be built is compared as it stands
         old = _plain(config.build(old))
-    old, new = _flatten(old), _flatten(_plain(cfg))
+    old, new = flatten_config(old), flatten_config(_plain(cfg))
     names = [*old, *(name for name in new if name not in old)]
     return {n: (old.get(n), new.get(n)) for n in names if _shown(old, n) != _shown(new, n)}
 

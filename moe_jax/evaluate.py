@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from moe_jax import log, step
-from moe_jax.config import ConfigError, RunConfig
+from moe_jax.config import RunConfig
 from moe_jax.data import Corpus
+from moe_jax.errors import ConfigError
 from moe_jax.routing import ChoiceSums, RouterStats
 
 LN2 = math.log(2.0)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from moe_jax import config
+from moe_jax import chips
 from moe_jax.config import MoEConfig
 from moe_jax.experts import COMPUTE, ExpertWeights, permute
 from moe_jax.routing import Routing
@@ -251,7 +251,7 @@ def choose_exchange(
     name, why = cfg.exchange, "set in the config"
     if name == "auto":
         name, why = min(sent, key=sent.get), "sends less"
-        if platform != "tpu" or not config.has_ragged_exchange(device_kind):
+        if platform != "tpu" or not chips.has_ragged_exchange(device_kind):
             missing = {"cpu": "no ragged all-to-all on CPU", "tpu": "no ragged all-to-all on TPU v5e"}
             name, why = "ring", missing.get(platform, "faster on two H200s")
     elif platform == "cpu" and name == "all_to_all":

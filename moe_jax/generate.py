@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax import model, sharding
-from moe_jax.config import ConfigError, ModelConfig, RunConfig
+from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data import Tokenizer
 from moe_jax.data.documents import as_text
+from moe_jax.errors import ConfigError
 from moe_jax.layers import weight
 from moe_jax.moe import TokenInfo
 

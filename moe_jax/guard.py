@@ -19,12 +19,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.config import TrainConfig
+from moe_jax.errors import BadNumbers
 
 WATCHED = ("loss", "grad_norm")
-
-
-class BadNumbers(RuntimeError):
-    """A run that cannot go on, in one line."""
 
 
 class Skip(NamedTuple):

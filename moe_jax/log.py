@@ -16,15 +16,9 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_jax.config import ConfigError, FileError
+from moe_jax.errors import ConfigError, FileError
 
 # --- terminals -------------------------------------------------------------------------------------------------------
-
-
-def replace_unprintable() -> None:
-    """From now on stdout writes ? for a character that its encoding does not have, instead of ending the program."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none, and needs none
-        sys.stdout.reconfigure(errors="replace")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -8,31 +8,12 @@ import importlib.util
 import math
 import os
 import re
-from typing import NamedTuple
 
 import jax
 
-from moe_jax.cli import UserError
+from moe_jax.chips import GPUS, TPUS, Chip
+from moe_jax.errors import UserError
 
-
-class Chip(NamedTuple):
-    """By its data sheet. The peak of FLOPs is metrics.py's."""
-
-    memory: float  # bytes
-    memory_rate: float  # bytes/s
-    link_rate: float  # bytes/s that its links send
-    network_rate: float  # bytes/s to the data-centre network
-
-
-TPUS = {  # Google's pages on v5e, v5p and v6e
-    "v5e": Chip(16e9, 0.819e12, 200e9, 3.125e9),
-    "v5p": Chip(95e9, 2.765e12, 600e9, 6.25e9),
-    "v6e": Chip(32e9, 1.6e12, 400e9, 12.5e9),
-}
-GPUS = {  # NVIDIA's data sheets of the SXM5 boards; memory as CUDA counts it; no network: one host
-    "h100": Chip(84_929_347_584, 3.35e12, 450e9, math.inf),
-    "h200": Chip(150_121_545_728, 4.8e12, 450e9, math.inf),
-}
 CHIPS = TPUS | GPUS
 MOST_TPUS, MOST_GPUS = 256, 8  # of a slice; of a host
 QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",

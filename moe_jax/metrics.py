@@ -6,16 +6,12 @@ values that `OneBehind` fetched while the device was already computing the next 
 Axes: `L` layers, `G` balance groups, `E` experts, `K` experts per token.
 """
 
-import functools
-import math
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 # --- sums → scalars --------------------------------------------------------------------------------------------------
@@ -139,54 +135,6 @@ class Throughput:
             yield
         finally:
             self._start += time.perf_counter() - began
-
-
-# Dense peak of one JAX device in bf16 (V100 and T4 have no bf16: fp16), from the vendors' data sheets.
-_PEAKS = (
-    (r"^TPU v4$", 275e12),
-    (r"^TPU v5( lite|e)$", 197e12),
-    (r"^TPU v5p?$", 459e12),
-    (r"^TPU v6( lite|e)$", 918e12),
-    (r"^TPU7x$", 2307e12 / 2),  # 2307e12 a chip, and a chip is two devices (no megacore)
-    (r"\bH[12]00 NVL\b", 835e12),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\bG?H[12]00\b", 989.4e12),
-    (r"\bA100\b", 312e12),
-    (r"\bL4\b", 121e12),
-    (r"\bL40S\b", 362e12),
-    (r"\bV100\b", 125e12),
-    (r"\bRTX 4090$", 165e12),
-    (r"\bT4\b", 65e12),
-    (r"\bB200\b", 2250e12),
-)
-
-
-def peak_flops(device: jax.Device) -> tuple[float, str]:
-    """Peak FLOP/s of one device and where the number is from: "datasheet", or "measured" for a device not listed.
-
-    A slice of a GPU (MIG) is measured, since the data sheet describes the whole.
-    """
-    kind = device.device_kind
-    for pattern, peak in _PEAKS:
-        if re.search(pattern, kind, re.IGNORECASE) and "MIG" not in kind:
-            return peak, "datasheet"
-    return _measured_flops(device), "measured"
-
-
-@functools.cache
-def _measured_flops(device: jax.Device, seconds: float = 0.2) -> float:
-    """The best rate of a square matmul (float32 on a CPU, else bf16), in less than half a second."""
-    n, dtype = (1024, jnp.float32) if device.platform == "cpu" else (4096, jnp.bfloat16)
-    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("x",))):  # whatever mesh the caller has set
-        x = jax.device_put(np.ones((n, n), dtype), device)
-        matmul = jax.jit(lambda a: a @ a)
-        matmul(x).block_until_ready()
-        best, began = math.inf, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            start = time.perf_counter()
-            matmul(x).block_until_ready()
-            best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
 
 
 # --- from the device -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from moe_jax.mla import MLA
 from moe_jax.moe import MoE, RouterBias, TokenInfo
 from moe_jax.remat import POLICIES, keep
 from moe_jax.routing import Choices, RouterStats
+from moe_jax.tree import nest
 
 
 class Backends(NamedTuple):
@@ -208,19 +209,9 @@ def abstract(cfg: ModelConfig, backends: Backends = REFERENCE, num_groups: int =
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), backends, num_groups, record, max_logit))
     definition, params, _ = _split(model)
-    axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
+    axes = {"/".join(map(str, path)): v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     shapes = nnx.to_pure_dict(params)
-    return Graph(definition, _nest(axes), shapes)
-
-
-def _nest(flat: dict[tuple, Any]) -> dict:
-    out: dict = {}
-    for path, value in flat.items():
-        node = out
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return out
+    return Graph(definition, nest(axes), shapes)
 
 
 def init(cfg: ModelConfig, seed: Array) -> tuple[dict, dict]:

@@ -27,6 +27,7 @@ from jaxtyping import Array
 from moe_jax import newton_schulz
 from moe_jax.newton_schulz import Coefficients
 from moe_jax.spread import Group, Matrices, Rule, layout, one_matrix, placement
+from moe_jax.tree import path_of
 
 Number = float | Array  # traced or not
 # Defaults that can be called would be schedules to `optax.inject_hyperparams`: jnp.bfloat16 can, its dtype cannot.
@@ -254,7 +255,7 @@ def plan(
     chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
     mine, adamw_bytes, state_bytes, adamw_state_bytes, devices = {}, 0, 0, 0, 1
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_of(path)
         placed, where = placement(x), matrices(name, x)
         local = x.size // placed.parts(*placed.used)
         states = 2 if where is None else 1

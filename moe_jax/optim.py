@@ -11,6 +11,7 @@ import optax
 from moe_jax import muon, newton_schulz, sharding
 from moe_jax.config import OptimConfig
 from moe_jax.spread import Matrices
+from moe_jax.tree import path_of
 
 # First match wins; `label_params` refuses a parameter without a rule, and a rule without a parameter unless it is of a
 # part that the model does not have (`PARTS`).
@@ -34,11 +35,6 @@ GEOMETRY = (
     (r"(^|/)moe/w_(gate|up|down)$", "layers experts in out"),
     (r"(^|/)(mlp|shared)/w_(gate|up|down)$", "layers in out"),
 )
-
-
-def path_of(path: tuple) -> str:
-    """`layers/moe/w_gate` for a key path of jax.tree_util: the one spelling of a parameter's name."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def label_params(params: Any) -> Any:

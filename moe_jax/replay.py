@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 
 from moe_jax import checkpoint, config_file, guard, step
 from moe_jax.config import RunConfig
+from moe_jax.errors import BadNumbers, CheckpointError
+from moe_jax.tree import path_of
 
 
 def dump(
@@ -54,7 +56,7 @@ def _free(folder: Path, cfg: RunConfig) -> Path:
 def give_up(workdir: Path, cfg: RunConfig, state, rows, skip: guard.Skip, limits) -> None:
     """Dumps the step and raises BadNumbers, which says so."""
     folder = dump(workdir, cfg, state, rows, skip, limits)
-    raise guard.BadNumbers(
+    raise BadNumbers(
         f"step {skip.step}: {cfg.train.max_skipped} steps in a row were skipped (train.max_skipped), the last as "
         f"{skip.reason}; add --replay={folder} to the command to take it again; checkpoints are from before"
     )
@@ -63,7 +65,7 @@ def give_up(workdir: Path, cfg: RunConfig, state, rows, skip: guard.Skip, limits
 def _rows(folder: Path, wanted: list[int]) -> dict[str, np.ndarray]:
     parts = [np.load(path) for path in sorted(folder.glob("batch_*.npz"))]
     if not parts:
-        raise checkpoint.CheckpointError(f"{folder} has no batch_0.npz: not a dump; see dumps/ of a run directory")
+        raise CheckpointError(f"{folder} has no batch_0.npz: not a dump; see dumps/ of a run directory")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
     _, first = np.unique(whole["sequence_ids"], return_index=True)  # a row may have been fed by several processes
     return {name: values[first][wanted] for name, values in whole.items()}
@@ -94,7 +96,7 @@ def replay(cfg: RunConfig, mesh: Mesh, folder: Path) -> str:
             lines.append(f"  batch {name}: {bad.sum()} of {values.size} not finite, in sequences {sequences}")
     for path, count in jax.tree_util.tree_leaves_with_path(broken):
         if count:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_of(path)
             lines.append(f"  {name}: {int(count)} not finite")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from moe_jax import newton_schulz
+from moe_jax.tree import path_of
 
 # FLOPs worth as much as sending a byte, for groups with fewer matrices than devices: 100 TFLOP/s beside 100 GB/s. By
 # their data sheets, TPU v5p and H200 are at 800 to 20,000, so that rather less work is repeated than would pay.
@@ -280,7 +281,7 @@ def layout(tree: Any, matrices: Rule) -> list[Group]:
     """The groups of all leaves of `tree`: arrays, traced or not, or ShapeDtypeStructs with a NamedSharding."""
     groups: dict[tuple, list[Leaf]] = {}
     for index, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_of(path)
         leaf = make_leaf(index, name, x, matrices(name, x))
         groups.setdefault(leaf.key, []).append(leaf)
     return [Group(tuple(leaves)) for leaves in groups.values()]

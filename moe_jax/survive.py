@@ -1,9 +1,7 @@
 """What keeps a run whole from outside: one owner of its directory, an end at a step when it is told to stop, and no end
 when nobody reads what it prints."""
 
-import errno
 import fcntl
-import io
 import os
 import signal
 import socket
@@ -16,18 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_jax.errors import Busy, Stopped
+
 Result = TypeVar("Result")
-
-
-class Stopped(SystemExit):
-    """Ends the program with exit status 0: it was told to stop, and nothing is lost."""
-
-    def __init__(self):
-        super().__init__(0)
-
-
-class Busy(RuntimeError):
-    """Another process owns the run directory; in one line."""
 
 
 # --- the owner -------------------------------------------------------------------------------------------------------
@@ -161,31 +150,3 @@ class Preemption:
 
 def say_stopped(step: int) -> None:
     print(f"stopped after step {step}, which is saved; the same command goes on", file=sys.stderr, flush=True)
-
-
-# --- nobody reads ----------------------------------------------------------------------------------------------------
-
-
-class _Outliving(io.FileIO):
-    """A file descriptor that turns into /dev/null when the pipe or terminal behind it is gone."""
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.EIO):
-                raise
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.fileno())
-        os.close(null)
-        return len(data)
-
-
-def outlive_readers() -> None:
-    """What reads stdout and stderr may end before the run (`| head`, a closed terminal): the rest goes nowhere."""
-    for name in ("stdout", "stderr"):
-        old = getattr(sys, name)
-        if old is getattr(sys, f"__{name}__") and old is not None:  # else somebody's own, such as a notebook's
-            raw = io.BufferedWriter(_Outliving(old.fileno(), "w", closefd=False))
-            how = {"line_buffering": old.line_buffering, "write_through": old.write_through}
-            setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, **how))

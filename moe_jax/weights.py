@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from moe_jax import config
-from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, check_fits
+from moe_jax.checkpoint import PLACEHOLDER, Checkpoints, check_fits
 from moe_jax.config_file import load_config, save_config
+from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.tree import flatten_config
 
 CASTABLE = ("float32", "bfloat16")
 HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
@@ -144,8 +146,8 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
         near = [p.as_posix() for p in sorted(path.parent.glob("*")) if (p / "config.json").is_file()]
         close = difflib.get_close_matches(path.as_posix(), near, 1, 0.0)
         hint = f"nearest valid: {close[0]!r}" if close else "import or train one first"
-        raise config.ConfigError("init_from", cfg.init_from, "is not a run directory", hint)
-    new, old = (_fields({"model": config.to_dict(c.model)}) for c in (cfg, load_config(path)))
+        raise ConfigError("init_from", cfg.init_from, "is not a run directory", hint)
+    new, old = (flatten_config({"model": config.to_dict(c.model)}) for c in (cfg, load_config(path)))
     lines = {
         name: f"config.{name}: {json.dumps(old[name])} in {cfg.init_from}, {json.dumps(new[name])} now"
         for name in new
@@ -158,11 +160,5 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
 
 
 def _same_function(a: config.ModelConfig, b: config.ModelConfig) -> bool:
-    one, other = (_fields({"model": config.to_dict(config.plain(x))}) for x in (a, b))
+    one, other = (flatten_config({"model": config.to_dict(config.plain(x))}) for x in (a, b))
     return not any(one[name] != other[name] for name in one if not config.is_machine(name))
-
-
-def _fields(values: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {name: values}
-    return {k: v for key, item in values.items() for k, v in _fields(item, f"{name}.{key}" if name else key).items()}

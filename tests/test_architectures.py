@@ -14,7 +14,9 @@ from test_remat import of_a_token
 
 from moe_jax import analysis, config, losses, metrics, mla, model, optim, sharding, step
 from moe_jax.config import MLAConfig, ModelConfig, RopeScalingConfig
+from moe_jax.errors import ConfigError
 from moe_jax.layers import rope, rope_frequencies
+from moe_jax.tree import path_of
 
 BASE = run_config().model
 LATENT = dataclasses.replace(BASE, qk_norm=False, num_kv_heads=4, head_dim=8, mla=MLAConfig(6, 0, 4, 6))
@@ -136,19 +138,19 @@ def test_refusals():
         ({"mla": {"q_rank": 4}}, r"mla\.q_rank=4: needs kv_rank > 0"),
         ({"rope_scaling": {"factor": 2.0, "high_freq_factor": 0.5}}, r"high_freq_factor=0\.5: must be > low"),
     ):
-        with pytest.raises(config.ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message):
             config.build_model(config.to_dict(LATENT) | change)
-    with pytest.raises(config.ConfigError, match=r"optim\.per_head=True: is not for model\.mla"):
+    with pytest.raises(ConfigError, match=r"optim\.per_head=True: is not for model\.mla"):
         dataclasses.replace(run_config(), model=LATENT, optim=config.OptimConfig(per_head=True))
 
 
 def test_optimizer_rules_cover_dense_and_latent_models():
     for cfg in VARIANTS.values():
         shapes = model.abstract(cfg).shapes
-        labels = {optim.path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(optim.label_params(shapes))}
+        labels = {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(optim.label_params(shapes))}
         rule = optim.matrices_of(config.OptimConfig())
         for path, x in jax.tree_util.tree_leaves_with_path(shapes):
-            name = optim.path_of(path)
+            name = path_of(path)
             assert (labels[name] == "matrix") == (name.split("/")[-1].startswith("w_") and "router" not in name)
             if labels[name] != "adamw":
                 rule(name, x)

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_jax import attend, config, sharding
-from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.config import ModelConfig
+from moe_jax.errors import ConfigError
 
 MESH = (2, 1, 1)
 

@@ -12,9 +12,10 @@ import tokenizers as hf_tokenizers
 from test_data import brute_rows
 
 from moe_jax import data, generate
-from moe_jax.config import ConfigError, DataConfig, FileError, RunConfig, SourceConfig, TokenizerConfig, build
+from moe_jax.config import DataConfig, RunConfig, SourceConfig, TokenizerConfig, build
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import documents, tokenizers
+from moe_jax.errors import ConfigError, FileError
 
 TEXT = "the fox: naïve 数"
 

@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 
 from moe_jax import checkpoint, cli, config, config_file, sharding, step
+from moe_jax.errors import UserError
 
 REPO = Path(__file__).parents[1]
 LIMIT = 10.0  # seconds
@@ -411,6 +412,6 @@ def test_step_that_does_not_exist(server, root):
     *result, compiled = server("eval.py", f"--workdir={root}/run", "--earlier=3")
     check(*result, ["--earlier=3: is not a checkpoint before the one evaluated; the run keeps no earlier one"])
     assert compiled == ""
-    with pytest.raises(cli.UserError, match="nearest valid: 20;"):
+    with pytest.raises(UserError, match="nearest valid: 20;"):
         cli.check_earlier(25, 30, [10, 20, 30, 40])
     cli.check_earlier(20, 30, [10, 20, 30, 40])

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import cli, compile_only, config, hlo, machines, model, optim, sharding
+from moe_jax import compile_only, config, hlo, machines, model, optim, sharding
+from moe_jax.errors import UserError
 
 REPO = Path(__file__).parents[1]
 COMPILERS = {"v5p:2x2x2": "libtpu", "h100:8": "jax_plugins.xla_cuda13"}
@@ -72,7 +73,7 @@ def test_a_program_is_read():
                                   "h100:0", "h100:16", "2xh100:8", "h100:2x2", "h200"])  # fmt: skip
 def test_a_topology_that_is_none(name):
     near = f"h{name[name.index('h') + 1 :][:3]}:8" if "h" in name else "v"
-    with pytest.raises(cli.UserError, match=rf"must be \[<slices>x\].*, or <h100\|h200>:.*nearest valid: {near}"):
+    with pytest.raises(UserError, match=rf"must be \[<slices>x\].*, or <h100\|h200>:.*nearest valid: {near}"):
         machines.devices(name)
 
 
@@ -85,7 +86,7 @@ def test_a_topology_that_is_none(name):
 )
 def test_without_the_compiler(monkeypatch, name, wanted):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(cli.UserError, match=f"^--compile_only={name}: needs {wanted}"):
+    with pytest.raises(UserError, match=f"^--compile_only={name}: needs {wanted}"):
         machines.devices(name)
 
 

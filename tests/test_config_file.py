@@ -6,9 +6,9 @@ import json
 import pytest
 
 from moe_jax import config, config_file
-from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import RunConfig, classes, fields
 from moe_jax.config_file import begin, describe, differences, load_config, resume, save_config
+from moe_jax.errors import CheckpointError, ConfigError
 
 
 def having(**values) -> RunConfig:
@@ -56,7 +56,7 @@ def test_config_is_written_once_and_compared(tmp_path):
     save_config(run, cfg)
     assert (run / "config.json").read_bytes() == before  # never overwritten
     assert [p.name for p in run.iterdir()] == ["config.json"]
-    with pytest.raises(config.ConfigError, match="gone"):
+    with pytest.raises(ConfigError, match="gone"):
         load_config(run)
 
 

@@ -15,6 +15,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import config_file, model, optim, sharding
 from moe_jax.config import ModelConfig, MoEConfig, RunConfig
+from moe_jax.tree import path_of
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 NAMES = [f.stem for f in FILES]
@@ -50,7 +51,7 @@ def leaves(name: str) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     graph = model.abstract(load(name)[1].model)
     axes = jax.tree.leaves(graph.axes, is_leaf=lambda x: isinstance(x, tuple))
     shapes, _ = jax.tree_util.tree_flatten_with_path(graph.shapes)
-    return {optim.path_of(path): (a, x.shape) for a, (path, x) in zip(axes, shapes, strict=True)}
+    return {path_of(path): (a, x.shape) for a, (path, x) in zip(axes, shapes, strict=True)}
 
 
 def entry(name: str, key: str) -> str:
@@ -146,7 +147,7 @@ def test_optimizer_labels_are_total(name):
     shapes = model.abstract(load(name)[1].model).shapes
     labels = optim.label_params(shapes)
     assert jax.tree.structure(labels) == jax.tree.structure(shapes)
-    by_path = {optim.path_of(path): x for path, x in jax.tree_util.tree_flatten_with_path(labels)[0]}
+    by_path = {path_of(path): x for path, x in jax.tree_util.tree_flatten_with_path(labels)[0]}
     for path, label in by_path.items():
         leaf = path.rsplit("/", 1)[-1]
         wanted = "router" if leaf == "w_router" else "matrix" if leaf.startswith("w_") else "adamw"

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from moe_jax import data
-from moe_jax.config import ConfigError, DataConfig, SourceConfig, TokenizerConfig
+from moe_jax.config import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline, sources, tokenizers
 from moe_jax.data import rows as rows_lib
 from moe_jax.data.documents import Documents
+from moe_jax.errors import ConfigError
 
 SAMPLE = "def add(a, b):\n    return a + b\n\n# naïve café, 数学, 🙂\n" * 20
 

@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import data
-from moe_jax.config import ConfigError, DataConfig, SourceConfig, TokenizerConfig
+from moe_jax.config import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import documents, files, sources, stdlib_text, tokenizers
+from moe_jax.errors import ConfigError
 
 SAMPLE = "def add(a, b):\n    return a + b\n\n# naïve café, 数学, 🙂\n" * 20
 

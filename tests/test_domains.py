@@ -8,6 +8,7 @@ import pytest
 
 from experiments import upcycling_report
 from moe_jax import config, evaluate, metrics
+from moe_jax.errors import ConfigError
 from moe_jax.routing import RouterStats
 
 NAMES = ("all", "xent", "a/xent", "all domains", "perplexity", "kind", "step", "unseen")
@@ -49,7 +50,7 @@ def test_tables_and_files_name_every_domain():
 def test_a_source_s_name_is_not_empty():
     c = config.default_config()
     c.data.sources = {"": config.source(kind="files", path="x")}
-    with pytest.raises(config.ConfigError, match=r"data\.sources='': must have names that are not empty"):
+    with pytest.raises(ConfigError, match=r"data\.sources='': must have names that are not empty"):
         config.build(c)
 
 

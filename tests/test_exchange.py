@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import config, exchange, experts, model, sharding
 from moe_jax.config import MoEConfig
+from moe_jax.errors import ConfigError
 from moe_jax.experts import ExpertWeights
 from moe_jax.routing import Routing
 from tests import two_processes
@@ -264,7 +265,7 @@ def mistake(**fields) -> str:
     c = config.default_config()
     c.data.update(batch_size=16, seq_len=6)
     c.model.moe.update(**fields)
-    with pytest.raises(config.ConfigError) as e:
+    with pytest.raises(ConfigError) as e:
         config.check_devices(config.build(c), 8, "cpu")
     return str(e.value)
 

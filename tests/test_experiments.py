@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import balance_report, balance_scope
-from moe_jax.config import ConfigError
+from moe_jax.errors import ConfigError
 
 LABELS = {"scope_1": ("each sequence", (0, 1, 2)), "global": ("the global batch", (0, 1)), "none": ("none", (0,))}
 

@@ -20,14 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_jax import analysis, cli, config, config_file, log
-from moe_jax.checkpoint import CheckpointError
-from moe_jax.config import ConfigError, FileError
 from moe_jax.data import corpus, sources, tokenizers
 from moe_jax.data.rows import PackedRows
+from moe_jax.errors import CheckpointError, ConfigError, FileError, UserError
 from moe_jax.hf import convert, gguf, safetensors
 from moe_jax.hf.architectures import read_config
 
-SAID = (ConfigError, FileError, CheckpointError, cli.UserError)  # cli.run prints these as one line
+SAID = (ConfigError, FileError, CheckpointError, UserError)  # cli.run prints these as one line
 SECONDS = 20.0  # far more than any case takes, on a machine that has other work
 FEW, MANY = 40, 500
 

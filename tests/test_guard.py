@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, config, guard, replay, sharding, step
+from moe_jax import config, guard, replay, sharding, step
+from moe_jax.errors import BadNumbers, CheckpointError, ConfigError
 
 BATCH, SEQ, WINDOW = 8, 16, 8
 
@@ -125,7 +126,7 @@ def test_three_in_a_row_stop_and_the_dump_replays(run, tmp_path, shape):
         rows = poisoned(rows_of(n))
         run.take(n, rows)
     assert run.watch.stopped
-    with pytest.raises(guard.BadNumbers, match=r"step 4: 3 steps in a row .* not finite: loss nan.*--replay=.*dumps/4"):
+    with pytest.raises(BadNumbers, match=r"step 4: 3 steps in a row .* not finite: loss nan.*--replay=.*dumps/4"):
         replay.give_up(tmp_path, run.cfg, run.state, rows, run.watch.last, run.watch.limits(4))
     folder = tmp_path / "dumps" / "4"
     mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])
@@ -135,10 +136,10 @@ def test_three_in_a_row_stop_and_the_dump_replays(run, tmp_path, shape):
     assert any(line.startswith("  gradient/") for line in said)
     assert not any(line.startswith("  params/") for line in said)
     other = dataclasses.replace(run.cfg, seed=1)
-    with pytest.raises(checkpoint.CheckpointError, match=r"config\.seed"):
+    with pytest.raises(CheckpointError, match=r"config\.seed"):
         replay.replay(other, run.mesh, folder)
     (folder / "batch_0.npz").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="not a dump"):
+    with pytest.raises(CheckpointError, match="not a dump"):
         replay.replay(run.cfg, run.mesh, folder)
 
 
@@ -197,7 +198,7 @@ def test_a_skipped_step_is_no_measure_for_the_next():
     ],
 )
 def test_settings_that_cannot_be(fields, says):
-    with pytest.raises(config.ConfigError, match=says):
+    with pytest.raises(ConfigError, match=says):
         train_config(**fields)
 
 
@@ -224,12 +225,12 @@ def test_a_run_that_ends_in_skipped_steps_does_not_end_well(skipped, says):
         if says is None:
             guard.check_end(one, 6)
         else:
-            with pytest.raises(guard.BadNumbers, match=says if one is watch else r"6 steps were skipped; what is"):
+            with pytest.raises(BadNumbers, match=says if one is watch else r"6 steps were skipped; what is"):
                 guard.check_end(one, 6)
 
 
 def test_a_run_of_one_skipped_step():
     watch = guard.Watch(train_config(spike=0.0))
     watch.see(1, {"loss": np.inf, "grad_norm": 1.0, "skipped": 1.0})
-    with pytest.raises(guard.BadNumbers, match="all 1 steps were skipped"):
+    with pytest.raises(BadNumbers, match="all 1 steps were skipped"):
         guard.check_end(watch, 1)

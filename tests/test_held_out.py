@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from moe_jax.config import ConfigError, DataConfig, SourceConfig
+from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data import files, sources
+from moe_jax.errors import ConfigError
 
 
 def test_the_split_is_disjoint_stable_and_of_the_right_size(tmp_path):

@@ -17,7 +17,8 @@ from hf_models import MODELS, TOKENS, build, forward, saved, torch, transformers
 
 from moe_jax import model, routing, sharding, step, weights  # noqa: E402
 from moe_jax.config import ModelConfig, MoEConfig  # noqa: E402
-from moe_jax.hf import FormatError, export_run, import_model  # noqa: E402
+from moe_jax.errors import FormatError  # noqa: E402
+from moe_jax.hf import export_run, import_model  # noqa: E402
 from moe_jax.hf import safetensors as files  # noqa: E402
 from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # noqa: E402
 from moe_jax.layers import weight  # noqa: E402

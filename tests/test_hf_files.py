@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from test_configs import load
 
-from moe_jax import config, sharding, step, weights
+from moe_jax import config, sharding, step
 from moe_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
-from moe_jax.hf import FormatError, export_run, import_model, tables
+from moe_jax.errors import CheckpointError, ConfigError, FormatError
+from moe_jax.hf import export_run, import_model, tables
 from moe_jax.hf import safetensors as files
 from moe_jax.hf.architectures import ARCHITECTURES, differences, read_config, write_config
 from moe_jax.hf.convert import check_size
-from moe_jax.hf.devices import flatten
+from moe_jax.tree import flatten
 
 REPO = Path(__file__).parents[1]
 CONFIG = {
@@ -234,7 +235,7 @@ def test_nothing_is_overwritten(tmp_path):
         lambda: import_model(tmp_path / "in", tmp_path / "run", mesh=mesh()),
         lambda: export_run(tmp_path / "run", tmp_path / "in", mesh=mesh()),
     ):
-        with pytest.raises(weights.CheckpointError, match="is not empty"):
+        with pytest.raises(CheckpointError, match="is not empty"):
             call()
 
 
@@ -335,7 +336,7 @@ def test_sliding_window_bounds_the_positions():
     assert read_config(qwen | {"max_window_layers": 1}, "")[1].max_seq_len == 12
     assert read_config(qwen | {"max_window_layers": 2}, "")[1].max_seq_len == 16  # no layer has it
     assert read_config(qwen | {"use_sliding_window": False}, "")[1].max_seq_len == 16
-    with pytest.raises(config.ConfigError, match=r"seq_len=13: must be ≤ model\.max_seq_len=12"):
+    with pytest.raises(ConfigError, match=r"seq_len=13: must be ≤ model\.max_seq_len=12"):
         config.build({"model": config.to_dict(model), "data": {"seq_len": 13}})
 
 

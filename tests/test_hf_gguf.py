@@ -15,8 +15,9 @@ import pytest
 
 from moe_jax import losses, model, sharding, step, weights
 from moe_jax.data.tokenizers import load_or_make
+from moe_jax.errors import FormatError
 from moe_jax.generate import generate
-from moe_jax.hf import FormatError, import_model
+from moe_jax.hf import import_model
 from moe_jax.layers import weight
 from moe_jax.moe import TokenInfo
 

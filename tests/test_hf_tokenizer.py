@@ -13,7 +13,8 @@ from test_hf_files import mesh, write
 from moe_jax import config, step, weights
 from moe_jax.config import ModelConfig, MoEConfig, TokenizerConfig
 from moe_jax.data import tokenizers
-from moe_jax.hf import FormatError, export_run, import_model
+from moe_jax.errors import FormatError
+from moe_jax.hf import export_run, import_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

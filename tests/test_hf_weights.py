@@ -7,7 +7,8 @@ import pytest
 from test_hf_files import CONFIG, EMBED, edit_index, mesh, shards, write
 
 from moe_jax import step, weights
-from moe_jax.hf import FormatError, export_run, import_model
+from moe_jax.errors import CheckpointError, FormatError
+from moe_jax.hf import export_run, import_model
 from moe_jax.hf import safetensors as files
 
 HEAD, SECOND = "lm_head.weight", "model-00002-of-00002.safetensors"
@@ -148,8 +149,8 @@ def test_a_place_that_cannot_be_made_is_refused_before_any_work(tmp_path, monkey
     monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("disk"))
     monkeypatch.setattr("moe_jax.hf.safetensors.read_json", lambda path: 1 / 0)
     for name, message in (("loop", "loop"), ("file/run", "file is not a directory"), ("disk", "is a mount point")):
-        with pytest.raises(weights.CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             import_model(tmp_path / "in", tmp_path / name, mesh=mesh())
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(weights.CheckpointError, match=f"{tmp_path.name} may not be written to"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name} may not be written to"):
         import_model(tmp_path / "in", tmp_path / "run", mesh=mesh())

@@ -12,8 +12,9 @@ from test_begin_of_text import byte_level, sentencepiece_model
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from moe_jax import data
-from moe_jax.config import ConfigError, DataConfig, SampleConfig, SourceConfig, TokenizerConfig
+from moe_jax.config import DataConfig, SampleConfig, SourceConfig, TokenizerConfig
 from moe_jax.data import kept_text, tokenizers
+from moe_jax.errors import ConfigError
 
 assert sentencepiece_model  # a fixture
 END = "<|endoftext|>"

@@ -15,7 +15,7 @@ import pytest
 from test_metrics import make_aux, make_row
 
 from moe_jax import log
-from moe_jax.config import ConfigError
+from moe_jax.errors import ConfigError
 from moe_jax.log import Progress, Writer, read_metrics
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_jax import losses, model, sharding
-from moe_jax.config import ConfigError, ModelConfig, MoEConfig
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.errors import ConfigError
 from moe_jax.generate import generate, pick_token
 from moe_jax.model import Inputs
 from moe_jax.moe import TokenInfo

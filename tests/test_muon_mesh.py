@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import config, model, muon, optim, sharding
 from moe_jax.spread import Matrices, layout
+from moe_jax.tree import path_of
 from tests import two_processes
 from tests.muon_reference import directions, error, gaussian
 
@@ -265,8 +266,8 @@ def test_a_whole_model(shape, capfd):
     matrix = optim.matrices_of(cfg.optim)
     mine = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if "/w_" in optim.path_of(path):
-            mine[optim.path_of(path)] = x
+        if "/w_" in path_of(path):
+            mine[path_of(path)] = x
     groups = layout(mine, matrix)
     check_program(text, groups, plan)
     for row in plan.rows:  # spread over all devices: no matrix twice

@@ -10,6 +10,7 @@ import pytest
 from test_invariance import batch_rows, initial_state, run_config
 
 from moe_jax import attention, config, metrics, model, sharding, step
+from moe_jax.errors import ConfigError
 from moe_jax.losses import Maxima
 
 N, M, H, PADDING = 4, 2, 4, 0.25
@@ -228,5 +229,5 @@ def test_refused_with_qk_norm():
     c.optim.qk_clip = 100.0
     config.build(c)
     c.model.qk_norm = True
-    with pytest.raises(config.ConfigError, match=r"config.optim.qk_clip=100.0: has no effect with model.qk_norm=True"):
+    with pytest.raises(ConfigError, match=r"config.optim.qk_clip=100.0: has no effect with model.qk_norm=True"):
         config.build(c)

@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from moe_jax import config, data
-from moe_jax.config import ConfigError, DataConfig, SourceConfig
+from moe_jax.config import DataConfig, SourceConfig
+from moe_jax.errors import ConfigError
 
 SHAKESPEARE = "\n\n".join(f"SPEAKER {i}:\n" + "Words, words, words. " * (3 + i % 7) for i in range(2500))
 

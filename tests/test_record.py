@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import checkpoint, data
-from moe_jax.config import DataConfig, FileError, SourceConfig
+from moe_jax.config import DataConfig, SourceConfig
+from moe_jax.errors import FileError
 
 RECORD = {
     "tokenizer": "bytes-1",

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import routing
-from moe_jax.config import ConfigError, MoEConfig, plain_routing
+from moe_jax.config import MoEConfig, plain_routing
+from moe_jax.errors import ConfigError
 
 GROUPS = 3
 # Each variant with its number of tokens: a few fixed shapes, so that every function here compiles once per variant.

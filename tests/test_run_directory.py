@@ -15,8 +15,9 @@ import pytest
 from test_train import CONFIG, REPO, write_text
 
 from moe_jax import config_file, data, guard, replay
-from moe_jax.config import ConfigError, DataConfig, RunConfig, TokenizerConfig
+from moe_jax.config import DataConfig, RunConfig, TokenizerConfig
 from moe_jax.data import tokenizers
+from moe_jax.errors import ConfigError
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from moe_jax import data, evaluate
-from moe_jax.config import ConfigError, DataConfig, SourceConfig
+from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import digests, files, tokenizers
+from moe_jax.errors import ConfigError
 
 
 def write(path: Path, word: str, documents: int = 40) -> None:

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from moe_jax import cli, data
-from moe_jax.config import ConfigError, DataConfig
+from moe_jax.config import DataConfig
 from moe_jax.data import pipeline, sources
+from moe_jax.errors import ConfigError, UserError
 
 
 def test_no_home_folder(monkeypatch):
@@ -17,7 +18,7 @@ def test_no_home_folder(monkeypatch):
     monkeypatch.delenv("MOE_JAX_CACHE", raising=False)
     with pytest.raises(ConfigError, match=r"data\.cache_dir='': there is no home folder for ~.*; set \$MOE_JAX_CACHE"):
         data.cache_folder(DataConfig())
-    with pytest.raises(cli.UserError, match=r"^~/a: there is no home folder that ~ stands for"):
+    with pytest.raises(UserError, match=r"^~/a: there is no home folder that ~ stands for"):
         cli.expanded("~/a")
     monkeypatch.setenv("MOE_JAX_CACHE", "/somewhere")
     assert str(data.cache_folder(DataConfig())) == "/somewhere" and str(cli.expanded("a/~b")) == "a/~b"
@@ -53,8 +54,8 @@ def test_readers_without_shared_memory(tmp_path, monkeypatch):
 def test_float64_is_switched_off(monkeypatch, capsys):
     """JAX_ENABLE_X64=1: sampling ended in a traceback, after the whole of training."""
     monkeypatch.setattr(cli.app, "run", lambda *_, **__: None)
-    for name in ("outlive_readers", "use_whole_gpus"):
-        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setattr(terminal, "outlive_readers", lambda: None)
+    monkeypatch.setattr(cli, "use_whole_gpus", lambda: None)
     jax.config.update("jax_enable_x64", True)
     try:
         cli.run(lambda argv: None)

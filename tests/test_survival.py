@@ -20,9 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax import checksums, cli, evaluate, survive
-from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax import checksums, cli, evaluate, survive, terminal
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.data import pipeline
+from moe_jax.errors import Busy, CheckpointError, Stopped
 from moe_jax.preserve import Keep
 
 REPO = Path(__file__).parents[1]
@@ -182,7 +183,7 @@ def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], env=env, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         assert owner.stdout.readline() == "mine\n"
-        with pytest.raises(survive.Busy, match=rf"another run is training in it \(process {owner.pid} on "):
+        with pytest.raises(Busy, match=rf"another run is training in it \(process {owner.pid} on "):
             survive.RunLock(tmp_path)
         assert f"process {owner.pid}" in (tmp_path / "lock").read_text(encoding="utf-8")
     finally:
@@ -190,7 +191,7 @@ def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
         owner.wait()
         owner.stdout.close()
     with survive.RunLock(tmp_path):  # nothing is left behind
-        with pytest.raises(survive.Busy):
+        with pytest.raises(Busy):
             survive.RunLock(tmp_path)
     survive.RunLock(tmp_path).close()
 
@@ -281,7 +282,7 @@ def test_told_to_stop_before_and_between():
         assert told.interruptibly(evaluation) is None and not ended
         os.kill(os.getpid(), signal.SIGTERM)  # again, and no exception
         assert told.reached(2)
-        with pytest.raises(survive.Stopped):
+        with pytest.raises(Stopped):
             told.end()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -307,7 +308,7 @@ def test_told_to_stop_inside_a_library(saved):
         restore_once()
         whole = time.perf_counter() - began
         while len(ends) < 16 or (CheckpointError not in ends and len(ends) < 200):
-            with pytest.raises(survive.Stopped) as e:
+            with pytest.raises(Stopped) as e:
                 restore(whole * (len(ends) % 16 + 0.5) / 16)
             ends.append(type(e.value.__cause__))
     finally:
@@ -348,16 +349,16 @@ def test_ctrl_c_and_a_closed_terminal_lose_no_step(monkeypatch, capfd):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, twice, ends in (
             (signal.SIGINT, KeyboardInterrupt, ended),
-            (signal.SIGHUP, survive.Stopped, []),
+            (signal.SIGHUP, Stopped, []),
         ):
-            with pytest.raises(survive.Stopped), survive.Preemption(several=False):
+            with pytest.raises(Stopped), survive.Preemption(several=False):
                 send(number)  # before the first step
             with pytest.raises(twice), survive.Preemption(several=False) as told:
                 told.begin()
                 send(number)
                 assert told.reached(1)
                 send(number)
-                raise survive.Stopped  # as train.py does once the step is saved
+                raise Stopped  # as train.py does once the step is saved
             assert as_others == 2 * ends
             as_others.clear()
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -378,7 +379,7 @@ def test_a_reader_that_ends_first_ends_no_run(monkeypatch):
     with os.fdopen(write, "w", encoding="utf-8") as stdout:
         for name in ("stdout", "__stdout__"):
             monkeypatch.setattr(sys, name, stdout)
-        survive.outlive_readers()
+        terminal.outlive_readers()
         print("a line", flush=True)
         print("another", flush=True)
         assert os.path.samestat(os.fstat(sys.stdout.fileno()), os.stat(os.devnull))

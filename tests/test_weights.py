@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding, step, weights
-from moe_jax.checkpoint import CheckpointError, Checkpoints
-from moe_jax.config import ConfigError, DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, classes, is_machine
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, classes, is_machine
 from moe_jax.config_file import load_config
+from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.hf import architectures
 
 MODEL = ModelConfig(

@@ -7,8 +7,8 @@ value, the rule and the nearest valid choice.
 
 from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
 from moe_jax.config.convert import build, build_model, default_config, load_balance, source, to_dict
-from moe_jax.config.fields import ConfigError, FileError, nearest_divisor
-from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation, has_ragged_exchange
+from moe_jax.config.fields import nearest_divisor
+from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
@@ -25,9 +25,7 @@ from moe_jax.config.schema import (
 )
 
 __all__ = [
-    "ConfigError",
     "DataConfig",
-    "FileError",
     "LoadBalanceConfig",
     "LossConfig",
     "MLAConfig",
@@ -49,7 +47,6 @@ __all__ = [
     "complete",
     "default_config",
     "for_evaluation",
-    "has_ragged_exchange",
     "is_machine",
     "is_new_default",
     "load_balance",

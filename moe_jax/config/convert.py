@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import ml_collections
 
-from moe_jax.config.fields import ConfigError, require
+from moe_jax.config.fields import require
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.schema import LoadBalanceConfig, RunConfig, SourceConfig
+from moe_jax.errors import ConfigError
 
 
 def _build(cls: type, values: Any):

@@ -17,29 +17,10 @@ import math
 from dataclasses import field
 from typing import Any
 
+from moe_jax.errors import ConfigError
+
 FIXED, MAY_CHANGE = "fixed", "may change"
 FUNCTION, MACHINE = "function", "machine"
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration, in one line."""
-
-    def __init__(self, name: str, value: Any, rule: str, hint: str = ""):
-        self.name, self.value, self.rule, self.hint = name, value, rule, hint
-        super().__init__(f"config.{name}={shown(value)}: {rule}" + (f"; {hint}" if hint else ""))
-
-    def inside(self, prefix: str) -> "ConfigError":
-        return ConfigError(f"{prefix}.{self.name}", self.value, self.rule, self.hint)
-
-
-class FileError(ValueError):
-    """A file that is not what it should be, in one line."""
-
-
-def shown(value: Any, most: int = 200) -> str:
-    """repr of a value, cut short."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
 def require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:

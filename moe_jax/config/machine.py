@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from moe_jax.chips import has_ragged_exchange, is_hopper
 from moe_jax.config.fields import nearest_divisor, require
 from moe_jax.config.schema import RunConfig
 
@@ -41,7 +42,7 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         f"needs a ragged all-to-all, which XLA does not have for {device_kind}",
         "use 'auto' or 'ring'",
     )
-    hopper = platform == "gpu" and any(name in device_kind for name in ("H100", "H200", "H800", "GH200"))
+    hopper = platform == "gpu" and is_hopper(device_kind)
     here = device_kind or platform
     require(
         moe.grouped_matmul != "hopper" or hopper,
@@ -56,11 +57,6 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         require(dtype == "bfloat16", "model.compute_dtype", dtype, rule, "use 'auto'")
     _check_attention(cfg, platform, here)
     return shape
-
-
-def has_ragged_exchange(device_kind: str) -> bool:
-    """Whether XLA compiles a ragged all-to-all for it: not for TPU v5e ("limited ICI routing"), libtpu 0.0.42."""
-    return device_kind not in ("TPU v5 lite", "TPU v5e")
 
 
 def _check_attention(cfg: RunConfig, platform: str, here: str) -> None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from moe_jax.config import ConfigError, FileError
+from moe_jax.errors import ConfigError, FileError
 
 AUTO, NONE = "auto", "none"
 FIELD = "data.tokenizer.begin_of_text"

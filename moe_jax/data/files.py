@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import ConfigError, SourceConfig
+from moe_jax.config import SourceConfig
 from moe_jax.data import documents, readers
 from moe_jax.data.digests import Remembered, content_hash, stamp
 from moe_jax.data.documents import Account, Documents
 from moe_jax.data.readers import EXTENSIONS, Unreadable, extension, place
+from moe_jax.errors import ConfigError
 
 Document = tuple[str, str]  # text, domain
 

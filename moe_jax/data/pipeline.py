@@ -21,12 +21,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from moe_jax.config import ConfigError, DataConfig
+from moe_jax.config import DataConfig
 from moe_jax.data import record, tokenizers
 from moe_jax.data.corpus import TokenStore, prepare_store, store_folder
 from moe_jax.data.held_out import NotHeldOut, not_held_out
 from moe_jax.data.rows import PackedRows, padding_row, permutation
 from moe_jax.data.sources import SPLITS, Source, Split, check_cache, check_sources, open_source
+from moe_jax.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
 SHARED_MEMORY = Path("/dev/shm")

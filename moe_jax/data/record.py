@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_jax.config import FileError
 from moe_jax.data.corpus import TokenStore
+from moe_jax.errors import FileError
 
 _MOST = 1000  # files that a record lists by name
 _SHOWN = 3  # files that a line names

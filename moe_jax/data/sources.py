@@ -17,10 +17,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from absl import logging
 
-from moe_jax.config import ConfigError, DataConfig, SourceConfig
+from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data.documents import decoded, domain_of
 from moe_jax.data.files import FilesSource, nearest
 from moe_jax.data.tokenizers import own_file
+from moe_jax.errors import ConfigError
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")

@@ -14,8 +14,7 @@ from typing import Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 
-from moe_jax.config import ConfigError, FileError, TokenizerConfig
-from moe_jax.config.fields import shown
+from moe_jax.config import TokenizerConfig
 from moe_jax.data import vocabularies
 from moe_jax.data.begin_of_text import AUTO, NONE
 from moe_jax.data.vocabularies import (
@@ -26,6 +25,7 @@ from moe_jax.data.vocabularies import (
     train_bpe,
     write,
 )
+from moe_jax.errors import ConfigError, FileError, shown
 
 _USUAL_NAMES = vocabularies.USUAL_NAMES
 SETTINGS = "tokenizer_settings.json"

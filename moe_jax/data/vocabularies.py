@@ -10,9 +10,9 @@ from typing import ClassVar, SupportsInt
 
 import numpy as np
 
-from moe_jax.config import ConfigError
 from moe_jax.data.begin_of_text import Begin, choose, of_json, of_settings, settings_of
 from moe_jax.data.kept_text import Span, encode_without, keeps_everything, lost_bytes, size, with_unknown
+from moe_jax.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")

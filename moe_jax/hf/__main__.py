@@ -9,6 +9,7 @@ Then: python eval.py --workdir=runs/a, or training from it with --config.init_fr
 from absl import flags
 
 from moe_jax import cli
+from moe_jax.errors import UserError
 from moe_jax.hf.convert import export_run, import_model
 
 WORKDIR = cli.define_path("workdir", None, "run directory; import makes it", required=True)
@@ -23,15 +24,15 @@ def main(argv):
     command = argv[1] if len(argv) == 2 else " ".join(argv[1:])
     if command == "import":
         if not FROM.value or TO.value:
-            raise cli.UserError("import needs --from=DIR and --workdir=RUN, and no --to")
+            raise UserError("import needs --from=DIR and --workdir=RUN, and no --to")
         import_model(FROM.value, WORKDIR.value, seq_len=SEQ_LEN.value)
         print(f"next: python eval.py --workdir={WORKDIR.value}")
     elif command == "export":
         if not TO.value or FROM.value:
-            raise cli.UserError("export needs --workdir=RUN and --to=DIR, and no --from")
+            raise UserError("export needs --workdir=RUN and --to=DIR, and no --from")
         export_run(WORKDIR.value, TO.value, at=STEP.value, dtype=DTYPE.value)
     else:
-        raise cli.UserError(f"unknown command {command!r}; nearest valid: import or export")
+        raise UserError(f"unknown command {command!r}; nearest valid: import or export")
 
 
 if __name__ == "__main__":

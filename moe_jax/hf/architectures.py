@@ -9,14 +9,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from moe_jax import config
-from moe_jax.checkpoint import CheckpointError
-from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.config import ModelConfig
+from moe_jax.errors import ConfigError, FormatError
 from moe_jax.hf.defaults import DEFAULTS, NULL
-
-
-class FormatError(CheckpointError):
-    """Files that are not what they should be, in one line."""
-
 
 Field = tuple[str, str]  # key of config.json, field of ModelConfig; several keys: "first|second", the first is written
 

@@ -18,10 +18,12 @@ from moe_jax import config, sharding, step, weights
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config_file import load_config
 from moe_jax.data.tokenizers import TRAVELS, travelling
+from moe_jax.errors import FormatError
 from moe_jax.hf import gguf, safetensors, tables
-from moe_jax.hf.architectures import KEPT, FormatError, read_config, write_config
-from moe_jax.hf.devices import Assembly, fetch, flatten, is_finite
+from moe_jax.hf.architectures import KEPT, read_config, write_config
+from moe_jax.hf.devices import Assembly, fetch, is_finite
 from moe_jax.hf.tokenizer import exported, imported
+from moe_jax.tree import flatten
 
 TOKENIZER_FILES = TRAVELS
 HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # of a tied model

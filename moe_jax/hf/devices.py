@@ -13,12 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from moe_jax.optim import path_of
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path: `layers/moe/w_gate`."""
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+from moe_jax.tree import flatten, path_of
 
 
 class Assembly:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.hf.architectures import FormatError
+from moe_jax.errors import FormatError
 
 # key of the file below `llama.`, key of config.json
 KEYS = (

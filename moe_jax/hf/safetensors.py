@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.hf.architectures import FormatError
+from moe_jax.errors import FormatError
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}

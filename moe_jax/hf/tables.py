@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.hf.architectures import FormatError
+from moe_jax.errors import FormatError
 
 Rule = tuple[str, str, str]  # tensor's name below its layer, our parameters below the stack (by commas), layout
 

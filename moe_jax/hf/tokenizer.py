@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import ConfigError, FileError, TokenizerConfig
+from moe_jax.config import TokenizerConfig
 from moe_jax.data.begin_of_text import AUTO, NONE, of_json, settings_of, token
 from moe_jax.data.tokenizers import SETTINGS, JsonTokenizer, SentencePieceTokenizer, of_run, settings, travelling
-from moe_jax.hf.architectures import FormatError
+from moe_jax.errors import ConfigError, FileError, FormatError
 
 PLAIN = "PreTrainedTokenizerFast"  # in transformers the class that takes a file as it is
 KINDS = {"huggingface": ("tokenizer.json", JsonTokenizer), "sentencepiece": ("tokenizer.model", SentencePieceTokenizer)}

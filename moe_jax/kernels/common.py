@@ -1,13 +1,7 @@
-"""What the kernels share: which device they are for, and the marks that `shard_map` wants on their results."""
+"""The marks that `shard_map` wants on what kernels give."""
 
 import jax
 from jaxtyping import Array
-
-HOPPER = ("H100", "H200", "H800", "GH200")
-
-
-def is_hopper(device_kind: str) -> bool:
-    return any(name in device_kind for name in HOPPER)
 
 
 def varying_like(y: Array, *like: Array) -> Array:

@@ -10,7 +10,7 @@ import jax
 from absl import flags
 
 from moe_jax import cli
-from moe_jax.config import ConfigError
+from moe_jax.errors import ConfigError, UserError
 from moe_jax.upcycle.chain import Transform
 from moe_jax.upcycle.cluster import Cluster
 from moe_jax.upcycle.convert import convert
@@ -88,11 +88,11 @@ def chain_of_flags() -> list[Transform]:
 
 def main(argv):
     if argv[1:]:
-        raise cli.UserError(f"unexpected argument {argv[1]!r}; options start with --")
+        raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     for options, fits, need in NEEDS:
         for option in options:
             if option.present and not fits():
-                raise cli.UserError(f"--{option.name}={option.value}: has no effect without {need}")
+                raise UserError(f"--{option.name}={option.value}: has no effect without {need}")
     if DISTRIBUTED.value:
         cli.join_processes()
     say = print if jax.process_index() == 0 else lambda *_: None
@@ -103,7 +103,7 @@ def main(argv):
         if name == e.name:
             raise
         value = ",".join(FROM.value) if name == "from" else e.value
-        raise cli.UserError(f"--{name}={value}: {e.rule}; {e.hint}") from None
+        raise UserError(f"--{name}={value}: {e.rule}; {e.hint}") from None
 
 
 if __name__ == "__main__":

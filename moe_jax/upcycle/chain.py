@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax import model, sharding, step
-from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.config import ModelConfig
+from moe_jax.errors import ConfigError
 from moe_jax.layers import weight
 from moe_jax.moe import TokenInfo
-from moe_jax.optim import path_of
+from moe_jax.tree import flatten, nest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +54,6 @@ def describe(chain: Sequence[Transform]) -> list[dict[str, Any]]:
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
-
-
-def flatten(params: dict) -> dict[str, Array]:
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
-def nest(flat: dict[str, Any]) -> dict:
-    out: dict = {}
-    for path, value in flat.items():
-        *folders, name = path.split("/")
-        functools.reduce(lambda node, folder: node.setdefault(folder, {}), folders, out)[name] = value
-    return out
 
 
 Rules = Iterable[tuple[str, str, Callable]]

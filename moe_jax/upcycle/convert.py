@@ -11,9 +11,10 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import config_file, model, sharding, step, weights
-from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data import tokenizers
+from moe_jax.errors import CheckpointError
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
 

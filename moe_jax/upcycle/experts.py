@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from moe_jax import model
-from moe_jax.config import ConfigError, ModelConfig, MoEConfig, nearest_divisor
+from moe_jax.config import ModelConfig, MoEConfig, nearest_divisor
+from moe_jax.errors import ConfigError
 from moe_jax.layers import ACTIVATIONS
-from moe_jax.upcycle.chain import Transform, by_table, flatten, require, require_dense, scaled
+from moe_jax.tree import flatten
+from moe_jax.upcycle.chain import Transform, by_table, require, require_dense, scaled
 
 # Exponents of κ by matrix. A product of the three must scale the layer's output by κ: that of `exact` does, because the
 # hidden activations are linear in `up` (SwiGLU), or homogeneous of degree 2 in it (squared ReLU); GELU is neither.

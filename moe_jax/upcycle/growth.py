@@ -9,7 +9,8 @@ from jaxtyping import Array, Key
 
 from moe_jax import model
 from moe_jax.config import ModelConfig
-from moe_jax.upcycle.chain import Transform, by_table, flatten, require, require_dense, scaled
+from moe_jax.tree import flatten
+from moe_jax.upcycle.chain import Transform, by_table, require, require_dense, scaled
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""Trees of parameters and of settings by name: the one spelling of a path."""
+
+import functools
+from typing import Any
+
+import jax
+
+
+def path_of(path: tuple) -> str:
+    """`layers/moe/w_gate` for a key path of jax.tree_util: the name of a parameter.
+
+    An attribute, a dictionary key and an index are written alike, since Orbax stores records as dicts.
+    """
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path, such as `layers/moe/w_gate`."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts from leaves by path: the inverse of `flatten`."""
+    out: dict = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        functools.reduce(lambda node, folder: node.setdefault(folder, {}), folders, out)[name] = value
+    return out
+
+
+def flatten_config(values: Any, name: str = "") -> dict[str, Any]:
+    """Values by dotted name, such as `model.moe.top_k`, from nested dicts."""
+    if not isinstance(values, dict):
+        return {name: values}
+    join = lambda key: f"{name}.{key}" if name else key
+    return {k: v for key, item in values.items() for k, v in flatten_config(item, join(key)).items()}

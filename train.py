@@ -106,7 +106,7 @@ def train(preemption: survive.Preemption):
     say(f"devices: {mesh.size} × {device.device_kind}, mesh {dict(mesh.shape)}")
     say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
     say(f"parameters: {counts.total:,} total, {counts.active:,} active; {flops / 1e6:.2f} MFLOP a token")
-    say(step.describe_backends(cfg, mesh))
+    say(step.choose_program(cfg, mesh).why)
     if cfg.model.num_moe_layers:
         say(losses.describe(cfg.loss, cfg.train.micro_batches))
     say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))

@@ -101,7 +101,7 @@ def main(_):
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     shapes = SMALL_SHAPES if SMALL.value else SHAPES
     print(f"{where()}, of which one is used; weights {'float32' if MASTERS.value else 'in the compute dtype'}; "
-          f"{step.describe_backends(build(shapes[0], 'bfloat16'), mesh)}; peer: {SONIC}", flush=True)  # fmt: skip
+          f"{step.choose_program(build(shapes[0], 'bfloat16'), mesh).why}; peer: {SONIC}", flush=True)  # fmt: skip
     with jax.set_mesh(mesh):
         for i, shape in enumerate(shapes):
             if not ONLY.value or str(i) in ONLY.value:

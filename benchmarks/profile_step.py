@@ -130,7 +130,7 @@ def main(_):
     cfg = config.build(CONFIG.value)
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    print(step.describe_backends(cfg, mesh), flush=True)
+    print(step.choose_program(cfg, mesh).why, flush=True)
     found, _ = measure(cfg, mesh)
     total = sum(milliseconds for _, milliseconds in found)
     print(f"{total:.2f} ms of kernels a step, {device.device_kind}, jax {jax.__version__}, mean of {STEPS.value} steps")

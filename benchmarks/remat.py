@@ -22,6 +22,7 @@ from absl import flags
 
 from moe_jax import cli, compile_only, config, machines, model, remat, sharding, step
 from moe_jax.moe import TokenInfo
+from moe_jax.program import Program
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "", "compile for the first chip of a TPU topology that need not be here")
@@ -37,16 +38,14 @@ def mesh_of(cfg: config.RunConfig) -> jax.sharding.Mesh:
 def kept(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> float:
     """Bytes that the backward pass of one MoE layer is given, a token, weights aside: by differences."""
 
-    device, m = mesh.devices.flat[0], cfg.model
-    backends, _ = model.Backends.choose(
-        m, device.platform, device.device_kind, mesh.shape["expert"], 1, cfg.data.seq_len
-    )
+    m = cfg.model
+    program = Program.choose(m, mesh, seq_len=cfg.data.seq_len)
 
     def total(layers: int, batch: int) -> int:
         this = dataclasses.replace(cfg, model=dataclasses.replace(m, num_layers=m.num_dense_layers + layers))
         ints = jax.ShapeDtypeStruct((batch, cfg.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh))
         inputs = model.Inputs(ints, ints, ints if m.segment_mask else None, TokenInfo(ints.update(dtype=bool), ints))
-        graph, state = model.abstract(this.model, backends), step.abstract_state(this, mesh)
+        graph, state = model.abstract(this.model, program), step.abstract_state(this, mesh)
 
         def residuals(params, bias, inputs):
             return jax.vjp(lambda params: graph.bind(params, bias)(inputs)[:2], params)[1]

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import config, model, routing, sharding, step
+from moe_jax import config, routing, sharding, step
 from moe_jax.layers import Init
 from moe_jax.moe import MoE, TokenInfo
+from moe_jax.program import Program
 from moe_jax.routing import RouterStats
 
 
@@ -85,13 +86,11 @@ class Layer(NamedTuple):
 
 
 def moe_layer(cfg: config.RunConfig, mesh: Any) -> Layer:
-    device, d = mesh.devices.flat[0], cfg.model.d_model
-    backends, _ = model.Backends.choose(cfg.model, device.platform, device.device_kind, mesh.shape["expert"])
-    shape = (cfg.data.batch_size // cfg.train.micro_batches, cfg.data.seq_len, d)
+    shape = (cfg.data.batch_size // cfg.train.micro_batches, cfg.data.seq_len, cfg.model.d_model)
 
     def make():
         init = Init(nnx.Rngs(0), cfg.model.init_std)
-        layer = MoE(cfg.model.moe, d, init, cfg.model.init_std, 1, backends.exchange, backends.grouped_matmul)
+        layer = MoE(cfg.model, init, cfg.model.init_std, Program.choose(cfg.model, mesh))
         return nnx.split(layer, nnx.Param, ...)
 
     def apply(params, x, graph, rest):

@@ -69,7 +69,7 @@ def main(_):
     cfg = build()
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    print(step.describe_backends(cfg, mesh), flush=True)
+    print(step.choose_program(cfg, mesh).why, flush=True)
     rows = batches(cfg, step.process_rows(mesh, cfg.data.batch_size), SETTLE.value + WARMUP.value + STEPS.value)
     ready = itertools.cycle([step.put_batch(row, mesh, cfg) for row in rows])
     state, train_step = step.init_state(cfg, mesh), step.make_train_step(cfg, mesh)

@@ -215,7 +215,7 @@ def main(cfg: config.RunConfig, topology: str) -> None:
     """Prints all of it. Raises UserError and ConfigError."""
     jax.config.update("jax_platforms", "cpu")  # whatever is here stays unused
     chips = machines.devices(topology)
-    print(step.describe_backends(cfg, mesh_of(cfg, chips)), flush=True)
+    print(step.choose_program(cfg, mesh_of(cfg, chips)).why, flush=True)
     if optim.owners(cfg.optim)["matrix"] == "muon":
         plan = optim.muon_plan(
             cfg.optim, model.abstract(cfg.model), dict(mesh_of(cfg, chips).shape), cfg.model.head_dim

@@ -8,7 +8,7 @@
 |              | choice, however many it has: ragged all-to-all          | the compute dtype: ragged all-to-all        |
 
 A token goes to a device and not to an expert: at most min(K, P) rows a token travel instead of K, and what arrives is
-again "tokens and their `Routing`", which any `COMPUTE` of experts.py takes as it is. Both are dropless, so both hold
+again "tokens and their `Routing`", which `ExpertCompute` (experts.py) takes as it is. Both are dropless, so both hold
 room for every token of the axis on one device, T·D numbers; experts.py does not. `moe.exchange_chunks` divides it.
 
 Everything here runs inside the `shard_map` of moe.py. Letters: P devices of the `expert` axis, t tokens of this device,
@@ -25,35 +25,29 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_jax import chips
 from moe_jax.config import MoEConfig
-from moe_jax.experts import COMPUTE, ExpertWeights, permute
+from moe_jax.experts import ExpertCompute, ExpertWeights, permute
 from moe_jax.routing import Routing
 
 
 class Exchange(Protocol):
     def __call__(
-        self, x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str, activation: str
+        self, x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, compute: ExpertCompute
     ) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
         """y in the dtype of x, and which slots were not dropped."""
 
 
 def run_experts(
-    x: Float[Array, "t D"],
-    routing: Routing,
-    w: ExpertWeights,
-    cfg: MoEConfig,
-    exchange: str,
-    backend: str,
-    activation: str = "swiglu",
+    x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, exchange: str, compute: ExpertCompute
 ) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
     """What the experts of the whole axis make of this device's tokens, in `moe.exchange_chunks` chunks of them.
 
     Chunks do not depend on each other, so that one can be on its way while another is computed. Where they do not
     divide the tokens (a decoding step has one a sequence), there are as many as do.
     """
-    chunks = math.gcd(cfg.exchange_chunks, x.shape[0])
+    chunks = math.gcd(compute.cfg.exchange_chunks, x.shape[0])
     cut = lambda a: jnp.split(a, chunks)
     parts = [
-        EXCHANGE[exchange](x_c, Routing(*routing_c), w, cfg, backend, activation)
+        EXCHANGE[exchange](x_c, Routing(*routing_c), w, compute)
         for x_c, *routing_c in zip(cut(x), *map(cut, routing), strict=True)
     ]
     y, kept = zip(*parts, strict=True)
@@ -63,14 +57,14 @@ def run_experts(
 # --- the two exchanges -----------------------------------------------------------------------------------------------
 
 
-def ring(x, routing, w, cfg, backend, activation):
+def ring(x, routing, w, compute):
     """All-gather the tokens, compute local experts, reduce-scatter the sums back."""
     here = _here(routing, w.up.shape[0])
-    y_TD, kept = COMPUTE[cfg.compute](_gather(x), here, w, cfg, backend, activation)
+    y_TD, kept = compute(_gather(x), here, w)
     return _sum_home(y_TD, x.dtype), _scatter((here.valid & ~kept).astype(jnp.int32)) == 0
 
 
-def all_to_all(x, routing, w, cfg, backend, activation):
+def all_to_all(x, routing, w, compute):
     """Send a token to the devices that have its experts, compute, send back the sums over each device's experts.
 
     Ids and weights of all tokens are all-gathered, as in `ring` (8·K bytes a token, beside 2·D of its activations): a
@@ -84,9 +78,9 @@ def all_to_all(x, routing, w, cfg, backend, activation):
     sent, arrived = Blocks.of(goes_Pt), Blocks.of(jnp.any(here.valid, axis=1).reshape(goes_Pt.shape))
     to, back = arrived.slot_T, arrived.row_T
     here = Routing(here.experts[to], permute(here.weights, to, back), here.valid[to])
-    route = Route.of(goes_Pt, sent, min(cfg.top_k, peers))
+    route = Route.of(goes_Pt, sent, min(compute.cfg.top_k, peers))
     x_TD = swap(pack(x, route), sent.size_P, arrived.size_P)
-    y_TD, kept = COMPUTE[cfg.compute](x_TD, here, w, cfg, backend, activation)
+    y_TD, kept = compute(x_TD, here, w)
     y = unpack(swap(y_TD.astype(x.dtype), arrived.size_P, sent.size_P), route)
     return y, _scatter((here.valid & ~kept)[back].astype(jnp.int32)) == 0
 

@@ -8,6 +8,7 @@ Everything here runs inside the `shard_map` of moe.py. Letters: e experts of thi
 after the exchange, of which a device may have to compute all or none; R rows computed at a time (N on one device).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -30,11 +31,26 @@ class ExpertWeights(NamedTuple):
     down: Float[Array, "e F D"]
 
 
-class Compute(Protocol):
+@dataclasses.dataclass(frozen=True)
+class ExpertCompute:
+    """How a device computes its own experts."""
+
+    cfg: MoEConfig
+    backend: str = "reference"  # of the grouped matmul
+    activation: str = "swiglu"
+
     def __call__(
-        self, x: Array, routing: Routing, w: ExpertWeights, cfg: MoEConfig, backend: str, activation: str = "swiglu"
+        self, x: Float[Array, "T D"], routing: Routing, w: ExpertWeights
     ) -> tuple[Float[Array, "T D"], Bool[Array, "T K"]]:
         """y in float32 (sums over this device's experts) and which valid slots were computed (False: dropped)."""
+        return COMPUTE[self.cfg.compute](x, routing, w, self)
+
+
+class Compute(Protocol):
+    def __call__(
+        self, x: Array, routing: Routing, w: ExpertWeights, how: ExpertCompute
+    ) -> tuple[Float[Array, "T D"], Bool[Array, "T K"]]:
+        """As `ExpertCompute.__call__`."""
 
 
 # --- compute ---------------------------------------------------------------------------------------------------------
@@ -47,11 +63,11 @@ def _hidden(activation: str, matmuls: Callable[[tuple[Array, ...]], Iterable[Arr
     return ACTIVATIONS[activation].hidden(gate, keep(up, "up"))
 
 
-def dense(x, routing, w, cfg, backend, activation="swiglu"):
+def dense(x, routing, w, how):
     """The oracle: y = Σ_e weight[t, e] · GLU_e(x), every expert on every token. Cost follows E, not K."""
     one_hot = jax.nn.one_hot(routing.experts, w.up.shape[0], dtype=jnp.float32)
     combine_Te = jnp.einsum("tke,tk->te", one_hot, jnp.where(routing.valid, routing.weights, 0.0))
-    h = _hidden(activation, lambda ms: (jnp.einsum("td,edf->etf", x, m) for m in ms), w)
+    h = _hidden(how.activation, lambda ms: (jnp.einsum("td,edf->etf", x, m) for m in ms), w)
     y_eTD = jnp.einsum("etf,efd->etd", h, w.down)
     return jnp.einsum("etd,te->td", y_eTD.astype(jnp.float32), combine_Te), routing.valid
 
@@ -132,7 +148,7 @@ combine.defvjp(
 )
 
 
-def grouped(x, routing, w, cfg, backend, activation="swiglu"):
+def grouped(x, routing, w, how):
     """Dropless: rows sorted by expert, a grouped matmul for each matrix. Cost follows the rows in use.
 
     With experts on P devices, N rows would be P times what a device has to do on average, and most of what is copied,
@@ -142,10 +158,10 @@ def grouped(x, routing, w, cfg, backend, activation="swiglu"):
     with jax.named_scope("sort"):
         plan = keep(plan_rows(routing, w.up.shape[0]), "rows")
     weight_N = jnp.where(routing.valid, routing.weights, 0.0).reshape(-1)
-    rows, more = room(cfg, weight_N.shape[0], w.up.shape[0])
+    rows, more = room(how.cfg, weight_N.shape[0], w.up.shape[0])
     if rows == weight_N.shape[0]:
-        return _compute_rows(x, weight_N, w, plan, backend, activation), routing.valid
-    return _in_turns(x, weight_N, w, plan, rows, more, backend, activation), routing.valid
+        return _compute_rows(x, weight_N, w, plan, how), routing.valid
+    return _in_turns(x, weight_N, w, plan, rows, more, how), routing.valid
 
 
 def room(cfg: MoEConfig, slots: int, local: int) -> tuple[int, int]:
@@ -155,7 +171,7 @@ def room(cfg: MoEConfig, slots: int, local: int) -> tuple[int, int]:
     return min(rows, slots), more
 
 
-def _compute_rows(x, weight_N, w: ExpertWeights, plan: RowPlan, backend: str, activation: str):
+def _compute_rows(x, weight_N, w: ExpertWeights, plan: RowPlan, how: ExpertCompute):
     """y `[T, D]` of the rows of a plan.
 
     A row's combine weight is put on the input of its down projection: then the sum over a token's rows is a plain one,
@@ -165,30 +181,30 @@ def _compute_rows(x, weight_N, w: ExpertWeights, plan: RowPlan, backend: str, ac
         x_RD = dispatch(x, plan)
         weight_R = permute(weight_N, plan.slot_R, plan.row_N)
     with jax.named_scope("experts"):
-        h_RF = _hidden(activation, lambda ms: grouped_matmuls(x_RD, ms, plan.sizes_e, backend), w)
+        h_RF = _hidden(how.activation, lambda ms: grouped_matmuls(x_RD, ms, plan.sizes_e, how.backend), w)
         h_RF = (h_RF.astype(jnp.float32) * weight_R[:, None]).astype(x.dtype)
-        y_RD = grouped_matmul(h_RF, w.down, plan.sizes_e, backend)
+        y_RD = grouped_matmul(h_RF, w.down, plan.sizes_e, how.backend)
     with jax.named_scope("combine"):
         return combine(y_RD, plan, x.shape[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _in_turns(x, weight_N, w, plan, rows: int, more: int, backend: str, activation: str):
-    return _in_turns_forward(x, weight_N, w, plan, rows, more, backend, activation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _in_turns(x, weight_N, w, plan, rows: int, more: int, how: ExpertCompute):
+    return _in_turns_forward(x, weight_N, w, plan, rows, more, how)[0]
 
 
-def _in_turns_forward(x, weight_N, w, plan, rows, more, *how):
-    y, back = jax.vjp(lambda *args: _compute_rows(*args, part_of(plan, 0, rows), *how), x, weight_N, w)
-    turn = lambda part, y: y + _compute_rows(x, weight_N, w, part, *how)
+def _in_turns_forward(x, weight_N, w, plan, rows, more, how):
+    y, back = jax.vjp(lambda *args: _compute_rows(*args, part_of(plan, 0, rows), how), x, weight_N, w)
+    turn = lambda part, y: y + _compute_rows(x, weight_N, w, part, how)
     return _further_turns(plan, rows, more, turn, y), (back, x, weight_N, w, plan)
 
 
-def _in_turns_backward(rows, more, backend, activation, saved, dy):
+def _in_turns_backward(rows, more, how, saved, dy):
     back, x, weight_N, w, plan = saved
     kept = dy.astype(x.dtype)  # as `combine` rounds it, so that it is not written in float32 for a loop without turns
 
     def turn(part, grads):
-        _, again = jax.vjp(lambda *args: _compute_rows(*args, part, backend, activation), x, weight_N, w)
+        _, again = jax.vjp(lambda *args: _compute_rows(*args, part, how), x, weight_N, w)
         return jax.tree.map(jnp.add, grads, again(kept.astype(dy.dtype)))
 
     return *_further_turns(plan, rows, more, turn, back(dy)), None
@@ -208,12 +224,12 @@ def capacity_rows(cfg: MoEConfig, tokens: int) -> int:
     return max(1, -int(-cfg.capacity_factor * cfg.top_k * tokens // cfg.num_experts))
 
 
-def capacity(x, routing, w, cfg, backend, activation="swiglu"):
+def capacity(x, routing, w, how):
     """GShard-style: an expert takes its first C rows in token order, later ones are dropped (their y is 0).
 
     C counts tokens of one `expert` row of the mesh, so unlike the other paths the result depends on the mesh.
     """
-    rows, experts = capacity_rows(cfg, x.shape[0]), w.up.shape[0]
+    rows, experts = capacity_rows(how.cfg, x.shape[0]), w.up.shape[0]
     plan = plan_rows(routing, experts)
     first_e = jnp.cumsum(plan.sizes_e) - plan.sizes_e
     position = plan.row_N.reshape(routing.experts.shape) - first_e[routing.experts]
@@ -223,7 +239,7 @@ def capacity(x, routing, w, cfg, backend, activation="swiglu"):
     filled_eC = jnp.arange(rows)[None, :] < plan.sizes_e[:, None]
     x_RD = dispatch(x, plan)
     x_eCD = jnp.where(filled_eC[:, :, None], x_RD[jnp.minimum(place_eC, x_RD.shape[0] - 1)], 0)
-    h = _hidden(activation, lambda ms: (jnp.einsum("ecd,edf->ecf", x_eCD, m) for m in ms), w)
+    h = _hidden(how.activation, lambda ms: (jnp.einsum("ecd,edf->ecf", x_eCD, m) for m in ms), w)
     y_eCD = jnp.einsum("ecf,efd->ecd", h, w.down)
     y_TKD = y_eCD[routing.experts, jnp.minimum(position, rows - 1)].astype(jnp.float32)
     return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(kept, routing.weights, 0.0)), kept

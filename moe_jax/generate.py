@@ -17,6 +17,7 @@ from moe_jax.data.documents import as_text
 from moe_jax.errors import ConfigError
 from moe_jax.layers import weight
 from moe_jax.moe import TokenInfo
+from moe_jax.program import Program
 
 
 def pick_token(
@@ -74,9 +75,7 @@ def generate(
 @functools.lru_cache(maxsize=8)
 def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top_p: float, vocab: int):
     """Jitted (params, bias, table [B, Z], lengths [B], key) → the table filled: one prefill, then a token at a time."""
-    device = mesh.devices.flat[0]
-    backends, _ = model.Backends.choose(cfg, device.platform, device.device_kind, mesh.shape["expert"])
-    graph = model.abstract(cfg, backends)
+    graph = model.abstract(cfg, Program.choose(cfg, mesh))
     rows = P(sharding.AXES, None)
 
     def run(params, bias, table, lengths, key):

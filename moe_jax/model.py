@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,41 +14,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding
-from moe_jax.attend import choose_attention
 from moe_jax.attention import Attention, KVCache
 from moe_jax.config import ModelConfig
-from moe_jax.exchange import choose_exchange
-from moe_jax.kernels import choose_backend
 from moe_jax.layers import ACTIVATIONS, GLU, Init, rms_norm, weight
 from moe_jax.mla import MLA
 from moe_jax.moe import MoE, RouterBias, TokenInfo
+from moe_jax.program import Program
 from moe_jax.remat import POLICIES, keep
 from moe_jax.routing import Choices, RouterStats
 from moe_jax.tree import nest
-
-
-class Backends(NamedTuple):
-    """What runs where: chosen once per run and printed."""
-
-    attention: str
-    exchange: str
-    grouped_matmul: str
-
-    @classmethod
-    def choose(
-        cls, cfg: ModelConfig, platform: str, device_kind: str = "", peers: int = 1, tokens: int = 1, seq_len: int = 1
-    ) -> tuple["Backends", str]:
-        """peers: devices of the mesh's `expert` axis; tokens: those of one device in a forward pass."""
-        attention, why_a = choose_attention(cfg, platform, device_kind, seq_len)
-        matmul, why_m = choose_backend(cfg.moe.grouped_matmul, platform, device_kind, cfg.compute_dtype)
-        itemsize = jnp.dtype(cfg.compute_dtype).itemsize
-        exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize, device_kind)
-        if not cfg.num_moe_layers:
-            return cls(attention, exchange, matmul), f"attention: {attention} ({why_a}); no experts"
-        text = f"attention: {attention} ({why_a}); experts: {cfg.moe.compute}"
-        if cfg.moe.compute == "grouped":
-            text += f", grouped matmul: {matmul} ({why_m})"
-        return cls(attention, exchange, matmul), f"{text}; exchange: {why_e}"
 
 
 class Inputs(NamedTuple):
@@ -71,46 +44,51 @@ class Output(NamedTuple):
     max_logit: dict[str, Float[Array, "L N"]] | None  # by stack of layers as in the parameters, if the graph asks
 
 
+class BlockOutput(NamedTuple):
+    """What one block gives; of a scan over blocks all but `x` have a leading axis of layers."""
+
+    x: Float[Array, "B S D"]
+    stats: RouterStats | None  # None of a block without experts
+    cache: KVCache | None
+    choices: Choices | None
+    max_logit: Float[Array, "B N"] | None
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a GLU or an MoE."""
 
-    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, num_groups: int, backends: Backends, record: bool,
-                 max_logit: bool):  # fmt: skip
+    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, program: Program):
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # residual branches add up over 2·L writes
-        self.eps, self.max_logit = cfg.norm_eps, max_logit
+        self.eps, self.max_logit = cfg.norm_eps, program.max_logit
         self.attention_norm = init.ones((cfg.d_model,), "norm")
-        self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, backends.attention)
+        self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
-        if sparse:
-            self.moe = MoE(cfg.moe, cfg.d_model, init, out_std, num_groups, backends.exchange, backends.grouped_matmul,
-                           record, cfg.activation)  # fmt: skip
-        else:
-            self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation)
+        self.moe = MoE(cfg, init, out_std, program) if sparse else None
+        self.mlp = None if sparse else GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation)
 
-    def __call__(self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Array | None):
+    def __call__(
+        self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Int[Array, ""] | None
+    ) -> "BlockOutput":
         h = rms_norm(x, self.attention_norm[...], self.eps)
         counted = inputs.info.counted if self.max_logit else None
         with jax.named_scope("attention"):
             y, cache, top = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
         x = keep(x + y, "residual")
         h = rms_norm(x, self.mlp_norm[...], self.eps)
-        with jax.named_scope("moe" if hasattr(self, "moe") else "mlp"):
-            y, stats, choices = self.moe(h, inputs.info) if hasattr(self, "moe") else (self.mlp(h), None, None)
-        return x + y, stats, cache, choices, top
+        with jax.named_scope("mlp" if self.moe is None else "moe"):
+            y, stats, choices = (self.mlp(h), None, None) if self.moe is None else self.moe(h, inputs.info)
+        return BlockOutput(x + y, stats, cache, choices, top)
 
 
 class Transformer(nnx.Module):
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, backends: Backends, num_groups: int = 1, record: bool = False,
-                 max_logit: bool = False):  # fmt: skip
-        self.cfg, self.num_groups, self.record, self.max_logit = cfg, num_groups, record, max_logit
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, program: Program):
+        self.cfg, self.program = cfg, program
         init = Init(rngs, cfg.init_std, dtype=cfg.param_dtype)
-        block = functools.partial(Block, cfg, num_groups=num_groups, backends=backends, record=record,
-                                  max_logit=max_logit)  # fmt: skip
         self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
         if cfg.num_dense_layers:
-            self.dense_layers = block(init.stack(cfg.num_dense_layers), sparse=False)
+            self.dense_layers = Block(cfg, init.stack(cfg.num_dense_layers), sparse=False, program=program)
         if cfg.num_moe_layers:
-            self.layers = block(init.stack(cfg.num_moe_layers), sparse=True)
+            self.layers = Block(cfg, init.stack(cfg.num_moe_layers), sparse=True, program=program)
         self.final_norm = init.ones((cfg.d_model,), "norm")
         if not cfg.tie_embeddings:
             self.head = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
@@ -123,25 +101,29 @@ class Transformer(nnx.Module):
         with jax.named_scope("embedding"):
             x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
         dense_cache, moe_cache = cache or (None, None)
-        tops, stats, choices = {}, *self._no_layers(inputs)
+        max_logit, (stats, choices) = {}, self._no_layers(inputs)
         if self.cfg.num_dense_layers:
-            x, (_, dense_cache, _, tops["dense_layers"]) = self._scan(self.dense_layers, x, inputs, dense_cache, start)
+            x, _, dense_cache, _, max_logit["dense_layers"] = self._scan(
+                self.dense_layers, x, inputs, dense_cache, start
+            )
         if self.cfg.num_moe_layers:
-            x, (stats, moe_cache, choices, tops["layers"]) = self._scan(self.layers, x, inputs, moe_cache, start)
+            x, stats, moe_cache, choices, max_logit["layers"] = self._scan(self.layers, x, inputs, moe_cache, start)
         hidden = rms_norm(x, self.final_norm[...], self.cfg.norm_eps)
-        max_logit = {name: jnp.max(top, axis=1) for name, top in tops.items()} if self.max_logit else None
-        return Output(hidden, stats, [dense_cache, moe_cache], choices, max_logit)
+        largest = {name: jnp.max(of, axis=1) for name, of in max_logit.items()} if self.program.max_logit else None
+        return Output(hidden, stats, [dense_cache, moe_cache], choices, largest)
 
     def _no_layers(self, inputs: Inputs) -> tuple[RouterStats, Choices | None]:
         """What no MoE layer counts and chooses: L = 0."""
-        g, moe = self.num_groups, self.cfg.moe
+        g, moe = self.program.num_groups, self.cfg.moe
         stats = RouterStats(
             *(jnp.zeros((0, g, *more)) for more in ((), (moe.num_experts,), (moe.num_experts,), (), ()))
         )
+        if not self.program.record:
+            return stats, None
         shape = (0, *inputs.tokens.shape)
-        return stats, Choices(jnp.zeros((*shape, moe.top_k), jnp.int32), jnp.zeros(shape)) if self.record else None
+        return stats, Choices(jnp.zeros((*shape, moe.top_k), jnp.int32), jnp.zeros(shape))
 
-    def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start):
+    def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start) -> BlockOutput:
         graph, experts, others = nnx.split(blocks, _of_experts, ...)
         scattered = sharding.current_sizes().get("fsdp", 1) > 1  # the experts' gradients
 
@@ -149,14 +131,15 @@ class Transformer(nnx.Module):
             experts, others, layer_cache = layer
             if scattered and jax.tree.leaves(experts):
                 x, experts = sharding.reduce_first(x, experts)
-            x, *rest = nnx.merge(graph, experts, others)(x, inputs, layer_cache, start)
-            return x, tuple(rest)
+            out = nnx.merge(graph, experts, others)(x, inputs, layer_cache, start)
+            return out.x, out._replace(x=None)
 
         policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, len(jax.tree.leaves(others)[0]))
         if policy is not None:
             # In a loop of one layer a turn XLA cannot see that it is computed twice, and a barrier would only cost.
             body = jax.checkpoint(body, policy=policy, prevent_cse=unroll > 1)
-        return jax.lax.scan(body, x, (experts, others, cache), unroll=unroll)
+        x, out = jax.lax.scan(body, x, (experts, others, cache), unroll=unroll)
+        return out._replace(x=x)
 
     @property
     def output_matrix(self) -> nnx.Param:
@@ -197,17 +180,13 @@ def _split(model: Transformer):
     return definition, params, bias
 
 
-REFERENCE = Backends("xla", "ring", "reference")  # run anywhere
+REFERENCE = Program()  # runs anywhere
 
 
-def abstract(cfg: ModelConfig, backends: Backends = REFERENCE, num_groups: int = 1, record: bool = False,
-             max_logit: bool = False) -> Graph:  # fmt: skip
-    """The graph and shapes of a model; nothing is allocated.
-
-    Its output has every token's choices with `record`, the largest attention logits of every head with `max_logit`.
-    """
+def abstract(cfg: ModelConfig, program: Program = REFERENCE) -> Graph:
+    """The graph and shapes of a model; nothing is allocated."""
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), backends, num_groups, record, max_logit))
+        model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), program))
     definition, params, _ = _split(model)
     axes = {"/".join(map(str, path)): v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     shapes = nnx.to_pure_dict(params)

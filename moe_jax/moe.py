@@ -9,10 +9,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import routing, sharding
-from moe_jax.config import MoEConfig
+from moe_jax.config import ModelConfig
 from moe_jax.exchange import run_experts
-from moe_jax.experts import ExpertWeights
+from moe_jax.experts import ExpertCompute, ExpertWeights
 from moe_jax.layers import ACTIVATIONS, GLU, Init
+from moe_jax.program import Program
 from moe_jax.remat import keep
 from moe_jax.routing import Choices, RouterStats
 from moe_jax.spread import as_tuple
@@ -30,25 +31,11 @@ class TokenInfo(NamedTuple):
 
 
 class MoE(nnx.Module):
-    def __init__(
-        self,
-        cfg: MoEConfig,
-        d_model: int,
-        init: Init,
-        out_std: float,
-        num_groups: int,
-        exchange: str,
-        backend: str,
-        record: bool = False,
-        activation: str = "swiglu",
-    ):
-        """`num_groups` G is the number of balance groups, `backend` that of the grouped matmul.
-
-        `record`: return every token's choices too (evaluation only: training pays nothing for it).
-        """
-        self.cfg, self.num_groups, self.record = cfg, num_groups, record
-        self.exchange, self.backend, self.activation = exchange, backend, activation
-        e, d, f = cfg.num_experts, d_model, cfg.d_expert
+    def __init__(self, model: ModelConfig, init: Init, out_std: float, program: Program):
+        """out_std: of the initial weights that write to the residual stream."""
+        self.cfg, self.program, activation = model.moe, program, model.activation
+        self.compute = ExpertCompute(model.moe, program.grouped_matmul, activation)
+        cfg, e, d, f = model.moe, model.moe.num_experts, model.d_model, model.moe.d_expert
         self.w_router = init.as_float32().normal((d, e), "router_embed router_experts")
         self.w_gate = init.normal((e, d, f), "experts embed mlp") if ACTIVATIONS[activation].gated else None
         self.w_up = init.normal((e, d, f), "experts embed mlp")
@@ -60,7 +47,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], info: TokenInfo
     ) -> tuple[Float[Array, "B S D"], RouterStats, Choices | None]:
-        """Routed plus shared experts, the router statistics summed over the whole mesh, and what `record` asks for."""
+        """Routed plus shared experts, router statistics summed over the whole mesh, and choices if recorded."""
         if not sharding.current_sizes():
             raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
         gate = self.w_gate[...] if self.w_gate is not None else None
@@ -87,10 +74,10 @@ class MoE(nnx.Module):
             logits = keep(routing.router_logits(x, w_router), "router")
             plan, probs = routing.route(logits, bias, counted, self.cfg)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
-        y, kept = run_experts(x, plan, w, self.cfg, self.exchange, self.backend, self.activation)
-        choices = routing.choices(plan, probs, shape[:2]) if self.record else None
+        y, kept = run_experts(x, plan, w, self.program.exchange, self.compute)
+        choices = routing.choices(plan, probs, shape[:2]) if self.program.record else None
         with jax.named_scope("statistics"):
-            stats = routing.router_stats(logits, probs, plan, kept, counted, group, self.num_groups)
+            stats = routing.router_stats(logits, probs, plan, kept, counted, group, self.program.num_groups)
             # The sums of all devices: G·(2E+3) numbers a layer. This psum is what makes the balance global.
             return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
 

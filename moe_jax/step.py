@@ -5,6 +5,7 @@ sums the expert counts of all micro-batches, a second one computes each with the
 then linear in the micro-batch's sums. So loss and gradient are those of the whole batch for any number of them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.layers import weight
 from moe_jax.losses import BatchSums, Maxima
 from moe_jax.moe import TokenInfo
+from moe_jax.program import Program
 from moe_jax.routing import ChoiceSums, RouterStats
 
 
@@ -52,19 +54,11 @@ class EvalSums(NamedTuple):
     choices: ChoiceSums | None  # None unless recorded
 
 
-def _backends(cfg: RunConfig, mesh: Mesh) -> tuple[model.Backends, str]:
-    device = mesh.devices.flat[0]
+def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:
+    """How the model of a run is computed on a mesh, in training."""
     tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
-    peers = mesh.shape["expert"]
-    return model.Backends.choose(cfg.model, device.platform, device.device_kind, peers, tokens, cfg.data.seq_len)
-
-
-def _graph(cfg: RunConfig, mesh: Mesh, num_groups: int, **outputs: bool) -> model.Graph:
-    return model.abstract(cfg.model, _backends(cfg, mesh)[0], num_groups, **outputs)
-
-
-def describe_backends(cfg: RunConfig, mesh: Mesh) -> str:
-    return _backends(cfg, mesh)[1]
+    chosen = Program.choose(cfg.model, mesh, tokens, cfg.data.seq_len)
+    return dataclasses.replace(chosen, num_groups=cfg.balance_groups)
 
 
 def _under(mesh: Mesh, fn: Callable) -> Callable:
@@ -155,10 +149,14 @@ def _hidden(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch:
     return net(inputs), net.output_matrix
 
 
-def make_gradients(cfg: RunConfig, mesh: Mesh) -> Callable:
-    """(params, router_bias, batch, step) → ((loss, (parts, sums)), gradients) of the optimizer batch."""
-    first_pass, count = _graph(cfg, mesh, cfg.balance_groups), cfg.train.micro_batches
-    graph = _graph(cfg, mesh, cfg.balance_groups, max_logit=cfg.optim.qk_clip > 0)
+def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -> Callable:
+    """(params, router_bias, batch, step) → ((loss, (parts, sums)), gradients) of the optimizer batch.
+
+    program: by default `choose_program`.
+    """
+    program = program or choose_program(cfg, mesh)
+    first_pass, count = model.abstract(cfg.model, program), cfg.train.micro_batches
+    graph = model.abstract(cfg.model, dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0))
 
     def loss(params, bias, batch, step, frame_of: Callable):
         """Of a (micro-)batch, in the frame that `frame_of` makes from its router statistics."""
@@ -239,12 +237,16 @@ def _deal_tokens(cfg: RunConfig, shape: tuple[int, int], step: Int[Array, ""]) -
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[..., tuple[TrainState, dict]]:
+def make_train_step(
+    cfg: RunConfig, mesh: Mesh, program: Program | None = None
+) -> Callable[..., tuple[TrainState, dict]]:
     """Jitted (state, batch[, limits]) → (new state, what metrics.py names). The old state's buffers are donated.
+
+    program: by default `choose_program`.
 
     A bad step (moe_jax/guard.py; limits: `Watch.limits`) counts as one and changes nothing else of the state.
     """
-    gradients = make_gradients(cfg, mesh)
+    gradients = make_gradients(cfg, mesh, program)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
     lr = optim.schedule(cfg.optim, cfg.train.steps)
 
@@ -296,12 +298,15 @@ def _clip_logits(params: dict, maxima: Maxima | None, threshold: float) -> tuple
     return {**params, **{name: clip(name, top) for name, top in maxima.logit.items()}}, scalars
 
 
-def make_eval_step(cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = False) -> Callable[..., EvalSums]:
+def make_eval_step(
+    cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = False, program: Program | None = None
+) -> Callable[..., EvalSums]:
     """Jitted (params, router_bias, batch grouped by domain[, earlier]) → sums by domain.
 
     `record` adds `EvalSums.choices`, and `earlier`, (params, router_bias) of another checkpoint, `choices.kept`.
     """
-    graph = _graph(cfg, mesh, num_domains, record=record)
+    program = program or choose_program(cfg, mesh)
+    graph = model.abstract(cfg.model, dataclasses.replace(program, num_groups=num_domains, record=record))
 
     def eval_step(params, bias, batch, earlier=None) -> EvalSums:
         out, matrix = _hidden(graph, cfg, params, bias, batch)

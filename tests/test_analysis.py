@@ -14,6 +14,7 @@ from matplotlib.text import Text
 
 from moe_jax import analysis, config, figures, model, sharding, step
 from moe_jax.moe import TokenInfo
+from moe_jax.program import Program
 from moe_jax.routing import ChoiceSums, RouterStats
 
 B, S, V, L, G, E, K = 8, 6, 257, 2, 3, 8, 2
@@ -78,7 +79,7 @@ def outputs() -> tuple[model.Output, model.Output]:
     info = TokenInfo(rows["segment_ids"] > 0, rows["domain_ids"])
     segments = rows["segment_ids"] if run_config().model.segment_mask else None
     inputs = jax.tree.map(put, model.Inputs(rows["tokens"], rows["positions"], segments, info))
-    graph = model.abstract(run_config().model, num_groups=G, record=True)
+    graph = model.abstract(run_config().model, Program(num_groups=G, record=True))
     run = jax.jit(lambda params, bias: graph.bind(params, bias)(inputs))
     with jax.set_mesh(mesh):
         return jax.device_get((run(*both), run(*weights(1, (1, 1, 1))[1:])))

@@ -16,6 +16,7 @@ from moe_jax import analysis, config, losses, metrics, mla, model, optim, shardi
 from moe_jax.config import MLAConfig, ModelConfig, RopeScalingConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers import rope, rope_frequencies
+from moe_jax.program import Program
 from moe_jax.tree import path_of
 
 BASE = run_config().model
@@ -94,7 +95,7 @@ def test_qk_clip_brings_every_head_to_the_threshold(q_rank):
     """In one layer, whose inputs it does not change: a head's largest logit S becomes min(S, τ), or keeps its bits."""
     cfg = dataclasses.replace(LATENT, num_layers=1, num_dense_layers=1, mla=MLAConfig(6, q_rank, 4, 6))
     run = dataclasses.replace(run_config(), model=cfg)
-    mesh, graph = mesh_of(1, 1, 1), model.abstract(cfg, max_logit=True)
+    mesh, graph = mesh_of(1, 1, 1), model.abstract(cfg, Program(max_logit=True))
     params = step.init_state(run, mesh).params
     with jax.set_mesh(mesh):
         batch = step.put_batch(batch_rows(0.25), mesh, run)

@@ -6,6 +6,7 @@ Letters: T tokens of all devices, E experts, K experts per token, D model, F hid
 import functools
 import itertools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import config, exchange, experts, model, sharding
+from moe_jax import config, exchange, experts, sharding
 from moe_jax.config import MoEConfig
 from moe_jax.errors import ConfigError
-from moe_jax.experts import ExpertWeights
+from moe_jax.experts import ExpertCompute, ExpertWeights
+from moe_jax.program import Program
 from moe_jax.routing import Routing
 from tests import two_processes
 
@@ -77,7 +79,7 @@ def oracle(k: int):
 
     @jax.jit
     def run(x, weights, w, dy, ids, valid):
-        f = lambda x, weights, w: experts.dense(x, Routing(ids, weights, valid), w, cfg, "")[0]
+        f = lambda x, weights, w: experts.dense(x, Routing(ids, weights, valid), w, ExpertCompute(cfg))[0]
         y, vjp = jax.vjp(f, x, weights, w)
         return y, vjp(dy)
 
@@ -89,7 +91,7 @@ def on_mesh(mesh, cfg: MoEConfig, name: str):
 
     def region(x, weights, w, ids, valid):
         w = jax.tree.map(lambda a: jax.lax.pcast(a, ("data", "fsdp"), to="varying"), w)
-        return exchange.run_experts(x, Routing(ids, weights, valid), w, cfg, name, "reference")
+        return exchange.run_experts(x, Routing(ids, weights, valid), w, name, ExpertCompute(cfg))
 
     specs = (sharding.BATCH, sharding.BATCH, P("expert"), sharding.BATCH, sharding.BATCH)
     both = jax.shard_map(region, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH, check_vma=True)
@@ -256,9 +258,11 @@ def test_auto_sends_less_and_says_what():
 
 def test_the_choice_is_part_of_the_printed_line():
     cfg = config.ModelConfig(moe=MoEConfig(num_experts=16, exchange_chunks=4))
-    backends, text = model.Backends.choose(cfg, "tpu", "", 8, 4096)
-    assert backends.exchange == "all_to_all" and "; exchange: all_to_all (sends less), " in text
-    assert text.endswith("chunks: 4")
+    device = types.SimpleNamespace(platform="tpu", device_kind="")
+    mesh = types.SimpleNamespace(devices=np.array([device]), shape={"expert": 8})
+    program = Program.choose(cfg, mesh, tokens=4096)
+    assert program.exchange == "all_to_all" and "; exchange: all_to_all (sends less), " in program.why
+    assert program.why.endswith("chunks: 4")
 
 
 def mistake(**fields) -> str:

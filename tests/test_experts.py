@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from moe_jax import experts, sharding
-from moe_jax.config import MoEConfig
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.experts import ExpertWeights
 from moe_jax.layers import Init
 from moe_jax.moe import MoE, TokenInfo
+from moe_jax.program import Program
 from moe_jax.routing import Routing
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def make_run(cfg):
     @jax.jit
     def run(x, routing, w, dy):
         def f(x, combine_weights, w):
-            return experts.COMPUTE[cfg.compute](x, routing._replace(weights=combine_weights), w, cfg, "reference")
+            return experts.ExpertCompute(cfg)(x, routing._replace(weights=combine_weights), w)
 
         y, vjp, kept = jax.vjp(f, x, routing.weights, w, has_aux=True)
         return y, kept, vjp(dy)
@@ -164,13 +165,13 @@ def test_capacity_by_hand():
     ones = jnp.ones((2, 1, 1), jnp.float32)
     w = ExpertWeights(ones, ones, jnp.asarray([[[1.0]], [[10.0]]]))
     routing = Routing(ids, jnp.asarray([[1.0], [1.0], [0.5], [1.0]]), jnp.ones((4, 1), bool))
-    y, kept = experts.capacity(jnp.ones((4, 1)), routing, w, cfg, "reference")
+    y, kept = experts.ExpertCompute(cfg)(jnp.ones((4, 1)), routing, w)
     silu = 1 / (1 + np.exp(-1.0))
     np.testing.assert_array_equal(kept[:, 0], [True, False, True, False])
     np.testing.assert_allclose(y[:, 0], [silu, 0, 5 * silu, 0], rtol=1e-6)
     # A slot that is not valid takes no place.
     without_first = routing._replace(valid=jnp.asarray([[0], [1], [1], [1]], bool))
-    _, kept = experts.capacity(jnp.ones((4, 1)), without_first, w, cfg, "")
+    _, kept = experts.ExpertCompute(cfg)(jnp.ones((4, 1)), without_first, w)
     np.testing.assert_array_equal(kept[:, 0], [False, True, True, False])
 
 
@@ -223,13 +224,18 @@ def set_weights(params, seed=8):
     return jax.tree.map(fill, params)
 
 
+def make_layer(cfg, exchange="ring"):
+    model = ModelConfig(d_model=WIDTH, moe=cfg)
+    return MoE(model, Init(nnx.Rngs(0), 1.0), 1.0, Program(exchange=exchange, num_groups=GROUPS))
+
+
 @functools.cache
 def run_layer(shape, cfg):
     """(y, stats, gradients) of one layer as numpy. The loss reaches the router through weights and statistics."""
     mesh = sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
     put = lambda tree: jax.device_put(tree, NamedSharding(mesh, sharding.BATCH))
     with jax.set_mesh(mesh):
-        layer = MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, cfg.exchange, "reference")
+        layer = make_layer(cfg, cfg.exchange)
         graph, params, rest = nnx.split(layer, nnx.Param, ...)
         params = set_weights(params)
         x, info, cotangent = put(layer_batch())
@@ -287,7 +293,7 @@ def test_drops_on_a_mesh_are_counted_once():
 
 def _layer_weights(cfg):
     with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
-        layer = MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, "ring", "reference")
+        layer = make_layer(cfg)
         return jax.tree.leaves(set_weights(nnx.state(layer, nnx.Param)))
 
 
@@ -297,7 +303,7 @@ def test_shared_experts_add_to_the_routed():
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     x, info, _ = jax.device_put(layer_batch(), NamedSharding(mesh, sharding.BATCH))
     with jax.set_mesh(mesh):
-        layer = MoE(cfg, WIDTH, Init(nnx.Rngs(0), 1.0), 1.0, GROUPS, "ring", "reference")
+        layer = make_layer(cfg)
         graph, params = nnx.split(layer)
         params = nnx.to_pure_dict(set_weights(params))
         run = jax.jit(lambda params: nnx.merge(graph, params)(x, info)[0])

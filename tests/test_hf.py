@@ -23,6 +23,7 @@ from moe_jax.hf import safetensors as files  # noqa: E402
 from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # noqa: E402
 from moe_jax.layers import weight  # noqa: E402
 from moe_jax.moe import TokenInfo  # noqa: E402
+from moe_jax.program import Program  # noqa: E402
 from moe_jax.upcycle import Noise, VirtualGroups, convert  # noqa: E402
 
 # Compiling is what takes time: the fast tests have one model of each architecture, two of them with a cache.
@@ -53,7 +54,7 @@ def load(name):
 
 def logits_of(cfg, params, bias, tokens, prefill=None):
     """`[B, S, V]`, and all choices; with `prefill`, through a cache: so many tokens, then one at a time."""
-    graph, mesh = model.abstract(cfg, record=True), mesh_of(1, 1, 1)
+    graph, mesh = model.abstract(cfg, Program(record=True)), mesh_of(1, 1, 1)
 
     @jax.jit
     def run(params, bias, tokens, cache, start):

@@ -105,7 +105,10 @@ def optimizer_step(cfg: config.OptimConfig, steps: int, mesh_shape):
 def everything(cfg: config.RunConfig, mesh_shape, paddings: tuple[float, ...]) -> list[dict]:
     """All that the matrix compares, on the host, for batches with so much padding. One program of gradients."""
     mesh, state = initial_state(mesh_shape)
-    gradients, after = step.make_gradients(cfg, mesh), optimizer_step(cfg.optim, cfg.train.steps, mesh_shape)
+    gradients, after = (
+        step.make_gradients(cfg, mesh),
+        optimizer_step(cfg.optim, cfg.train.steps, mesh_shape),
+    )
 
     @jax.jit
     def one(params, bias, batch):

@@ -12,6 +12,7 @@ from test_invariance import batch_rows, initial_state, run_config
 from moe_jax import attention, config, metrics, model, sharding, step
 from moe_jax.errors import ConfigError
 from moe_jax.losses import Maxima
+from moe_jax.program import Program
 
 N, M, H, PADDING = 4, 2, 4, 0.25
 ONE, MANY = (1, 1, 1), (2, 2, 2)
@@ -93,7 +94,7 @@ def maxima(params) -> dict[str, np.ndarray]:
 
 @jax.jit
 def _maxima(params, bias, batch):
-    graph = model.abstract(run_with().model, max_logit=True)
+    graph = model.abstract(run_with().model, Program(max_logit=True))
     return step._hidden(graph, run_with(), params, bias, batch)[0].max_logit
 
 

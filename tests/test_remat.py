@@ -121,7 +121,7 @@ def test_selective_repeats_no_expert_matmul():
     def matmuls(policy):
         def layer(x, combine, w, ids, valid):
             x = jnp.cos(x)  # as in a layer, something needs the operand's value
-            y, _ = experts.grouped(x, Routing(ids, combine, valid), w, MOE, "ragged_dot")
+            y, _ = experts.grouped(x, Routing(ids, combine, valid), w, experts.ExpertCompute(MOE, "ragged_dot"))
             return y
 
         layer = jax.checkpoint(layer, policy=remat.POLICIES[policy]) if policy != "none" else layer

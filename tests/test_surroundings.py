@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from moe_jax import cli, data
+from moe_jax import cli, data, terminal
 from moe_jax.config import DataConfig
 from moe_jax.data import pipeline, sources
 from moe_jax.errors import ConfigError, UserError

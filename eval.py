@@ -12,22 +12,12 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moe_jax import (
-    analysis,
-    checkpoint,
-    cli,
-    config,
-    config_file,
-    data,
-    evaluate,
-    figures,
-    generate,
-    log,
-    sharding,
-    step,
-    weights,
-)
+from moe_jax import cli, config, data
 from moe_jax.errors import UserError
+from moe_jax.evaluate import analysis, figures, generate, held_out
+from moe_jax.parallel import sharding
+from moe_jax.run import checkpoint, config_file, log, weights
+from moe_jax.train.state import abstract_weights
 
 WORKDIR = cli.define_path("workdir", None, "run directory of train.py", required=True)
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
@@ -55,13 +45,13 @@ def main(argv):
     mesh = sharding.make_mesh(shape)
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
-    evaluate.check_held_out(corpus)
+    held_out.check_held_out(corpus)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()
         cli.check_earlier(EARLIER.value, STEP.value, steps)
         number, _ = checkpoints.contents(STEP.value)
         before = checkpoints.data_state(number)
-    abstract = step.abstract_weights(cfg.model, mesh)
+    abstract = abstract_weights(cfg.model, mesh)
     params, bias, _ = weights.load_weights(workdir, *abstract, step=number)
     earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value)[:2]
     for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
@@ -69,11 +59,11 @@ def main(argv):
     say(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
 
     # --- numbers ------------------------------------------------------------------------------------------------------
-    result = evaluate.evaluate(
+    result = held_out.evaluate(
         cfg, mesh, params, bias, corpus, limit=LIMIT.value,
         record=True, earlier=earlier,
     )  # fmt: skip
-    suffix, written, drawn = evaluate.suffix(result, number, steps[-1]), [], []
+    suffix, written, drawn = held_out.suffix(result, number, steps[-1]), [], []
 
     def keep(file, write):
         """Each result is in its file as soon as it is there, and all of them before any is printed, which may fail."""
@@ -81,7 +71,7 @@ def main(argv):
             write(workdir / file)
             written.append(file)
 
-    keep(f"eval{suffix}.json", lambda path: log.write_text(path, evaluate.to_json(number, result, {})))
+    keep(f"eval{suffix}.json", lambda path: log.write_text(path, held_out.to_json(number, result, {})))
     found = None
     if cfg.model.num_moe_layers:
         found = analysis.analyse(result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value)
@@ -93,8 +83,8 @@ def main(argv):
     keep(f"sample{suffix}.txt", lambda path: log.write_text(path, "\n\n".join(texts) + "\n"))
 
     # --- beside compressors -------------------------------------------------------------------------------------------
-    baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
-    keep(f"eval{suffix}.json", lambda path: log.write_text(path, evaluate.to_json(number, result, baselines)))
+    baselines = held_out.compression_bits_per_byte(corpus.validation_texts())
+    keep(f"eval{suffix}.json", lambda path: log.write_text(path, held_out.to_json(number, result, baselines)))
 
     # --- figures ------------------------------------------------------------------------------------------------------
     if jax.process_index() == 0:
@@ -107,7 +97,7 @@ def main(argv):
 
     # --- in words -----------------------------------------------------------------------------------------------------
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
-    say(evaluate.table(result, baselines))
+    say(held_out.table(result, baselines))
     if found is not None:
         say("\nrouter, over the same text")
         say(analysis.layer_table(found))

@@ -12,30 +12,14 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moe_jax import (
-    changes,
-    checkpoint,
-    chips,
-    cli,
-    compile_only,
-    config,
-    config_file,
-    data,
-    evaluate,
-    generate,
-    guard,
-    log,
-    losses,
-    metrics,
-    model,
-    optim,
-    replay,
-    sharding,
-    step,
-    survive,
-    weights,
-)
+from moe_jax import chips, cli, config, data, model, optim
+from moe_jax.aot import compile_only
 from moe_jax.errors import Stopped, UserError
+from moe_jax.evaluate import generate, held_out
+from moe_jax.parallel import sharding
+from moe_jax.run import changes, checkpoint, config_file, log, replay, survive, weights
+from moe_jax.train import guard, losses, metrics, step
+from moe_jax.train.state import abstract_state, abstract_weights, choose_program, init_state, process_rows, put_batch
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "run directory; made if missing, resumed if not")
@@ -90,9 +74,9 @@ def train(preemption: survive.Preemption):
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal, init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
-    evaluate.check_held_out(corpus)
+    held_out.check_held_out(corpus)
     read, other_data = data.record.resume(before, checkpoint.gather_json(corpus.record()), ACCEPT.value)
-    batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
+    batches = corpus.train_iterator(process_rows(mesh, cfg.data.batch_size))
     for line in changed:
         say(line)
     say(corpus.table())
@@ -106,7 +90,7 @@ def train(preemption: survive.Preemption):
     say(f"devices: {mesh.size} × {device.device_kind}, mesh {dict(mesh.shape)}")
     say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
     say(f"parameters: {counts.total:,} total, {counts.active:,} active; {flops / 1e6:.2f} MFLOP a token")
-    say(step.choose_program(cfg, mesh).why)
+    say(choose_program(cfg, mesh).why)
     if cfg.model.num_moe_layers:
         say(losses.describe(cfg.loss, cfg.train.micro_batches))
     say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))
@@ -123,7 +107,7 @@ def train(preemption: survive.Preemption):
             say(f"checkpoint {later} is set aside in {workdir}/checkpoints.dropped")
     start, tokens, origin, watch = 0, 0.0, [], guard.Watch(every)
     if checkpoints.latest() is not None:
-        state, saved = checkpoints.restore(step.abstract_state(cfg, mesh))
+        state, saved = checkpoints.restore(abstract_state(cfg, mesh))
         batches.set_state(saved["batches"])
         start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
         watch = guard.Watch(every, saved.get("watch"))
@@ -135,17 +119,17 @@ def train(preemption: survive.Preemption):
         if line := optim.describe_stretch(cfg.optim, saved.get("steps", steps), steps, start - watch.skipped):
             say(line)
     elif cfg.init_from:
-        params, bias, origin = weights.load_weights(cfg.init_from, *step.abstract_weights(cfg.model, mesh), cast=True)
-        state = step.init_state(cfg, mesh, (params, bias))
+        params, bias, origin = weights.load_weights(cfg.init_from, *abstract_weights(cfg.model, mesh), cast=True)
+        state = init_state(cfg, mesh, (params, bias))
         say(f"starting from the weights of {cfg.init_from}, with a fresh optimizer state")
         for line in differs:
             say(line)
     else:
-        state = step.init_state(cfg, mesh)
+        state = init_state(cfg, mesh)
 
     # --- loop: metrics are read one step behind, so that reading never leaves the device idle -------------------------
     scores = checkpoints.scores
-    scores.update(evaluate.scores(workdir, start))
+    scores.update(held_out.scores(workdir, start))
     train_step = step.make_train_step(cfg, mesh)
     pending, clock = metrics.OneBehind(), metrics.Throughput(tokens)
     writer = log.Writer(
@@ -174,10 +158,10 @@ def train(preemption: survive.Preemption):
             writer.write(n, aux)
         progress.update(n, aux, log=logged)
 
-    def held_out(n):
+    def evaluate_at(n):
         with clock.paused():
             result = preemption.interruptibly(
-                lambda: evaluate.evaluate(cfg, mesh, state.params, state.router_bias, corpus, limit=every.eval_batches)
+                lambda: held_out.evaluate(cfg, mesh, state.params, state.router_bias, corpus, limit=every.eval_batches)
             )
         if result is not None and n not in scores:
             row = metrics.eval_metrics(result.rows())
@@ -189,12 +173,14 @@ def train(preemption: survive.Preemption):
 
     with checkpoints, writer, progress:
         preemption.begin()
-        if due(start) and held_out(start) is None:  # the run ended between a checkpoint and its evaluation: now again
+        if (
+            due(start) and evaluate_at(start) is None
+        ):  # the run ended between a checkpoint and its evaluation: now again
             survive.say_stopped(start)  # a step from here, and the evaluation would never be made up for
             raise Stopped
         for n in range(start + 1, steps + 1):
             rows, limits = next(batches), watch.limits(n)
-            state, aux = train_step(state, step.put_batch(rows, mesh, cfg), limits)
+            state, aux = train_step(state, put_batch(rows, mesh, cfg), limits)
             record(pending.push(n, aux))
             if watch.near:
                 record(pending.flush())
@@ -202,7 +188,7 @@ def train(preemption: survive.Preemption):
                 replay.give_up(workdir, cfg, state, rows, watch.last, limits)
             if due(n):
                 record(pending.flush())
-                held_out(n)
+                evaluate_at(n)
             stop = preemption.reached(n)
             if stop or n == steps or n % every.checkpoint_every == 0:
                 record(pending.flush())
@@ -223,7 +209,7 @@ def train(preemption: survive.Preemption):
         preemption.end()
 
         # --- the end: held-out text, and a sample ---------------------------------------------------------------------
-        result = held_out(steps)
+        result = evaluate_at(steps)
         if result is None:
             raise Stopped
 
@@ -232,15 +218,15 @@ def train(preemption: survive.Preemption):
         if jax.process_index() == 0:
             log.write_text(workdir / file, text)
 
-    name = f"eval{evaluate.suffix_at_the_end(workdir, result, steps) if start == steps else ''}.json"
-    keep(name, evaluate.to_json(steps, result, {}))
+    name = f"eval{held_out.suffix_at_the_end(workdir, result, steps) if start == steps else ''}.json"
+    keep(name, held_out.to_json(steps, result, {}))
     text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
     keep("sample.txt", text + "\n")
-    baselines = evaluate.compression_bits_per_byte(corpus.validation_texts())
-    keep(name, evaluate.to_json(steps, result, baselines))
+    baselines = held_out.compression_bits_per_byte(corpus.validation_texts())
+    keep(name, held_out.to_json(steps, result, baselines))
     lock.close()
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
-    say(evaluate.table(result, baselines))
+    say(held_out.table(result, baselines))
     say(f"\nsample\n{text}")
     if name != "eval.json":
         say(f"\neval.json stays, which is of this step and of more text; this evaluation is in {name}")

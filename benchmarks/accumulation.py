@@ -12,7 +12,10 @@ CPU cores.
 import jax
 import numpy as np
 
-from moe_jax import cli, config, sharding, step
+from moe_jax import cli, config
+from moe_jax.parallel import sharding
+from moe_jax.train.gradients import make_gradients
+from moe_jax.train.state import init_state, put_batch
 
 DOMAINS, WORDS, SEQUENCES, S = 8, 32, 16, 128  # SEQUENCES of S tokens make a micro-batch
 
@@ -50,12 +53,12 @@ def batch_rows(micro_batches: int, one_domain_each: bool, seed: int) -> dict[str
 
 def main(_) -> None:
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    params = step.init_state(run_config(2, False, "global", "exact"), mesh).params
+    params = init_state(run_config(2, False, "global", "exact"), mesh).params
 
     def gradient(a: int, rows: dict, split=True, scope="global", accumulation="exact") -> np.ndarray:
         cfg = run_config(a, split, scope, accumulation)
         with jax.set_mesh(mesh):
-            _, grads = jax.jit(step.make_gradients(cfg, mesh))(params, {}, step.put_batch(rows, mesh, cfg), 0)
+            _, grads = jax.jit(make_gradients(cfg, mesh))(params, {}, put_batch(rows, mesh, cfg), 0)
         return np.asarray(grads["layers"]["moe"]["w_router"], np.float64).ravel()
 
     print(f"{'micro-batches':<24} {'A':>3}  cosine (norm ratio) to the gradient of the whole batch")

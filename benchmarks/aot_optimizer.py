@@ -15,7 +15,11 @@ import time
 import jax
 from absl import flags
 
-from moe_jax import cli, config, hlo, machines, model, newton_schulz, optim, sharding, step
+from moe_jax import cli, config, model, optim
+from moe_jax.aot import hlo, machines
+from moe_jax.optim import newton_schulz
+from moe_jax.parallel import sharding
+from moe_jax.train.state import abstract_state
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5p:2x4x8", "v5p:4x8x8"], "TPU topologies, 64 and 256 chips")
@@ -37,7 +41,7 @@ def main(_):
     for name in TOPOLOGY.value:
         devices = machines.devices(name)
         mesh = sharding.make_mesh(shape_of(len(devices), cfg), devices)
-        state = step.abstract_state(cfg, mesh)
+        state = abstract_state(cfg, mesh)
         began = time.time()
         with jax.set_mesh(mesh):
             compiled = jax.jit(optimizer.update).lower(state.params, state.opt_state, state.params).compile()

@@ -17,7 +17,9 @@ import numpy as np
 from absl import flags
 
 from benchmarks.rows import seconds
-from moe_jax import attend, cli, sharding
+from moe_jax import cli
+from moe_jax.nn import attend
+from moe_jax.parallel import sharding
 
 BACKENDS = flags.DEFINE_list("backends", ["xla", "cudnn"], "back ends to compare")
 SEGMENTS = flags.DEFINE_list("segments", ["0", "1", "8", "100"], "segments a row; 0: none")

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks.rows import random_rows
-from moe_jax import cli, config, metrics, routing, sharding, step
+from moe_jax import cli, config
+from moe_jax.moe import layer
+from moe_jax.moe.stats import RouterStats, router_stats
+from moe_jax.parallel import sharding
+from moe_jax.train import metrics, step
+from moe_jax.train.state import init_state, process_rows, put_batch
 
 CONFIG = cli.define_config()
 ROUNDS = flags.DEFINE_integer("rounds", 4, "times that every variant has its turn", 1)
@@ -33,14 +38,14 @@ VARIANTS = {  # name: (micro-batches, fields of config.loss, statistics?)
 }
 
 
-def no_statistics(logits, probs, plan, kept, mask, group, num_groups) -> routing.RouterStats:
+def no_statistics(logits, probs, plan, kept, mask, group, num_groups) -> RouterStats:
     """Zeros in the place of the sums: what a step costs that knows nothing of its router."""
     g, ge = (num_groups,), (num_groups, logits.shape[-1])
     zeros = lambda shape: jax.lax.pcast(jnp.zeros(shape), sharding.AXES, to="varying")
-    return routing.RouterStats(*(zeros(shape) for shape in (g, ge, ge, g, g)))
+    return RouterStats(*(zeros(shape) for shape in (g, ge, ge, g, g)))
 
 
-real_statistics = routing.router_stats
+real_statistics = router_stats
 
 
 def build(micro_batches: int, loss: dict, counted: bool):
@@ -54,8 +59,8 @@ def build(micro_batches: int, loss: dict, counted: bool):
     cfg = config.build(c)
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
-    routing.router_stats = real_statistics if counted else no_statistics
+    batch = put_batch(random_rows(cfg, process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    layer.router_stats = real_statistics if counted else no_statistics
     return cfg, mesh, step.make_train_step(cfg, mesh), batch
 
 
@@ -70,7 +75,7 @@ def main(_):
             if name not in made:
                 cfg, mesh, run, batch = build(*variant)
                 made[name] = (run, batch)
-                state = step.init_state(cfg, mesh) if state is None else state
+                state = init_state(cfg, mesh) if state is None else state
             run, batch = made[name]
             state, aux = run(state, batch)
             jax.block_until_ready(state)

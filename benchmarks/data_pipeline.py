@@ -16,7 +16,9 @@ import jax
 from absl import flags
 
 from benchmarks.rows import milliseconds, seconds, where
-from moe_jax import cli, config, data, sharding, step
+from moe_jax import cli, config, data
+from moe_jax.parallel import sharding
+from moe_jax.train.state import process_rows, put_batch
 
 CONFIG = cli.define_config()
 WORKERS = flags.DEFINE_list("workers", ["0", "2"], "values of data.num_workers")
@@ -61,10 +63,10 @@ def main(_):
               f"batches of {size} × {length}, {os.cpu_count()} cores", flush=True)  # fmt: skip
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    batches = corpora[WORKERS.value[0]].train_iterator(step.process_rows(mesh, size))
+    batches = corpora[WORKERS.value[0]].train_iterator(process_rows(mesh, size))
     batch = next(batches)
     batches.close()
-    put = [seconds(lambda: step.put_batch(batch, mesh, cfg), (), 20, carry=False)[0] for _ in range(ROUNDS.value)]
+    put = [seconds(lambda: put_batch(batch, mesh, cfg), (), 20, carry=False)[0] for _ in range(ROUNDS.value)]
     print(f"a batch to the device: {milliseconds(put).strip()}, {where()}")
 
 

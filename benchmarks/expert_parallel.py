@@ -26,7 +26,10 @@ import optax
 from absl import flags
 
 from benchmarks.rows import Timed, milliseconds, moe_layer, seconds, training_step
-from moe_jax import cli, config, exchange, metrics, sharding
+from moe_jax import cli, config
+from moe_jax.moe import exchange
+from moe_jax.parallel import sharding
+from moe_jax.train import metrics
 
 CONFIG = cli.define_config()
 ROUNDS = flags.DEFINE_integer("rounds", 3, "times that every variant has its turn", 1)

@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from moe_jax.train import step
+from moe_jax.train.state import init_state
+
 # "plans": what train.py prints, and the checkpoint manager; "writers": metrics, TensorBoard, and the first batch.
 PARTS = ("import", "config, devices", "data", "plans", "initialise", "writers, batch", "first step")
 CLOCK = "MOE_JAX_FIRST_STEP"  # in the environment of the child: when it was started
@@ -39,7 +42,7 @@ def run_train() -> None:
     marks.append(time.time())
     import jax
 
-    from moe_jax import cli, data, step
+    from moe_jax import cli, data
 
     counts: dict[str, float] = {}
 
@@ -69,7 +72,7 @@ def run_train() -> None:
     make = step.make_train_step
     replace = {
         (data, "prepare"): around(data.prepare),
-        (step, "init_state"): around(step.init_state),
+        (step, "init_state"): around(init_state),
         (step, "make_train_step"): lambda *args: around(make(*args), report),
     }
     for (module, name), value in replace.items():

@@ -32,10 +32,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from benchmarks.rows import milliseconds, random_rows, seconds, training_step, where
-from moe_jax import cli, config, metrics, model, optim, sharding, step
-from moe_jax.analysis import INK, QUIET
+from moe_jax import cli, config, model, optim
 from moe_jax.errors import UserError
-from moe_jax.figures import GRID
+from moe_jax.evaluate.analysis import INK, QUIET
+from moe_jax.evaluate.figures import GRID
+from moe_jax.parallel import sharding
+from moe_jax.train import metrics
+from moe_jax.train.gradients import make_gradients
+from moe_jax.train.state import put_batch
 
 CONFIG = cli.define_config()
 PARTS = flags.DEFINE_list("parts", ["experts", "top_k", "length"], "what grows")
@@ -145,14 +149,14 @@ class Row:
         self.turns, self.gradient_turns, self.max_load = [], [], 0.0
         with jax.set_mesh(self.mesh):
             self.timed = training_step(self.cfg, self.mesh)
-        self._gradients = jax.jit(step.make_gradients(self.cfg, self.mesh))
+        self._gradients = jax.jit(make_gradients(self.cfg, self.mesh))
 
     def turn(self) -> None:
         gc.collect()
         with jax.set_mesh(self.mesh):
             start = self.timed.start()
             if PIECES.value:
-                batch = step.put_batch(random_rows(self.cfg, range(self.cfg.data.batch_size)), self.mesh, self.cfg)
+                batch = put_batch(random_rows(self.cfg, range(self.cfg.data.batch_size)), self.mesh, self.cfg)
                 arguments = (start[0].params, start[0].router_bias, batch, 0)
                 self.gradient_turns.append(seconds(self._gradients, arguments, STEPS.value, carry=False)[0])
             took, out = seconds(self.timed.call, start, STEPS.value)

@@ -19,7 +19,10 @@ import jax
 from absl import flags
 
 from benchmarks.rows import milliseconds, moe_layer, seconds, steer, where
-from moe_jax import cli, config, metrics, sharding, step
+from moe_jax import cli, config
+from moe_jax.parallel import sharding
+from moe_jax.train import metrics
+from moe_jax.train.state import choose_program
 
 LOADS = flags.DEFINE_list("loads", ["own", "1", "1.5", "2", "4"], "own, or maximum load over mean")
 SMALL = flags.DEFINE_bool("small", False, "a shape for a CPU")
@@ -101,7 +104,7 @@ def main(_):
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     shapes = SMALL_SHAPES if SMALL.value else SHAPES
     print(f"{where()}, of which one is used; weights {'float32' if MASTERS.value else 'in the compute dtype'}; "
-          f"{step.choose_program(build(shapes[0], 'bfloat16'), mesh).why}; peer: {SONIC}", flush=True)  # fmt: skip
+          f"{choose_program(build(shapes[0], 'bfloat16'), mesh).why}; peer: {SONIC}", flush=True)  # fmt: skip
     with jax.set_mesh(mesh):
         for i, shape in enumerate(shapes):
             if not ONLY.value or str(i) in ONLY.value:

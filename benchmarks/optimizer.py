@@ -24,7 +24,11 @@ from absl import flags
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.rows import random_rows, seconds
-from moe_jax import cli, config, model, newton_schulz, optim, sharding, step
+from moe_jax import cli, config, model, optim
+from moe_jax.optim import newton_schulz
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.state import abstract_state, init_state, process_rows, put_batch
 from moe_jax.tree import path_of
 
 CONFIG = cli.define_config()
@@ -214,10 +218,10 @@ def time_products(groups: dict[tuple[int, int], int], devices: int) -> tuple[flo
 
 
 def time_training(cfg: config.RunConfig, mesh: Any) -> float:
-    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    batch = put_batch(random_rows(cfg, process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
     run = step.make_train_step(cfg, mesh)
     one = lambda state: (run(state, batch)[0],)
-    _, carry = seconds(one, (step.init_state(cfg, mesh),), 2)
+    _, carry = seconds(one, (init_state(cfg, mesh),), 2)
     return seconds(one, carry, STEPS.value)[0]
 
 
@@ -287,7 +291,7 @@ def main(_):
     print(plan, flush=True)
     mine = muons(cfg.optim, labels)
     chosen = {name: variant for name, variant in variants(cfg, mine).items() if ONLY.value in name}
-    times = time_variants(chosen, step.abstract_state(cfg, mesh).params, mine, devices)
+    times = time_variants(chosen, abstract_state(cfg, mesh).params, mine, devices)
     groups: dict[tuple[int, int], int] = {}
     for row in plan.rows:
         groups[row.shape] = groups.get(row.shape, 0) + row.matrices

@@ -19,7 +19,10 @@ import jax
 from absl import flags
 
 from benchmarks.rows import random_rows
-from moe_jax import cli, config, sharding, step
+from moe_jax import cli, config
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.state import choose_program, init_state, process_rows, put_batch
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 3, "steps profiled", 1)
@@ -103,8 +106,8 @@ def table(times: dict[tuple[str, str], float], columns: list[str], total: float)
 
 def measure(cfg: config.RunConfig, mesh: Any) -> tuple[list[tuple[Kernel, float]], str]:
     """Milliseconds a step of every kernel, and the compiled program."""
-    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
-    state = step.init_state(cfg, mesh)
+    batch = put_batch(random_rows(cfg, process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    state = init_state(cfg, mesh)
     with jax.set_mesh(mesh):
         run = step.make_train_step(cfg, mesh).__wrapped__.lower(state, batch).compile()
     program = run.as_text()
@@ -130,7 +133,7 @@ def main(_):
     cfg = config.build(CONFIG.value)
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    print(step.choose_program(cfg, mesh).why, flush=True)
+    print(choose_program(cfg, mesh).why, flush=True)
     found, _ = measure(cfg, mesh)
     total = sum(milliseconds for _, milliseconds in found)
     print(f"{total:.2f} ms of kernels a step, {device.device_kind}, jax {jax.__version__}, mean of {STEPS.value} steps")

@@ -20,9 +20,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from moe_jax import cli, compile_only, config, machines, model, remat, sharding, step
-from moe_jax.moe import TokenInfo
-from moe_jax.program import Program
+from moe_jax import cli, config, model
+from moe_jax.aot import compile_only, machines
+from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.program import Program
+from moe_jax.nn import remat
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.state import abstract_state
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "", "compile for the first chip of a TPU topology that need not be here")
@@ -45,7 +50,7 @@ def kept(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> float:
         this = dataclasses.replace(cfg, model=dataclasses.replace(m, num_layers=m.num_dense_layers + layers))
         ints = jax.ShapeDtypeStruct((batch, cfg.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh))
         inputs = model.Inputs(ints, ints, ints if m.segment_mask else None, TokenInfo(ints.update(dtype=bool), ints))
-        graph, state = model.abstract(this.model, program), step.abstract_state(this, mesh)
+        graph, state = model.abstract(this.model, program), abstract_state(this, mesh)
 
         def residuals(params, bias, inputs):
             return jax.vjp(lambda params: graph.bind(params, bias)(inputs)[:2], params)[1]

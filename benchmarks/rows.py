@@ -10,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import config, routing, sharding, step
-from moe_jax.layers import Init
-from moe_jax.moe import MoE, TokenInfo
-from moe_jax.program import Program
-from moe_jax.routing import RouterStats
+from moe_jax import config
+from moe_jax.moe import balance
+from moe_jax.moe.layer import MoE, TokenInfo
+from moe_jax.moe.program import Program
+from moe_jax.moe.stats import RouterStats
+from moe_jax.nn.layers import Init
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.state import abstract_state, init_state, process_rows, put_batch
 
 
 def random_rows(cfg: config.RunConfig, rows: list[int]) -> dict[str, np.ndarray]:
@@ -66,15 +70,15 @@ class Timed(NamedTuple):
 
 def training_step(cfg: config.RunConfig, mesh: Any) -> Timed:
     """A whole training step on random tokens, compiled."""
-    batch = step.put_batch(random_rows(cfg, step.process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
-    lowered = step.make_train_step(cfg, mesh).__wrapped__.lower(step.abstract_state(cfg, mesh), batch)
+    batch = put_batch(random_rows(cfg, process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
+    lowered = step.make_train_step(cfg, mesh).__wrapped__.lower(abstract_state(cfg, mesh), batch)
     compiled = lowered.compile()
 
     def call(state, *_):
         state, aux = compiled(state, batch)
         return state, {"value": aux["loss"], "norm": aux["grad_norm"], "router": aux["router"]}
 
-    return Timed(lambda: (step.init_state(cfg, mesh),), call, compiled.memory_analysis().temp_size_in_bytes)
+    return Timed(lambda: (init_state(cfg, mesh),), call, compiled.memory_analysis().temp_size_in_bytes)
 
 
 class Layer(NamedTuple):
@@ -117,6 +121,6 @@ def steer(bias: Any, stats: Callable[[Any], RouterStats], cfg: config.MoEConfig,
     rate = 0.3 / cfg.num_experts if cfg.score == "softmax" and cfg.score_order == "score_topk" else 0.1
     for i in range(100):
         counts = jnp.sum(stats(bias).tokens_per_expert, axis=1)
-        move = lambda b, c=counts, i=i: routing.update_bias(b, c.reshape(b.shape), rate * 0.94**i, target=target)
+        move = lambda b, c=counts, i=i: balance.update_bias(b, c.reshape(b.shape), rate * 0.94**i, target=target)
         bias = jax.tree.map(move, bias)
     return bias

@@ -20,6 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+from moe_jax.parallel import sharding
+from moe_jax.train.state import abstract_state
+
 TIMES = ("tokens_per_second", "mfu", "step_seconds")
 SETTINGS = ("log_every=1", "eval_every=10", "keep_checkpoints=3")
 
@@ -104,11 +107,11 @@ def arrays(run: Path) -> dict[str, bytes]:
     import jax
     import numpy as np
 
-    from moe_jax import checkpoint, config_file, sharding, step
+    from moe_jax.run import checkpoint, config_file
 
     cfg = config_file.load_config(run)
     with checkpoint.Checkpoints(run) as checkpoints:
-        state, _ = checkpoints.restore(step.abstract_state(cfg, sharding.make_mesh((1, 1, 1), jax.devices()[:1])))
+        state, _ = checkpoints.restore(abstract_state(cfg, sharding.make_mesh((1, 1, 1), jax.devices()[:1])))
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
 

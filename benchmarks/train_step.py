@@ -26,8 +26,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks.rows import milliseconds, random_rows, steer, where
-from moe_jax import chips, cli, config, data, metrics, model, sharding, step
+from moe_jax import chips, cli, config, data, model
 from moe_jax.errors import UserError
+from moe_jax.parallel import sharding
+from moe_jax.train import metrics, step
+from moe_jax.train.state import choose_program, init_state, process_rows, put_batch
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "timed steps", 1)
@@ -69,13 +72,13 @@ def main(_):
     cfg = build()
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    print(step.choose_program(cfg, mesh).why, flush=True)
-    rows = batches(cfg, step.process_rows(mesh, cfg.data.batch_size), SETTLE.value + WARMUP.value + STEPS.value)
-    ready = itertools.cycle([step.put_batch(row, mesh, cfg) for row in rows])
-    state, train_step = step.init_state(cfg, mesh), step.make_train_step(cfg, mesh)
+    print(choose_program(cfg, mesh).why, flush=True)
+    rows = batches(cfg, process_rows(mesh, cfg.data.batch_size), SETTLE.value + WARMUP.value + STEPS.value)
+    ready = itertools.cycle([put_batch(row, mesh, cfg) for row in rows])
+    state, train_step = init_state(cfg, mesh), step.make_train_step(cfg, mesh)
     biases = {"": state.router_bias}
     if LOADS.value:
-        by_domain, evaluate = step.put_batch(rows[0], mesh, cfg, by_domain=True), step.make_eval_step(cfg, mesh, 1)
+        by_domain, evaluate = put_batch(rows[0], mesh, cfg, by_domain=True), step.make_eval_step(cfg, mesh, 1)
         stats = lambda bias: evaluate(state.params, bias, by_domain).router
         with jax.set_mesh(mesh):
             steered = lambda load: steer(state.router_bias, stats, cfg.model.moe, float(load))

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from configs import balance_scope
 from moe_jax import config as config_lib
-from moe_jax import config_file
 from moe_jax.data import tokenizers
+from moe_jax.run import config_file
 
 STEPS, BATCH, LONGEST = 300, 16, 512
 

@@ -15,9 +15,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.analysis import INK, QUIET, selection_frequency, specialisation
-from moe_jax.log import read_eval, read_metrics
-from moe_jax.routing import RouterStats
+from moe_jax.evaluate.analysis import INK, QUIET, selection_frequency, specialisation
+from moe_jax.moe.stats import RouterStats
+from moe_jax.run.log import read_eval, read_metrics
 
 BLUE, ORANGE = "#2f6fb0", "#c4572e"
 OTHERS = ("#2e8b6f", "#8a5fb0", "#9a8a3a", "#b0507f", "#6b7080")

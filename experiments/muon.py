@@ -33,7 +33,7 @@ from experiments.muon_report import Finished
 from experiments.pool import Job, Run
 from moe_jax import terminal
 from moe_jax.cli import expanded
-from moe_jax.log import read_eval
+from moe_jax.run.log import read_eval
 
 CONFIG = "configs/balance_scope.py"
 MINUTES = 3.5  # of a run with all tokens on one H200

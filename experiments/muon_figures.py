@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.balance_report import BLUE, ORANGE
 from experiments.muon_report import DEFAULT_RMS, GROUPS, NAMES, Comparison, in_order, measured
-from moe_jax.analysis import INK
-from moe_jax.figures import GRID
+from moe_jax.evaluate.analysis import INK
+from moe_jax.evaluate.figures import GRID
 
 COLOURS = {"adamw": BLUE, "muon": ORANGE}
 PALE = 0.45  # opacity of training loss beside held-out loss

@@ -13,7 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_jax import analysis, checkpoint, config, config_file, data, sharding, step, terminal
+from moe_jax import config, data, terminal
+from moe_jax.evaluate import spectra
+from moe_jax.parallel import sharding
+from moe_jax.run import checkpoint, config_file
+from moe_jax.train import step
+from moe_jax.train.state import abstract_state, process_rows, put_batch
 
 ENTROPY = ("attention", "expert", "router")  # kinds whose name begins so
 
@@ -24,22 +29,22 @@ def measure(folder: Path) -> dict:
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
     with checkpoint.Checkpoints(folder) as checkpoints:
-        state, saved = checkpoints.restore(step.abstract_state(cfg, mesh))
-    batches = corpus.train_iterator(step.process_rows(mesh, cfg.data.batch_size))
+        state, saved = checkpoints.restore(abstract_state(cfg, mesh))
+    batches = corpus.train_iterator(process_rows(mesh, cfg.data.batch_size))
     batches.set_state(saved["batches"])
     done, old = int(state.step), jax.tree.map(np.asarray, jax.device_get(state.params))
-    state, aux = step.make_train_step(cfg, mesh)(state, step.put_batch(next(batches), mesh, cfg))
+    state, aux = step.make_train_step(cfg, mesh)(state, put_batch(next(batches), mesh, cfg))
     batches.close()
     lr, decay = float(aux["lr"]), cfg.optim.weight_decay
     update = jax.tree.map(lambda a, b: (a - np.asarray(b)) / lr - decay * a, old, jax.device_get(state.params))
-    weights, updates = analysis.matrices(old), analysis.matrices(update)
+    weights, updates = spectra.matrices(old), spectra.matrices(update)
     kinds = sorted(kind for kind in weights if kind.startswith(ENTROPY))
     return {
         "step": done,
         "lr": lr,
-        "weight_rms": {kind: analysis.rms(x).tolist() for kind, x in weights.items()},
-        "update_rms": {kind: analysis.rms(x).tolist() for kind, x in updates.items()},
-        "svd_entropy": {kind: analysis.svd_entropy(weights[kind]).tolist() for kind in kinds},
+        "weight_rms": {kind: spectra.rms(x).tolist() for kind, x in weights.items()},
+        "update_rms": {kind: spectra.rms(x).tolist() for kind, x in updates.items()},
+        "svd_entropy": {kind: spectra.svd_entropy(weights[kind]).tolist() for kind in kinds},
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.balance_report import LAST, cell, markdown
-from moe_jax.log import read_eval, read_metrics
+from moe_jax.run.log import read_eval, read_metrics
 
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 DEFAULT_RMS, DEFAULT_DECAY = 0.2, 0.1

@@ -13,8 +13,12 @@ from pathlib import Path
 import jax
 
 from experiments.upcycling_report import costs
-from moe_jax import analysis, checkpoint, config, config_file, data, evaluate, sharding, step, terminal, weights
+from moe_jax import config, data, terminal
 from moe_jax.config import RunConfig
+from moe_jax.evaluate import held_out, spectra
+from moe_jax.parallel import sharding
+from moe_jax.run import checkpoint, config_file, weights
+from moe_jax.train.state import abstract_weights
 
 
 def granularity(origin: list[dict]) -> int:
@@ -26,18 +30,18 @@ def granularity(origin: list[dict]) -> int:
 def similarity(params: dict, origin: list[dict]) -> dict[str, list[float]]:
     """`{"expert gate": by layer, …}`, {} for a dense model."""
     g = granularity(origin)
-    found = {kind: x for kind, x in analysis.matrices(params).items() if kind.startswith("expert ")}
-    return {kind: analysis.expert_similarity(x, g).tolist() for kind, x in found.items()}
+    found = {kind: x for kind, x in spectra.matrices(params).items() if kind.startswith("expert ")}
+    return {kind: spectra.expert_similarity(x, g).tolist() for kind, x in found.items()}
 
 
 def measure(folder: Path) -> dict:
     cfg: RunConfig = config_file.load_config(folder)
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
-    abstract = step.abstract_weights(cfg.model, mesh)
+    abstract = abstract_weights(cfg.model, mesh)
     params, bias, origin = weights.load_weights(cfg.init_from, *abstract, cast=True)
     corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
-    result = evaluate.evaluate(cfg, mesh, params, bias, corpus, limit=cfg.train.eval_batches, progress=False)
+    result = held_out.evaluate(cfg, mesh, params, bias, corpus, limit=cfg.train.eval_batches, progress=False)
     alike = {0: similarity(params, origin)}
     del params
     with checkpoint.Checkpoints(folder) as checkpoints:

@@ -16,11 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.balance_report import BLUE, ORANGE, cell, markdown
-from moe_jax import config, config_file, model
-from moe_jax.analysis import INK
-from moe_jax.evaluate import TOTAL
-from moe_jax.figures import GRID
-from moe_jax.log import read_eval, read_metrics
+from moe_jax import config, model
+from moe_jax.evaluate.analysis import INK
+from moe_jax.evaluate.figures import GRID
+from moe_jax.evaluate.held_out import TOTAL
+from moe_jax.run import config_file
+from moe_jax.run.log import read_eval, read_metrics
 
 SHARES = (0.25, 0.5)  # of the tokens, at which the table gives the loss, beside the start and the end
 NOTES = """\

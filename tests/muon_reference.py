@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import optax
 
-from moe_jax.newton_schulz import SETS, orthogonalize_reference
-from moe_jax.spread import Matrices
+from moe_jax.optim.newton_schulz import SETS, orthogonalize_reference
+from moe_jax.optim.spread import Matrices
 
 SHAPES = [(24, 24), (16, 40), (40, 16)]
 

@@ -12,10 +12,14 @@ import pytest
 from jax.sharding import NamedSharding
 from matplotlib.text import Text
 
-from moe_jax import analysis, config, figures, model, sharding, step
-from moe_jax.moe import TokenInfo
-from moe_jax.program import Program
-from moe_jax.routing import ChoiceSums, RouterStats
+from moe_jax import config, model
+from moe_jax.evaluate import analysis, figures, spectra
+from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.program import Program
+from moe_jax.moe.stats import ChoiceSums, RouterStats
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.state import EvalSums, abstract_state, put_batch
 
 B, S, V, L, G, E, K = 8, 6, 257, 2, 3, 8, 2
 
@@ -50,7 +54,7 @@ def weights(seed: int, shape: tuple[int, int, int]) -> tuple[sharding.Mesh, dict
     """Mesh, parameters and selection biases; the values are those of one device."""
     mesh = sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
     if mesh.size > 1:
-        like = step.abstract_state(run_config(), mesh)
+        like = abstract_state(run_config(), mesh)
         to = jax.tree.map(lambda x: x.sharding, (like.params, like.router_bias))
         return mesh, *jax.device_put(jax.device_get(weights(seed, (1, 1, 1))[1:]), to)
     with jax.set_mesh(mesh):
@@ -63,9 +67,9 @@ def eval_step(shape: tuple[int, int, int], record: bool):
     return step.make_eval_step(run_config(), weights(0, shape)[0], G, record)
 
 
-def sums(shape: tuple[int, int, int], earlier: int | None = 1, record: bool = True) -> step.EvalSums:
+def sums(shape: tuple[int, int, int], earlier: int | None = 1, record: bool = True) -> EvalSums:
     mesh, params, bias = weights(0, shape)
-    batch = step.put_batch(batch_rows(), mesh, run_config(), by_domain=True)
+    batch = put_batch(batch_rows(), mesh, run_config(), by_domain=True)
     before = () if earlier is None else (weights(earlier, shape)[1:],)
     return jax.device_get(eval_step(shape, record)(params, bias, batch, *before))
 
@@ -193,14 +197,14 @@ def test_svd_entropy_of_known_spectra(shape):
     rng = np.random.default_rng(0)
     n = min(shape)
     u, _, vt = np.linalg.svd(rng.normal(size=(2, *shape)), full_matrices=False)
-    of = lambda values: analysis.svd_entropy(7.0 * (u * np.asarray(values, float)) @ vt)
+    of = lambda values: spectra.svd_entropy(7.0 * (u * np.asarray(values, float)) @ vt)
     np.testing.assert_allclose(of([1] * n), [1, 1], atol=1e-12)
     np.testing.assert_allclose(of([1] + [0] * (n - 1)), [0, 0], atol=1e-12)
     np.testing.assert_allclose(of([1, 1] + [0] * (n - 2)), [np.log(2) / np.log(n)] * 2, atol=1e-12)
     sigma = rng.uniform(0.1, 3.0, n)
     q = sigma**2 / np.sum(sigma**2)
     np.testing.assert_allclose(of(sigma), [-(q * np.log(q)).sum() / np.log(n)] * 2, atol=1e-12)
-    assert np.isnan(analysis.svd_entropy(np.zeros(shape))) and np.isnan(analysis.svd_entropy(np.ones((1, 5))))
+    assert np.isnan(spectra.svd_entropy(np.zeros(shape))) and np.isnan(spectra.svd_entropy(np.ones((1, 5))))
 
 
 def test_matrices_by_kind():
@@ -211,16 +215,16 @@ def test_matrices_by_kind():
     shapes = model.abstract(config.build(c).model).shapes
     counter = iter(range(1000))
     params = jax.tree.map(lambda x: np.full(x.shape, next(counter) + 1.0, np.float32), shapes)
-    found = analysis.matrices(params)
+    found = spectra.matrices(params)
     glu = {f"{kind} {x}" for kind in ("expert", "shared", "dense") for x in ("gate", "up", "down")}
     assert set(found) == {"embedding", "head", "router", *(f"attention {x}" for x in "qkvo"), *glu}
     assert found["embedding"].shape == (1, 512, 128) and found["expert down"].shape == (2, 8, 256, 128)
     q = [params[name]["attention"]["w_q"].flat[0] for name in ("dense_layers", "layers")]
-    np.testing.assert_allclose(analysis.rms(found["attention q"]), [q[0], q[1], q[1]])
+    np.testing.assert_allclose(spectra.rms(found["attention q"]), [q[0], q[1], q[1]])
     matrices_of = [x for x in jax.tree.leaves(params) if x.ndim > 2 or x.shape == (512, 128)]
     assert sum(x.size for x in found.values()) == sum(x.size for x in matrices_of)
     with pytest.raises(ValueError, match="no kind for the parameter layers/moe/w_new"):
-        analysis.matrices({"layers": {"moe": {"w_new": np.zeros((1, 2, 2))}}})
+        spectra.matrices({"layers": {"moe": {"w_new": np.zeros((1, 2, 2))}}})
 
 
 # --- arrays and figures ----------------------------------------------------------------------------------------------

@@ -12,11 +12,17 @@ from test_invariance import batch_rows, run_config
 from test_remat import MOE as REMAT_MOE
 from test_remat import of_a_token
 
-from moe_jax import analysis, config, losses, metrics, mla, model, optim, sharding, step
+from moe_jax import config, model, optim
 from moe_jax.config import MLAConfig, ModelConfig, RopeScalingConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers import rope, rope_frequencies
-from moe_jax.program import Program
+from moe_jax.evaluate import analysis, spectra
+from moe_jax.moe.program import Program
+from moe_jax.nn.layers import rope, rope_frequencies
+from moe_jax.nn.qk_clip import clip_mla
+from moe_jax.parallel import sharding
+from moe_jax.train import losses, metrics, step
+from moe_jax.train.gradients import _hidden
+from moe_jax.train.state import init_state, put_batch
 from moe_jax.tree import path_of
 
 BASE = run_config().model
@@ -41,9 +47,9 @@ def after_a_step(name, shape, micro):
     clip = 0.5 if VARIANTS[name].mla.kv_rank else 0.0
     cfg = dataclasses.replace(cfg, model=VARIANTS[name], optim=dataclasses.replace(cfg.optim, qk_clip=clip))
     mesh = mesh_of(*shape)
-    state = step.init_state(cfg, mesh)
+    state = init_state(cfg, mesh)
     train_step = step.make_train_step(cfg, mesh)
-    return jax.device_get(train_step(state, step.put_batch(batch_rows(0.25), mesh, cfg)))
+    return jax.device_get(train_step(state, put_batch(batch_rows(0.25), mesh, cfg)))
 
 
 @pytest.mark.slow
@@ -77,10 +83,10 @@ def test_no_moe_layer_is_no_nan():
 def test_no_moe_layer_in_evaluation():
     cfg = dataclasses.replace(run_config(), model=VARIANTS["dense"])
     mesh = mesh_of(1, 1, 1)
-    state = step.init_state(cfg, mesh)
+    state = init_state(cfg, mesh)
     batch = batch_rows(0.25) | {"domain_ids": np.zeros((32, 8), np.int32)}
     sums = step.make_eval_step(cfg, mesh, 2, record=True)(
-        state.params, state.router_bias, step.put_batch(batch, mesh, cfg, by_domain=True)
+        state.params, state.router_bias, put_batch(batch, mesh, cfg, by_domain=True)
     )
     found = analysis.analyse(*jax.device_get((sums.router, sums.choices)), ("a", "b"), 2)
     assert np.isfinite(sums.nll).all() and found.selection_frequency.shape[0] == 0
@@ -96,14 +102,14 @@ def test_qk_clip_brings_every_head_to_the_threshold(q_rank):
     cfg = dataclasses.replace(LATENT, num_layers=1, num_dense_layers=1, mla=MLAConfig(6, q_rank, 4, 6))
     run = dataclasses.replace(run_config(), model=cfg)
     mesh, graph = mesh_of(1, 1, 1), model.abstract(cfg, Program(max_logit=True))
-    params = step.init_state(run, mesh).params
+    params = init_state(run, mesh).params
     with jax.set_mesh(mesh):
-        batch = step.put_batch(batch_rows(0.25), mesh, run)
-        top = jax.jit(lambda p: step._hidden(graph, run, p, {}, batch)[0].max_logit["dense_layers"])
+        batch = put_batch(batch_rows(0.25), mesh, run)
+        top = jax.jit(lambda p: _hidden(graph, run, p, {}, batch)[0].max_logit["dense_layers"])
         before = np.asarray(top(params))
         limit = float(np.median(before))
         w = params["dense_layers"]["attention"]
-        clipped = jax.jit(mla.qk_clip)(w, jnp.asarray(before), limit)
+        clipped = jax.jit(clip_mla)(w, jnp.asarray(before), limit)
         after = np.asarray(top({**params, "dense_layers": {**params["dense_layers"], "attention": clipped}}))
     np.testing.assert_allclose(after, np.minimum(before, limit), rtol=1e-5)
     changed = {name for name in w if not np.array_equal(w[name], clipped[name])}
@@ -155,7 +161,7 @@ def test_optimizer_rules_cover_dense_and_latent_models():
             assert (labels[name] == "matrix") == (name.split("/")[-1].startswith("w_") and "router" not in name)
             if labels[name] != "adamw":
                 rule(name, x)
-            assert (analysis.kind_of(name) is None) == name.endswith("norm")
+            assert (spectra.kind_of(name) is None) == name.endswith("norm")
 
 
 def test_llama_3_scaling_by_hand():

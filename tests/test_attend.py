@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from moe_jax import attend, config, sharding
+from moe_jax import config
 from moe_jax.config import ModelConfig
 from moe_jax.errors import ConfigError
+from moe_jax.nn import attend
+from moe_jax.parallel import sharding
 
 MESH = (2, 1, 1)
 

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config, sharding, step
+from moe_jax import config
+from moe_jax.parallel import sharding
+from moe_jax.train.gradients import _deal_tokens, make_gradients
+from moe_jax.train.state import abstract_state, init_state, process_rows, put_batch
 from tests import balance_reference as reference
 from tests import two_processes
 
@@ -73,7 +76,7 @@ def flatten(tree) -> dict[str, np.ndarray]:
 @functools.cache
 def initial_params():
     mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
-    return jax.device_get(step.init_state(run_config(), mesh).params)
+    return jax.device_get(init_state(run_config(), mesh).params)
 
 
 @functools.cache
@@ -101,10 +104,10 @@ def compiled(mesh_shape, cfg_arguments):
     """The mesh, parameters on it, and the jitted gradients: the one of training steps."""
     cfg = run_config(*cfg_arguments)
     mesh = sharding.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
-    shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state(cfg, mesh).params)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh).params)
     put = lambda x, to: jax.make_array_from_callback(x.shape, to, lambda index: x[index])
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    gradients = step.make_gradients(cfg, mesh)
+    gradients = make_gradients(cfg, mesh)
 
     @jax.jit
     def run(params, batch):
@@ -117,9 +120,9 @@ def compiled(mesh_shape, cfg_arguments):
 def check(mesh_shape, cfg_arguments, padding: bool, want: tuple[dict, dict]) -> None:
     cfg, mesh, params, run = compiled(mesh_shape, cfg_arguments)
     rows = batch_rows(padding)
-    mine = step.process_rows(mesh, B)
+    mine = process_rows(mesh, B)
     with jax.set_mesh(mesh):
-        parts, grads = run(params, step.put_batch({k: v[mine] for k, v in rows.items()}, mesh, cfg))
+        parts, grads = run(params, put_batch({k: v[mine] for k, v in rows.items()}, mesh, cfg))
     values, want_grads = want
     if set(values) != set(parts.load_balance):  # a scope alone is the main loss
         values = dict(zip(parts.load_balance, values.values(), strict=True))
@@ -182,7 +185,7 @@ def test_shuffled_tokens(mesh, micro):
     arguments = (micro, "none", "exact", ("load_balance/eight",), True)
     cfg, device_mesh, _, _ = compiled(mesh, arguments)
     with jax.set_mesh(device_mesh):
-        groups = [np.asarray(step._deal_tokens(cfg, (B, S), jnp.int32(n))) for n in (0, 1)]
+        groups = [np.asarray(_deal_tokens(cfg, (B, S), jnp.int32(n))) for n in (0, 1)]
     assert (groups[0] != groups[1]).mean() > 0.5
     assert all((np.bincount(g.ravel()) == 8 * S).all() for g in groups)
     rows = batch_rows(True)

@@ -11,11 +11,13 @@ import sentencepiece
 import tokenizers as hf_tokenizers
 from test_data import brute_rows
 
-from moe_jax import data, generate
+from moe_jax import data
 from moe_jax.config import DataConfig, RunConfig, SourceConfig, TokenizerConfig, build
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import documents, tokenizers
 from moe_jax.errors import ConfigError, FileError
+from moe_jax.evaluate import generate
+from moe_jax.train.state import abstract_weights
 
 TEXT = "the fox: naïve 数"
 
@@ -254,8 +256,10 @@ def test_the_loss_of_a_document_is_transformers_own(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from test_hf import mesh_of
 
-    from moe_jax import config, evaluate, step, weights
+    from moe_jax import config
+    from moe_jax.evaluate import held_out
     from moe_jax.hf import import_model
+    from moe_jax.run import weights
 
     there = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -280,14 +284,14 @@ def test_the_loss_of_a_document_is_transformers_own(tmp_path):
     cfg = build(plain)
     made = data.prepare(cfg.data, workdir=tmp_path / "run", seed=0, progress=False)
     mesh = mesh_of(1, 1, 1)
-    params, bias, _ = weights.load_weights(tmp_path / "run", *step.abstract_weights(cfg.model, mesh))
+    params, bias, _ = weights.load_weights(tmp_path / "run", *abstract_weights(cfg.model, mesh))
     # One document a row, so that each is seen whole, as there.
     store = made.stores["a", "validation"]
     assert len(set(np.diff(store.offsets))) == 1
     plain["data"]["seq_len"] = int(np.diff(store.offsets)[0])
     cfg = build(plain)
     made = data.prepare(cfg.data, workdir=tmp_path / "run", seed=0, progress=False)
-    ours = evaluate.evaluate(cfg, mesh, params, bias, made, progress=False).rows()[-1]
+    ours = held_out.evaluate(cfg, mesh, params, bias, made, progress=False).rows()[-1]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
     ids = [theirs(text).input_ids for _, text in made.validation_texts()]
     assert all(i[0] == 256 and i[-1] == 257 for i in ids)

@@ -19,9 +19,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from moe_jax import checksums
-from moe_jax.checkpoint import Checkpoints
 from moe_jax.errors import CheckpointError
+from moe_jax.run import checksums
+from moe_jax.run.checkpoint import Checkpoints
 
 AXES = ("data", "fsdp", "expert")
 DATA = {"reader": {"position": 7, "files": ["a", "ü"], "order": None}, "fraction": 0.1}

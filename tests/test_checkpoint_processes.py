@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import config
-from moe_jax.checkpoint import Checkpoints
-from moe_jax.config_file import load_config
 from moe_jax.errors import CheckpointError
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.config_file import load_config
 from tests.test_checkpoint import AXES, mesh_of
 
 

@@ -16,8 +16,11 @@ import jax
 import pytest
 import tokenizers
 
-from moe_jax import checkpoint, cli, config, config_file, sharding, step
+from moe_jax import cli, config
 from moe_jax.errors import UserError
+from moe_jax.parallel import sharding
+from moe_jax.run import checkpoint, config_file
+from moe_jax.train.state import init_state
 
 REPO = Path(__file__).parents[1]
 LIMIT = 10.0  # seconds
@@ -405,7 +408,7 @@ def test_step_that_does_not_exist(server, root):
     cfg = config_file.load_config(root / "run")
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     with checkpoint.Checkpoints(root / "run", keep=1) as checkpoints:
-        checkpoints.save(3, step.init_state(cfg, mesh), {"batches": {"batches": 3}, "tokens": 0.0})
+        checkpoints.save(3, init_state(cfg, mesh), {"batches": {"batches": 3}, "tokens": 0.0})
     *result, compiled = server("eval.py", f"--workdir={root}/run", "--step=4")
     check(*result, ["/checkpoints has no step 4; it has 3"])
     assert compiled == ""

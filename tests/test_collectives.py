@@ -7,7 +7,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import compile_only, config, hlo, sharding, step
+from moe_jax import config
+from moe_jax.aot import compile_only, hlo
+from moe_jax.parallel import overlap, sharding
+from moe_jax.train.state import abstract_state
 
 B, S, K, D, F, GROUPS = 32, 28, 3, 16, 12, 4
 # Twenty or ten of nothing else: such a dimension is the experts'. fsdp · expert = 4 does not divide ten, so each of
@@ -26,7 +29,7 @@ def collectives(e: int, micro_batches: int, accumulation: str, exchange: str) ->
     c.data.tokenizer.update(kind="huggingface", path="none")
     c.train.micro_batches = micro_batches
     cfg, mesh = config.build(c), sharding.make_mesh((2, 2, 2))
-    state, compiled = step.abstract_state(cfg, mesh), compile_only.compile_step(cfg, mesh)
+    state, compiled = abstract_state(cfg, mesh), compile_only.compile_step(cfg, mesh)
     # The new state takes the old one's place: all of it, and nothing else, is donated.
     assert compiled.memory_analysis().alias_size_in_bytes == compile_only.bytes_of_device(state)
     found = hlo.collectives(compiled.as_text(), dict(mesh.shape))
@@ -94,7 +97,7 @@ def test_what_waits_is_the_same(monkeypatch, first):
     with jax.set_mesh(mesh):
         x, w = (jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((x, sharding.BATCH), (w, P("expert"))))
         gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
-        (dx, dw), (waited, dw2) = (gradients(x, w, use) for use in (lambda x, w: (x, w), sharding.reduce_first))
+        (dx, dw), (waited, dw2) = (gradients(x, w, use) for use in (lambda x, w: (x, w), overlap.reduce_first))
     np.testing.assert_array_equal(dw, dw2)
     assert waited.dtype == dx.dtype
     if np.isfinite(first):

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import compile_only, config, hlo, machines, model, optim, sharding
+from moe_jax import config, model, optim
+from moe_jax.aot import compile_only, hlo, machines
 from moe_jax.errors import UserError
+from moe_jax.parallel import sharding
 
 REPO = Path(__file__).parents[1]
 COMPILERS = {"v5p:2x2x2": "libtpu", "h100:8": "jax_plugins.xla_cuda13"}

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from moe_jax import config, config_file
+from moe_jax import config
 from moe_jax.config import RunConfig, classes, fields
-from moe_jax.config_file import begin, describe, differences, load_config, resume, save_config
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.run import config_file
+from moe_jax.run.config_file import begin, describe, differences, load_config, resume, save_config
 
 
 def having(**values) -> RunConfig:

@@ -13,8 +13,10 @@ import jax
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax import config_file, model, optim, sharding
+from moe_jax import model, optim
 from moe_jax.config import ModelConfig, MoEConfig, RunConfig
+from moe_jax.parallel import sharding
+from moe_jax.run import config_file
 from moe_jax.tree import path_of
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import routing
 from moe_jax.config import MoEConfig
-from moe_jax.losses import load_balancing_loss
+from moe_jax.moe import routing
+from moe_jax.moe.balance import load_balancing_loss
+from moe_jax.moe.stats import router_stats
 
 LAYERS, BATCH, SEQ = 3, 8, 5
 FORWARD = 2  # sequences in one forward pass: a micro-batch of one data-parallel rank
@@ -50,7 +51,7 @@ def statistics(logits, cfg, balance_batch="global", bias=None, mask=None):
 
     def layer(x):
         plan, probs = routing.route(x, bias, live, cfg)
-        return routing.router_stats(x, probs, plan, plan.valid, live, group, batch // size)
+        return router_stats(x, probs, plan, plan.valid, live, group, batch // size)
 
     return jax.vmap(layer)(logits.reshape(layers, -1, experts))
 

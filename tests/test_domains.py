@@ -7,23 +7,25 @@ import numpy as np
 import pytest
 
 from experiments import upcycling_report
-from moe_jax import config, evaluate, metrics
+from moe_jax import config
 from moe_jax.errors import ConfigError
-from moe_jax.routing import RouterStats
+from moe_jax.evaluate import held_out
+from moe_jax.moe.stats import RouterStats
+from moe_jax.train import metrics
 
 NAMES = ("all", "xent", "a/xent", "all domains", "perplexity", "kind", "step", "unseen")
 STATS = RouterStats(np.ones((1, 8)), np.ones((1, 8, 2)), np.ones((1, 8, 2)), np.ones((1, 8)), np.zeros((1, 8)))
 
 
-def result() -> evaluate.EvalResult:
+def result() -> held_out.EvalResult:
     tokens = np.array([10.0, 20, 30, 40, 50, 60, 70, 0])
-    return evaluate.EvalResult(NAMES, tokens * np.arange(1, 9), tokens, np.full(8, 2.0), STATS, None)
+    return held_out.EvalResult(NAMES, tokens * np.arange(1, 9), tokens, np.full(8, 2.0), STATS, None)
 
 
 def test_no_domain_has_the_total_s_numbers():
     made = result()
     rows = made.rows()
-    assert [row["domain"] for row in rows] == [*NAMES[:-1], evaluate.TOTAL]
+    assert [row["domain"] for row in rows] == [*NAMES[:-1], held_out.TOTAL]
     total = sum(n * 10 * n for n in range(1, 8)) / 280
     flat = metrics.eval_metrics(rows)
     assert flat["xent"] == rows[-1]["xent"] == pytest.approx(total) and len(flat) == 3 * 8
@@ -34,15 +36,15 @@ def test_no_domain_has_the_total_s_numbers():
 
 def test_tables_and_files_name_every_domain():
     texts = [(name, name * 50) for name in NAMES[:-1]]
-    baselines = evaluate.compression_bits_per_byte(texts)
+    baselines = held_out.compression_bits_per_byte(texts)
     made = result()
-    *body, total, missing = evaluate.table(made, baselines).splitlines()[1:]
+    *body, total, missing = held_out.table(made, baselines).splitlines()[1:]
     assert [line[:12].strip() for line in body] == list(NAMES[:-1]) and total.startswith("all domains  ")
     assert missing == "without held-out text here: unseen"
     of = baselines["gzip -9"]
-    assert len(of) == 8 and f"{of['all']:.3f}" in body[0] and f"{of[evaluate.TOTAL]:.3f}" in total
+    assert len(of) == 8 and f"{of['all']:.3f}" in body[0] and f"{of[held_out.TOTAL]:.3f}" in total
     assert "nan" not in total
-    written = json.loads(evaluate.to_json(4, made, baselines))
+    written = json.loads(held_out.to_json(4, made, baselines))
     assert written["domains_without_text"] == ["unseen"] and written["domains"][-1]["domain"] == ""
     assert written["domains"][0]["xent"] == 1.0 and written["bits_per_byte_of"]["gzip -9"][""] == of[""]
 

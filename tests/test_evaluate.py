@@ -6,36 +6,37 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax import evaluate, log
-from moe_jax.routing import RouterStats
+from moe_jax.evaluate import held_out
+from moe_jax.moe.stats import RouterStats
+from moe_jax.run import log
 
 
-def result_of(nll=(8.0, 16.0), tokens=(4.0, 8.0), limit=0, sequences=(9, 9)) -> evaluate.EvalResult:
+def result_of(nll=(8.0, 16.0), tokens=(4.0, 8.0), limit=0, sequences=(9, 9)) -> held_out.EvalResult:
     """Two domains, one MoE layer, two experts."""
     nll, tokens = np.array(nll), np.array(tokens)
     load = np.stack([tokens, tokens], -1)[None]
     stats = RouterStats(tokens[None], load, load / 2, tokens[None], 0 * tokens[None])
-    return evaluate.EvalResult(("a", "b"), nll, tokens, np.full(2, 2.0), stats, None, limit, sequences)
+    return held_out.EvalResult(("a", "b"), nll, tokens, np.full(2, 2.0), stats, None, limit, sequences)
 
 
 def test_only_all_text_at_the_newest_step_is_the_main_evaluation():
     whole, part = result_of(), result_of(limit=2, sequences=(8, 9))
-    assert evaluate.suffix(whole, 30, newest=30) == evaluate.suffix(result_of(limit=50), 30, newest=30) == ""
-    assert evaluate.suffix(whole, 20, newest=30) == ".20"
-    assert evaluate.suffix(part, 30, newest=30) == ".30.2batches"
-    assert evaluate.suffix(part, 20, newest=30) == ".20.2batches"
+    assert held_out.suffix(whole, 30, newest=30) == held_out.suffix(result_of(limit=50), 30, newest=30) == ""
+    assert held_out.suffix(whole, 20, newest=30) == ".20"
+    assert held_out.suffix(part, 30, newest=30) == ".30.2batches"
+    assert held_out.suffix(part, 20, newest=30) == ".20.2batches"
 
 
 def test_it_records_what_it_is_of():
     for result, limit in ((result_of(), None), (result_of(limit=2, sequences=(8, 9)), 2)):
-        body = json.loads(evaluate.to_json(30, result, {}))
+        body = json.loads(held_out.to_json(30, result, {}))
         told = {name: body[name] for name in ("step", "limit", "rows", "of_rows", "tokens")}
         assert told == {"step": 30, "limit": limit, "rows": result.sequences[0], "of_rows": 9, "tokens": 12}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_null_and_named(tmp_path, bad):
-    text = evaluate.to_json(30, result_of(nll=(8.0, bad)), {"gzip -9": {"a": 1.0, "b": bad}})
+    text = held_out.to_json(30, result_of(nll=(8.0, bad)), {"gzip -9": {"a": 1.0, "b": bad}})
     body = json.loads(text, parse_constant=pytest.fail)
     good, row, _ = body["domains"]
     assert good["xent"] == 2.0 and "nonfinite" not in good
@@ -50,11 +51,11 @@ def test_numbers_that_are_not_finite_are_null_and_named(tmp_path, bad):
 def test_training_again_keeps_a_fuller_evaluation_of_the_same_step(tmp_path):
     """A finished run that is started again evaluates `train.eval_batches`; eval.py may have seen all of the text."""
     part = result_of(tokens=(4.0, 0.0), limit=2, sequences=(8, 9))
-    assert evaluate.suffix_at_the_end(tmp_path, part, 30) == ""
+    assert held_out.suffix_at_the_end(tmp_path, part, 30) == ""
     for step, result, want in ((30, result_of(), ".30.2batches"), (20, result_of(), ""), (30, part, "")):
-        (tmp_path / "eval.json").write_text(evaluate.to_json(step, result, {}), encoding="utf-8")
-        assert evaluate.suffix_at_the_end(tmp_path, part, 30) == want
+        (tmp_path / "eval.json").write_text(held_out.to_json(step, result, {}), encoding="utf-8")
+        assert held_out.suffix_at_the_end(tmp_path, part, 30) == want
     (tmp_path / "eval.json").write_text('{"step": 30, "domains": [{"tokens": 12}]}', encoding="utf-8")  # an older one
-    assert evaluate.suffix_at_the_end(tmp_path, part, 30) == ".30.2batches"
+    assert held_out.suffix_at_the_end(tmp_path, part, 30) == ".30.2batches"
     (tmp_path / "eval.json").write_text("{", encoding="utf-8")
-    assert evaluate.suffix_at_the_end(tmp_path, part, 30) == ""
+    assert held_out.suffix_at_the_end(tmp_path, part, 30) == ""

@@ -16,12 +16,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import config, exchange, experts, sharding
+from moe_jax import config
 from moe_jax.config import MoEConfig
 from moe_jax.errors import ConfigError
-from moe_jax.experts import ExpertCompute, ExpertWeights
-from moe_jax.program import Program
-from moe_jax.routing import Routing
+from moe_jax.moe import exchange, experts
+from moe_jax.moe.experts import ExpertCompute, ExpertWeights
+from moe_jax.moe.program import Program
+from moe_jax.moe.routing import Routing
+from moe_jax.parallel import sharding
 from tests import two_processes
 
 T, E, D, F = 48, 16, 6, 4

@@ -12,13 +12,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from moe_jax import experts, sharding
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.experts import ExpertWeights
-from moe_jax.layers import Init
-from moe_jax.moe import MoE, TokenInfo
-from moe_jax.program import Program
-from moe_jax.routing import Routing
+from moe_jax.moe import experts
+from moe_jax.moe.experts import ExpertWeights
+from moe_jax.moe.layer import MoE, TokenInfo
+from moe_jax.moe.program import Program
+from moe_jax.moe.routing import Routing
+from moe_jax.nn.layers import Init
+from moe_jax.parallel import sharding
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 

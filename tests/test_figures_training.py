@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from moe_jax import figures
+from moe_jax.evaluate import figures
 
 
 def written(folder, losses, loads=None, evals=()):

@@ -19,12 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_jax import analysis, cli, config, config_file, log
+from moe_jax import cli, config
 from moe_jax.data import corpus, sources, tokenizers
 from moe_jax.data.rows import PackedRows
 from moe_jax.errors import CheckpointError, ConfigError, FileError, UserError
+from moe_jax.evaluate import analysis
 from moe_jax.hf import convert, gguf, safetensors
 from moe_jax.hf.architectures import read_config
+from moe_jax.run import config_file, log
 
 SAID = (ConfigError, FileError, CheckpointError, UserError)  # cli.run prints these as one line
 SECONDS = 20.0  # far more than any case takes, on a machine that has other work

@@ -12,7 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_jax import config, sharding, step
+from moe_jax import config
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.state import init_state, put_batch
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS, BATCH, SEQ, VOCAB = 20, 16, 32, 257
@@ -53,10 +56,10 @@ def batches():
 def curves() -> dict[str, list[float]]:
     cfg = run_config()
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), "cpu"))
-    state, train_step = step.init_state(cfg, mesh), step.make_train_step(cfg, mesh)
+    state, train_step = init_state(cfg, mesh), step.make_train_step(cfg, mesh)
     out = {name: [] for name in NAMES}
     for rows in batches():
-        state, aux = train_step(state, step.put_batch(rows, mesh, cfg))
+        state, aux = train_step(state, put_batch(rows, mesh, cfg))
         for name in NAMES:
             out[name].append(float(f"{float(aux[name]):.8g}"))
     return out

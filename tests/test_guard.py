@@ -7,8 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config, guard, replay, sharding, step
+from moe_jax import config
 from moe_jax.errors import BadNumbers, CheckpointError, ConfigError
+from moe_jax.parallel import sharding
+from moe_jax.run import replay
+from moe_jax.train import guard, step
+from moe_jax.train.state import init_state, put_batch
 
 BATCH, SEQ, WINDOW = 8, 16, 8
 
@@ -54,12 +58,12 @@ class Run:
 
     def __init__(self, cfg: config.RunConfig):
         self.cfg, self.mesh = cfg, sharding.make_mesh((2, 2, 2))
-        self.train_step, self.state = step.make_train_step(cfg, self.mesh), step.init_state(cfg, self.mesh)
+        self.train_step, self.state = step.make_train_step(cfg, self.mesh), init_state(cfg, self.mesh)
         self.watch = guard.Watch(cfg.train)
 
     def take(self, n: int, rows: dict, limits=None) -> dict:
         limits = self.watch.limits(n) if limits is None else limits
-        self.state, aux = self.train_step(self.state, step.put_batch(rows, self.mesh, self.cfg), limits)
+        self.state, aux = self.train_step(self.state, put_batch(rows, self.mesh, self.cfg), limits)
         self.watch.see(n, aux)
         return jax.device_get(aux)
 
@@ -73,7 +77,7 @@ def run():
 
 
 def reset(run: Run) -> Run:
-    run.state, run.watch = step.init_state(run.cfg, run.mesh), guard.Watch(run.cfg.train)
+    run.state, run.watch = init_state(run.cfg, run.mesh), guard.Watch(run.cfg.train)
     return run
 
 

@@ -15,15 +15,19 @@ hf_models = pytest.importorskip("tests.hf_models" if __package__ else "hf_models
 
 from hf_models import MODELS, TOKENS, build, forward, saved, torch, transformers  # noqa: E402
 
-from moe_jax import model, routing, sharding, step, weights  # noqa: E402
+from moe_jax import model  # noqa: E402
 from moe_jax.config import ModelConfig, MoEConfig  # noqa: E402
 from moe_jax.errors import FormatError  # noqa: E402
 from moe_jax.hf import export_run, import_model  # noqa: E402
 from moe_jax.hf import safetensors as files  # noqa: E402
 from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # noqa: E402
-from moe_jax.layers import weight  # noqa: E402
-from moe_jax.moe import TokenInfo  # noqa: E402
-from moe_jax.program import Program  # noqa: E402
+from moe_jax.moe import routing  # noqa: E402
+from moe_jax.moe.layer import TokenInfo  # noqa: E402
+from moe_jax.moe.program import Program  # noqa: E402
+from moe_jax.nn.layers import weight  # noqa: E402
+from moe_jax.parallel import sharding  # noqa: E402
+from moe_jax.run import weights  # noqa: E402
+from moe_jax.train.state import abstract_weights  # noqa: E402
 from moe_jax.upcycle import Noise, VirtualGroups, convert  # noqa: E402
 
 # Compiling is what takes time: the fast tests have one model of each architecture, two of them with a cache.
@@ -48,7 +52,7 @@ def imported(name, shape=(1, 1, 1)):
 @functools.cache
 def load(name):
     workdir, cfg = imported(name)
-    params, bias, _ = weights.load_weights(workdir, *step.abstract_weights(cfg, mesh_of(1, 1, 1)))
+    params, bias, _ = weights.load_weights(workdir, *abstract_weights(cfg, mesh_of(1, 1, 1)))
     return cfg, params, bias
 
 
@@ -127,7 +131,7 @@ def test_any_mesh_imports_the_same(name, shape):
     """Every leaf of the run directory, read back onto one mesh."""
     one, other = imported(name)[0], imported(name, shape)[0]
     cfg = imported(name)[1]
-    abstract = step.abstract_weights(cfg, mesh_of(1, 1, 1))
+    abstract = abstract_weights(cfg, mesh_of(1, 1, 1))
     a, b = (weights.load_weights(folder, *abstract) for folder in (one, other))
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a[:2], b[:2])
     assert (one / "config.json").read_text(encoding="utf-8").replace(str(one), "") == (
@@ -137,7 +141,7 @@ def test_any_mesh_imports_the_same(name, shape):
 
 def test_origin_says_where_they_came_from():
     workdir, cfg = imported("moonlight")
-    _, _, origin = weights.load_weights(workdir, *step.abstract_weights(cfg, mesh_of(1, 1, 1)))
+    _, _, origin = weights.load_weights(workdir, *abstract_weights(cfg, mesh_of(1, 1, 1)))
     assert [event["event"] for event in origin] == ["import"]
     assert origin[0]["architecture"] == "DeepseekV3ForCausalLM" and origin[0]["from"] == str(saved("moonlight"))
 
@@ -167,7 +171,7 @@ def test_an_upcycled_model_is_exported_and_computes_the_same(name, architecture,
     cfg = dataclasses.replace(made.cfg.model, compute_dtype="float32")
     assert export_run(tmp_path / "run", tmp_path / "out", mesh=mesh_of(1, 1, 1), say=QUIET) == architecture
     there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    params, bias, _ = weights.load_weights(tmp_path / "run", *step.abstract_weights(cfg, mesh_of(1, 1, 1)))
+    params, bias, _ = weights.load_weights(tmp_path / "run", *abstract_weights(cfg, mesh_of(1, 1, 1)))
     got, experts = logits_of(cfg, params, bias, TOKENS)
     want, chosen = forward(there, TOKENS)
     for mine, theirs in zip(experts, chosen, strict=True):

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from test_configs import load
 
-from moe_jax import config, sharding, step
+from moe_jax import config
 from moe_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.errors import CheckpointError, ConfigError, FormatError
 from moe_jax.hf import export_run, import_model, tables
 from moe_jax.hf import safetensors as files
 from moe_jax.hf.architectures import ARCHITECTURES, differences, read_config, write_config
 from moe_jax.hf.convert import check_size
+from moe_jax.parallel import sharding
+from moe_jax.train.state import abstract_weights
 from moe_jax.tree import flatten
 
 REPO = Path(__file__).parents[1]
@@ -49,7 +51,7 @@ def mesh():
 
 
 def shapes_of(model):
-    return {path: x.shape for tree in step.abstract_weights(model, mesh()) for path, x in flatten(tree).items()}
+    return {path: x.shape for tree in abstract_weights(model, mesh()) for path, x in flatten(tree).items()}
 
 
 def write(folder, change=None, **hf):

@@ -13,13 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import losses, model, sharding, step, weights
+from moe_jax import model
 from moe_jax.data.tokenizers import load_or_make
 from moe_jax.errors import FormatError
-from moe_jax.generate import generate
+from moe_jax.evaluate.generate import generate
 from moe_jax.hf import import_model
-from moe_jax.layers import weight
-from moe_jax.moe import TokenInfo
+from moe_jax.moe.layer import TokenInfo
+from moe_jax.nn.layers import weight
+from moe_jax.parallel import sharding
+from moe_jax.run import weights
+from moe_jax.train import cross_entropy
+from moe_jax.train.state import abstract_weights
 
 PROMPT, LENGTH = "The capital of France is", 2048
 
@@ -45,7 +49,7 @@ def imported(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("smollm2") / "run"
     cfg = import_model(gguf_file(), workdir, mesh=mesh())
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, compute_dtype="float32"))
-    params, _, _ = weights.load_weights(workdir, *step.abstract_weights(cfg.model, mesh()))
+    params, _, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh()))
     return cfg, params, load_or_make(cfg.data.tokenizer, workdir, None)
 
 
@@ -58,7 +62,7 @@ def mean_loss(cfg, params, ids):
         net, inputs = graph.bind(params, {}), tokens[:, :-1]
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32)[None], inputs.shape)
         out = net(model.Inputs(inputs, positions, None, TokenInfo(inputs >= 0, jnp.zeros_like(inputs))))
-        return jnp.mean(losses.token_nll(out.hidden, weight(net.output_matrix, "float32"), tokens[:, 1:]))
+        return jnp.mean(cross_entropy.token_nll(out.hidden, weight(net.output_matrix, "float32"), tokens[:, 1:]))
 
     with jax.set_mesh(mesh()):
         return float(run(params, jax.device_put(np.asarray([ids], np.int32), sharding.batch_sharding(mesh()))))
@@ -141,7 +145,7 @@ def test_small_gguf(tmp_path):
     cfg = import_model(file, tmp_path / "run", mesh=mesh(), say=said.append)
     assert cfg.model.tie_embeddings and cfg.model.head_dim == 4 and cfg.model.max_seq_len == 32
     assert "no tokenizer came with it" in said[-1]
-    params, _, _ = weights.load_weights(tmp_path / "run", *step.abstract_weights(cfg.model, mesh()))
+    params, _, _ = weights.load_weights(tmp_path / "run", *abstract_weights(cfg.model, mesh()))
     from gguf import GGUFReader
 
     stored = {t.name: np.asarray(t.data) for t in GGUFReader(str(file)).tensors}["blk.0.attn_q.weight"]

@@ -11,11 +11,12 @@ import two_processes
 from test_hf_files import CONFIG, write
 from test_train import REPO, finish, rows, run, write_text
 
-from moe_jax import step, weights
 from moe_jax.data.tokenizers import train_bpe
 from moe_jax.hf import import_model
 from moe_jax.hf import safetensors as files
 from moe_jax.hf.convert import whole_mesh
+from moe_jax.run import weights
+from moe_jax.train.state import abstract_weights
 
 # What docs/checkpoints.md shows: the configuration of a run, to start another from it.
 FROM_RUN = """
@@ -81,7 +82,7 @@ from moe_jax.hf import import_model
 import_model({str(tmp_path / "in")!r}, {str(tmp_path / "two")!r})
 """)
     cfg = import_model(tmp_path / "in", tmp_path / "one", say=lambda line: None)
-    abstract = step.abstract_weights(cfg.model, whole_mesh())
+    abstract = abstract_weights(cfg.model, whole_mesh())
     one, two = (weights.load_weights(tmp_path / name, *abstract) for name in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one[:2], two[:2])
     assert one[2] == two[2] and sorted(p.name for p in tmp_path.iterdir()) == ["in", "one", "two"]

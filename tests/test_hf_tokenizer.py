@@ -10,11 +10,13 @@ import pytest
 from test_begin_of_text import byte_level, folder_of, sentencepiece_model
 from test_hf_files import mesh, write
 
-from moe_jax import config, step, weights
+from moe_jax import config
 from moe_jax.config import ModelConfig, MoEConfig, TokenizerConfig
 from moe_jax.data import tokenizers
 from moe_jax.errors import FormatError
 from moe_jax.hf import export_run, import_model
+from moe_jax.run import weights
+from moe_jax.train.state import abstract_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -35,7 +37,7 @@ def trained(folder, tokenizer, model=MODEL, events=(), make=None, **data):
     cfg = config.build({"model": config.to_dict(model), "data": {"tokenizer": config.to_dict(tokenizer), **data}})
     rng = np.random.default_rng(0)
     values = lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding)
-    params, bias = (jax.tree.map(values, tree) for tree in step.abstract_weights(model, mesh()))
+    params, bias = (jax.tree.map(values, tree) for tree in abstract_weights(model, mesh()))
     weights.save_weights(folder, cfg, params, bias, [{"event": event} for event in events])
     made = tokenizers.load_or_make(tokenizer, folder, lambda: ["def add(a, b): return a + b\n" * 9])
     return made
@@ -141,7 +143,7 @@ def test_an_imported_model_comes_back_as_it_was_unless_trained(tmp_path):
 
     # The same weights, trained on documents that end otherwise.
     loaded = weights.load_weights(
-        tmp_path / "run", *step.abstract_weights(config.build(_config(tmp_path / "run")).model, mesh())
+        tmp_path / "run", *abstract_weights(config.build(_config(tmp_path / "run")).model, mesh())
     )
     events = [*loaded[2], {"event": "train"}]
     cfg = config.build(_config(tmp_path / "run") | {"init_from": str(tmp_path / "run")})

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from test_hf_files import CONFIG, EMBED, edit_index, mesh, shards, write
 
-from moe_jax import step, weights
 from moe_jax.errors import CheckpointError, FormatError
 from moe_jax.hf import export_run, import_model
 from moe_jax.hf import safetensors as files
+from moe_jax.run import weights
+from moe_jax.train.state import abstract_weights
 
 HEAD, SECOND = "lm_head.weight", "model-00002-of-00002.safetensors"
 
@@ -18,7 +19,7 @@ def imported(folder, workdir):
     """Embedding and head as imported, and what was printed."""
     said = []
     cfg = import_model(folder, workdir, mesh=mesh(), say=said.append)
-    params, _, _ = weights.load_weights(workdir, *step.abstract_weights(cfg.model, mesh()))
+    params, _, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh()))
     return np.asarray(params["embed"]), np.asarray(params.get("head", params["embed"])), "\n".join(said)
 
 

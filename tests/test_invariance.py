@@ -14,7 +14,11 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import config, losses, optim, sharding, step
+from moe_jax import config, optim
+from moe_jax.parallel import sharding
+from moe_jax.train import losses
+from moe_jax.train.gradients import make_gradients
+from moe_jax.train.state import abstract_state, init_state, put_batch
 
 B, S, V = 32, 8, 48
 BIAS = np.linspace(-0.05, 0.05, 4, dtype=np.float32)
@@ -82,10 +86,10 @@ def initial_state(mesh_shape) -> tuple:
     """The mesh and a fresh state on it; the values are those of one device."""
     mesh = sharding.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
     if mesh.size == 1:
-        state = step.init_state(run_config(), mesh)
+        state = init_state(run_config(), mesh)
         # A selection bias that is not zero, so that it takes part.
         return mesh, state._replace(router_bias=jax.tree.map(lambda b: b + BIAS[None], state.router_bias))
-    shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state(run_config(), mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run_config(), mesh))
     return mesh, jax.device_put(jax.device_get(initial_state((1, 1, 1))[1]), shardings)
 
 
@@ -106,7 +110,7 @@ def everything(cfg: config.RunConfig, mesh_shape, paddings: tuple[float, ...]) -
     """All that the matrix compares, on the host, for batches with so much padding. One program of gradients."""
     mesh, state = initial_state(mesh_shape)
     gradients, after = (
-        step.make_gradients(cfg, mesh),
+        make_gradients(cfg, mesh),
         optimizer_step(cfg.optim, cfg.train.steps, mesh_shape),
     )
 
@@ -118,7 +122,7 @@ def everything(cfg: config.RunConfig, mesh_shape, paddings: tuple[float, ...]) -
     found = []
     with jax.set_mesh(mesh):
         for padding in paddings:
-            out = one(state.params, state.router_bias, step.put_batch(batch_rows(padding), mesh, cfg))
+            out = one(state.params, state.router_bias, put_batch(batch_rows(padding), mesh, cfg))
             out["params"] = after(state.params, state.opt_state, out["grads"])
             found.append(jax.device_get(out))
     return found
@@ -184,8 +188,8 @@ def router_gradient():
         cfg = run_config(2, "none", "grouped", lb_coef=lb_coef, z_coef=0.0)
         rows = batch_rows(0.25)
         with jax.set_mesh(mesh):
-            batch = step.put_batch(rows | {"weights": np.zeros_like(rows["weights"])}, mesh, cfg)
-            _, grads = jax.jit(step.make_gradients(cfg, mesh))(state.params, state.router_bias, batch, 0)
+            batch = put_batch(rows | {"weights": np.zeros_like(rows["weights"])}, mesh, cfg)
+            _, grads = jax.jit(make_gradients(cfg, mesh))(state.params, state.router_bias, batch, 0)
         return np.asarray(grads["layers"]["moe"]["w_router"])
 
     return of

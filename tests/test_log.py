@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from test_metrics import make_aux, make_row
 
-from moe_jax import log
 from moe_jax.errors import ConfigError
-from moe_jax.log import Progress, Writer, read_metrics
+from moe_jax.run import log
+from moe_jax.run.log import Progress, Writer, read_metrics
 
 # --- files -----------------------------------------------------------------------------------------------------------
 

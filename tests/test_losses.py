@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import losses, routing, sharding
 from moe_jax.config import LoadBalanceConfig, LossConfig, MoEConfig
-from moe_jax.losses import BatchSums, load_balancing_loss, router_z_loss, summed_nll, token_nll, total_loss
-from moe_jax.routing import RouterStats
+from moe_jax.moe import routing
+from moe_jax.moe.balance import load_balancing_loss, router_z_loss
+from moe_jax.moe.stats import RouterStats, router_stats
+from moe_jax.parallel import sharding
+from moe_jax.train import losses
+from moe_jax.train.cross_entropy import summed_nll, token_nll
+from moe_jax.train.losses import BatchSums, total_loss
 
 
 def stats_of(load_GE, prob_GE, top_k):
@@ -27,7 +31,7 @@ def stats_of(load_GE, prob_GE, top_k):
 def route(logits, groups, num_groups, cfg):
     mask = jnp.ones(len(logits), bool)
     plan, probs = routing.route(logits, None, mask, cfg)
-    return routing.router_stats(logits, probs, plan, plan.valid, mask, jnp.asarray(groups), num_groups)
+    return router_stats(logits, probs, plan, plan.valid, mask, jnp.asarray(groups), num_groups)
 
 
 def softmax(x):

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax import chips, log, metrics
+from moe_jax import chips
 from moe_jax.chips import peak_flops
-from moe_jax.metrics import OneBehind, Throughput, router_metrics
+from moe_jax.run import log
+from moe_jax.train import metrics
+from moe_jax.train.metrics import OneBehind, Throughput, router_metrics
 
 ROW = ["step", "loss", "xent", "load_balance", "router_z", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu"]
 ROW += ["step_seconds", "max_load", "load_cv", "dead_experts", "dropped"]

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from moe_jax import losses, model, sharding
+from moe_jax import model
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import ConfigError
-from moe_jax.generate import generate, pick_token
-from moe_jax.model import Inputs
-from moe_jax.moe import TokenInfo
+from moe_jax.evaluate.generate import generate, pick_token
+from moe_jax.model.blocks import Inputs
+from moe_jax.moe.layer import TokenInfo
+from moe_jax.parallel import sharding
+from moe_jax.train import cross_entropy
 
 VOCAB, WIDTH, SEQ = 24, 16, 8
 MOE = MoEConfig(num_experts=4, top_k=2, d_expert=12, renormalize=True)
@@ -285,7 +287,9 @@ def test_a_segment_may_stand_anywhere_in_its_row():
     @under_mesh
     def run(params, inputs, targets, weights):
         def f(params):
-            nll = losses.token_nll(forward(PLAIN, params, {}, inputs)[0], sharding.replicate(params["head"]), targets)
+            nll = cross_entropy.token_nll(
+                forward(PLAIN, params, {}, inputs)[0], sharding.replicate(params["head"]), targets
+            )
             return jnp.sum(nll * weights), nll
 
         return jax.grad(f, has_aux=True)(params)

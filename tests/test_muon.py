@@ -11,10 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import config, model, newton_schulz, optim
-from moe_jax.muon import muon, scale_by_muon
-from moe_jax.newton_schulz import SETS, orthogonalize, orthogonalize_reference
-from moe_jax.spread import Matrices
+from moe_jax import config, model, optim
+from moe_jax.optim import newton_schulz
+from moe_jax.optim.muon import muon, scale_by_muon
+from moe_jax.optim.newton_schulz import SETS, orthogonalize, orthogonalize_reference
+from moe_jax.optim.spread import Matrices
 from tests.muon_reference import directions, error, gaussian, trajectory, updates
 
 last_two = lambda path, leaf: Matrices()

@@ -11,7 +11,10 @@ import pytest
 
 from experiments import muon, muon_figures, muon_matrices, muon_report, pool
 from experiments.muon import Arm
-from moe_jax import checkpoint, config, config_file, data, sharding, step
+from moe_jax import config, data
+from moe_jax.parallel import sharding
+from moe_jax.run import checkpoint, config_file
+from moe_jax.train.state import init_state, process_rows
 
 PARTS = list(muon.PARTS)
 
@@ -250,9 +253,9 @@ def test_update_of_one_more_step(tmp_path):
     config_file.save_config(folder, cfg)
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), "cpu"))
     corpus = data.prepare(cfg.data, workdir=folder, seed=0, progress=False)
-    batches = corpus.train_iterator(step.process_rows(mesh, 8))
+    batches = corpus.train_iterator(process_rows(mesh, 8))
     with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(0, step.init_state(cfg, mesh), {"batches": batches.get_state(), "tokens": 0.0}, wait=True)
+        checkpoints.save(0, init_state(cfg, mesh), {"batches": batches.get_state(), "tokens": 0.0}, wait=True)
     batches.close()
     found = muon_matrices.measure(folder)
     assert found["step"] == 0 and found["lr"] == pytest.approx(1e-3)

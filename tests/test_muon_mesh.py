@@ -11,8 +11,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import config, model, muon, optim, sharding
-from moe_jax.spread import Matrices, layout
+from moe_jax import config, model, optim
+from moe_jax.optim import muon
+from moe_jax.optim.plan import Plan, make_plan
+from moe_jax.optim.spread import Matrices, layout
+from moe_jax.parallel import sharding
 from moe_jax.tree import path_of
 from tests import two_processes
 from tests.muon_reference import directions, error, gaussian
@@ -124,7 +127,7 @@ def test_update_is_that_of_a_loop_over_matrices(mesh):
         tree = abstract(make_mesh(mesh))
         groups = layout(tree, rule)
         assert sum(len(group.leaves) for group in groups) == len(LEAVES) > len(groups)
-        check_program(text, groups, muon.plan(tree, rule, dtype=jnp.float32))
+        check_program(text, groups, make_plan(tree, rule, dtype=jnp.float32))
 
 
 @pytest.mark.parametrize("mesh", [pytest.param(m, marks=[] if m == (2, 2, 2) else pytest.mark.slow) for m in MESHES])
@@ -209,7 +212,7 @@ def collectives(text: str) -> tuple[list[tuple[str, int]], list[str]]:
     return entry, elsewhere
 
 
-def check_program(text: str, groups, plan: muon.Plan) -> None:
+def check_program(text: str, groups, plan: Plan) -> None:
     """At most one all-to-all in, one out and one all-gather a group, all outside the iteration, of the plan's bytes.
 
     And for cut matrices an all-reduce of a number each: whether it has a gradient. Of heads that are cut, a number for
@@ -288,7 +291,7 @@ def test_plan_of_whole_experts():
     spec = sharding.weight_spec(("layers", "experts", "embed", "mlp"), (4, 8, 64, 128), dict(mesh.shape))
     assert spec == P(None, ("expert", "fsdp"), None, None)
     up = jax.ShapeDtypeStruct((4, 8, 64, 128), jnp.float32, sharding=NamedSharding(mesh, spec))
-    plan = muon.plan({"up": up}, lambda path, leaf: Matrices(), in_place=("expert",))
+    plan = make_plan({"up": up}, lambda path, leaf: Matrices(), in_place=("expert",))
     (row,) = plan.rows
     assert (row.matrices, row.per_device, row.padding, row.bytes_in, row.bytes_out) == (32, 2, 0.0, 0, 0)
     assert plan.adamw_bytes == 4 * 64 * 128 * (8 * 1 + 8 / 2)  # a device's 4 matrices: fsdp, and all-reduce over data
@@ -304,7 +307,7 @@ def test_plan_by_hand():
         "down": leaf((4, 8, 128, 64), None, "expert", None, "fsdp"),
         "up": leaf((4, 8, 64, 128), None, "expert", "fsdp"),
     }
-    plan = muon.plan(params, lambda path, leaf: None if path == "embed" else Matrices(), in_place=("expert",))
+    plan = make_plan(params, lambda path, leaf: None if path == "embed" else Matrices(), in_place=("expert",))
     assert plan.devices == 16 and [row.leaves for row in plan.rows] == [("down", "up"), ("router",)]
     up, router = plan.rows
     assert (up.matrices, up.shape, up.per_device, up.padding) == (64, (64, 128), 4, 0.0)

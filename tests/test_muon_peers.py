@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.muon import muon
-from moe_jax.newton_schulz import orthogonalize_reference
-from moe_jax.spread import Matrices
+from moe_jax.optim.muon import muon
+from moe_jax.optim.newton_schulz import orthogonalize_reference
+from moe_jax.optim.spread import Matrices
 from tests.muon_reference import SHAPES, directions, error, gaussian, trajectory, updates
 
 last_two = lambda path, leaf: Matrices()

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe_jax import changes, config, optim
+from moe_jax import config, optim
 from moe_jax.config import OptimConfig
+from moe_jax.run import changes
 
 LR, FINAL = 0.3, 0.1
 

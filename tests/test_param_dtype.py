@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config, model, optim, sharding, step
+from moe_jax import config, model, optim
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.gradients import make_gradients
+from moe_jax.train.state import init_state, put_batch
 
 
 def run_config(param_dtype: str, optimizer: str, micro: int = 1) -> config.RunConfig:
@@ -28,7 +32,7 @@ def make_batch(cfg, mesh):
     rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((8, 8), np.int32),
             "positions": np.tile(np.arange(8, dtype=np.int32), (8, 1)), "weights": np.ones((8, 8), np.float32),
             "sequence_ids": np.arange(8, dtype=np.int32)}  # fmt: skip
-    return step.put_batch(rows, mesh, cfg)
+    return put_batch(rows, mesh, cfg)
 
 
 @functools.cache
@@ -36,7 +40,7 @@ def trained(param_dtype: str, optimizer: str):
     """State and loss after two steps on one batch, and the state before."""
     cfg, mesh = run_config(param_dtype, optimizer), sharding.make_mesh((1, 2, 1), jax.devices()[:2])
     batch = make_batch(cfg, mesh)
-    run, state = step.make_train_step(cfg, mesh), step.init_state(cfg, mesh)
+    run, state = step.make_train_step(cfg, mesh), init_state(cfg, mesh)
     before = jax.tree.map(np.asarray, state.params)
     for _ in range(2):
         state, aux = run(state, batch)
@@ -72,9 +76,9 @@ def test_micro_batches_are_summed_in_float32():
     found = []
     for micro in (1, 8):
         cfg, mesh = run_config("bfloat16", "adamw", micro), sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-        state = step.init_state(cfg, mesh)
+        state = init_state(cfg, mesh)
         with jax.set_mesh(mesh):
-            gradients = jax.jit(step.make_gradients(cfg, mesh))
+            gradients = jax.jit(make_gradients(cfg, mesh))
             _, grads = gradients(state.params, state.router_bias, make_batch(cfg, mesh), state.step)
         assert all(
             g.dtype == p.dtype for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(state.params), strict=True)

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from test_invariance import batch_rows, initial_state, run_config
 
-from moe_jax import attention, config, metrics, model, sharding, step
+from moe_jax import config, model
 from moe_jax.errors import ConfigError
-from moe_jax.losses import Maxima
-from moe_jax.program import Program
+from moe_jax.moe.program import Program
+from moe_jax.nn import attention
+from moe_jax.nn.qk_clip import Maxima, max_logits
+from moe_jax.parallel import sharding
+from moe_jax.train import metrics, step
+from moe_jax.train.gradients import _hidden, _sum_over
+from moe_jax.train.state import Batch, abstract_state, init_state, put_batch
 
 N, M, H, PADDING = 4, 2, 4, 0.25
 ONE, MANY = (1, 1, 1), (2, 2, 2)
@@ -55,7 +60,7 @@ def test_max_logits_against_numpy(block, kv_heads, segmented, monkeypatch):
         put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
         with jax.set_mesh(mesh):
             args = (put(q), put(k), put(segments) if segmented else None, put(counted))
-            got = jax.jit(lambda *a: attention.max_logits(*a))(*args)
+            got = jax.jit(lambda *a: max_logits(*a))(*args)
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -75,9 +80,9 @@ def state_of(shape):
     """A fresh state without QK-norm, with heads of unlike sizes; the same values on every mesh."""
     mesh = initial_state(shape)[0]
     if shape != ONE:
-        shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state(run_with(), mesh))
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run_with(), mesh))
         return mesh, jax.device_put(jax.device_get(state_of(ONE)[1]), shardings)
-    state = step.init_state(run_with(), mesh)
+    state = init_state(run_with(), mesh)
     sizes = np.repeat(np.float32([0.5, 1.0, 1.5, 3.0]), H)
     for stack in ("dense_layers", "layers"):
         state.params[stack]["attention"]["w_q"] *= sizes[None, None]
@@ -88,14 +93,14 @@ def maxima(params) -> dict[str, np.ndarray]:
     """[L, N] by stack, of the batch of these tests with any parameters, on one device."""
     mesh, state = state_of(ONE)
     with jax.set_mesh(mesh):
-        batch = step.put_batch(batch_rows(PADDING), mesh, run_with())
+        batch = put_batch(batch_rows(PADDING), mesh, run_with())
         return jax.device_get(_maxima(params, state.router_bias, batch))
 
 
 @jax.jit
 def _maxima(params, bias, batch):
     graph = model.abstract(run_with().model, Program(max_logit=True))
-    return step._hidden(graph, run_with(), params, bias, batch)[0].max_logit
+    return _hidden(graph, run_with(), params, bias, batch)[0].max_logit
 
 
 @functools.cache
@@ -117,7 +122,7 @@ def after(shape=ONE, **how):
     mesh, state = state_of(shape)
     cfg = run_with(**how)
     train_step = step.make_train_step(cfg, mesh)
-    return jax.device_get(train_step(jax.tree.map(jnp.copy, state), step.put_batch(batch_rows(PADDING), mesh, cfg)))
+    return jax.device_get(train_step(jax.tree.map(jnp.copy, state), put_batch(batch_rows(PADDING), mesh, cfg)))
 
 
 FULL = [(shape, a, how) for shape in (ONE, MANY) for a in (1, 2, 4) for how in ("exact", "running")[:a]]
@@ -138,8 +143,8 @@ def test_the_same_on_every_mesh_and_for_any_micro_batches(shape, micro, accumula
 
 def test_maxima_below_zero_survive_micro_batches():
     """Two micro-batches: the larger of two negative numbers, beside a sum."""
-    micro = step.Batch(*[jnp.float32([-3, -2])] * 6)
-    total, top = step._sum_over(lambda _, part: (part.tokens, Maxima({"layers": part.tokens[None, None]})), micro)
+    micro = Batch(*[jnp.float32([-3, -2])] * 6)
+    total, top = _sum_over(lambda _, part: (part.tokens, Maxima({"layers": part.tokens[None, None]})), micro)
     assert total == -5 and top.logit["layers"].tolist() == [[-2]]
 
 
@@ -204,7 +209,7 @@ def test_work(micro, remat):
         cfg = run_with(micro, remat=remat, **how)
         mesh, state = state_of(ONE)
         with jax.set_mesh(mesh):
-            batch = step.put_batch(batch_rows(PADDING), mesh, cfg)
+            batch = put_batch(batch_rows(PADDING), mesh, cfg)
             traced = step.make_train_step(cfg, mesh).__wrapped__.trace(state, batch)
         return str(traced.jaxpr).count("dot_general["), str(traced.jaxpr).count("reduce_max")
 

@@ -6,9 +6,10 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import checkpoint, data
+from moe_jax import data
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.errors import FileError
+from moe_jax.run import checkpoint
 
 RECORD = {
     "tokenizer": "bytes-1",

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import attend, experts, model, remat, sharding
+from moe_jax import model
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model import Inputs
-from moe_jax.moe import TokenInfo
-from moe_jax.routing import Routing
+from moe_jax.model.blocks import Inputs
+from moe_jax.moe import experts
+from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.routing import Routing
+from moe_jax.nn import attend, remat
+from moe_jax.parallel import sharding
 
 MOE = MoEConfig(num_experts=16, top_k=4, d_expert=24, num_shared_experts=2)
 CFG = ModelConfig(

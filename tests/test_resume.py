@@ -14,7 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, config, config_file, data, log, sharding, step
+from moe_jax import config, data
+from moe_jax.parallel import sharding
+from moe_jax.run import checkpoint, config_file, log
+from moe_jax.train import step
+from moe_jax.train.state import abstract_state, init_state, process_rows, put_batch
 
 REPO = Path(__file__).parents[1]
 TIMES = ("tokens_per_second", "mfu", "step_seconds")  # all else of a training row is decided by the configuration
@@ -58,16 +62,16 @@ class Run:
     def __init__(self, root: Path, cfg: config.RunConfig, shape: tuple[int, int, int]):
         self.cfg, self.mesh = cfg, sharding.make_mesh(shape)
         corpus = data.prepare(cfg.data, workdir=root / "run", seed=cfg.seed, progress=False)
-        self.batches = corpus.train_iterator(step.process_rows(self.mesh, BATCH))
+        self.batches = corpus.train_iterator(process_rows(self.mesh, BATCH))
         self.train_step = step.make_train_step(cfg, self.mesh)
         self.state, self.tokens, self.losses, self.seen = None, 0.0, [], []
 
     def start(self) -> "Run":
-        self.state = step.init_state(self.cfg, self.mesh)
+        self.state = init_state(self.cfg, self.mesh)
         return self
 
     def restore(self, checkpoints: checkpoint.Checkpoints, number: int) -> "Run":
-        self.state, saved = checkpoints.restore(step.abstract_state(self.cfg, self.mesh), number)
+        self.state, saved = checkpoints.restore(abstract_state(self.cfg, self.mesh), number)
         self.batches.set_state(saved["batches"])
         self.tokens = saved["tokens"]
         assert int(self.state.step) == number
@@ -81,7 +85,7 @@ class Run:
         for _ in range(steps):
             rows = next(self.batches)
             self.seen.append({k: np.array(v) for k, v in rows.items()})
-            self.state, aux = self.train_step(self.state, step.put_batch(rows, self.mesh, self.cfg))
+            self.state, aux = self.train_step(self.state, put_batch(rows, self.mesh, self.cfg))
             self.losses.append(float(aux["loss"]))
             self.tokens += float(aux["tokens"])
         return self
@@ -133,7 +137,7 @@ def test_on_another_mesh(root, straight):
     with checkpoint.Checkpoints(root / "run") as checkpoints:
         resumed = Run(root, run_config(root), (2, 2, 2)).restore(checkpoints, 3)
         # The state itself is the same; what is computed from it agrees as far as float32 sums do.
-        kept, _ = checkpoints.restore(step.abstract_state(straight.cfg, straight.mesh), 3)
+        kept, _ = checkpoints.restore(abstract_state(straight.cfg, straight.mesh), 3)
         assert_same_bits(leaves(resumed.state), leaves(kept))
         resumed.go(3)
     assert_same_batches(resumed.seen, straight.seen[3:])
@@ -208,7 +212,7 @@ def final_state(root: Path, name: str) -> dict[str, np.ndarray]:
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     with checkpoint.Checkpoints(root / name) as checkpoints:
         assert checkpoints.latest() == STEPS
-        return leaves(checkpoints.restore(step.abstract_state(cfg, mesh))[0])
+        return leaves(checkpoints.restore(abstract_state(cfg, mesh))[0])
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax import routing
 from moe_jax.config import MoEConfig, plain_routing
 from moe_jax.errors import ConfigError
+from moe_jax.moe import balance, routing
+from moe_jax.moe.stats import choices, router_stats
 
 GROUPS = 3
 # Each variant with its number of tokens: a few fixed shapes, so that every function here compiles once per variant.
@@ -74,7 +75,7 @@ def draw(name, seed):
 @functools.partial(jax.jit, static_argnames="cfg")
 def run(logits, bias, mask, kept, group, cfg):
     plan, probs = routing.route(logits, bias, mask, cfg)
-    return plan, probs, routing.router_stats(logits, probs, plan, kept, mask, group, GROUPS)
+    return plan, probs, router_stats(logits, probs, plan, kept, mask, group, GROUPS)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -176,7 +177,7 @@ def test_choices_hold_the_probability_of_the_chosen():
         cfg, inputs, _ = draw(name, 0)
         plan, probs, _ = run(**inputs, cfg=cfg)
         want, tokens = by_hand(inputs, cfg), len(inputs["mask"])
-        got = routing.choices(plan, probs, (1, tokens))
+        got = choices(plan, probs, (1, tokens))
         np.testing.assert_array_equal(got.experts, [want["experts"]])
         picked = np.take_along_axis(want["probs"], want["experts"], 1).sum(1)
         np.testing.assert_allclose(got.score, [picked], rtol=2e-6)
@@ -316,20 +317,20 @@ def test_bias_update_follows_the_sign_of_the_missing_load():
     counts = jnp.asarray([[4, 0, 2, 2], [1, 1, 1, 1], [9, 1, 1, 1]], jnp.float32)
     bias = jnp.asarray([[0.5, 0.5, 0.5, 0.5], [1, 2, 3, 4], [0, 0, 0, 0]], jnp.float32)
     want = np.asarray(bias) + 0.125 * np.float32([[-1, 1, 0, 0], [0, 0, 0, 0], [-1, 1, 1, 1]])
-    np.testing.assert_array_equal(routing.update_bias(bias, counts, 0.125), want)
-    np.testing.assert_array_equal(routing.update_bias(bias[0], counts[0], 0.125), want[0])
+    np.testing.assert_array_equal(balance.update_bias(bias, counts, 0.125), want)
+    np.testing.assert_array_equal(balance.update_bias(bias[0], counts[0], 0.125), want[0])
 
 
 def test_bias_update_centred_and_with_target_loads():
     """Centred: the biases keep their mean (Moonlight). Targets: 2 : 1 : 1 of 8 assignments are 4, 2 and 2."""
     counts = jnp.asarray([[4, 0, 2, 2], [9, 1, 1, 1]], jnp.float32)
     bias = jnp.asarray([[0.5, 0.5, 0.5, 0.5], [0, 1, 0, 0]], jnp.float32)
-    got = routing.update_bias(bias, counts, 0.125, "centred")
+    got = balance.update_bias(bias, counts, 0.125, "centred")
     want = np.asarray(bias) + 0.125 * np.float32([[-1, 1, 0, 0], [-1.5, 0.5, 0.5, 0.5]])
     np.testing.assert_array_equal(got, want)
     np.testing.assert_allclose(got.mean(-1), bias.mean(-1), rtol=1e-6)
     counts = jnp.asarray([4, 1, 3], jnp.float32)
-    got = routing.update_bias(jnp.zeros(3), counts, 0.125, "sign", (2.0, 1.0, 1.0))
+    got = balance.update_bias(jnp.zeros(3), counts, 0.125, "sign", (2.0, 1.0, 1.0))
     np.testing.assert_array_equal(got, np.float32([0, 0.125, -0.125]))
 
 

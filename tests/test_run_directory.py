@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from test_train import CONFIG, REPO, write_text
 
-from moe_jax import config_file, data, guard, replay
+from moe_jax import data
 from moe_jax.config import DataConfig, RunConfig, TokenizerConfig
 from moe_jax.data import tokenizers
 from moe_jax.errors import ConfigError
+from moe_jax.run import config_file, replay
+from moe_jax.train import guard
 
 
 @pytest.fixture

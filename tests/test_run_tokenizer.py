@@ -7,10 +7,11 @@ import pytest
 from test_begin_of_text import byte_level, folder_of
 
 from configs import continued
-from moe_jax import config, config_file, data
+from moe_jax import config, data
 from moe_jax.config import RunConfig, TokenizerConfig
 from moe_jax.data import tokenizers
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.run import config_file
 from moe_jax.upcycle.convert import _check_same_tokenizer, _tokenizer_files
 
 FAIL = lambda: pytest.fail("trained a new tokenizer")

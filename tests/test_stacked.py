@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import newton_schulz
 from moe_jax.kernels import stacked
+from moe_jax.optim import newton_schulz
 
 needs_new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel is for jax 0.11 and later")
 A, B, C = (np.array(v, np.float32) for v in ([0.5, 2.0], [-1.0, 3.0], [0.25, -1.5]))

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax import data, evaluate
+from moe_jax import data
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import digests, files, tokenizers
 from moe_jax.errors import ConfigError
+from moe_jax.evaluate import held_out
 
 
 def write(path: Path, word: str, documents: int = 40) -> None:
@@ -149,7 +150,7 @@ def test_compressors_read_what_was_prepared(tmp_path):
     assert list(corpus.validation_texts()) == held
     shutil.rmtree(tmp_path / "cache")
     assert list(corpus.validation_texts()) == held
-    made = evaluate.compression_bits_per_byte(corpus.validation_texts())
-    assert set(made["xz -9"]) == {"a", "b", evaluate.TOTAL}
+    made = held_out.compression_bits_per_byte(corpus.validation_texts())
+    assert set(made["xz -9"]) == {"a", "b", held_out.TOTAL}
     joined = "".join(text for kind in "ab" for of, text in held if of == kind).encode()
-    assert made["gzip -9"][evaluate.TOTAL] == 8 * len(gzip.compress(joined, 9)) / len(joined)
+    assert made["gzip -9"][held_out.TOTAL] == 8 * len(gzip.compress(joined, 9)) / len(joined)

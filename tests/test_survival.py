@@ -20,11 +20,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax import checksums, cli, evaluate, survive, terminal
-from moe_jax.checkpoint import Checkpoints
+from moe_jax import cli, terminal
 from moe_jax.data import pipeline
 from moe_jax.errors import Busy, CheckpointError, Stopped
-from moe_jax.preserve import Keep
+from moe_jax.evaluate import held_out
+from moe_jax.run import checksums, survive
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.retention import Keep
 
 REPO = Path(__file__).parents[1]
 
@@ -147,7 +149,7 @@ def test_a_restart_knows_of_an_evaluation_that_gave_no_number(tmp_path):
     """metrics.jsonl has null for it; it was made, and is not made again."""
     rows = ['{"kind": "eval", "step": 4, "xent": 2.5}', '{"kind": "eval", "step": 8, "xent": null}']
     (tmp_path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    found = evaluate.scores(tmp_path, 8)
+    found = held_out.scores(tmp_path, 8)
     assert list(found) == [4, 8] and found[4] == 2.5 and math.isnan(found[8])
     assert Keep(1, 0, 1, found).steps([4, 8, 9]) == {4, 9}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.log import read_metrics
+from moe_jax.run.log import read_metrics
 from tests.test_resume import REPO, TIMES, write_text
 
 pytestmark = pytest.mark.slow

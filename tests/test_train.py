@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax import changes
+from moe_jax.run import changes
 
 REPO = Path(__file__).parents[1]
 STEPS = 6

@@ -25,7 +25,10 @@ import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from moe_jax import config, sharding, step
+from moe_jax import config
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.state import Batch, abstract_state
 
 FOLDER = Path(__file__).with_name("unused")
 VERSION = FOLDER / "jax_version.txt"
@@ -108,10 +111,10 @@ def traced(name: str) -> Any:
     cfg = config.build(made)
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
     like, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
-    dtypes = [jnp.float32 if field == "weights" else jnp.int32 for field in step.Batch._fields]
-    batch = step.Batch(*(jax.ShapeDtypeStruct(like, dtype, sharding=by_row) for dtype in dtypes))
+    dtypes = [jnp.float32 if field == "weights" else jnp.int32 for field in Batch._fields]
+    batch = Batch(*(jax.ShapeDtypeStruct(like, dtype, sharding=by_row) for dtype in dtypes))
     with jax.set_mesh(mesh):
-        return step.make_train_step(cfg, mesh).__wrapped__.trace(step.abstract_state(cfg, mesh), batch)
+        return step.make_train_step(cfg, mesh).__wrapped__.trace(abstract_state(cfg, mesh), batch)
 
 
 def operations(name: str) -> collections.Counter:

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config, config_file, step, upcycle, weights
-from moe_jax.checkpoint import Checkpoints
+from moe_jax import config, upcycle
 from moe_jax.hf import export_run
-from moe_jax.log import read_metrics
+from moe_jax.run import config_file, weights
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.log import read_metrics
+from moe_jax.train.state import TrainState, abstract_weights
 from moe_jax.upcycle import Depth, Drop, VirtualGroups
 from tests import two_processes
 from tests.test_cli import REPO, Server, check
@@ -35,7 +37,7 @@ def write_runs(root: Path) -> None:
     config_file.save_config(root / "trained", trained)
     with Checkpoints(root / "trained", keep=2) as checkpoints:
         for n in (10, 20):
-            state = step.TrainState(jax.numpy.int32(n), jax.tree.map(lambda w, n=n: w * n, dense()[1]), {}, ())
+            state = TrainState(jax.numpy.int32(n), jax.tree.map(lambda w, n=n: w * n, dense()[1]), {}, ())
             checkpoints.save(n, state, {"batches": None, "tokens": 1.0}, wait=True)
     moe = VirtualGroups(4, 2, 2).config(SOURCE)
     config_file.save_config(root / "moe", dataclasses.replace(run, model=moe))
@@ -139,7 +141,7 @@ def test_needed(server, root, flag):
 def load(folder, model=None):
     cfg = config_file.load_config(folder)
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        return cfg, *weights.load_weights(folder, *step.abstract_weights(model or cfg.model, mesh_of(1, 1, 1)))
+        return cfg, *weights.load_weights(folder, *abstract_weights(model or cfg.model, mesh_of(1, 1, 1)))
 
 
 def test_command(server, root):

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import pool, upcycling, upcycling_measure, upcycling_report
-from moe_jax import analysis, config, config_file, model, sharding, weights
+from moe_jax import config, model
+from moe_jax.evaluate import spectra
+from moe_jax.parallel import sharding
+from moe_jax.run import config_file, weights
 
 TINY = config.ModelConfig(vocab_size=257, d_model=16, num_layers=2, num_dense_layers=2, d_ff=32, num_heads=2,
                           num_kv_heads=2, head_dim=8, compute_dtype="float32")  # fmt: skip
@@ -93,11 +96,11 @@ def test_similarity_of_experts():
     a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
     cosine = float((a * b).sum())
     copies, shards = np.stack([a, 3 * a, a])[None], np.stack([a, b, a, 2 * b])[None]
-    np.testing.assert_allclose(analysis.expert_similarity(copies), [1.0])
-    np.testing.assert_allclose(analysis.expert_similarity(shards, 2), [1.0])
-    np.testing.assert_allclose(analysis.expert_similarity(shards), [(2 + 4 * cosine) / 6])
-    np.testing.assert_allclose(analysis.expert_similarity(np.stack([a, -a])[None]), [-1.0])
-    assert np.isnan(analysis.expert_similarity(copies[:, :1])).all()
+    np.testing.assert_allclose(spectra.expert_similarity(copies), [1.0])
+    np.testing.assert_allclose(spectra.expert_similarity(shards, 2), [1.0])
+    np.testing.assert_allclose(spectra.expert_similarity(shards), [(2 + 4 * cosine) / 6])
+    np.testing.assert_allclose(spectra.expert_similarity(np.stack([a, -a])[None]), [-1.0])
+    assert np.isnan(spectra.expert_similarity(copies[:, :1])).all()
 
 
 def test_granularity_of_the_origin():

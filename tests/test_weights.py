@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import sharding, step, weights
-from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, classes, is_machine
-from moe_jax.config_file import load_config
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.hf import architectures
+from moe_jax.parallel import sharding
+from moe_jax.run import weights
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.config_file import load_config
+from moe_jax.train.state import abstract_state, abstract_weights, init_state
 
 MODEL = ModelConfig(
     vocab_size=264, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
@@ -28,7 +30,7 @@ def mesh_of(*shape):
 
 @pytest.fixture(scope="module")
 def state():
-    return step.init_state(CFG, mesh_of(2, 2, 2))
+    return init_state(CFG, mesh_of(2, 2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def equal(got, want):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2)])
 def test_loads_on_any_mesh(saved, state, shape):
     mesh = mesh_of(*shape)
-    abstract = step.abstract_weights(MODEL, mesh)
+    abstract = abstract_weights(MODEL, mesh)
     params, bias, origin = weights.load_weights(saved, *abstract)
     equal(params, state.params)
     assert all((np.asarray(b) == 1).all() for b in jax.tree.leaves(bias)) and jax.tree.leaves(bias)
@@ -61,14 +63,14 @@ def test_loads_on_any_mesh(saved, state, shape):
 def test_loads_from_a_training_run(state, tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(7, state, {"batches": [], "tokens": 56.0, "origin": ORIGIN})
-    params, _, origin = weights.load_weights(tmp_path, *step.abstract_weights(MODEL, mesh_of(8, 1, 1)))
+    params, _, origin = weights.load_weights(tmp_path, *abstract_weights(MODEL, mesh_of(8, 1, 1)))
     equal(params, state.params)
     assert origin[:2] == ORIGIN
     assert origin[2:] == [{"event": "train", "workdir": str(tmp_path), "steps": 7, "tokens": 56.0}]
 
 
 def test_casts_only_when_told_to(saved, state):
-    abstract = step.abstract_weights(dataclasses.replace(MODEL, param_dtype="bfloat16"), mesh_of(2, 2, 2))
+    abstract = abstract_weights(dataclasses.replace(MODEL, param_dtype="bfloat16"), mesh_of(2, 2, 2))
     with pytest.raises(CheckpointError, match="params/embed has dtype float32, this model needs bfloat16"):
         weights.load_weights(saved, *abstract)
     params, _, _ = weights.load_weights(saved, *abstract, cast=True)
@@ -85,12 +87,12 @@ def test_another_model_is_refused(saved):
         ({"tie_embeddings": True}, "has params/head, which this model has not"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            weights.load_weights(saved, *step.abstract_weights(dataclasses.replace(MODEL, **change), mesh), cast=True)
+            weights.load_weights(saved, *abstract_weights(dataclasses.replace(MODEL, **change), mesh), cast=True)
 
 
 def test_a_training_run_does_not_go_on_from_weights(saved):
     with Checkpoints(saved) as checkpoints, pytest.raises(CheckpointError, match=r"weights only: .*config\.init_from"):
-        checkpoints.restore(step.abstract_state(CFG, mesh_of(1, 1, 1)))
+        checkpoints.restore(abstract_state(CFG, mesh_of(1, 1, 1)))
 
 
 def test_nothing_is_overwritten(saved, state, tmp_path):
@@ -141,11 +143,11 @@ def test_init_from_takes_the_same_function_in_other_words(saved):
 
 def test_state_from_weights_is_fresh_but_for_them(saved):
     mesh = mesh_of(2, 2, 2)
-    params, bias, _ = weights.load_weights(saved, *step.abstract_weights(MODEL, mesh))
-    made = step.init_state(CFG, mesh, (params, bias))
+    params, bias, _ = weights.load_weights(saved, *abstract_weights(MODEL, mesh))
+    made = init_state(CFG, mesh, (params, bias))
     equal(made.params, params)
     equal(made.router_bias, bias)
-    like = step.abstract_state(CFG, mesh)
+    like = abstract_state(CFG, mesh)
     assert jax.tree.structure(made) == jax.tree.structure(like) and int(made.step) == 0
 
 

@@ -9,8 +9,9 @@ import functools
 import jax
 import numpy as np
 
-from moe_jax import model, sharding, upcycle
+from moe_jax import model, upcycle
 from moe_jax.config import ModelConfig
+from moe_jax.parallel import sharding
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
 SOURCE = ModelConfig(

@@ -14,15 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import config, sharding, step, weights
+from moe_jax import config
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.config_file import load_config
 from moe_jax.data.tokenizers import TRAVELS, travelling
 from moe_jax.errors import FormatError
 from moe_jax.hf import gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, read_config, write_config
 from moe_jax.hf.devices import Assembly, fetch, is_finite
 from moe_jax.hf.tokenizer import exported, imported
+from moe_jax.parallel import sharding
+from moe_jax.run import weights
+from moe_jax.run.config_file import load_config
+from moe_jax.train.state import abstract_weights
 from moe_jax.tree import flatten
 
 TOKENIZER_FILES = TRAVELS
@@ -70,7 +73,7 @@ def import_model(
         entries = safetensors.open_model(source, needed, say)
     model = _in_dtype(model, entries)
     check_size(source, model, len(entries))
-    abstract = step.abstract_weights(model, mesh)
+    abstract = abstract_weights(model, mesh)
     shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
     wanted = tables.tensors(table or name, model, shapes)
     skipped = check_names(source, wanted, entries, model.tie_embeddings)
@@ -163,9 +166,7 @@ def export_run(
     target, workdir = weights.check_free(target), Path(workdir).expanduser()
     cfg = load_config(workdir)
     dtype = np.dtype(safetensors.DTYPES[_code(dtype or cfg.model.param_dtype)])
-    params, bias, origin = weights.load_weights(
-        workdir, *step.abstract_weights(cfg.model, mesh or whole_mesh()), step=at
-    )
+    params, bias, origin = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh or whole_mesh()), step=at)
     source = next((event for event in origin if event.get("event") == "import"), {})
     name, hf = write_config(cfg.model, cfg.data.seq_len, source.get("architecture", ""))
     hf |= source.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}

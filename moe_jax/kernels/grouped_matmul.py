@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.chips import is_hopper
 from moe_jax.kernels import hopper
-from moe_jax.kernels.common import varying_like
+from moe_jax.parallel.axes import varying_like
 
 BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of each other on 2 CPU cores
 

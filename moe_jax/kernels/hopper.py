@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.kernels import tiles
-from moe_jax.kernels.common import varying_like
 from moe_jax.kernels.tiles import DEPTH, FLAT, STAGES, TALL, UNIT, WIDE, Tiling
+from moe_jax.parallel.axes import varying_like
 
 TABLE = Path(__file__).with_name("hopper_tilings.json")  # where another than the first is faster
 ALIGN = 8  # rows read begin at multiples of this

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.chips import is_hopper
-from moe_jax.kernels.common import varying_like
+from moe_jax.parallel.axes import varying_like
 
 # Two warpgroups of 128 × 128 each, one above the other, 64 columns at a time, three such steps in flight.
 _ROWS, _COLUMNS, _DEPTH, _STAGES = 256, 128, 64, 3

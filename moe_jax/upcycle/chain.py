@@ -12,11 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
-from moe_jax import model, sharding, step
+from moe_jax import model
 from moe_jax.config import ModelConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers import weight
-from moe_jax.moe import TokenInfo
+from moe_jax.moe.layer import TokenInfo
+from moe_jax.nn.layers import weight
+from moe_jax.parallel import sharding
+from moe_jax.train.state import abstract_weights
 from moe_jax.tree import flatten, nest
 
 
@@ -181,7 +183,7 @@ def logits(cfg: ModelConfig, params: dict, tokens: Int[np.ndarray, "B S"], mesh:
     """Of a model in float32, with selection biases of zero. B is a multiple of the devices."""
     cfg = dataclasses.replace(cfg, compute_dtype="float32", attention="xla", remat="none")
     with jax.set_mesh(mesh):
-        bias = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.abstract_weights(cfg, mesh)[1])
+        bias = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_weights(cfg, mesh)[1])
         return _forward(cfg)(params, bias, jax.device_put(tokens, NamedSharding(mesh, sharding.BATCH)))
 
 

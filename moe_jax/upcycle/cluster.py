@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax import model
 from moe_jax.config import ModelConfig, nearest_divisor
-from moe_jax.layers import ACTIVATIONS
+from moe_jax.nn.layers import ACTIVATIONS
 from moe_jax.tree import flatten
 from moe_jax.upcycle.chain import Transform, by_table, require, require_dense
 from moe_jax.upcycle.experts import carried, check_dense_layers, moe_config

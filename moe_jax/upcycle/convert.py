@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from moe_jax import config_file, model, sharding, step, weights
-from moe_jax.checkpoint import Checkpoints
+from moe_jax import model
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data import tokenizers
 from moe_jax.errors import CheckpointError
+from moe_jax.parallel import sharding
+from moe_jax.run import config_file, weights
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.train.state import abstract_weights
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
 
@@ -80,7 +83,7 @@ def convert(
 
     def load(run):
         folder, number = run
-        abstract = step.abstract_weights(before, mesh)
+        abstract = abstract_weights(before, mesh)
         params, _, origin = weights.load_weights(folder, *abstract, step=number, cast=True)
         origins.append(origin)
         return params
@@ -102,7 +105,7 @@ def convert(
     for std, value in deviation.items():
         say(f"  with router_std={std:g}: {value:.2g}")
 
-    zeros = jax.tree.map(_zeros, step.abstract_weights(after, mesh)[1])
+    zeros = jax.tree.map(_zeros, abstract_weights(after, mesh)[1])
     own = {"event": "upcycle", "from": list(sources), "seed": seed, "chain": describe(chain)}
     earlier = origins[0] if len(runs) == 1 else [{"event": "average", "origins": origins}]
     weights.save_weights(workdir, cfg, made, zeros, [*earlier, own], _tokenizer_files(runs[0][0]))

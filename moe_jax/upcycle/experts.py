@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 from moe_jax import model
 from moe_jax.config import ModelConfig, MoEConfig, nearest_divisor
 from moe_jax.errors import ConfigError
-from moe_jax.layers import ACTIVATIONS
+from moe_jax.nn.layers import ACTIVATIONS
 from moe_jax.tree import flatten
 from moe_jax.upcycle.chain import Transform, by_table, require, require_dense, scaled
 

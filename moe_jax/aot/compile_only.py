@@ -1,0 +1,231 @@
+"""The train step compiled for chips that are not here: does it fit, what does it send, how long may it take.
+
+`train.py --compile_only=v5p:4x4x4` on any machine with the package libtpu, `--compile_only=h100:8` on any with JAX's
+plugin for CUDA. Nothing is run, read or written. That it fits is the TPU compiler's word, for GPUs a comparison. Bytes
+sent are from the compiled program, a ragged exchange's at uniform routing; FLOPs by formula; times from both and the
+data sheet.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import config, model, optim
+from moe_jax.aot import hlo, machines
+from moe_jax.chips import peak_flops
+from moe_jax.cli import GPU_SHARE
+from moe_jax.errors import UserError
+from moe_jax.moe import exchange
+from moe_jax.parallel import sharding
+from moe_jax.train import step
+from moe_jax.train.state import Batch, abstract_state, choose_program
+
+# What JAX asks of the machine that it traces on, by its words.
+REFUSALS = {
+    "cuDNN not found": "attention needs cuDNN: pip install nvidia-cudnn-cu13, or --config.model.attention=xla",
+    "at least Hopper": "JAX traces cuDNN's attention to packed segments on a machine with a Hopper GPU only; "
+    "nearest valid: --config.model.segment_mask=false, or --config.model.attention=xla",
+}
+
+
+class Report(NamedTuple):
+    """Of one chip, in bytes; a chip's memory holds arguments and temporaries."""
+
+    topology: str
+    mesh: dict[str, int]
+    fits: bool
+    memory: dict[str, float]  # by kind; the last is what is left of the total
+    capacity: float  # what a program may ask for
+    seconds: float  # to compile
+    sent: list[hlo.Collective]
+    text: str  # the program, "" if it does not fit
+
+
+def mesh_of(cfg: config.RunConfig, chips: list[jax.Device]) -> jax.sharding.Mesh:
+    """Raises ConfigError where the config does not suit these chips."""
+    shape = config.check_devices(cfg, len(chips), chips[0].platform, chips[0].device_kind)
+    return sharding.make_mesh(shape, chips)
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """The train step for a mesh of any devices, from shapes alone."""
+    shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
+    dtypes = [jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields]
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for dtype in dtypes))
+    # Which of its own kernels is fastest XLA finds out by running them, which needs a GPU.
+    absent = mesh.devices.flat[0].platform == "gpu" and jax.default_backend() != "gpu"
+    options = {"xla_gpu_autotune_level": 0} if absent else None
+    with jax.set_mesh(mesh):
+        return step.make_train_step(cfg, mesh).__wrapped__.lower(abstract_state(cfg, mesh), batch).compile(options)
+
+
+def bytes_of_device(tree: Any) -> int:
+    """Of abstract arrays with shardings: what one device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def memory_needed(m: Any) -> float:
+    """Bytes of a chip, by XLA's analysis of a program. Its peak holds arguments and results, too.
+
+    Without one a bound: temporaries do not all live at a time; their sum may exceed the chip in a program that fits.
+    """
+    ends = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return (m.peak_memory_in_bytes or ends + m.temp_size_in_bytes) + m.generated_code_size_in_bytes
+
+
+def memory_wanted(message: str, state: float) -> tuple[float, float] | None:
+    """Bytes that a program needs and that a chip has, by the compiler's refusal; None if it refuses something else.
+
+    state: bytes of parameters and moments, which the second of its wordings leaves out.
+    """
+    number = r"([\d.]+)([KMG]?)"
+    whole = re.search(rf"Used {number} of {number} hbm", message)
+    rest = re.search(rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)", message)
+    if (found := whole or rest) is None:
+        return None
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    return float(found[1]) * unit[found[2]] + (0 if whole else state), float(found[3]) * unit[found[4]]
+
+
+def compile_report(cfg: config.RunConfig, topology: str) -> Report:
+    """Compiles, which takes minutes. Raises UserError and ConfigError."""
+    mesh, began = mesh_of(cfg, machines.devices(topology)), time.perf_counter()
+    state = abstract_state(cfg, mesh)
+    memory = {"parameters": bytes_of_device((state.params, state.router_bias)),
+              "moments": bytes_of_device(state.opt_state)}  # fmt: skip
+    capacity = machines.chip(topology).memory * (GPU_SHARE if machines.is_gpu(topology) else 1)
+    sent, text = [], ""
+    try:
+        compiled = compile_step(cfg, mesh)
+    except RuntimeError as e:  # of JAX or of XLA
+        for words, rule in REFUSALS.items():
+            if words in str(e):
+                raise UserError(f"--compile_only={topology}: {rule}") from None
+        wanted = memory_wanted(str(e), sum(memory.values()))
+        if wanted is None:
+            raise UserError(f"--compile_only={topology}: XLA refuses it: {str(e)[:300]}") from None
+        total, capacity = wanted
+    else:
+        total, text = memory_needed(compiled.memory_analysis()), compiled.as_text()
+        sizes = dict(mesh.shape) | {"data": mesh.shape["data"] // sharding.count_slices(mesh.devices.flat)}
+        sent = hlo.collectives(text, sizes)
+    memory["gradients, activations and work space"] = total - sum(memory.values())
+    # Nothing refuses a program that is too large for a GPU before it runs.
+    fits = bool(text) and (total <= capacity or not machines.is_gpu(topology))
+    return Report(topology, dict(mesh.shape), fits, memory, capacity, time.perf_counter() - began, sent, text)
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def bytes_sent(cfg: config.RunConfig, report: Report) -> dict[tuple[str, str], tuple[int, float]]:
+    """(kind, mesh axes) → times and bytes that a chip sends in a step; the most first.
+
+    The room of a ragged exchange is for the worst case; it is counted as used at uniform routing.
+    """
+    peers, out = report.mesh["expert"], {}
+    used = exchange.devices_per_token(cfg.model.moe, peers) / peers if cfg.model.num_moe_layers else 1
+    for c in report.sent:
+        key = c.kind, "·".join(c.axes) or "none"
+        times, size = out.get(key, (0, 0.0))
+        out[key] = times + c.times, size + c.sent * (used if c.kind.startswith("ragged") else 1)
+    return dict(sorted(out.items(), key=lambda item: -item[1][1]))
+
+
+def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
+    """Seconds a step that each part of a chip needs at its data sheet's rate; the first is of arithmetic.
+
+    FLOPs: of the model, and again of the forward passes that `remat="full"` and exact accumulation repeat, and Muon's.
+    Memory: state read and written, gradients written and read (and again by each micro-batch), gathered weights in
+    the compute dtype written and read in each pass; activations are left out, so this is a lower bound.
+    """
+    _, memory_rate, link_rate, network_rate = machines.chip(report.topology)
+    m, a, chips = cfg.model, cfg.train.micro_batches, math.prod(report.mesh.values())
+    flops = model.flops_per_token(m, cfg.data.seq_len) * cfg.data.batch_size * cfg.data.seq_len / chips
+    twice = a > 1 and cfg.loss.accumulation == "exact"
+    passes = 3 + (m.remat == "full") + twice
+    flops *= passes / 3
+    if optim.owners(cfg.optim)["matrix"] == "muon":
+        flops += optim.muon_plan(cfg.optim, model.abstract(m), report.mesh, m.head_dim).flops
+    state = report.memory["parameters"] + report.memory["moments"]
+    weights = model.count_parameters(m).total * jnp.dtype(m.compute_dtype).itemsize / report.mesh["expert"]
+    moved = 2 * state + 2 * a * report.memory["parameters"] + 2 * weights * passes * a
+    sent = bytes_sent(cfg, report).items()
+    over = lambda network: sum(size for (kind, _), (_, size) in sent if (kind == hlo.NETWORK) == network)
+    peak, _ = peak_flops(machines.devices(report.topology)[0])
+    times = {"arithmetic": flops / peak, "memory": moved / memory_rate, "links": over(False) / link_rate}
+    return times | ({"network": over(True) / network_rate} if over(True) else {})
+
+
+def suggestions(cfg: config.RunConfig, report: Report) -> str:
+    """The smallest change that should make it fit: by proportion, not compiled."""
+    state, total, chips = report.memory["parameters"] * 2 + report.memory["moments"], sum(report.memory.values()), 0
+    chips, a = math.prod(report.mesh.values()), cfg.train.micro_batches
+    rows, room = cfg.data.batch_size // chips, report.capacity - state
+    if room > 0.1 * report.capacity:  # the state fits
+        if cfg.model.remat == "none":
+            return "--config.model.remat=selective"
+        need = (total - state) / room * a
+        choices = [n for n in range(a + 1, rows + 1) if rows % n == 0]
+        if choices:
+            n = next((n for n in choices if n >= need), choices[-1])
+            return f"--config.train.micro_batches={n}, {rows // n} sequences of a chip at a time"
+        if cfg.model.remat != "full":
+            return "--config.model.remat=full"
+    if report.mesh["data"] > 1:
+        fsdp = report.mesh["fsdp"] * 2
+        return f"--config.mesh.data=-1 --config.mesh.fsdp={fsdp}, the state in twice as many parts"
+    if cfg.model.param_dtype == "float32" and total - state / 2 < report.capacity:
+        return "--config.model.param_dtype=bfloat16, which halves the state"
+    return "more chips, or ones with more memory"
+
+
+def lines(cfg: config.RunConfig, report: Report) -> Iterator[str]:
+    """The report in words."""
+    gb = lambda n: f"{n / 1e9:,.2f} GB" if n >= 1e7 else f"{n / 1e6:,.3f} MB"
+    m, tokens, total = cfg.model, cfg.data.batch_size * cfg.data.seq_len, sum(report.memory.values())
+    chips = math.prod(report.mesh.values())
+    per_pass = cfg.data.batch_size // (chips * cfg.train.micro_batches)
+    yield (f"{report.topology}: {chips} chips, mesh {report.mesh}; {cfg.data.batch_size} x {cfg.data.seq_len} tokens, "
+           f"{cfg.train.micro_batches} micro-batches of {per_pass} sequences a chip, remat {m.remat}")  # fmt: skip
+    word = "as XLA plans its buffers" if machines.is_gpu(report.topology) else "by the TPU compiler"
+    verdict = "fits" if report.fits else "DOES NOT FIT"
+    yield f"{verdict}: {gb(total)} of {gb(report.capacity)} a chip, {word}, in {report.seconds:.0f} s"
+    yield "memory: " + ", ".join(f"{name} {gb(n)}" for name, n in report.memory.items())
+    flops = model.flops_per_token(m, cfg.data.seq_len) * tokens
+    yield f"FLOPs by formula: {flops / 1e12:,.2f} TFLOP a step, {flops / chips / 1e12:,.2f} TFLOP a chip"
+    if not report.fits:
+        yield f"the smallest change that should fit, by proportion and not compiled: {suggestions(cfg, report)}"
+        return
+    yield "sent by a chip in a step (loops followed; ragged exchanges at uniform routing):"
+    for (kind, axes), (times, size) in bytes_sent(cfg, report).items():
+        yield f"  {kind:18} {axes:20} {times:6,} times {gb(size):>12}"
+    times = estimate(cfg, report)
+    low, high = max(times.values()), sum(times.values())
+    parts = ", ".join(f"{name} {t:.3g} s" for name, t in times.items())
+    yield f"estimate from the data sheet, not measured: {parts}"
+    yield (f"estimate: {low:.3g} s a step if all overlaps, {high:.3g} s if nothing does: "
+           f"{tokens / high:,.0f} to {tokens / low:,.0f} tokens/s")  # fmt: skip
+
+
+def main(cfg: config.RunConfig, topology: str) -> None:
+    """Prints all of it. Raises UserError and ConfigError."""
+    jax.config.update("jax_platforms", "cpu")  # whatever is here stays unused
+    chips = machines.devices(topology)
+    print(choose_program(cfg, mesh_of(cfg, chips)).why, flush=True)
+    if optim.owners(cfg.optim)["matrix"] == "muon":
+        plan = optim.muon_plan(
+            cfg.optim, model.abstract(cfg.model), dict(mesh_of(cfg, chips).shape), cfg.model.head_dim
+        )
+        print(plan, flush=True)
+    print("compiling; minutes for large models", flush=True)
+    for line in lines(cfg, compile_report(cfg, topology)):
+        print(line, flush=True)

@@ -1,0 +1,179 @@
+"""What the experts do on held-out text: measures of the router's choices, from sums; and of the weights. In numpy.
+
+Letters: L MoE layers, G domains, E experts, K experts per token. A domain without tokens reads NaN.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from moe_jax.errors import FileError
+from moe_jax.moe.stats import ChoiceSums, RouterStats
+
+INK, QUIET = "#1f2430", "#8a90a0"  # of every figure, here and in experiments/
+HIGH = 1.5  # how many times the uniform frequency makes an expert a high-frequency one
+
+
+class Analysis(NamedTuple):
+    """Everything below in one record: what `analysis.npz` holds, under these names."""
+
+    domains: tuple[str, ...]
+    top_k: int
+    tokens: Float[np.ndarray, " G"]
+    selection_frequency: Float[np.ndarray, "L G E"]
+    specialisation: Float[np.ndarray, " L"]
+    overlap: Float[np.ndarray, "L G G"]
+    dead_experts: Int[np.ndarray, " L"]
+    dead_experts_by_domain: Float[np.ndarray, "L G"]
+    max_violation: Float[np.ndarray, " L"]
+    dropped: Float[np.ndarray, " L"]
+    topk_score: Float[np.ndarray, "L G"]
+    coactivation: Float[np.ndarray, "L E E"]
+    saturation: Float[np.ndarray, "L G"] | None  # None without an earlier checkpoint
+    earlier_step: int | None
+
+    def save(self, path: Path | str) -> None:
+        np.savez_compressed(path, **{name: value for name, value in self._asdict().items() if value is not None})
+
+
+def analyse(
+    stats: RouterStats, choices: ChoiceSums, domains: tuple[str, ...], top_k: int, earlier_step: int | None = None
+) -> Analysis:
+    """All measures from the sums of `evaluate.evaluate(…, record=True)`."""
+    stats, choices = jax.tree.map(lambda x: np.asarray(x, np.float64), (stats, choices))
+    return Analysis(
+        domains=tuple(domains),
+        top_k=top_k,
+        tokens=stats.tokens[:1].sum(0),
+        selection_frequency=selection_frequency(stats),
+        specialisation=specialisation(stats, top_k),
+        overlap=overlap(high_frequency(selection_frequency(stats), top_k)),
+        dead_experts=dead_experts(stats.tokens_per_expert.sum(1)),
+        dead_experts_by_domain=np.where(stats.tokens > 0, dead_experts(stats.tokens_per_expert), np.nan),
+        max_violation=max_violation(stats),
+        dropped=stats.dropped.sum(1) / np.maximum(stats.tokens_per_expert.sum((1, 2)), 1.0),
+        topk_score=topk_score(choices, stats),
+        coactivation=coactivation(choices),
+        saturation=None if choices.kept is None else saturation(choices, stats, top_k),
+        earlier_step=earlier_step,
+    )
+
+
+def load(path: Path | str) -> Analysis:
+    """What `Analysis.save` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
+        number = lambda name: found[name] if found[name] is None else int(found[name])
+        names = tuple(found["domains"].tolist())
+        return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})
+    except Exception as e:  # of a zip file, numpy's header in it or the numbers: anything
+        raise FileError(f"{path}: is not an analysis: {type(e).__name__}: {e}") from None
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, NaN where b is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(b > 0, a / b, np.nan)
+
+
+def dead_experts(tokens_per_expert: Float[np.ndarray, "*L E"]) -> Int[np.ndarray, "*L"]:
+    """How many experts no token chose, 0 to E − K."""
+    return (np.asarray(tokens_per_expert) == 0).sum(-1)
+
+
+def max_violation(stats: RouterStats) -> Float[np.ndarray, " L"]:
+    """Largest expert load over the mean load, minus 1: 0 is perfect balance, E/K − 1 the worst.
+
+    MaxVio of arXiv:2408.15664, over all the text at once; the metric `max_load` is 1 more.
+    """
+    load = np.asarray(stats.tokens_per_expert, np.float64).sum(1)
+    return _ratio(load.max(-1), load.mean(-1)) - 1.0
+
+
+def selection_frequency(stats: RouterStats) -> Float[np.ndarray, "L G E"]:
+    """Share of a domain's tokens that choose each expert, 0 to 1; a row sums to K. Uniform routing: K/E.
+
+    Source: arXiv:2501.11873, §5.
+    """
+    return _ratio(np.asarray(stats.tokens_per_expert, np.float64), np.asarray(stats.tokens)[..., None])
+
+
+def topk_score(choices: ChoiceSums, stats: RouterStats) -> Float[np.ndarray, "L G"]:
+    """Mean over a domain's tokens of the router probability of their K experts together, 0 to 1.
+
+    K/E if all experts score alike: only the language-modelling loss raises it, the router losses push it down.
+    Source: arXiv:2501.11873, §5.
+    """
+    return _ratio(np.asarray(choices.score, np.float64), np.asarray(stats.tokens))
+
+
+def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
+    """Mutual information of expert and domain, in bits per assignment, 0 to log₂ G: 0 if all domains choose alike.
+
+    Domains are weighted equally, so a large domain does not hide the others.
+    """
+    p = np.nan_to_num(selection_frequency(stats)) / top_k
+    p = p[:, np.asarray(stats.tokens).sum(0) > 0]
+    if not p.size:  # no layer, or no token
+        return np.zeros(len(p))
+    mean = p.mean(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nansum(np.where(p > 0, p * np.log2(p / mean), 0.0), axis=(1, 2)) / p.shape[1]
+
+
+def high_frequency(frequency: Float[np.ndarray, "*L G E"], top_k: int) -> Bool[np.ndarray, "*L G E"]:
+    """Experts that at least `HIGH` · K/E of a domain's tokens choose: HIGH times as many as under uniform routing."""
+    return frequency >= HIGH * top_k / frequency.shape[-1] * (1 - 1e-9)
+
+
+def overlap(high: Bool[np.ndarray, "L G E"]) -> Float[np.ndarray, "L G G"]:
+    """High-frequency experts that two domains share over those that either has (Jaccard), 0 to 1.
+
+    NaN where neither has any. arXiv:2501.11873, §5, shows the overlap; the threshold and the ratio are ours.
+    """
+    h = np.asarray(high, np.float64)
+    both = np.einsum("lge,lhe->lgh", h, h)
+    each = h.sum(-1)
+    return _ratio(both, each[:, :, None] + each[:, None, :] - both)
+
+
+def coactivation(choices: ChoiceSums) -> Float[np.ndarray, "L E E"]:
+    """[i, j]: share of the tokens that chose expert i which also chose j, 0 to 1; 1 on the diagonal.
+
+    Off it a row sums to K − 1; uniform routing gives (K − 1)/(E − 1). A row of a dead expert is NaN.
+    Source: arXiv:2409.02060 (OLMoE), expert co-activation.
+    """
+    pairs = np.asarray(choices.pairs, np.float64)
+    return _ratio(pairs, np.diagonal(pairs, axis1=1, axis2=2)[:, :, None])
+
+
+def saturation(choices: ChoiceSums, stats: RouterStats, top_k: int) -> Float[np.ndarray, "L G"]:
+    """Share of a token's K experts that the earlier checkpoint chose too, mean over tokens: 0 to 1, K/E by chance.
+
+    Source: arXiv:2409.02060 (OLMoE), router saturation, there against the end of training.
+    """
+    return _ratio(np.asarray(choices.kept, np.float64), top_k * np.asarray(stats.tokens))
+
+
+def layer_table(found: Analysis) -> str:
+    """Per layer: balance, and how far the domains differ; means over domains, each weighted alike."""
+    experts = found.selection_frequency.shape[-1]
+    score = np.nanmean(found.topk_score, axis=1) * experts / found.top_k
+    columns = {
+        "layer": [f"{i}" for i in range(len(score))],
+        "max violation": [f"{x:.2f}" for x in found.max_violation],
+        "dead experts": [f"{x}" for x in found.dead_experts],
+        "dropped": [f"{x:.2%}" for x in found.dropped],
+        "top-k score ÷ (K/E)": [f"{x:.2f}" for x in score],
+        "I(expert; domain)": [f"{x:.3f} bits" for x in found.specialisation],
+    }
+    if found.saturation is not None:
+        columns[f"as at step {found.earlier_step}"] = [f"{x:.1%}" for x in np.nanmean(found.saturation, axis=1)]
+    rows = zip(*columns.values(), strict=True)
+    wide = [max(map(len, (name, *cells))) for name, cells in columns.items()]
+    line = lambda cells: "  ".join(cell.rjust(n) for cell, n in zip(cells, wide, strict=True))
+    return "\n".join([line(columns), *map(line, rows)])

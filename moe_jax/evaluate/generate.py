@@ -1,0 +1,136 @@
+"""Sampling from a model with a KV cache: temperature, top-p, greedy."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moe_jax import model
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.data import Tokenizer
+from moe_jax.data.documents import as_text
+from moe_jax.errors import ConfigError
+from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.program import Program
+from moe_jax.nn.layers import weight
+from moe_jax.parallel import sharding
+
+
+def pick_token(
+    logits: Float[Array, "B V"], key: Array, temperature: float, top_p: float, vocab: int
+) -> Int[Array, " B"]:
+    """The next token of every row: greedy at temperature 0, else from the smallest set with probability ≥ top_p."""
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None, :] < vocab, logits, -jnp.inf)
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits / temperature, order, axis=-1)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs  # the best token has 0 before it and is always kept
+    choice = jax.random.categorical(key, jnp.where(before < top_p, ranked, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def generate(
+    cfg: ModelConfig,
+    mesh: Mesh,
+    params: dict,
+    router_bias: dict,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    vocab: int | None = None,
+) -> list[list[int]]:
+    """Each prompt (at least one token id) continued by `tokens` ids; returns prompt + continuation.
+
+    `vocab`: ids from here on are never drawn (a model may have more rows than its tokenizer has tokens).
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and every prompt at least one token")
+    if tokens == 0:
+        return [list(p) for p in prompts]
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    if 0 < cfg.max_seq_len < longest + tokens:
+        rule = f"with a prompt of {longest} tokens it goes beyond model.max_seq_len={cfg.max_seq_len}"
+        raise ConfigError("sample.tokens", tokens, rule, f"nearest valid: {max(cfg.max_seq_len - longest, 0)}")
+    padded = -(-len(prompts) // mesh.size) * mesh.size  # the batch is split over the mesh: pad it with copies
+    table = np.zeros((padded, longest + tokens), np.int32)
+    lengths = np.zeros(padded, np.int32)
+    for row in range(padded):
+        prompt = prompts[row % len(prompts)]
+        table[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    with jax.set_mesh(mesh):
+        run = _decoder(cfg, mesh, shortest, temperature, top_p, vocab or cfg.vocab_size)
+        out = np.asarray(run(params, router_bias, table, lengths, jax.random.key(seed)))
+    return [out[row, : len(p) + tokens].tolist() for row, p in enumerate(prompts)]
+
+
+@functools.lru_cache(maxsize=8)
+def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top_p: float, vocab: int):
+    """Jitted (params, bias, table [B, Z], lengths [B], key) → the table filled: one prefill, then a token at a time."""
+    graph = model.abstract(cfg, Program.choose(cfg, mesh))
+    rows = P(sharding.AXES, None)
+
+    def run(params, bias, table, lengths, key):
+        net = graph.bind(params, bias)
+        table, lengths = sharding.replicate(table), sharding.replicate(lengths)
+        batch, places = table.shape
+        output = weight(net.output_matrix, cfg.compute_dtype)
+
+        def forward(ids, cache, start):
+            """Logits after the last of `ids`, which stand at places start, start+1, …"""
+            ids = jax.sharding.reshard(ids, rows)
+            positions = jnp.broadcast_to(
+                start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows
+            )
+            info = TokenInfo(ids >= 0, jnp.zeros_like(ids))
+            out = net(model.Inputs(ids, positions, None, info), cache, start)
+            last = jnp.einsum("bd,vd->bv", out.hidden[:, -1], output, preferred_element_type=jnp.float32)
+            return sharding.replicate(last), out.cache
+
+        def place(table, logits, at):
+            """Write the token at place `at`; rows whose prompt is longer keep it."""
+            token = pick_token(logits, jax.random.fold_in(key, at), temperature, top_p, vocab)
+            known = jax.lax.dynamic_index_in_dim(table, at, axis=1, keepdims=False)
+            token = jnp.where(at < lengths, known, token)
+            return jax.lax.dynamic_update_index_in_dim(table, token, at, axis=1)
+
+        def step(carry, at):
+            table, cache = carry
+            logits, cache = forward(jax.lax.dynamic_slice_in_dim(table, at, 1, axis=1), cache, at)
+            return (place(table, logits, at + 1), cache), None
+
+        zero = jnp.zeros((), jnp.int32)
+        logits, cache = forward(table[:, :prefill], net.empty_cache(batch, places), zero)
+        table = place(table, logits, prefill)
+        (table, _), _ = jax.lax.scan(step, (table, cache), jnp.arange(prefill, places - 1, dtype=jnp.int32))
+        return table
+
+    return jax.jit(run)
+
+
+def sample_text(
+    cfg: RunConfig, mesh: Mesh, params: dict, router_bias: dict, tokenizer: Tokenizer, prompt: str | None = None
+) -> str:
+    """`prompt` (default: the config's) continued as the config's `sample` says.
+
+    It ends at the end-of-text token, or at the last position that the model is good for.
+    """
+    s = cfg.sample
+    first = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
+    start = [first, *tokenizer.encode([as_text(s.prompt if prompt is None else prompt)])[0].tolist()]
+    room = cfg.model.max_seq_len - len(start) if cfg.model.max_seq_len else s.tokens
+    (ids,) = generate(
+        cfg.model, mesh, params, router_bias, [start], max(min(s.tokens, room), 0),
+        temperature=s.temperature, top_p=s.top_p, seed=cfg.seed, vocab=tokenizer.vocab_size,
+    )  # fmt: skip
+    ids = ids[1:]
+    return tokenizer.decode(ids[: ids.index(tokenizer.end_of_text)] if tokenizer.end_of_text in ids else ids)

@@ -1,0 +1,187 @@
+"""Held-out evaluation: perplexity and bits per byte per domain, and the router's choices per domain."""
+
+import gzip
+import json
+import lzma
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from moe_jax.config import RunConfig
+from moe_jax.data import Corpus
+from moe_jax.errors import ConfigError
+from moe_jax.moe.stats import ChoiceSums, RouterStats
+from moe_jax.run import log
+from moe_jax.train import step
+from moe_jax.train.state import process_rows, put_batch
+
+LN2 = math.log(2.0)
+TOTAL = ""  # stands for all domains together, where domains are named; no domain has an empty name
+
+
+class EvalResult(NamedTuple):
+    """Sums over the held-out split on the host. Letters: G domains, L MoE layers, E experts."""
+
+    domains: tuple[str, ...]
+    nll: np.ndarray  # [G] nats
+    tokens: np.ndarray  # [G]
+    bytes_per_token: np.ndarray  # [G]
+    router: RouterStats  # numpy, [L, G(, E)]
+    choices: ChoiceSums | None  # numpy, if recorded
+    limit: int = 0  # batches asked for; 0: all
+    sequences: tuple[int, int] = (0, 0)  # rows evaluated, and rows of the whole split
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a domain that has tokens, then TOTAL: xent (nats per token), perplexity, bits_per_byte."""
+        seen = [g for g in range(len(self.domains)) if self.tokens[g] > 0]
+        groups = [(self.domains[g], [g]) for g in seen] + [(TOTAL, seen)]
+        return [self._row(name, ids) for name, ids in groups]
+
+    def unseen(self) -> list[str]:
+        """Domains without tokens."""
+        return [name for name, tokens in zip(self.domains, self.tokens, strict=True) if not tokens > 0]
+
+    def _row(self, name: str, ids: list[int]) -> dict[str, Any]:
+        nll, tokens = float(self.nll[ids].sum()), float(self.tokens[ids].sum())
+        size = float((self.tokens[ids] * self.bytes_per_token[ids]).sum())
+        xent = nll / max(tokens, 1.0)
+        return {
+            "domain": name,
+            "tokens": int(tokens),
+            "xent": xent,
+            "perplexity": math.exp(min(xent, 700.0)),
+            "bits_per_byte": nll / LN2 / max(size, 1.0),
+        }
+
+
+def check_held_out(corpus: Corpus) -> None:
+    """Raises ConfigError if there is no held-out text, before a run is trained that could not be judged."""
+    if not corpus.num_validation_batches():
+        names = sorted({source for source, _ in corpus.stores})
+        hints = [missing.advice for missing in corpus.not_held_out()] or ["add documents"]
+        raise ConfigError("data.sources", names, "hold no validation text", hints[0])
+
+
+def evaluate(
+    cfg: RunConfig,
+    mesh: Mesh,
+    params: dict,
+    router_bias: dict,
+    corpus: Corpus,
+    *,
+    limit: int = 0,
+    progress: bool = True,
+    record: bool = False,
+    earlier: tuple[dict, dict] | None = None,
+) -> EvalResult:
+    """Evaluate on the held-out split; `limit` > 0 takes that many batches, spread over it. Sums stay on the device.
+
+    `record` adds what `analysis` needs of the tokens' choices, compared with those of `earlier`: (params, router_bias).
+    """
+    run = step.make_eval_step(cfg, mesh, len(corpus.domains), record)
+    rows = process_rows(mesh, cfg.data.batch_size)
+    sums = None
+    batches = corpus.validation_batches(rows, limit)
+    total = corpus.num_validation_batches(limit)
+    for batch in tqdm(
+        batches, total=total, desc="evaluate", unit="batch", disable=None if progress else True, leave=False
+    ):
+        one = run(params, router_bias, put_batch(batch, mesh, cfg, by_domain=True), earlier)
+        sums = one if sums is None else jax.tree.map(jnp.add, sums, one)
+    host = jax.tree.map(np.asarray, jax.device_get(sums))
+    size = np.asarray(corpus.bytes_per_token)
+    sequences = (corpus.num_validation_rows(limit), corpus.num_validation_rows())
+    return EvalResult(corpus.domains, host.nll, host.tokens, size, host.router, host.choices, limit, sequences)
+
+
+def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """{"gzip -9": {domain: bits per byte, …, TOTAL: …}, "xz -9": …} of the held-out text, one stream a domain."""
+    by_domain: dict[str, list[bytes]] = {}
+    for domain, text in texts:
+        by_domain.setdefault(domain, []).append(text.encode())
+    joined = {domain: b"".join(parts) for domain, parts in sorted(by_domain.items())}
+    joined[TOTAL] = b"".join(joined.values())
+    tools = {"gzip -9": lambda b: gzip.compress(b, 9), "xz -9": lambda b: lzma.compress(b, preset=9)}
+    return {
+        name: {domain: 8 * len(compress(data)) / max(len(data), 1) for domain, data in joined.items()}
+        for name, compress in tools.items()
+    }
+
+
+def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
+    """The per-domain table as text: the model's bits per byte beside general-purpose compressors'.
+
+    All domains together come last, and a domain without text is named below.
+    """
+    head = f"{'domain':<12} {'tokens':>10} {'xent':>7} {'perplexity':>10} {'bits/byte':>9}"
+    lines = [head + "".join(f" {name:>8}" for name in baselines)]
+    for r in result.rows():
+        line = f"{r['domain'] or 'all domains':<12} {r['tokens']:>10,} {r['xent']:>7.3f} {r['perplexity']:>10.2f}"
+        line += f" {r['bits_per_byte']:>9.3f}"
+        lines.append(line + "".join(f" {b.get(r['domain'], math.nan):>8.3f}" for b in baselines.values()))
+    if missing := result.unseen():
+        lines.append(f"without held-out text here: {', '.join(missing)}")
+    return "\n".join(lines)
+
+
+def scores(workdir: str | os.PathLike, until: int) -> dict[int, float]:
+    """Held-out loss by step, of the evaluations in `metrics.jsonl` up to a step; NaN where there was no number."""
+    if not (Path(workdir) / "metrics.jsonl").exists():
+        return {}
+    rows = log.read_metrics(workdir, "eval")
+    return {row["step"]: math.nan if row["xent"] is None else row["xent"] for row in rows if row["step"] <= until}
+
+
+def suffix(result: EvalResult, step_number: int, newest: int) -> str:
+    """What the names of an evaluation's files have before their extension.
+
+    Nothing if it is of the newest checkpoint and all held-out text, as in eval.json; else .<step>[.<limit>batches].
+    """
+    part = result.sequences[0] < result.sequences[1]
+    if step_number == newest and not part:
+        return ""
+    return f".{step_number}" + (f".{result.limit}batches" if part else "")
+
+
+def suffix_at_the_end(workdir: str | os.PathLike, result: EvalResult, step_number: int) -> str:
+    """The same for a run that ends where it ended before: an eval.json of the same step and more text stays."""
+    try:
+        old = json.loads((Path(workdir) / "eval.json").read_text(encoding="utf-8"))
+        tokens = old["tokens"] if "tokens" in old else old["domains"][-1]["tokens"]
+        fuller = old["step"] == step_number and tokens > result.tokens.sum()
+    except (OSError, ValueError, LookupError, TypeError):  # none, or none that anybody can read
+        fuller = False
+    return suffix(result, step_number, step_number) if fuller else ""
+
+
+def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
+    """eval.json: the table, the baselines, and counts [L][domain][E] of expert assignments.
+
+    The table's last row, and the baselines' entry "", are all domains together.
+    Of how much text: `limit` batches at most (null: no limit), `rows` of the `of_rows` that there are, `tokens`.
+    Numbers that are not finite are null, and named in `nonfinite` beside them.
+    """
+    stats = result.router
+    rows, of_rows = result.sequences
+    body = {
+        "step": step_number,
+        "limit": result.limit or None,
+        "rows": rows,
+        "of_rows": of_rows,
+        "tokens": int(result.tokens.sum()),
+        "domains": [log.finite(row) for row in result.rows()],
+        "domains_without_text": result.unseen(),
+        "bits_per_byte_of": {name: log.finite(of) for name, of in baselines.items()},
+        "tokens_per_expert": stats.tokens_per_expert.astype(int).tolist(),
+        "tokens_per_layer_and_domain": stats.tokens.astype(int).tolist(),
+        "dropped": int(stats.dropped.sum()),
+    }
+    return json.dumps(body, indent=1, allow_nan=False) + "\n"

@@ -1,0 +1,17 @@
+"""The decoder: blocks, the stack of them, parameter and FLOP counts."""
+
+from moe_jax.model.blocks import Inputs
+from moe_jax.model.counts import Counts, count_parameters, flops_per_token
+from moe_jax.model.transformer import Graph, Output, Transformer, abstract, init
+
+__all__ = [
+    "Counts",
+    "Graph",
+    "Inputs",
+    "Output",
+    "Transformer",
+    "abstract",
+    "count_parameters",
+    "flops_per_token",
+    "init",
+]

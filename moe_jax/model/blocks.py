@@ -1,0 +1,61 @@
+"""One block of the decoder: attention, then a dense or a Mixture-of-Experts feed-forward layer."""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_jax.config import ModelConfig
+from moe_jax.moe.layer import MoE, TokenInfo
+from moe_jax.moe.program import Program
+from moe_jax.moe.stats import Choices, RouterStats
+from moe_jax.nn.attention import Attention, KVCache
+from moe_jax.nn.layers import GLU, Init, rms_norm
+from moe_jax.nn.mla import MLA
+from moe_jax.nn.remat import keep
+
+
+class Inputs(NamedTuple):
+    """One (micro-)batch as the model sees it."""
+
+    tokens: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"] | None
+    info: TokenInfo
+
+
+class BlockOutput(NamedTuple):
+    """What one block gives; of a scan over blocks all but `x` have a leading axis of layers."""
+
+    x: Float[Array, "B S D"]
+    stats: RouterStats | None  # None of a block without experts
+    cache: KVCache | None
+    choices: Choices | None
+    max_logit: Float[Array, "B N"] | None
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a GLU or an MoE."""
+
+    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, program: Program):
+        out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # residual branches add up over 2·L writes
+        self.eps, self.max_logit = cfg.norm_eps, program.max_logit
+        self.attention_norm = init.ones((cfg.d_model,), "norm")
+        self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention)
+        self.mlp_norm = init.ones((cfg.d_model,), "norm")
+        self.moe = MoE(cfg, init, out_std, program) if sparse else None
+        self.mlp = None if sparse else GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Int[Array, ""] | None
+    ) -> "BlockOutput":
+        h = rms_norm(x, self.attention_norm[...], self.eps)
+        counted = inputs.info.counted if self.max_logit else None
+        with jax.named_scope("attention"):
+            y, cache, top = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
+        x = keep(x + y, "residual")
+        h = rms_norm(x, self.mlp_norm[...], self.eps)
+        with jax.named_scope("mlp" if self.moe is None else "moe"):
+            y, stats, choices = (self.mlp(h), None, None) if self.moe is None else self.moe(h, inputs.info)
+        return BlockOutput(x + y, stats, cache, choices, top)

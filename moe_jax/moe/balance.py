@@ -1,0 +1,62 @@
+"""Balancing the load of experts: the load-balancing loss, the router z-loss, and the update of selection biases.
+
+Letters: L layers, G balance groups, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.moe.stats import RouterStats
+
+
+def update_bias(
+    bias: Float[Array, "*L E"],
+    tokens_per_expert: Float[Array, "*L E"],
+    rate: float,
+    form: str = "sign",
+    target: tuple[float, ...] = (),
+) -> Float[Array, "*L E"]:
+    """Loss-free balancing: b_e + rate · sign(target load − load_e), from counts over the whole optimizer batch.
+
+    form: "sign" (arXiv:2408.15664, algorithm 1) or "centred", which subtracts the mean of the signs, so that the biases
+        keep their mean (Moonlight, arXiv:2502.16982, appendix C); the selection is the same.
+    target: relative target load of each expert, () for all alike; it is scaled to the load there is.
+    """
+    share = jnp.asarray(target or (1.0,) * bias.shape[-1], jnp.float32)
+    share = (share / jnp.sum(share)).reshape((1,) * (bias.ndim - 1) + share.shape)
+    direction = jnp.sign(jnp.sum(tokens_per_expert, axis=-1, keepdims=True) * share - tokens_per_expert)
+    if form == "centred":
+        direction -= jnp.mean(direction, axis=-1, keepdims=True)
+    return bias + rate * direction
+
+
+def load_balancing_loss(
+    stats: RouterStats, top_k: int, frequency: Float[Array, "*L G E"] | None = None
+) -> Float[Array, "*L"]:
+    """Load-balancing loss of each layer: the mean over balance groups of E · Σ_e f_e · P_e.
+
+    f_e = tokens_per_expert / (K · tokens), carries no gradient; P_e = mean router probability, does. Groups without a
+    counted token are left out of the mean. `frequency` puts another f in the place of that of `stats`.
+
+    Value: 1.0 at uniform routing for every E and K; E/K when all tokens pick the same K experts with probability 1/K
+        each. What other frameworks' coefficients are here: docs/balancing.md.
+    Scope: the group of each token, see `LossConfig.balance_batch`; with one group, the whole optimizer batch.
+    Source: arXiv:2501.11873, eqs. 2–6, with f divided by K.
+    """
+    num_experts = stats.prob_per_expert.shape[-1]
+    f = expert_frequency(stats.tokens_per_expert, stats.tokens, top_k) if frequency is None else frequency
+    p = stats.prob_per_expert / jnp.maximum(stats.tokens, 1.0)[..., None]
+    per_group = num_experts * jnp.sum(jax.lax.stop_gradient(f) * p, axis=-1)
+    counted = (stats.tokens > 0).astype(jnp.float32)
+    return jnp.sum(per_group * counted, axis=-1) / jnp.maximum(jnp.sum(counted, axis=-1), 1.0)
+
+
+def expert_frequency(load: Float[Array, "*L G E"], tokens: Float[Array, "*L G"], top_k: int) -> Float[Array, "*L G E"]:
+    """f: each expert's share of the assignments, from 0 to 1/K; sums to 1."""
+    return load / (top_k * jnp.maximum(tokens, 1.0))[..., None]
+
+
+def router_z_loss(stats: RouterStats) -> Float[Array, " L"]:
+    """Mean of logsumexp(router logits)² over tokens, per layer; (log E)² for zero logits. arXiv:2202.08906, eq. 5."""
+    return jnp.sum(stats.z_sq, axis=-1) / jnp.maximum(jnp.sum(stats.tokens, axis=-1), 1.0)

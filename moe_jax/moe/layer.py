@@ -1,0 +1,95 @@
+"""The MoE layer: router, routed experts, shared experts. Its only manual (shard_map) region is `_region`."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.config import ModelConfig
+from moe_jax.moe import routing
+from moe_jax.moe.exchange import run_experts
+from moe_jax.moe.experts import ExpertCompute, ExpertWeights
+from moe_jax.moe.program import Program
+from moe_jax.moe.stats import Choices, RouterStats, choices_of, router_stats
+from moe_jax.nn.layers import ACTIVATIONS, GLU, Init
+from moe_jax.nn.remat import keep
+from moe_jax.parallel import sharding
+from moe_jax.parallel.axes import as_tuple
+
+
+class RouterBias(nnx.Variable):
+    """Selection bias per expert: part of the train state, updated from counts, never by an optimizer."""
+
+
+class TokenInfo(NamedTuple):
+    """What the MoE layer knows of its tokens besides their activations."""
+
+    counted: Bool[Array, "B S"]  # False: padding; uses no expert, enters no statistic
+    group: Int[Array, "B S"]  # balance group of each token
+
+
+class MoE(nnx.Module):
+    def __init__(self, model: ModelConfig, init: Init, out_std: float, program: Program):
+        """out_std: of the initial weights that write to the residual stream."""
+        self.cfg, self.program, activation = model.moe, program, model.activation
+        self.compute = ExpertCompute(model.moe, program.grouped_matmul, activation)
+        cfg, e, d, f = model.moe, model.moe.num_experts, model.d_model, model.moe.d_expert
+        self.w_router = init.as_float32().normal((d, e), "router_embed router_experts")
+        self.w_gate = init.normal((e, d, f), "experts embed mlp") if ACTIVATIONS[activation].gated else None
+        self.w_up = init.normal((e, d, f), "experts embed mlp")
+        self.w_down = init.normal((e, f, d), "experts mlp embed", out_std)
+        shared = cfg.num_shared_experts * f
+        self.shared = GLU(d, shared, init, out_std, activation) if shared else None
+        self.router_bias = RouterBias(init.zeros((e,))) if cfg.selection_bias else None
+
+    def __call__(
+        self, x: Float[Array, "B S D"], info: TokenInfo
+    ) -> tuple[Float[Array, "B S D"], RouterStats, Choices | None]:
+        """Routed plus shared experts, router statistics summed over the whole mesh, and choices if recorded."""
+        if not sharding.current_sizes():
+            raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
+        gate = self.w_gate[...] if self.w_gate is not None else None
+        w = ExpertWeights(gate, self.w_up[...], self.w_down[...])
+        bias = self.router_bias[...] if self.router_bias is not None else None
+        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
+        region = jax.shard_map(
+            functools.partial(self._region, specs),
+            in_specs=(sharding.BATCH, sharding.BATCH, P(), P(), specs),
+            out_specs=(sharding.BATCH, P(), sharding.BATCH),
+            check_vma=True,
+        )
+        y, stats, choices = region(x, info, self.w_router[...], bias, w)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, stats, choices
+
+    def _region(self, specs, x_bSD, info, w_router, bias, w):
+        """Everything that depends on which token goes where, on one device: b = B / devices sequences."""
+        shape = x_bSD.shape
+        x = x_bSD.reshape(-1, shape[-1])
+        counted, group = info.counted.reshape(-1), info.group.reshape(-1)
+        with jax.named_scope("router"):
+            logits = keep(routing.router_logits(x, w_router), "router")
+            plan, probs = routing.route(logits, bias, counted, self.cfg)
+        w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
+        y, kept = run_experts(x, plan, w, self.program.exchange, self.compute)
+        choices = choices_of(plan, probs, shape[:2]) if self.program.record else None
+        with jax.named_scope("statistics"):
+            stats = router_stats(logits, probs, plan, kept, counted, group, self.program.num_groups)
+            # The sums of all devices: G·(2E+3) numbers a layer. This psum is what makes the balance global.
+            return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
+
+
+def _own_experts(dtype, w: Array, spec: P) -> Array:
+    """This device's experts, whole, in the compute dtype. Going back, gradients are summed over replicas in float32
+    and reduce-scattered over `fsdp`."""
+    used = [as_tuple(entry) for entry in spec]
+    missing = tuple(a for a in sharding.AXES if not any(a in names for names in used))
+    w = jax.lax.pcast(w, missing, to="varying").astype(dtype)
+    for axis, names in enumerate(used):
+        if "fsdp" in names:
+            w = jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+    return w

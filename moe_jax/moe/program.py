@@ -1,0 +1,40 @@
+"""How a model is run: decided once from the configuration and the mesh, and passed down as one record."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.config import ModelConfig
+from moe_jax.kernels import choose_backend
+from moe_jax.moe.exchange import choose_exchange
+from moe_jax.nn.attend import choose_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Back ends, balance groups, and what the output records. The default back ends run anywhere."""
+
+    attention: str = "xla"
+    exchange: str = "ring"  # of tokens between devices
+    grouped_matmul: str = "reference"
+    num_groups: int = 1  # balance groups; in evaluation the domains
+    record: bool = False  # each token's choices: `Output.choices`
+    max_logit: bool = False  # each head's largest attention logit: `Output.max_logit`
+    why: str = dataclasses.field(default="", compare=False)  # the choice of the back ends, in one line
+
+    @classmethod
+    def choose(cls, cfg: ModelConfig, mesh: Mesh, tokens: int = 1, seq_len: int = 1) -> "Program":
+        """The back ends for a mesh. tokens: those of one device in a forward pass."""
+        platform, kind = mesh.devices.flat[0].platform, mesh.devices.flat[0].device_kind
+        attention, why_a = choose_attention(cfg, platform, kind, seq_len)
+        matmul, why_m = choose_backend(cfg.moe.grouped_matmul, platform, kind, cfg.compute_dtype)
+        itemsize, peers = jnp.dtype(cfg.compute_dtype).itemsize, mesh.shape["expert"]
+        exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize, kind)
+        why = f"attention: {attention} ({why_a}); "
+        if cfg.num_moe_layers:
+            shown = f", grouped matmul: {matmul} ({why_m})" if cfg.moe.compute == "grouped" else ""
+            why += f"experts: {cfg.moe.compute}{shown}; exchange: {why_e}"
+        else:
+            why += "no experts"
+        return cls(attention, exchange, matmul, why=why)

@@ -1,0 +1,105 @@
+"""What is counted of the choices of a router: sums, to which those of other tokens, devices and batches can be added.
+
+Letters: T tokens, E experts, K experts per token, G balance groups, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.moe.routing import Routing, _pick
+
+
+class RouterStats(NamedTuple):
+    """What everybody else needs: SUMS over counted tokens, per balance group; the layer scan adds a leading L."""
+
+    tokens: Float[Array, "*L G"]
+    tokens_per_expert: Float[Array, "*L G E"]  # assignments; sums to K · tokens
+    prob_per_expert: Float[Array, "*L G E"]  # Σ_t router probability; carries gradient
+    z_sq: Float[Array, "*L G"]  # Σ_t logsumexp(logits)²; carries gradient
+    dropped: Float[Array, "*L G"]  # assignments lost to capacity; 0 if dropless
+
+
+class Choices(NamedTuple):
+    """Which experts every token chose. Only for evaluation, where it lives as long as one batch."""
+
+    experts: Int[Array, "*L B S K"]
+    score: Float[Array, "*L B S"]  # Σ over the chosen K of the router probability
+
+
+class ChoiceSums(NamedTuple):
+    """What `RouterStats` cannot tell of the choices: SUMS over counted tokens, like those."""
+
+    score: Float[Array, "L G"]
+    pairs: Float[Array, "L E E"]  # tokens that chose both; on the diagonal, tokens that chose the expert
+    kept: Float[Array, "L G"] | None  # choices that an earlier checkpoint makes too; None without one
+
+
+def router_stats(
+    logits: Float[Array, "T E"],
+    probs: Float[Array, "T E"],
+    routing: Routing,
+    kept: Bool[Array, "T K"],
+    mask: Bool[Array, " T"],
+    group: Int[Array, " T"],
+    num_groups: int,
+) -> RouterStats:
+    """Sums over the tokens at hand, by balance group. `kept` is False where a valid slot was dropped."""
+    one_hot_EK = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
+    valid = routing.valid.astype(jnp.float32)
+    counts_TE = jnp.einsum("tke,tk->te", one_hot_EK, valid)
+    live = mask.astype(jnp.float32)
+    z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+    member_TG = jax.nn.one_hot(group, num_groups, dtype=jnp.float32) * live[:, None]
+    dropped = jnp.sum(valid * (1.0 - kept.astype(jnp.float32)), axis=-1)
+    # HIGHEST: on accelerators the default would round these sums to bf16 or tf32.
+    total = lambda x: jnp.einsum("tg,t...->g...", member_TG, x, precision=jax.lax.Precision.HIGHEST)
+    return RouterStats(
+        tokens=jnp.sum(member_TG, axis=0),
+        tokens_per_expert=total(counts_TE),
+        prob_per_expert=total(probs),
+        z_sq=total(jnp.square(z)),
+        dropped=total(dropped),
+    )
+
+
+def choices_of(routing: Routing, probs: Float[Array, "T E"], shape: tuple[int, int]) -> Choices:
+    """The choices of `shape` = (B, S) tokens."""
+    score = jnp.sum(_pick(probs, routing.experts), axis=-1)
+    return Choices(routing.experts.reshape(*shape, -1), score.reshape(shape))
+
+
+def choice_sums(
+    now: Choices,
+    earlier: Choices | None,
+    counted: Bool[Array, "B S"],
+    group: Int[Array, "B S"],
+    num_groups: int,
+    num_experts: int,
+) -> ChoiceSums:
+    """Sums over the batch, one layer at a time: a token × expert matrix of one layer is the most that exists.
+
+    `earlier`: the choices of another checkpoint for the same tokens.
+    """
+    live = counted.astype(jnp.float32)
+    member_BSG = jax.nn.one_hot(group, num_groups, dtype=jnp.float32) * live[:, :, None]
+    by_group = lambda x: jnp.sum(member_BSG * x[:, :, None], axis=(0, 1))
+
+    def layer(of: tuple[Choices, Choices | None]) -> ChoiceSums:
+        now, earlier = of
+        chosen_BSE = _chosen(now, num_experts) * live[:, :, None]
+        # Zeros and ones: the product is exact in any precision.
+        pairs = jnp.einsum("bse,bsf->ef", chosen_BSE, chosen_BSE, out_sharding=PartitionSpec())
+        kept = None
+        if earlier is not None:
+            kept = by_group(jnp.sum(chosen_BSE * _chosen(earlier, num_experts), axis=-1))
+        return ChoiceSums(by_group(now.score), pairs, kept)
+
+    return jax.lax.map(layer, (now, earlier))
+
+
+def _chosen(choices: Choices, num_experts: int) -> Float[Array, "B S E"]:
+    return jnp.sum(jax.nn.one_hot(choices.experts, num_experts, dtype=jnp.float32), axis=-2)

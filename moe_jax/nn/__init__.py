@@ -1,0 +1,1 @@
+"""Everything of a decoder that is not Mixture of Experts."""

@@ -1,0 +1,122 @@
+"""Initialisers, RMSNorm, RoPE, activations, and the dense feed-forward layer. Axis letters: CONTRIBUTING.md."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from moe_jax.config import ModelConfig
+from moe_jax.nn.remat import keep
+from moe_jax.parallel import sharding
+
+
+class Init:
+    """Declares weights: value, shape and logical axes on one line, born sharded when a mesh is set.
+
+    With `layers=L` every weight gets a leading `[L]` axis: the stack that `jax.lax.scan` runs over.
+    Values are drawn in float32 and rounded to `dtype`.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, std: float, layers: int | None = None, dtype: Any = jnp.float32):
+        self.rngs, self.std, self.layers, self.dtype = rngs, std, layers, jnp.dtype(dtype)
+
+    def stack(self, layers: int) -> "Init":
+        return Init(self.rngs, self.std, layers, self.dtype)
+
+    def as_float32(self) -> "Init":
+        return Init(self.rngs, self.std, self.layers)
+
+    def _axes(self, shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[str, ...], PartitionSpec | None]:
+        names = tuple(axes.split())
+        if self.layers is not None:
+            shape, names = (self.layers, *shape), ("layers", *names)
+        sizes = sharding.current_sizes()
+        return shape, names, sharding.weight_spec(names, shape, sizes) if sizes else None
+
+    def normal(self, shape: tuple[int, ...], axes: str, std: float | None = None) -> nnx.Param:
+        """Normal with standard deviation `std` (default: the model's `init_std`), cut off at 3 standard deviations."""
+        shape, names, spec = self._axes(shape, axes)
+        x = _normal(self.rngs.params(), self.std if std is None else std, shape, spec, self.dtype)
+        return nnx.Param(x, axes=names)
+
+    def ones(self, shape: tuple[int, ...], axes: str) -> nnx.Param:
+        shape, names, spec = self._axes(shape, axes)
+        return nnx.Param(jnp.ones(shape, self.dtype, out_sharding=spec), axes=names)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """A replicated array that is not a weight (no axes, no optimizer)."""
+        return jnp.zeros(self._axes(shape, " ".join(["norm"] * len(shape)))[0], jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # compiled once per shape, not once per weight
+def _normal(key, std, shape, spec, dtype):
+    return (std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec)).astype(dtype)
+
+
+def weight(w: nnx.Param, dtype) -> Array:
+    """A weight as it enters a matmul: cast first, so that the gather over the mesh moves the smaller type."""
+    return sharding.replicate(w[...].astype(dtype))
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """x / √(mean x² + eps) · scale, computed in float32. Source: arXiv:1910.07467, eq. 4."""
+    with jax.named_scope("norm"):
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+        return (y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def rope_frequencies(cfg: ModelConfig, size: int) -> Float[np.ndarray, " H/2"]:
+    """Radians a position by which each pair of a head of `size` numbers turns: θ^(−2i/H), the slow ones scaled."""
+    freq = cfg.rope_theta ** (-np.arange(size // 2) / (size // 2))
+    s = cfg.rope_scaling
+    if s.factor > 1:
+        turns = s.original_length * freq / (2 * np.pi)
+        ramp = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+        freq = freq * (ramp + (1 - ramp) / s.factor)
+    return freq.astype(np.float32)
+
+
+def rope(
+    x: Float[Array, "B S N H"], positions: Int[Array, "B S"], freq: Float[np.ndarray, " H/2"]
+) -> Float[Array, "B S N H"]:
+    """Rotary position embedding (arXiv:2104.09864), halves layout: component i pairs with component i + H/2."""
+    half = x.shape[-1] // 2
+    angle = positions[:, :, None].astype(jnp.float32) * freq[None, None, :]
+    cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class Activation(NamedTuple):
+    gated: bool  # there is a matrix w_gate
+    hidden: Callable[[Array | None, Array], Array]  # (x · w_gate, or None; x · w_up) → what w_down sees
+
+
+# `model.activation`, of dense layers and experts alike.
+ACTIVATIONS = {
+    "swiglu": Activation(True, lambda gate, up: jax.nn.silu(gate) * up),  # arXiv:2002.05202
+    "gelu": Activation(False, lambda gate, up: jax.nn.gelu(up)),  # arXiv:1606.08415, its form with tanh
+    "relu2": Activation(False, lambda gate, up: jnp.square(jax.nn.relu(up))),  # squared ReLU, arXiv:2109.08668
+}
+
+
+class GLU(nnx.Module):
+    """hidden(x · w_gate, x · w_up) · w_down: a gated linear unit, or a plain MLP if the activation has no gate."""
+
+    def __init__(self, d_model: int, d_ff: int, init: Init, out_std: float, activation: str = "swiglu"):
+        self.activation = ACTIVATIONS[activation]
+        self.w_gate = init.normal((d_model, d_ff), "embed mlp") if self.activation.gated else None
+        self.w_up = init.normal((d_model, d_ff), "embed mlp")
+        self.w_down = init.normal((d_ff, d_model), "mlp embed", out_std)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        gate = keep(x @ weight(self.w_gate, x.dtype), "gate") if self.activation.gated else None
+        up = keep(x @ weight(self.w_up, x.dtype), "up")
+        return self.activation.hidden(gate, up) @ weight(self.w_down, x.dtype)

@@ -1,0 +1,81 @@
+"""Multi-head latent attention: the keys and values of all heads come from one latent, which is all that is cached.
+
+Source: DeepSeek-V2, arXiv:2405.04434, §2.1. A key of a head is `[from the latent, rotated and shared by all heads]`, a
+query likewise. Letters: N heads, H size of a query and key of which P are rotated, W size of a value, C of the latent.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.config import ModelConfig
+from moe_jax.nn.attend import attend
+from moe_jax.nn.attention import KVCache, attend_cache
+from moe_jax.nn.layers import Init, rms_norm, rope, rope_frequencies, weight
+from moe_jax.nn.qk_clip import max_logits
+from moe_jax.nn.remat import keep
+from moe_jax.parallel import sharding
+
+LATENT_EPS = 1e-6  # of the latents' norms, in the released models of any `norm_eps`
+
+
+class MLA(nnx.Module):
+    def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str):
+        self.cfg, self.backend = cfg, backend
+        m, d, n = cfg.mla, cfg.d_model, cfg.num_heads
+        if m.q_rank:
+            self.w_q_down = init.normal((d, m.q_rank), "embed latent")
+            self.q_norm = init.ones((m.q_rank,), "norm")
+            self.w_q_up = init.normal((m.q_rank, n * cfg.head_dim), "latent heads")
+        else:
+            self.w_q = init.normal((d, n * cfg.head_dim), "embed heads")
+        self.w_kv_down = init.normal((d, m.kv_rank), "embed latent")
+        self.w_k_rope = init.normal((d, m.rope_dim), "embed latent")
+        self.kv_norm = init.ones((m.kv_rank,), "norm")
+        self.w_k_up = init.normal((m.kv_rank, n * (cfg.head_dim - m.rope_dim)), "latent heads")
+        self.w_v_up = init.normal((m.kv_rank, n * m.v_dim), "latent heads")
+        self.w_o = init.normal((n * m.v_dim, d), "heads embed", out_std)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"] | None,
+        cache: KVCache | None = None,
+        start: Int[Array, ""] | None = None,
+        counted: Bool[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None, Float[Array, "B N"] | None]:
+        """As `attention.Attention`. The cache holds `[latent, rotated key]` of a token, once for all heads."""
+        cfg, size = self.cfg, self.cfg.mla.rope_dim
+        heads = lambda x, h: sharding.reshape_tail(x, 2, -1, h)
+        times = lambda x, w: keep(x @ weight(w, x.dtype), "qkv")
+        if cfg.mla.q_rank:
+            q = times(rms_norm(times(x, self.w_q_down), self.q_norm[...], LATENT_EPS), self.w_q_up)
+        else:
+            q = times(x, self.w_q)
+        latent = rms_norm(times(x, self.w_kv_down), self.kv_norm[...], LATENT_EPS)
+        freq = rope_frequencies(cfg, size)
+        q_plain, q_rope = jnp.split(heads(q, cfg.head_dim), [cfg.head_dim - size], axis=-1)
+        q_rope = rope(q_rope, positions, freq)
+        k_rope: Float[Array, "B S 1 P"] = rope(heads(times(x, self.w_k_rope), size), positions, freq)
+        if cache is not None:
+            y, cache = self._cached(q_plain, q_rope, latent, k_rope, cache, start)
+            return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), cache, None
+        k_plain = heads(times(latent, self.w_k_up), cfg.head_dim - size)
+        v = heads(times(latent, self.w_v_up), cfg.mla.v_dim)
+        q = jnp.concatenate([q_plain, q_rope], axis=-1)
+        k = jnp.concatenate([k_plain, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
+        top = None if counted is None else max_logits(q, k, segments, counted)
+        y = attend(q, k, v, segments, self.backend)
+        return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), None, top
+
+    def _cached(self, q_plain, q_rope, latent, k_rope, cache: KVCache, start: Int[Array, ""]):
+        """Queries go into the latent's space, results come back from it: no key or value is ever made of the cache."""
+        cfg, rank = self.cfg, self.cfg.mla.kv_rank
+        up = lambda w: sharding.reshape_tail(weight(w, latent.dtype), 1, cfg.num_heads, -1)
+        q: Float[Array, "B S N C+P"] = jnp.concatenate(
+            [jnp.einsum("bsnh,cnh->bsnc", q_plain, up(self.w_k_up)), q_rope], axis=-1
+        )
+        cache = cache.write(jnp.concatenate([latent[:, :, None], k_rope], axis=-1), None, start)
+        y = attend_cache(q, cache, start, cfg.head_dim**-0.5)[..., :rank]
+        return jnp.einsum("bsnc,cnw->bsnw", y, up(self.w_v_up)), cache

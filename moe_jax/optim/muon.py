@@ -1,0 +1,150 @@
+"""Muon as an `optax.GradientTransformation`: orthogonalised momentum, RMS-matched, with decoupled weight decay.
+
+Usable alone, in any optax chain: `optax.chain(optax.clip_by_global_norm(1.0), muon(3e-4))`. A leaf is a matrix or a
+batch of matrices; each matrix is orthogonalised on its own (each expert of each layer of an `[L, E, D, F]` leaf).
+
+On a mesh with Explicit axes no collective lies inside the iteration. Leaves whose matrices have one shape and are cut
+alike form a group, and a group moves once: one all-to-all makes its matrices whole and spreads them evenly over the
+devices, one brings the results back; where devices hold the same shards (`data` replicas), each takes a part of the
+matrices and one all-gather hands out the results. Of matrices that are cut, an all-reduce of a number each says which
+have a gradient. `plan` says what the rest costs. Without a mesh, under Auto axes and inside a `shard_map`, each leaf is
+one batched iteration on the matrices as they are seen there: right everywhere, but under Auto axes the partitioner may
+put collectives into the iteration.
+
+Sources: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon); arXiv:2502.16982, eqs. 1–4.
+"""
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from moe_jax.optim import newton_schulz
+from moe_jax.optim.newton_schulz import Coefficients
+from moe_jax.optim.spread import Rule, layout, one_matrix
+
+Number = float | Array  # traced or not
+# Defaults that can be called would be schedules to `optax.inject_hyperparams`: jnp.bfloat16 can, its dtype cannot.
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+
+
+class MuonState(NamedTuple):
+    momentum: optax.Updates  # sharded like the parameters
+
+
+def muon(
+    learning_rate: Number | optax.Schedule,
+    *,
+    weight_decay: Number | optax.Schedule = 0.1,
+    cautious_decay: bool = False,
+    momentum: Number = 0.95,
+    nesterov: bool = True,
+    coefficients: str | Coefficients = "jordan",
+    scale: Literal["match_rms", "spectral"] = "match_rms",
+    update_rms: Number = 0.2,
+    dtype: Any = BFLOAT16,
+    matrices: Rule | None = None,
+) -> optax.GradientTransformation:
+    """W ← W − η·(scale·O + λ·W), O = Newton–Schulz(G + μ·M) or (M) without Nesterov, M ← μ·M + G.
+
+    Args:
+        learning_rate: η, a number or an optax schedule.
+        weight_decay: λ, decoupled, multiplied by η; a number or an optax schedule. With 0, `update` needs no params.
+        cautious_decay: decay only the entries that the update shrinks too (arXiv:2510.12402).
+
+    The other arguments are those of `scale_by_muon`. `optax.inject_hyperparams(muon)` makes the numbers a part of the
+    state; name `dtype` and `matrices` in its static_args where they are passed.
+    """
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        decay = optax.identity()
+    else:
+        decay = _cautious_decay(weight_decay) if cautious_decay else optax.add_decayed_weights(weight_decay)
+    direction = scale_by_muon(
+        momentum=momentum,
+        nesterov=nesterov,
+        coefficients=coefficients,
+        scale=scale,
+        update_rms=update_rms,
+        dtype=dtype,
+        matrices=matrices,
+    )
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def scale_by_muon(
+    *,
+    momentum: Number = 0.95,
+    nesterov: bool = True,
+    coefficients: str | Coefficients = "jordan",
+    scale: Literal["match_rms", "spectral"] = "match_rms",
+    update_rms: Number = 0.2,
+    dtype: Any = BFLOAT16,
+    matrices: Rule | None = None,
+) -> optax.GradientTransformation:
+    """scale·O: the direction of `muon`, before weight decay and learning rate.
+
+    It does not depend on the gradient's scale. A matrix whose gradient is all zeros in a step, as that of an expert
+    without tokens, gets no update in that step; its momentum decays.
+
+    Args:
+        momentum: μ in [0, 1), in sum form.
+        coefficients: a name in `newton_schulz.SETS`, or Coefficients.
+        scale: "match_rms", update_rms·√max(m, n): every matrix gets an update RMS of about `update_rms`, that of AdamW,
+            so AdamW's η and λ carry over. "spectral", √max(1, n/m) for m inputs and n outputs. Of one head's m and n
+            where `matrices` says so.
+        dtype: of the iteration, and of what moves between devices. The momentum stays in the parameter's dtype.
+        matrices: which axes of a leaf form its matrices; None: every leaf is one matrix. Raises ValueError for a leaf
+            of unknown geometry.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r}: must be one of {', '.join(SCALES)}")
+    if isinstance(dtype, jax.Array):
+        raise ValueError("muon: dtype is not a schedule; name it in static_args of optax.inject_hyperparams")
+    chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
+    iterate = functools.partial(newton_schulz.orthogonalize, coefficients=chosen, dtype=dtype)
+    factor = lambda block: SCALES[scale](*block) * (update_rms if scale == "match_rms" else 1.0)
+    # Matrices are scaled when they are whole, so that what moves needs the range of float32, as bfloat16 has it.
+    moved = dtype if jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp else jnp.float32
+    rule = matrices or one_matrix
+
+    def init(params):
+        layout(params, rule)
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads, state, params=None):
+        del params
+        m = jax.tree.map(lambda m, g: (momentum * m + g).astype(m.dtype), state.momentum, grads)
+        direction = jax.tree.map(lambda m, g: (g + momentum * m).astype(g.dtype), m, grads) if nesterov else m
+        flat, tree = jax.tree.flatten(direction)
+        gradients = jax.tree.leaves(grads)
+        out: list = [None] * len(flat)
+        for group in layout(direction, rule):
+            indices = [leaf.index for leaf in group.leaves]
+            results = group.map(iterate, [flat[i].astype(moved) for i in indices], [gradients[i] for i in indices])
+            for leaf, o in zip(group.leaves, results, strict=True):
+                x = flat[leaf.index]
+                out[leaf.index] = (factor(leaf.block) * o.astype(jnp.float32)).astype(x.dtype)
+        return jax.tree.unflatten(tree, out), MuonState(m)
+
+    return optax.GradientTransformation(init, update)
+
+
+SCALES = {  # by (inputs, outputs) of one matrix
+    "match_rms": lambda m, n: math.sqrt(max(m, n)),
+    "spectral": lambda m, n: math.sqrt(max(1.0, n / m)),
+}
+
+
+def _cautious_decay(weight_decay: Number | optax.Schedule) -> optax.GradientTransformation:
+    # An update u moves W by −η·u: it shrinks the entries of its own sign.
+    decay = optax.add_decayed_weights(weight_decay)
+    shrunk = lambda u, w: jnp.where(u * w > 0, w, jnp.zeros_like(w)).astype(u.dtype)
+
+    def update(updates, state, params=None):
+        return decay.update(updates, state, None if params is None else jax.tree.map(shrunk, updates, params))
+
+    return optax.GradientTransformation(decay.init, update)

@@ -1,0 +1,180 @@
+"""Who optimises which parameter: the label table, schedules, and the assembly of clipping, AdamW and Muon."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.config import OptimConfig
+from moe_jax.optim import muon, newton_schulz
+from moe_jax.optim.plan import Plan, make_plan
+from moe_jax.optim.spread import Matrices
+from moe_jax.parallel import sharding
+from moe_jax.tree import path_of
+
+# First match wins; `label_params` refuses a parameter without a rule, and a rule without a parameter unless it is of a
+# part that the model does not have (`PARTS`).
+# Every parameter decays, norms included: without it their scales and the output RMS grow (arXiv:2502.16982, app. D).
+RULES = (
+    (r"^(embed|head)$", "adamw"),
+    (r"norm$", "adamw"),
+    (r"/w_router$", "router"),
+    (r"/w_(q|k|v|o|gate|up|down|q_down|q_up|kv_down|k_rope|k_up|v_up)$", "matrix"),
+)
+PARTS = {r"/w_router$": "/moe/"}  # rules of a part, and how paths into it read
+
+# Matrices of the leaves that are Muon's: the axes, of which the last two are input and output. Gate and up projections
+# are leaves of their own. The router is a matrix like the others: Moonlight's released code gives Muon every weight of
+# two or more dimensions but embedding and head, and the router spectra of its paper (§3.4) come from that.
+GEOMETRY = (
+    (r"/w_router$", "layers in out"),
+    (r"(^|/)attention/w_(q|k|v)$", "layers in heads"),
+    (r"(^|/)attention/w_(q_down|q_up|kv_down|k_rope|k_up|v_up)$", "layers in out"),
+    (r"(^|/)attention/w_o$", "layers heads out"),
+    (r"(^|/)moe/w_(gate|up|down)$", "layers experts in out"),
+    (r"(^|/)(mlp|shared)/w_(gate|up|down)$", "layers in out"),
+)
+
+
+def label_params(params: Any) -> Any:
+    """The label of every parameter, in the tree of `params`. Raises ValueError where the table is not total."""
+    unused = {pattern for pattern, _ in RULES}
+
+    def label(path, _):
+        name = path_of(path)
+        for pattern, value in RULES:
+            if re.search(pattern, name):
+                unused.discard(pattern)
+                return value
+        raise ValueError(f"no optimizer rule for the parameter {name}; add one to optim.RULES")
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    unused -= {pattern for pattern, part in PARTS.items() if not any(part in path for path in paths)}
+    if unused:
+        raise ValueError(f"optimizer rules that match no parameter: {sorted(unused)}")
+    return labels
+
+
+def schedule(cfg: OptimConfig, steps: int) -> Callable[[Any], Any]:
+    """Learning rate by step, from 0: a linear warm-up to `lr`, then down to `final_lr_fraction` of it at steps − 1.
+
+    The warm-up's last step is at `lr`, and with it the schedule begins; without a warm-up, with step 0. "wsd" stays at
+    `lr` until `decay_fraction` of the steps after the warm-up are left, and falls in each of those. A run of one step
+    takes it at `lr`. Skipped steps do not count: a run that skipped some ends so many short of the last.
+    """
+    top = max(cfg.warmup_steps - 1, 0)
+    last, falling = cfg.lr * cfg.final_lr_fraction, max(steps - 1 - top, 1)
+    if cfg.schedule == "cosine":
+        body = optax.cosine_decay_schedule(cfg.lr, falling, cfg.final_lr_fraction)
+    elif cfg.schedule == "linear":
+        body = optax.linear_schedule(cfg.lr, last, falling)
+    elif cfg.schedule == "wsd":  # warm-up, stable, decay
+        decay = min(max(1, round((steps - cfg.warmup_steps) * cfg.decay_fraction)), falling)
+        body = optax.join_schedules(
+            [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, last, decay)], [falling - decay]
+        )
+    else:
+        body = optax.constant_schedule(cfg.lr)
+    if not cfg.warmup_steps:
+        return body
+    # The first step already moves: a rate of 0 would spend a batch on nothing.
+    warmup = lambda step: cfg.lr * (step + 1) / cfg.warmup_steps
+    return optax.join_schedules([warmup, body], [top])
+
+
+def describe_stretch(cfg: OptimConfig, before: int, steps: int, done: int) -> str:
+    """One line on what other `steps` than `before` mean for the learning rate after `done` updates, or ""."""
+    if before == steps or cfg.schedule == "constant":
+        return ""
+    old, new, last = (float(schedule(cfg, n)(at)) for n, at in ((before, done), (steps, done), (steps, steps - 1)))
+    return (
+        f"the learning rate's schedule is that of {steps} steps, no longer of {before}: {new:.3g} in the next step "
+        f"instead of {old:.3g}, {last:.3g} in the last"
+    )
+
+
+def matrices_of(cfg: OptimConfig, head_dim: int = 0) -> Callable[[str, Any], Matrices]:
+    """Muon's rule for the parameters here. It raises ValueError for one of unknown name or rank."""
+    if cfg.per_head and not head_dim:
+        raise ValueError("optim.per_head needs the model's head_dim")
+
+    def rule(path: str, leaf: Any) -> Matrices:
+        for pattern, axes in GEOMETRY:
+            names = axes.split()
+            if re.search(pattern, path) and leaf.ndim == len(names):
+                split = cfg.per_head and "heads" in names[-2:]
+                return Matrices(heads=(names[-2:].index("heads"), head_dim) if split else None)
+        raise ValueError(f"no matrices known for the parameter {path} {leaf.shape}; add a line to optim.GEOMETRY")
+
+    return rule
+
+
+def make_optimizer(cfg: OptimConfig, steps: int, head_dim: int = 0) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW or Muon by label. `head_dim` is needed for `cfg.per_head` only."""
+    lr = schedule(cfg, steps)
+    adamw = optax.adamw(lr, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay)
+    if cfg.name == "adamw":
+        by_label = {"adamw": adamw, "router": adamw, "matrix": adamw}
+    else:
+        matrix = muon.muon(
+            lr,
+            weight_decay=cfg.weight_decay,
+            cautious_decay=cfg.cautious_decay,
+            momentum=cfg.momentum,
+            nesterov=cfg.nesterov,
+            coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
+            scale=cfg.scale,
+            update_rms=cfg.update_rms,
+            dtype=jnp.dtype(cfg.newton_schulz_dtype),
+            matrices=matrices_of(cfg, head_dim),
+        )
+        by_label = {"adamw": adamw, "router": matrix if cfg.router == "muon" else adamw, "matrix": matrix}
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    return optax.chain(clip, optax.partition(by_label, label_params))
+
+
+def owners(cfg: OptimConfig) -> dict[str, str]:
+    """Which optimizer updates the parameters of each label."""
+    return {"adamw": "adamw", "router": cfg.router if cfg.name == "muon" else "adamw", "matrix": cfg.name}
+
+
+def muon_plan(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int = 0) -> Plan:
+    """What Muon costs for a `model.Graph`'s parameters on a mesh of these axis sizes; nothing is allocated."""
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit)
+
+    def placed(x, names):
+        spec = sharding.weight_spec(names, x.shape, sizes)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    who, rule = owners(cfg), matrices_of(cfg, head_dim)
+    labels = {path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(label_params(graph.shapes))}
+    return make_plan(
+        jax.tree.map(placed, graph.shapes, graph.axes),
+        lambda path, leaf: rule(path, leaf) if who[labels[path]] == "muon" else None,
+        coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
+        dtype=jnp.dtype(cfg.newton_schulz_dtype),
+        in_place=("expert",),
+    )
+
+
+def describe(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int = 0) -> str:
+    """Who updates how many parameters of a `model.Graph`, and what Muon costs on a mesh of these axis sizes."""
+    labels = jax.tree.leaves(label_params(graph.shapes))
+    who = owners(cfg)
+    sums = {label: 0 for label in who}
+    for label, x in zip(labels, jax.tree.leaves(graph.shapes), strict=True):
+        sums[label] += x.size
+    lines = ["; ".join(f"{label}: {who[label]}, {n:,} parameters" for label, n in sums.items())]
+    norms = [x for path, x in jax.tree_util.tree_leaves_with_path(graph.shapes) if path_of(path).endswith("norm")]
+    step = cfg.lr * (1 + cfg.weight_decay)  # AdamW's largest; half the distance from 1 down to the next number is 2^-9
+    if step < 2**-9 and any(x.dtype == jnp.bfloat16 for x in norms):
+        lines += [
+            f"a norm's scale of 1 stays as it is: a step of optim.lr={cfg.lr:g} rounds away in bfloat16; "
+            "model.param_dtype=float32 trains it"
+        ]
+    return "\n".join(lines + ([str(muon_plan(cfg, graph, sizes, head_dim))] if "muon" in who.values() else []))

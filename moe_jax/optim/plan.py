@@ -1,0 +1,168 @@
+"""The plan of Muon: which matrices move between devices, and what a step costs in FLOPs, bytes and memory."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.optim import newton_schulz
+from moe_jax.optim.newton_schulz import Coefficients
+from moe_jax.optim.spread import Group, Matrices, layout, placement
+from moe_jax.tree import path_of
+
+
+class PlanRow(NamedTuple):
+    """One group. FLOPs and bytes of one device and one step; bytes are those it sends, as many as it receives."""
+
+    leaves: tuple[str, ...]
+    shape: tuple[int, int]  # of one matrix
+    matrices: int
+    per_device: int  # matrices that every device gets, zeros included
+    copies: int  # devices that get the same matrices and do the same work
+    padding: float  # the share of zeros and copies among them
+    flops: int
+    bytes_in: int  # all-to-all that makes the matrices whole
+    bytes_out: int  # all-to-all of the results
+    bytes_gather: int  # all-gather of the results over devices that hold the same shards
+
+
+class Plan(NamedTuple):
+    """What the matrices of a parameter tree cost in each step, beside AdamW's traffic for the whole tree."""
+
+    devices: int
+    steps: int
+    dtype: str
+    rows: tuple[PlanRow, ...]
+    adamw_bytes: int  # sent by a device: gradients and parameters, see `plan`
+    state_bytes: int  # of a device: one momentum for matrices, AdamW's two for the rest
+    adamw_state_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """That Muon adds."""
+        return sum(row.bytes_in + row.bytes_out + row.bytes_gather for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """Traffic of a step with Muon against AdamW's."""
+        return 1.0 + (self.bytes / self.adamw_bytes if self.adamw_bytes else 0.0)
+
+    def __str__(self) -> str:
+        rows = [("matrices", "shape", "a device", "padding", "GFLOP", "MB in", "MB out", "MB gather")]
+        for r in self.rows:
+            sizes = (r.flops / 1e9, r.bytes_in / 1e6, r.bytes_out / 1e6, r.bytes_gather / 1e6)
+            shape = "×".join(map(str, r.shape))
+            rows.append((str(r.matrices), shape, str(r.per_device), f"{r.padding:.1%}", *map(_short, sizes)))
+        if self.devices == 1:  # nothing moves
+            rows = [row[:5] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        same = lambda row: f", the same on {row.copies} devices" if row.copies > 1 else ""
+        names = ["", *(_names(row.leaves) + same(row) for row in self.rows)]
+        mb = lambda n: f"{_short(n / 1e6)} MB"
+        on = "1 device" if self.devices == 1 else f"each of {self.devices} devices"
+        traffic = (
+            f"; {mb(self.bytes)} sent, beside {mb(self.adamw_bytes)} of gradients and parameters: "
+            f"{self.ratio:.2f} of AdamW's traffic"
+        )
+        return "\n".join(
+            [
+                f"muon: {self.steps} steps in {self.dtype}; a step of {on}:",
+                *(f"  {line}  {name}".rstrip() for line, name in zip(lines, names, strict=True)),
+                f"  {_short(self.flops / 1e9)} GFLOP{traffic if self.devices > 1 else ''}",
+                f"  optimizer state {mb(self.state_bytes)}; AdamW's {mb(self.adamw_state_bytes)}",
+            ]
+        )
+
+
+def _short(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _names(paths: tuple[str, ...]) -> str:
+    """`layers/moe/w_down, w_gate, w_up`: a folder is named once."""
+    out, last = [], None
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        out.append(name if folder == last else path)
+        last = folder
+    return ", ".join(out)
+
+
+def make_plan(
+    params: Any,
+    matrices: Callable[[str, Any], Matrices | None],
+    *,
+    coefficients: str | Coefficients = "jordan",
+    dtype: Any = jnp.bfloat16,
+    in_place: tuple[str, ...] = (),
+) -> Plan:
+    """The plan for all parameters: arrays, or ShapeDtypeStructs with a sharding (an abstract mesh will do).
+
+    `matrices` gives None for leaves that are AdamW's. AdamW's traffic, as in arXiv:2502.16982, §2.3: float32 gradients
+    are reduced and scattered over the mesh axes that shard a leaf, and its parameters gathered in their own type; over
+    the other mesh axes gradients are all-reduced. `in_place`: mesh axes that are expert parallelism where they lie on
+    batch axes of matrices; over them weights stay in place.
+    """
+    chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
+    mine, adamw_bytes, state_bytes, adamw_state_bytes, devices = {}, 0, 0, 0, 1
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = path_of(path)
+        placed, where = placement(x), matrices(name, x)
+        local = x.size // placed.parts(*placed.used)
+        states = 2 if where is None else 1
+        inner = {a % x.ndim for a in where.axes} if where is not None else set(range(x.ndim))
+        gathered = [tuple(n for n in names if i in inner or n not in in_place) for i, names in enumerate(placed.used)]
+        replicas = placed.parts(placed.idle)
+        adamw_bytes += local * (placed.parts(*gathered) - 1) * (4 + x.dtype.itemsize)
+        adamw_bytes += 2 * 4 * local * (replicas - 1) // replicas
+        state_bytes += states * local * x.dtype.itemsize
+        adamw_state_bytes += 2 * local * x.dtype.itemsize
+        devices = max(devices, math.prod(placed.sizes.values()))
+        if where is not None:
+            mine[name] = x
+    groups = layout(mine, matrices)
+    rows = _join(_row(group, devices, len(chosen.steps), jnp.dtype(dtype).itemsize) for group in groups)
+    return Plan(devices, len(chosen.steps), jnp.dtype(dtype).name, rows, adamw_bytes, state_bytes, adamw_state_bytes)
+
+
+def _join(rows: Iterable[PlanRow]) -> tuple[PlanRow, ...]:
+    """Groups of one shape that do not move, each a leaf of its own, in one row."""
+    out: dict[Any, PlanRow] = {}
+    for i, row in enumerate(rows):
+        key = i if row.bytes_in or row.bytes_gather else (row.shape, row.padding)
+        before = out.get(key)
+        if before is not None:
+            row = before._replace(
+                leaves=before.leaves + row.leaves,
+                matrices=before.matrices + row.matrices,
+                per_device=before.per_device + row.per_device,
+                flops=before.flops + row.flops,
+            )
+        out[key] = row
+    return tuple(out.values())
+
+
+def _row(group: Group, devices: int, steps: int, itemsize: int) -> PlanRow:
+    parts, m, n = math.prod(group.parts), *group.shape
+    block = group.leaves[0].block
+    total = sum(math.prod(leaf.shape) for leaf in group.leaves) // (m * n)
+    exchanged = group.per_device * m * n * itemsize * (parts - 1) // parts
+    return PlanRow(
+        leaves=tuple(leaf.path for leaf in group.leaves),
+        shape=group.shape,
+        matrices=total,
+        per_device=group.per_device,
+        copies=group.leaves[0].size(*group.leaves[0].idle) // group.replicas,
+        padding=1.0 - total / (group.per_device * devices),
+        flops=group.per_device * (m * n // math.prod(block)) * newton_schulz.flops(*block, steps),
+        bytes_in=exchanged,
+        bytes_out=exchanged,
+        bytes_gather=group.per_device * m * n * itemsize * (group.replicas - 1),
+    )

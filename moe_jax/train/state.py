@@ -1,0 +1,119 @@
+"""The state of a training run and its batches, as global arrays."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moe_jax import model, optim
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.moe.program import Program
+from moe_jax.moe.stats import ChoiceSums, RouterStats
+from moe_jax.parallel import sharding
+
+
+class TrainState(NamedTuple):
+    step: Int[Array, ""]
+    params: dict
+    router_bias: dict  # {} without model.moe.selection_bias
+    opt_state: Any
+
+
+class Batch(NamedTuple):
+    """One optimizer batch. Padding has segment 0 and weight 0."""
+
+    tokens: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    group: Int[Array, "B S"]  # statistics group: balance group in training, domain in evaluation
+
+
+class EvalSums(NamedTuple):
+    """Sums by domain (G = domains)."""
+
+    nll: Float[Array, " G"]
+    tokens: Float[Array, " G"]
+    router: RouterStats
+    choices: ChoiceSums | None  # None unless recorded
+
+
+def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:
+    """How the model of a run is computed on a mesh, in training."""
+    tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
+    chosen = Program.choose(cfg.model, mesh, tokens, cfg.data.seq_len)
+    return dataclasses.replace(chosen, num_groups=cfg.balance_groups)
+
+
+def _under(mesh: Mesh, fn: Callable) -> Callable:
+    @functools.wraps(fn)
+    def run(*args):
+        with jax.set_mesh(mesh):
+            return fn(*args)
+
+    return run
+
+
+def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = None) -> TrainState:
+    """A fresh state, born sharded: no device ever holds all of it. weights: (params, router_bias) to start from."""
+    with jax.set_mesh(mesh):
+        return _init(cfg, jax.jit, weights)
+
+
+def _init(cfg: RunConfig, jit: Callable, weights: tuple[dict, dict] | None = None) -> TrainState:
+    params, bias = weights or model.init(cfg.model, jax.random.key(cfg.seed))
+    opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim).init)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, opt_state)
+
+
+def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+    return _abstract(mesh, functools.partial(_init, cfg, lambda f: f))
+
+
+def abstract_weights(cfg: ModelConfig, mesh: Mesh) -> tuple[dict, dict]:
+    """The same of parameters and router biases only: what `weights.load_weights` takes."""
+    return _abstract(mesh, functools.partial(model.init, cfg, jax.random.key(0)))
+
+
+def _abstract(mesh: Mesh, fn: Callable) -> Any:
+    abstract = _under(mesh, functools.partial(jax.eval_shape, fn))()
+    concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding is not None else P())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), abstract)
+
+
+def put_batch(rows: dict, mesh: Mesh, cfg: RunConfig, *, by_domain: bool = False) -> Batch:
+    """This process's rows of a batch (numpy, from the data pipeline) → the global arrays.
+
+    `by_domain` groups statistics by the domain of each token instead of by balance group.
+    """
+    group = rows["domain_ids"] if by_domain else rows["sequence_ids"] // cfg.balance_unit
+    # numpy all the way: a detour over the device would wait for the step that is running there.
+    rows = {**rows, "group": group if by_domain else np.broadcast_to(group[:, None], rows["tokens"].shape)}
+    to_global = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+    return Batch(*(to_global(np.ascontiguousarray(rows[name])) for name in Batch._fields))
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process has to supply."""
+    indices = sharding.batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in indices for row in range(*rows.indices(batch_size))})
+
+
+def split_micro_batches(batch: Batch, count: int) -> Batch:
+    """`[B, S]` → `[A, B/A, S]`: sequence i goes to micro-batch i mod A, so no sequence changes device."""
+    out = P(sharding.AXES, None, None)
+
+    def split(x):
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:], out_sharding=out)
+        return jnp.swapaxes(x, 0, 1)
+
+    return jax.tree.map(split, batch)

@@ -1,0 +1,101 @@
+"""The train state and the two jitted steps.
+
+The loss is defined on the optimizer batch. A micro-batch is a rematerialisation policy: a first pass through the layers
+sums the expert counts of all micro-batches, a second one computes each with the final frequencies in its loss, which is
+then linear in the micro-batch's sums. So loss and gradient are those of the whole batch for any number of them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from moe_jax import model, optim
+from moe_jax.config import RunConfig
+from moe_jax.moe import balance
+from moe_jax.moe.program import Program
+from moe_jax.moe.stats import choice_sums
+from moe_jax.nn import qk_clip
+from moe_jax.nn.layers import weight
+from moe_jax.parallel import overlap
+from moe_jax.train import cross_entropy, guard
+from moe_jax.train.gradients import _hidden, make_gradients
+from moe_jax.train.state import Batch, EvalSums, TrainState, _under, choose_program
+
+
+def make_train_step(
+    cfg: RunConfig, mesh: Mesh, program: Program | None = None
+) -> Callable[..., tuple[TrainState, dict]]:
+    """Jitted (state, batch[, limits]) → (new state, what metrics.py names). The old state's buffers are donated.
+
+    program: by default `choose_program`.
+
+    A bad step (moe_jax/guard.py; limits: `Watch.limits`) counts as one and changes nothing else of the state.
+    """
+    gradients = make_gradients(cfg, mesh, program)
+    optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
+    lr = optim.schedule(cfg.optim, cfg.train.steps)
+
+    def train_step(state: TrainState, batch: Batch, limits=None):
+        (loss, (parts, sums)), grads = gradients(state.params, state.router_bias, batch, state.step)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params, clipping = qk_clip.clip(optax.apply_updates(state.params, updates), sums.maxima, cfg.optim.qk_clip)
+        counts = jnp.sum(sums.router.tokens_per_expert, axis=1)
+        update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
+        bias = jax.tree.map(lambda b: balance.update_bias(b, counts, *update), state.router_bias)
+        aux = {
+            "loss": loss,
+            **parts.scalars(),
+            **parts.raw,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(lr(_updates(state)), jnp.float32),
+            "tokens": sums.tokens,
+            "router": sums.router,
+            **clipping,
+        }
+        made = (params, bias, opt_state)
+        if cfg.train.skip_nonfinite:
+            bad = guard.is_bad(loss, aux["grad_norm"], limits)
+            made, aux["tokens"] = guard.unless(bad, (made, sums.tokens), (tuple(state[1:]), 0.0))
+            aux["skipped"] = bad.astype(jnp.float32)
+        return TrainState(state.step + 1, *made), aux
+
+    return _under(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
+
+
+def _updates(state: TrainState) -> Int[Array, ""]:
+    """How often the optimizer has been applied: the step, less those skipped."""
+    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+    return counts[0][1] if counts else state.step
+
+
+def make_eval_step(
+    cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = False, program: Program | None = None
+) -> Callable[..., EvalSums]:
+    """Jitted (params, router_bias, batch grouped by domain[, earlier]) → sums by domain.
+
+    `record` adds `EvalSums.choices`, and `earlier`, (params, router_bias) of another checkpoint, `choices.kept`.
+    """
+    program = program or choose_program(cfg, mesh)
+    graph = model.abstract(cfg.model, dataclasses.replace(program, num_groups=num_domains, record=record))
+
+    def eval_step(params, bias, batch, earlier=None) -> EvalSums:
+        out, matrix = _hidden(graph, cfg, params, bias, batch)
+        with jax.named_scope("output"):
+            nll = cross_entropy.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets)
+        member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
+        choices = None
+        if record:
+            before = _hidden(graph, cfg, *earlier, batch)[0].choices if earlier else None
+            counted, experts = batch.segment_ids > 0, cfg.model.moe.num_experts
+            choices = choice_sums(out.choices, before, counted, batch.group, num_domains, experts)
+        return EvalSums(
+            jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), out.stats, choices
+        )
+
+    return _under(mesh, jax.jit(eval_step))

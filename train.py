@@ -173,9 +173,7 @@ def train(preemption: survive.Preemption):
 
     with checkpoints, writer, progress:
         preemption.begin()
-        if (
-            due(start) and evaluate_at(start) is None
-        ):  # the run ended between a checkpoint and its evaluation: now again
+        if due(start) and evaluate_at(start) is None:  # it ended between a checkpoint and its evaluation: now again
             survive.say_stopped(start)  # a step from here, and the evaluation would never be made up for
             raise Stopped
         for n in range(start + 1, steps + 1):

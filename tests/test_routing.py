@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moe_jax.config import MoEConfig, plain_routing
 from moe_jax.errors import ConfigError
 from moe_jax.moe import balance, routing
-from moe_jax.moe.stats import choices, router_stats
+from moe_jax.moe.stats import choices_of, router_stats
 
 GROUPS = 3
 # Each variant with its number of tokens: a few fixed shapes, so that every function here compiles once per variant.
@@ -177,7 +177,7 @@ def test_choices_hold_the_probability_of_the_chosen():
         cfg, inputs, _ = draw(name, 0)
         plan, probs, _ = run(**inputs, cfg=cfg)
         want, tokens = by_hand(inputs, cfg), len(inputs["mask"])
-        got = choices(plan, probs, (1, tokens))
+        got = choices_of(plan, probs, (1, tokens))
         np.testing.assert_array_equal(got.experts, [want["experts"]])
         picked = np.take_along_axis(want["probs"], want["experts"], 1).sum(1)
         np.testing.assert_allclose(got.score, [picked], rtol=2e-6)

@@ -1,6 +1,5 @@
 """Optimizers: Muon on one device and on many, AdamW, and who optimises which parameter."""
 
-from moe_jax.optim.muon import muon, scale_by_muon
 from moe_jax.optim.optimizer import (
     describe,
     describe_stretch,
@@ -18,9 +17,7 @@ __all__ = [
     "label_params",
     "make_optimizer",
     "matrices_of",
-    "muon",
     "muon_plan",
     "owners",
-    "scale_by_muon",
     "schedule",
 ]

@@ -140,7 +140,7 @@ def test_sharding_is_total(name):
             assert size % math.prod(MESH[a] for a in group) == 0, f"{path}: {spec} does not divide {shape}"
         if not used:
             replicated.add(path)
-    # The table of moe_jax/sharding.py replicates the router on purpose; nothing else this large may be.
+    # The table of moe_jax/parallel/sharding.py replicates the router on purpose; nothing else this large may be.
     assert replicated <= {"layers/moe/w_router"}
 
 

@@ -25,7 +25,7 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     compute: Literal["grouped", "dense", "capacity"] = machine("grouped", FIXED)
     # compute="capacity": an expert takes ⌈factor · K · T / E⌉ rows.
     capacity_factor: float = machine(number(1.25, 0.01), FIXED)
-    # How tokens reach the experts of other devices; "auto": what sends fewer bytes (moe_jax/exchange.py).
+    # How tokens reach the experts of other devices; "auto": what sends fewer bytes (moe_jax/moe/exchange.py).
     exchange: Literal["auto", "ring", "all_to_all"] = machine("auto")
     # × the average: rows a device computes at first; what is more, in further turns.
     room: float = machine(number(1.25, 0.01))
@@ -117,7 +117,7 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     # weights stay float32.
     param_dtype: Literal["float32", "bfloat16"] = machine("float32", FIXED)
     # What the backward pass computes again of a layer: nothing, all but plain matmuls, what is cheap, everything
-    # (moe_jax/remat.py).
+    # (moe_jax/nn/remat.py).
     remat: Literal["none", "dots", "selective", "full"] = machine("none")
     # Layers in one turn of the loop over layers. A loop has what layers keep and their gradients copied into stacks of
     # all layers; a turn of all layers has not, and compiles longer.

@@ -6,9 +6,9 @@ A checkpoint is `<workdir>/checkpoints/<step>/`, committed as a whole or not at 
   its own dtype. The names are the paths through the pytree, so reading it needs no class from the past.
 - `data`: the iterator state of the input pipeline as JSON, one entry a process where processes differ.
 
-Beside them are the checksums of all files, compared before anything is read (moe_jax/checksums.py).
+Beside them are the checksums of all files, compared before anything is read (moe_jax/run/checksums.py).
 
-What the arrays mean is `<workdir>/config.json` (moe_jax/config_file.py). No pickle anywhere.
+What the arrays mean is `<workdir>/config.json` (moe_jax/run/config_file.py). No pickle anywhere.
 
 Resuming is the same command again:
     1. the newest complete checkpoint in the run directory, if there is one, or the one of `--resume_step`;

@@ -34,7 +34,7 @@ def make_train_step(
 
     program: by default `choose_program`.
 
-    A bad step (moe_jax/guard.py; limits: `Watch.limits`) counts as one and changes nothing else of the state.
+    A bad step (moe_jax/train/guard.py; limits: `Watch.limits`) counts as one and changes nothing else of the state.
     """
     gradients = make_gradients(cfg, mesh, program)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)

@@ -58,7 +58,7 @@ def main(_) -> None:
     def gradient(a: int, rows: dict, split=True, scope="global", accumulation="exact") -> np.ndarray:
         cfg = run_config(a, split, scope, accumulation)
         with jax.set_mesh(mesh):
-            _, grads = jax.jit(make_gradients(cfg, mesh))(params, {}, put_batch(rows, mesh, cfg), 0)
+            grads = jax.jit(make_gradients(cfg, mesh))(params, {}, put_batch(rows, mesh, cfg), 0).grads
         return np.asarray(grads["layers"]["moe"]["w_router"], np.float64).ravel()
 
     print(f"{'micro-batches':<24} {'A':>3}  cosine (norm ratio) to the gradient of the whole batch")

@@ -26,8 +26,7 @@ from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.nn import remat
 from moe_jax.parallel import sharding
-from moe_jax.train import step
-from moe_jax.train.state import abstract_state
+from moe_jax.train.state import abstract_state, choose_program
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "", "compile for the first chip of a TPU topology that need not be here")
@@ -74,7 +73,7 @@ def square_array(text: str, s: int) -> str:
 def main(_):
     cfg = config.build(CONFIG.value)
     mesh = mesh_of(cfg)
-    print(step.describe_backends(cfg, mesh))
+    print(choose_program(cfg, mesh).why)
     print(
         f"{mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}, {cfg.model.num_layers} layers, "
         f"{cfg.data.batch_size} x {cfg.data.seq_len} tokens",

@@ -21,7 +21,7 @@ from moe_jax.nn.layers import rope, rope_frequencies
 from moe_jax.nn.qk_clip import clip_mla
 from moe_jax.parallel import sharding
 from moe_jax.train import losses, metrics, step
-from moe_jax.train.gradients import _hidden
+from moe_jax.train.gradients import forward
 from moe_jax.train.state import init_state, put_batch
 from moe_jax.tree import path_of
 
@@ -105,7 +105,7 @@ def test_qk_clip_brings_every_head_to_the_threshold(q_rank):
     params = init_state(run, mesh).params
     with jax.set_mesh(mesh):
         batch = put_batch(batch_rows(0.25), mesh, run)
-        top = jax.jit(lambda p: _hidden(graph, run, p, {}, batch)[0].max_logit["dense_layers"])
+        top = jax.jit(lambda p: forward(run, graph, p, {}, batch)[0].max_logit["dense_layers"])
         before = np.asarray(top(params))
         limit = float(np.median(before))
         w = params["dense_layers"]["attention"]

@@ -111,7 +111,7 @@ def compiled(mesh_shape, cfg_arguments):
 
     @jax.jit
     def run(params, batch):
-        (_, (parts, _)), grads = gradients(params, {}, batch, 0)
+        _, parts, grads = gradients(params, {}, batch, 0).grads
         return parts, jax.tree.map(lambda g: jax.sharding.reshard(g, replicated.spec), grads)
 
     return cfg, mesh, jax.tree.map(put, initial_params(), shardings), run

@@ -33,7 +33,7 @@ def run_child(code, *argv, **kwargs):
 KILLED = """
 import os, signal, sys
 import jax, numpy as np
-from moe_jax.checkpoint import Checkpoints
+from moe_jax.run.checkpoint import Checkpoints
 state = lambda seed: {"w": jax.device_put(np.random.default_rng(seed).normal(size=(4 << 20,)).astype(np.float32))}
 with Checkpoints(sys.argv[1], keep=1) as checkpoints:
     checkpoints.save(1, state(1), {"step": 1})
@@ -77,10 +77,10 @@ jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from moe_jax import config
-from moe_jax.checkpoint import Checkpoints
-from moe_jax.config_file import save_config
-from moe_jax.log import Writer
-from moe_jax.metrics import OneBehind
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.config_file import save_config
+from moe_jax.run.log import Writer
+from moe_jax.train.metrics import OneBehind
 me = jax.process_index()
 mesh = jax.make_mesh((2, 2, 1), ("data", "fsdp", "expert"), axis_types=(AxisType.Explicit,) * 3)
 sharding = NamedSharding(mesh, P(("data", "fsdp")))

@@ -28,8 +28,10 @@ LIMIT = 10.0  # seconds
 SERVER = """
 import gc, json, os, runpy, signal, sys, traceback
 import jax, tensorflow_datasets, tokenizers
-from moe_jax import analysis, checkpoint, cli, config, config_file, data, evaluate, figures, generate, metrics, optim
-from moe_jax import sharding, step
+from moe_jax import cli, config, data, optim
+from moe_jax.evaluate import analysis, figures, generate, held_out
+from moe_jax.run import checkpoint, config_file
+from moe_jax.train import step
 
 def record(event, seconds, **_):
     if event.endswith("backend_compile_duration"):

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import config
 from moe_jax.errors import BadNumbers, CheckpointError, ConfigError
-from moe_jax.parallel import sharding
+from moe_jax.parallel import overlap, sharding
 from moe_jax.run import replay
 from moe_jax.train import guard, step
 from moe_jax.train.state import init_state, put_batch
@@ -111,7 +111,7 @@ def test_a_bad_step_changes_nothing_but_the_count(run):
 def test_nothing_bad_is_bit_identical_to_no_check(monkeypatch):
     """Fused as for a user: conftest's quicker way fuses the two programs differently."""
     if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
-        monkeypatch.setattr(sharding, "compiler_options", lambda mesh: {"xla_cpu_use_fusion_emitters": True})
+        monkeypatch.setattr(overlap, "compiler_options", lambda mesh: {"xla_cpu_use_fusion_emitters": True})
     run, plain = Run(CHECKED), Run(run_config(skip_nonfinite=False))
     for n in (1, 2, 3):
         assert "skipped" not in plain.take(n, rows_of(n))

@@ -21,7 +21,8 @@ from moe_jax.train.state import abstract_weights
 # What docs/checkpoints.md shows: the configuration of a run, to start another from it.
 FROM_RUN = """
 import ml_collections
-from moe_jax import config, config_file
+from moe_jax import config
+from moe_jax.run import config_file
 
 
 def get_config(run):

@@ -116,7 +116,7 @@ def everything(cfg: config.RunConfig, mesh_shape, paddings: tuple[float, ...]) -
 
     @jax.jit
     def one(params, bias, batch):
-        (loss, (parts, sums)), grads = gradients(params, bias, batch, 0)
+        loss, parts, sums, grads = gradients(params, bias, batch, 0)
         return {"loss": loss, "parts": parts, "sums": sums, "grads": grads}
 
     found = []
@@ -189,7 +189,7 @@ def router_gradient():
         rows = batch_rows(0.25)
         with jax.set_mesh(mesh):
             batch = put_batch(rows | {"weights": np.zeros_like(rows["weights"])}, mesh, cfg)
-            _, grads = jax.jit(make_gradients(cfg, mesh))(state.params, state.router_bias, batch, 0)
+            grads = jax.jit(make_gradients(cfg, mesh))(state.params, state.router_bias, batch, 0).grads
         return np.asarray(grads["layers"]["moe"]["w_router"])
 
     return of

@@ -231,7 +231,7 @@ def test_progress_on_a_terminal(monkeypatch, capsys):
 
 def test_importing_it_pulls_in_neither_tensorflow_nor_wandb(tmp_path):
     code = (
-        "import sys; from moe_jax import log\n"
+        "import sys; from moe_jax.run import log\n"
         "with log.Writer(sys.argv[1]) as w: w.write(1, {'loss': 1.0})\n"
         "bad = {'tensorflow', 'wandb'} & set(sys.modules); assert not bad, bad"
     )

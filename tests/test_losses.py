@@ -147,7 +147,7 @@ def nll_by_hand(hidden, output, targets, cotangent):
 )
 def test_nll(monkeypatch, length, dtype, scale):
     """Two rows of lengths that CHUNK = 4 does not divide, logits of thousands, and bf16 with float32 logits."""
-    monkeypatch.setattr(losses, "CHUNK", 4)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 4)
     rng = np.random.default_rng(length)
     hidden, output = rng.normal(size=(2, length, 5)) * scale, rng.normal(size=(13, 5))
     hidden, output = jnp.asarray(hidden, dtype), jnp.asarray(output, dtype)
@@ -181,7 +181,7 @@ def test_nll(monkeypatch, length, dtype, scale):
 
 def test_summed_nll_on_a_mesh(monkeypatch):
     """Rows spread over 8 devices: the gradient of the shared output matrix is the sum over all of them."""
-    monkeypatch.setattr(losses, "CHUNK", 3)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 3)
     rng, mesh = np.random.default_rng(6), sharding.make_mesh((2, 2, 2))
     hidden, output = rng.normal(size=(8, 6, 5)).astype(np.float32), rng.normal(size=(13, 5)).astype(np.float32)
     targets, c = rng.integers(0, 13, (8, 6)), rng.random((8, 6)).astype(np.float32)

@@ -12,11 +12,11 @@ from test_invariance import batch_rows, initial_state, run_config
 from moe_jax import config, model
 from moe_jax.errors import ConfigError
 from moe_jax.moe.program import Program
-from moe_jax.nn import attention
+from moe_jax.nn import qk_clip
 from moe_jax.nn.qk_clip import Maxima, max_logits
 from moe_jax.parallel import sharding
 from moe_jax.train import metrics, step
-from moe_jax.train.gradients import _hidden, _sum_over
+from moe_jax.train.gradients import _sum_over, forward
 from moe_jax.train.state import Batch, abstract_state, init_state, put_batch
 
 N, M, H, PADDING = 4, 2, 4, 0.25
@@ -42,7 +42,7 @@ def plain_max(q, k, segments, counted):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("segmented", [True, False])
 def test_max_logits_against_numpy(block, kv_heads, segmented, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(qk_clip, "BLOCK", block)
     rng = np.random.default_rng(0)
     b, s = 8, 8
     q = rng.normal(size=(b, s, 4, 6)).astype(np.float32)
@@ -100,7 +100,7 @@ def maxima(params) -> dict[str, np.ndarray]:
 @jax.jit
 def _maxima(params, bias, batch):
     graph = model.abstract(run_with().model, Program(max_logit=True))
-    return _hidden(graph, run_with(), params, bias, batch)[0].max_logit
+    return forward(run_with(), graph, params, bias, batch)[0].max_logit
 
 
 @functools.cache

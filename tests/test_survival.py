@@ -170,7 +170,7 @@ def test_the_policy_is_applied_and_survives_a_restart(tmp_path):
 
 OWNER = """
 import os, sys, time
-from moe_jax import survive
+from moe_jax.run import survive
 lock = survive.RunLock(sys.argv[1])
 if os.fork() == 0:  # a reader process that nobody ends; it speaks, so that it has let go of the lock by then
     print("mine", flush=True)
@@ -203,7 +203,8 @@ def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path):
 FULL = """
 import resource, sys
 import jax, numpy as np
-from moe_jax import checkpoint, cli, survive
+from moe_jax import cli
+from moe_jax.run import checkpoint, survive
 def main(argv):
     state = {"w": jax.device_put(np.random.default_rng(0).normal(size=(1 << 18,)).astype(np.float32))}
     with checkpoint.Checkpoints(argv[1], keep=3) as checkpoints:

@@ -46,12 +46,12 @@ runpy.run_path("train.py", run_name="__main__")
 # train.py that is told to stop as soon as it evaluates.
 TOLD = """
 import os, runpy, signal
-from moe_jax import evaluate
-whole = evaluate.evaluate
+from moe_jax.evaluate import held_out
+whole = held_out.evaluate
 def told(*args, **how):
     os.kill(os.getpid(), signal.SIGTERM)
     return whole(*args, **how)
-evaluate.evaluate = told
+held_out.evaluate = told
 runpy.run_path("train.py", run_name="__main__")
 """
 

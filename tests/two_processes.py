@@ -23,7 +23,7 @@ def run(code: str) -> None:
         address = f"localhost:{s.getsockname()[1]}"
     repo = Path(__file__).parents[1]
     command = [sys.executable, "-c", START + code, address]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     start = lambda i: subprocess.Popen([*command, str(i)], env=os.environ | {"PYTHONPATH": str(repo)}, cwd=repo, **pipe)
     for process in [start(0), start(1)]:
         out, _ = process.communicate(timeout=600)

@@ -87,9 +87,9 @@ def clip_mla(w: dict, max_logit: Float[Array, "L N"], threshold: float) -> dict:
 
 
 class Maxima(NamedTuple):
-    """Of micro-batches, devices and hosts the largest counts, where everything else adds up."""
+    """Combined by maximum over micro-batches, devices and hosts; all other statistics are summed."""
 
-    logit: dict[str, Float[Array, "L N"]]  # by stack of layers, see `attention.max_logits`
+    logit: dict[str, Float[Array, "L N"]]  # by stack of layers, see `max_logits`
 
 
 def clip(params: dict, maxima: Maxima | None, threshold: float) -> tuple[dict, dict]:

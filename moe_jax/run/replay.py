@@ -83,7 +83,7 @@ def replay(cfg: RunConfig, mesh: Mesh, folder: Path) -> str:
         state, _ = checkpoints.restore(abstract_state(cfg, mesh))
     batch = put_batch(rows, mesh, cfg)
     with jax.set_mesh(mesh):
-        _, grads = jax.jit(make_gradients(cfg, mesh))(state.params, state.router_bias, batch, state.step)
+        grads = jax.jit(make_gradients(cfg, mesh))(state.params, state.router_bias, batch, state.step).grads
         broken = jax.device_get(jax.jit(_not_finite)({"params": state.params, "gradient": grads}))
     before = int(state.step)
     limits = then["limits"] and np.float32([float(x) for x in then["limits"]])

@@ -8,42 +8,39 @@ then linear in the micro-batch's sums. So loss and gradient are those of the who
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Float, Int
 
 from moe_jax import model
 from moe_jax.config import RunConfig
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
+from moe_jax.moe.stats import RouterStats
 from moe_jax.nn.layers import weight
 from moe_jax.nn.qk_clip import Maxima
 from moe_jax.parallel import sharding
 from moe_jax.train import cross_entropy, losses
-from moe_jax.train.losses import BatchSums
+from moe_jax.train.losses import BatchStatistics, BatchSums, LossParts
 from moe_jax.train.state import Batch, choose_program, split_micro_batches
 
 
-def _hidden(graph: model.Graph, cfg: RunConfig, params: dict, bias: dict, batch: Batch):
-    """All that the model returns, and the matrix from hidden states to logits."""
-    net = graph.bind(params, bias)
-    counted: Bool[Array, "B S"] = batch.segment_ids > 0
-    inputs = model.Inputs(
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids if cfg.model.segment_mask else None,
-        TokenInfo(counted, batch.group),
-    )
-    return net(inputs), net.output_matrix
+class Gradients(NamedTuple):
+    """Of an optimizer batch; or, of one micro-batch, what it adds to them."""
+
+    loss: Float[Array, ""]
+    parts: LossParts
+    sums: BatchSums
+    grads: dict  # in the tree of the parameters
 
 
-def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -> Callable:
-    """(params, router_bias, batch, step) → ((loss, (parts, sums)), gradients) of the optimizer batch.
+def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -> Callable[..., Gradients]:
+    """A function (params, router_bias, batch, step) → `Gradients` of the optimizer batch.
 
     program: by default `choose_program`.
     """
@@ -51,60 +48,105 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
     first_pass, count = model.abstract(cfg.model, program), cfg.train.micro_batches
     graph = model.abstract(cfg.model, dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0))
 
-    def loss(params, bias, batch, step, frame_of: Callable):
-        """Of a (micro-)batch, in the frame that `frame_of` makes from its router statistics."""
-        out, matrix = _hidden(graph, cfg, params, bias, batch)
-        with jax.named_scope("output"):
-            nll = cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
-        maxima = Maxima(out.max_logit) if out.max_logit else None
-        sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima)
-        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, frame_of(out.stats))
-        return value, (parts, sums)
-
-    value_and_gradients = jax.value_and_grad(loss, has_aux=True)
-
-    def in_float32(*args):
-        """For a sum over micro-batches."""
-        value, grads = value_and_gradients(*args)
-        return value, optax.tree.cast(grads, jnp.float32)
-
-    def exact(params, bias, micro, step, weights):
-        """First pass: the statistics of all micro-batches, without logits or gradients."""
-        stats_of = lambda part: _hidden(first_pass, cfg, params, bias, part)[0].stats
-        frame = losses.exact_frame(weights, _sum_over(lambda _, part: stats_of(part), micro))
-        return _sum_over(lambda _, part: in_float32(params, bias, part, step, lambda stats: frame), micro)
-
-    def running(params, bias, micro, step, weights):
-        """arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch, a mean over micro-batches."""
-        counted = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
-
-        def one(so_far, part):
-            def frame_of(own):
-                before = jax.tree.map(jnp.zeros_like, own) if so_far is None else so_far[0][1][1].router
-                load = before.tokens_per_expert + own.tokens_per_expert
-                return losses.Frame(weights, counted, load, before.tokens + own.tokens, own.tokens, 1.0 / count)
-
-            return in_float32(params, bias, part, step, frame_of)
-
-        return _sum_over(one, micro)
-
-    def gradients(params, bias, batch, step):
+    def gradients(params: dict, bias: dict, batch: Batch, step: Int[Array, ""]) -> Gradients:
         if cfg.loss.shuffle_tokens:
             batch = batch._replace(group=_deal_tokens(cfg, batch.group.shape, step))
+        of_one = functools.partial(_of_micro_batch, cfg, graph, params, bias, step)
         weights = jnp.sum(batch.weights)
         if count == 1:
-            return value_and_gradients(params, bias, batch, step, functools.partial(losses.exact_frame, weights))
-        accumulate = exact if cfg.loss.accumulation == "exact" else running
-        value, grads = accumulate(params, bias, split_micro_batches(batch, count), step, weights)
-        return value, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+            return of_one(batch, functools.partial(losses.exact_statistics, weights))
+        micro = split_micro_batches(batch, count)
+        if cfg.loss.accumulation == "exact":
+            first = functools.partial(_router_stats, cfg, first_pass, params, bias)
+            total = _exact(of_one, first, micro, weights)
+        else:
+            total = _running(of_one, micro, weights, count)
+        return total._replace(grads=jax.tree.map(lambda g, p: g.astype(p.dtype), total.grads, params))
 
     return gradients
 
 
-def _sum_over(fn: Callable, micro: Batch) -> Any:
-    """Σ over micro-batches of fn(sum so far, micro-batch), any pytree; None stands for no sum, to learn its shape.
+# --- one micro-batch -------------------------------------------------------------------------------------------------
 
-    Of `Maxima` in it, the largest instead.
+
+def forward(
+    cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch
+) -> tuple[model.Output, Float[Array, "V D"]]:
+    """What the model makes of a batch, and the matrix from its hidden states to logits."""
+    net = graph.bind(params, bias)
+    segments = batch.segment_ids if cfg.model.segment_mask else None
+    info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group)
+    return net(model.Inputs(batch.tokens, batch.positions, segments, info)), net.output_matrix
+
+
+def _router_stats(cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch) -> RouterStats:
+    return forward(cfg, graph, params, bias, batch)[0].stats
+
+
+def _of_micro_batch(
+    cfg: RunConfig,
+    graph: model.Graph,
+    params: dict,
+    bias: dict,
+    step: Int[Array, ""],
+    batch: Batch,
+    statistics_of: Callable[[RouterStats], BatchStatistics],
+) -> Gradients:
+    """Loss and gradients of one (micro-)batch; `statistics_of(stats)` supplies those of the optimizer batch."""
+
+    def loss(params):
+        out, matrix = forward(cfg, graph, params, bias, batch)
+        with jax.named_scope("output"):
+            nll = cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
+        maxima = Maxima(out.max_logit) if out.max_logit else None
+        sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima)
+        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, statistics_of(out.stats))
+        return value, (parts, sums)
+
+    (value, (parts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return Gradients(value, parts, sums, grads)
+
+
+def _in_float32(found: Gradients) -> Gradients:
+    """For a sum over micro-batches."""
+    return found._replace(grads=optax.tree.cast(found.grads, jnp.float32))
+
+
+# --- many of them ----------------------------------------------------------------------------------------------------
+
+
+def _exact(of_one: Callable, first: Callable, micro: Batch, weights: Float[Array, ""]) -> Gradients:
+    """The sum over micro-batches, each with the statistics of all of them, which a first pass finds: `first`, without
+    logits or gradients."""
+    statistics = losses.exact_statistics(weights, _sum_over(lambda _, part: first(part), micro))
+    return _sum_over(lambda _, part: _in_float32(of_one(part, lambda stats: statistics)), micro)
+
+
+def _running(of_one: Callable, micro: Batch, weights: Float[Array, ""], count: int) -> Gradients:
+    """arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch, a mean over micro-batches."""
+    counted = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
+
+    def add(so_far: Gradients | None, part: Batch) -> Gradients:
+        def statistics_of(own: RouterStats) -> BatchStatistics:
+            before = jax.tree.map(jnp.zeros_like, own) if so_far is None else so_far.sums.router
+            return BatchStatistics(
+                weights=weights,
+                counted=counted,
+                load=before.tokens_per_expert + own.tokens_per_expert,
+                load_tokens=before.tokens + own.tokens,
+                prob_tokens=own.tokens,
+                share=1.0 / count,
+            )
+
+        return _in_float32(of_one(part, statistics_of))
+
+    return _sum_over(add, micro)
+
+
+def _sum_over(fn: Callable, micro: Batch) -> Any:
+    """Σ over micro-batches of fn(sum so far, micro-batch), any pytree; of `Maxima` in it, the largest instead.
+
+    The first call, under eval_shape, passes None for the sum.
     """
     is_max = lambda node: isinstance(node, Maxima)
 

@@ -37,10 +37,10 @@ class LossParts(NamedTuple):
         return {"xent": self.xent, **self.load_balance, "router_z": self.router_z}
 
 
-class Frame(NamedTuple):
-    """What the loss of a micro-batch takes from outside it.
+class BatchStatistics(NamedTuple):
+    """What the loss of a micro-batch needs to know of the whole optimizer batch.
 
-    Given a frame, the loss is linear in the micro-batch's sums: the parts of all micro-batches add up to those of the
+    Given these, the loss is linear in the micro-batch's sums: the parts of all micro-batches add up to those of the
     optimizer batch.
     """
 
@@ -52,26 +52,37 @@ class Frame(NamedTuple):
     share: float  # of this micro-batch in the mean over micro-batches: 1 if P is a mean over the optimizer batch
 
 
-def exact_frame(weights: Float[Array, ""], stats: RouterStats) -> Frame:
+def exact_statistics(weights: Float[Array, ""], stats: RouterStats) -> BatchStatistics:
     """The definition: both means over the optimizer batch, whose statistics these are."""
     counted = jnp.sum(stats.tokens[:1])  # every layer sees the same tokens
-    return Frame(weights, counted, stats.tokens_per_expert, stats.tokens, stats.tokens, 1.0)
+    return BatchStatistics(
+        weights=weights,
+        counted=counted,
+        load=stats.tokens_per_expert,
+        load_tokens=stats.tokens,
+        prob_tokens=stats.tokens,
+        share=1.0,
+    )
 
 
 def total_loss(
-    sums: BatchSums, cfg: LossConfig, top_k: int, step: Int[Array, ""] | int = 0, frame: Frame | None = None
+    sums: BatchSums,
+    cfg: LossConfig,
+    top_k: int,
+    step: Int[Array, ""] | int = 0,
+    batch: BatchStatistics | None = None,
 ) -> tuple[Float[Array, ""], LossParts]:
     """The training loss at `step`: nats per token, and the router losses averaged (or summed) over layers.
 
-    Of a whole optimizer batch; or, with a `frame`, the part that one micro-batch has in it.
+    sums: those of a whole optimizer batch; or, with `batch`, those of one micro-batch, whose part in the loss it is.
     """
-    frame = exact_frame(sums.tokens, sums.router) if frame is None else frame
+    batch = exact_statistics(sums.tokens, sums.router) if batch is None else batch
     over_layers = jnp.mean if cfg.router_loss_layers == "mean" and len(sums.router.tokens) else jnp.sum
-    z = over_layers(jnp.sum(sums.router.z_sq, axis=-1)) / jnp.maximum(frame.counted, 1.0)
+    z = over_layers(jnp.sum(sums.router.z_sq, axis=-1)) / jnp.maximum(batch.counted, 1.0)
     terms = cfg.load_balance
-    raw = {name: over_layers(_in_frame(sums.router, frame, cfg, term, top_k)) for name, term in terms.items()}
+    raw = {name: over_layers(_load_balance(sums.router, batch, cfg, term, top_k)) for name, term in terms.items()}
     parts = LossParts(
-        xent=sums.nll / jnp.maximum(frame.weights, 1.0),
+        xent=sums.nll / jnp.maximum(batch.weights, 1.0),
         router_z=cfg.router_z_coef * z,
         load_balance={name: _coef(term, step) * raw[name] for name, term in terms.items()},
         raw={name.replace("load_balance", "load_balance_raw", 1): x for name, x in raw.items()} | {"router_z_raw": z},
@@ -87,15 +98,15 @@ def _coef(term: LoadBalanceConfig, step: Int[Array, ""] | int) -> Float[Array, "
     return jnp.where(on, term.coef, 0.0)
 
 
-def _in_frame(
-    stats: RouterStats, frame: Frame, cfg: LossConfig, term: LoadBalanceConfig, top_k: int
+def _load_balance(
+    stats: RouterStats, batch: BatchStatistics, cfg: LossConfig, term: LoadBalanceConfig, top_k: int
 ) -> Float[Array, " L"]:
     fine = stats.tokens.shape[-1]
     groups = 1 if term.balance_batch == "global" else fine * cfg.balance_unit // term.balance_batch
     merge = lambda x: jnp.sum(x.reshape(x.shape[0], groups, fine // groups, *x.shape[2:]), axis=2)
-    stats = jax.tree.map(merge, stats._replace(tokens=frame.prob_tokens))
-    frequency = expert_frequency(merge(frame.load), merge(frame.load_tokens), top_k)
-    return frame.share * load_balancing_loss(stats, top_k, frequency)
+    stats = jax.tree.map(merge, stats._replace(tokens=batch.prob_tokens))
+    frequency = expert_frequency(merge(batch.load), merge(batch.load_tokens), top_k)
+    return batch.share * load_balancing_loss(stats, top_k, frequency)
 
 
 def describe(cfg: LossConfig, micro_batches: int) -> str:

@@ -53,7 +53,7 @@ def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:
     return dataclasses.replace(chosen, num_groups=cfg.balance_groups)
 
 
-def _under(mesh: Mesh, fn: Callable) -> Callable:
+def under(mesh: Mesh, fn: Callable) -> Callable:
     @functools.wraps(fn)
     def run(*args):
         with jax.set_mesh(mesh):
@@ -85,7 +85,7 @@ def abstract_weights(cfg: ModelConfig, mesh: Mesh) -> tuple[dict, dict]:
 
 
 def _abstract(mesh: Mesh, fn: Callable) -> Any:
-    abstract = _under(mesh, functools.partial(jax.eval_shape, fn))()
+    abstract = under(mesh, functools.partial(jax.eval_shape, fn))()
     concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding is not None else P())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), abstract)
 

@@ -1,9 +1,4 @@
-"""The train state and the two jitted steps.
-
-The loss is defined on the optimizer batch. A micro-batch is a rematerialisation policy: a first pass through the layers
-sums the expert counts of all micro-batches, a second one computes each with the final frequencies in its loss, which is
-then linear in the micro-batch's sums. So loss and gradient are those of the whole batch for any number of them.
-"""
+"""The jitted train step, and the one of evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,8 +18,8 @@ from moe_jax.nn import qk_clip
 from moe_jax.nn.layers import weight
 from moe_jax.parallel import overlap
 from moe_jax.train import cross_entropy, guard
-from moe_jax.train.gradients import _hidden, make_gradients
-from moe_jax.train.state import Batch, EvalSums, TrainState, _under, choose_program
+from moe_jax.train.gradients import forward, make_gradients
+from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, under
 
 
 def make_train_step(
@@ -41,7 +36,7 @@ def make_train_step(
     lr = optim.schedule(cfg.optim, cfg.train.steps)
 
     def train_step(state: TrainState, batch: Batch, limits=None):
-        (loss, (parts, sums)), grads = gradients(state.params, state.router_bias, batch, state.step)
+        loss, parts, sums, grads = gradients(state.params, state.router_bias, batch, state.step)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params, clipping = qk_clip.clip(optax.apply_updates(state.params, updates), sums.maxima, cfg.optim.qk_clip)
@@ -65,7 +60,7 @@ def make_train_step(
             aux["skipped"] = bad.astype(jnp.float32)
         return TrainState(state.step + 1, *made), aux
 
-    return _under(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
+    return under(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
 
 
 def _updates(state: TrainState) -> Int[Array, ""]:
@@ -85,17 +80,17 @@ def make_eval_step(
     graph = model.abstract(cfg.model, dataclasses.replace(program, num_groups=num_domains, record=record))
 
     def eval_step(params, bias, batch, earlier=None) -> EvalSums:
-        out, matrix = _hidden(graph, cfg, params, bias, batch)
+        out, matrix = forward(cfg, graph, params, bias, batch)
         with jax.named_scope("output"):
             nll = cross_entropy.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets)
         member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
         choices = None
         if record:
-            before = _hidden(graph, cfg, *earlier, batch)[0].choices if earlier else None
+            before = forward(cfg, graph, *earlier, batch)[0].choices if earlier else None
             counted, experts = batch.segment_ids > 0, cfg.model.moe.num_experts
             choices = choice_sums(out.choices, before, counted, batch.group, num_domains, experts)
         return EvalSums(
             jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), out.stats, choices
         )
 
-    return _under(mesh, jax.jit(eval_step))
+    return under(mesh, jax.jit(eval_step))

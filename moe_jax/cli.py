@@ -50,7 +50,7 @@ def define_config() -> flags.FlagHolder:
     try:
         text = (
             "config file, e.g. configs/quickstart.py; --config.FIELD=VALUE after it sets a field, e.g. "
-            "--config.train.steps=200. All fields, their ranges and defaults: moe_jax/config/"
+            "--config.train.steps=200. All fields, their ranges and defaults: docs/config.md"
         )
         holder = config_flags.DEFINE_config_file("config", help_string=text)
     except flags.Error as e:  # it looks at the command line already

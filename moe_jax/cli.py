@@ -139,7 +139,7 @@ def _check_override(config: ml_collections.ConfigDict, name: str, value: str | l
         if part not in held:
             hints = [f"nearest valid name: {_nearest(config, held, str(part))}"] if len(held) else []
             if made := _ENTRIES.get(here.removeprefix("config.")):
-                hints.append(f"a new one is made in the config file: {here}.{part} = {made}")
+                hints.append(f"a new one is made in the config file: {here} = {{'{part}': {made}}}")
             raise UserError("; ".join([f"{here}.{part}: is not a field", *hints]))
         kind, held = held.get_type(part), held[part]
     if isinstance(held, ml_collections.ConfigDict) and not str(value).startswith("{"):  # a dict literal may replace it

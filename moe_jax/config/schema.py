@@ -37,7 +37,8 @@ class LossConfig(Checked, resume=FIXED):
     balance_batch: Scope = "global"
     # The last step with this loss, to switch the scope during a run; 0: the run's last step.
     load_balance_stop: int = number(0, 0)
-    # A config file makes an entry: config.loss.more_load_balance.micro = load_balance(coef=0.01, balance_batch=1).
+    # A config file makes entries, with `load_balance` of moe_jax.config:
+    # `config.loss.more_load_balance = {"micro": load_balance(coef=0.01, balance_batch=1)}`.
     more_load_balance: dict[str, LoadBalanceConfig] = field(default_factory=dict)
     # Ablation (arXiv:2501.11873, §5): tokens are dealt at random to groups as large as balance_batch sequences.
     shuffle_tokens: bool = False
@@ -193,8 +194,9 @@ class DataConfig(Checked, resume=FIXED):
 
     batch_size: int = number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
     seq_len: int = number(256, 2)  # tokens of a sequence (S)
-    # A config file makes an entry: config.data.sources.mine = source(kind="files", path="…"). The default is one entry,
-    # `stdlib`, which is text of Python's standard library: the TFDS data set "stdlib_text".
+    # A config file makes entries, with `source` of moe_jax.config:
+    # `config.data.sources = {"mine": source(kind="files", path="…")}`.
+    # The default is one entry, `stdlib`: text of Python's standard library, which is the TFDS data set "stdlib_text".
     sources: dict[str, SourceConfig] = field(default_factory=_default_sources)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     num_workers: int = changeable(number(0, 0, 256))  # reader processes; 0: threads of this process read

@@ -43,7 +43,7 @@ def define_config() -> flags.FlagHolder:
     try:
         text = (
             "config file, e.g. configs/quickstart.py; --config.FIELD=VALUE after it sets a field, e.g. "
-            "--config.train.steps=200. All fields, their ranges and defaults: moe_jax/config/"
+            "--config.train.steps=200. All fields, their ranges and defaults: docs/config.md"
         )
         holder = config_flags.DEFINE_config_file("config", help_string=text)
     except flags.Error as e:  # it looks at the command line already
@@ -132,7 +132,7 @@ def _check_override(config: ml_collections.ConfigDict, name: str, value: str | l
         if part not in held:
             hints = [f"nearest valid name: {_nearest(config, held, str(part))}"] if len(held) else []
             if made := _ENTRIES.get(here.removeprefix("config.")):
-                hints.append(f"a new one is made in the config file: {here}.{part} = {made}")
+                hints.append(f"a new one is made in the config file: {here} = {{'{part}': {made}}}")
             raise UserError("; ".join([f"{here}.{part}: is not a field", *hints]))
         kind, held = held.get_type(part), held[part]
     if isinstance(held, ml_collections.ConfigDict) and not str(value).startswith("{"):  # a dict literal may replace it

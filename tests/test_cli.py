@@ -386,6 +386,7 @@ def test_help(server, path):
     _, stdout, stderr, compiled = server(str(path), "--help")
     purpose = path.read_text(encoding="utf-8").split('"""')[1].split("\n\n")[0].split()
     assert stderr == compiled == "" and " ".join(purpose) in " ".join(stdout.split())
+    assert path.name != "train.py" or ("--config:" in stdout and "docs/config.md" in stdout)
 
 
 def test_what_stdout_cannot_encode_is_replaced(server, root):

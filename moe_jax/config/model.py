@@ -10,27 +10,39 @@ from moe_jax.config.fields import FIXED, FUNCTION, Checked, machine, nearest_div
 class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     """Routing and experts of one MoE layer."""
 
-    num_experts: int = number(8, 1)
-    top_k: int = number(2, 1)
-    d_expert: int = number(256, 1)  # hidden width of one expert
-    num_shared_experts: int = number(0, 0)  # always on; computed as one GLU of width num_shared_experts · d_expert
+    num_experts: int = number(8, 1)  # routed experts of a layer (E)
+    top_k: int = number(2, 1)  # routed experts that a token uses (K)
+    d_expert: int = number(256, 1)  # hidden width of one expert (F)
+    # Experts that every token uses. They are computed as one feed-forward layer of width num_shared_experts · d_expert.
+    num_shared_experts: int = number(0, 0)
+    # How a router logit becomes a score: a softmax over experts, or the sigmoid of each logit alone.
     score: Literal["softmax", "sigmoid"] = "softmax"
-    score_order: Literal["score_topk", "topk_score"] = "score_topk"  # softmax over all experts, or over the chosen K
-    renormalize: bool = False  # combine weights of a token sum to 1 (before routed_scaling)
-    combine: Literal["score", "one"] = "score"  # "one": every chosen expert weighs 1 (EMoE, arXiv:2310.10908)
-    routed_scaling: float = number(1.0, 0.0)
-    num_groups: int = number(1, 1)  # group-limited selection (DeepSeek-V2): experts in equal groups …
-    top_groups: int = number(1, 1)  # … of which a token may use this many
-    selection_bias: bool = False  # a bias per expert added for selection only (`router_bias` of the train state)
+    # "score_topk" takes the softmax of all logits and then chooses K experts. "topk_score" chooses K logits and takes
+    # the softmax over those.
+    score_order: Literal["score_topk", "topk_score"] = "score_topk"
+    renormalize: bool = False  # divide a token's combine weights by their sum, before routed_scaling
+    # The combine weight of a chosen expert: its score, or 1 (EMoE, arXiv:2310.10908).
+    combine: Literal["score", "one"] = "score"
+    routed_scaling: float = number(1.0, 0.0)  # factor on the combine weights of routed experts
+    # Equal groups of experts, for group-limited selection (DeepSeek-V2); 1: no groups.
+    num_groups: int = number(1, 1)
+    top_groups: int = number(1, 1)  # groups of experts that a token may choose from, at most num_groups
+    # Balance without a loss: add a bias to each expert's score for selection only. loss.bias_update sets how it moves.
+    selection_bias: bool = False
+    # "grouped" sorts rows by expert and drops none. "capacity" gives each expert a fixed number of rows; the rest is
+    # dropped and counted. "dense" computes every expert on every token: slow, for comparison.
     compute: Literal["grouped", "dense", "capacity"] = machine("grouped", FIXED)
-    # compute="capacity": an expert takes ⌈factor · K · T / E⌉ rows.
+    # With compute="capacity" an expert takes ⌈capacity_factor · K · T / E⌉ rows.
     capacity_factor: float = machine(number(1.25, 0.01), FIXED)
-    # How tokens reach the experts of other devices; "auto": what sends fewer bytes (moe_jax/moe/exchange.py).
+    # How tokens reach the experts of other devices (docs/scaling.md). "auto" takes what sends fewer bytes on TPU, and
+    # "ring" on CPU and GPU.
     exchange: Literal["auto", "ring", "all_to_all"] = machine("auto")
-    # × the average: rows a device computes at first; what is more, in further turns.
+    # Rows that a device computes at first, as a multiple of the average. Any others are computed in further turns.
     room: float = machine(number(1.25, 0.01))
-    # A device's tokens are sent and computed in so many parts, which may overlap.
+    # Parts in which a device's tokens are sent and computed; one part may travel while another is computed.
     exchange_chunks: int = machine(number(1, 1))
+    # Back end of the experts' matrix products. "auto" takes the best that runs on the device; "hopper" needs an H100,
+    # H200, H800 or GH200.
     grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper"] = machine("auto")
 
     def check(self):
@@ -64,10 +76,10 @@ class MLAConfig(Checked, resume=FIXED, weights=FUNCTION):
     Of a query head's `model.head_dim` numbers the last `rope_dim` are rotated; their keys are shared by all heads.
     """
 
-    kv_rank: int = number(0, 0)  # size of the latent; 0: ordinary attention
-    q_rank: int = number(0, 0)  # queries come from a latent too; 0: from the layer's input
-    rope_dim: int = number(64, 2)
-    v_dim: int = number(128, 1)  # a head's values
+    kv_rank: int = number(0, 0)  # size of the latent of keys and values; 0: ordinary attention
+    q_rank: int = number(0, 0)  # size of the queries' own latent; 0: queries come from the layer's input
+    rope_dim: int = number(64, 2)  # numbers of a query head, and of the shared key, that RoPE rotates; even
+    v_dim: int = number(128, 1)  # size of a head's values
 
     def check(self):
         near = f"nearest valid: {self.rope_dim + 1}"
@@ -79,10 +91,11 @@ class MLAConfig(Checked, resume=FIXED, weights=FUNCTION):
 class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
     """RoPE of Llama 3.1 for longer contexts: slow frequencies divided by `factor`, fast ones kept, a ramp between."""
 
-    factor: float = number(1.0, 1.0)  # 1: off
-    low_freq_factor: float = number(1.0, 0.0)  # slow: fewer turns than this in `original_length`
-    high_freq_factor: float = number(4.0, 0.0)  # fast: more
-    original_length: int = number(8192, 1)
+    factor: float = number(1.0, 1.0)  # divisor of slow frequencies; 1: off
+    low_freq_factor: float = number(1.0, 0.0)  # a frequency is slow if it makes fewer turns in original_length
+    # A frequency is fast if it makes more turns in original_length. Greater than low_freq_factor.
+    high_freq_factor: float = number(4.0, 0.0)
+    original_length: int = number(8192, 1)  # positions that the model was trained on before it was extended
 
     def check(self):
         high, low = self.high_freq_factor, self.low_freq_factor
@@ -93,37 +106,43 @@ class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
 class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     """A pre-norm decoder: `num_dense_layers` dense blocks, then MoE blocks, `num_layers` in all."""
 
-    vocab_size: int = number(512, 2)
-    d_model: int = number(128, 2)
-    num_layers: int = number(4, 1)
-    num_dense_layers: int = number(0, 0)  # num_layers: a dense model
+    vocab_size: int = number(512, 2)  # rows of the embedding (V); at least the tokenizer's tokens
+    d_model: int = number(128, 2)  # width of the residual stream (D)
+    num_layers: int = number(4, 1)  # blocks, dense ones and MoE ones together (L)
+    num_dense_layers: int = number(0, 0)  # dense blocks at the start; num_layers: a dense model
     d_ff: int = number(512, 1)  # hidden width of the dense blocks
-    # Of every feed-forward layer, dense or expert: gated (gate, up and down matrices), or plain ones without a gate.
+    # Activation of every feed-forward layer, dense or expert. "swiglu" has gate, up and down matrices; "gelu" and
+    # "relu2" (squared ReLU) have no gate.
     activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
-    num_heads: int = number(4, 1)
-    num_kv_heads: int = number(4, 1)
-    head_dim: int = number(32, 2)  # of queries and keys, and of values but for MLA
+    num_heads: int = number(4, 1)  # query heads (N)
+    num_kv_heads: int = number(4, 1)  # heads of keys and values (M); divides num_heads
+    head_dim: int = number(32, 2)  # size of a head's queries and keys, and of its values except with MLA; even
     mla: MLAConfig = field(default_factory=MLAConfig)
-    qk_norm: bool = False
-    qk_norm_over: Literal["head", "projection"] = "head"  # each head alone, or all together (OLMoE)
-    rope_theta: float = number(10_000.0, 1.0)
+    qk_norm: bool = False  # RMSNorm of queries and keys before RoPE
+    # What the norm of qk_norm is taken over: each head alone, or all heads together (OLMoE).
+    qk_norm_over: Literal["head", "projection"] = "head"
+    rope_theta: float = number(10_000.0, 1.0)  # base of RoPE's frequencies
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    max_seq_len: int = machine(number(0, 0), FIXED)  # positions that the weights are good for; 0: not known, any
-    norm_eps: float = number(1e-6, 0.0, 1.0)
-    tie_embeddings: bool = False
+    # Positions that the weights are good for, an upper bound of data.seq_len; 0: not known, any length is accepted.
+    max_seq_len: int = machine(number(0, 0), FIXED)
+    norm_eps: float = number(1e-6, 0.0, 1.0)  # epsilon of RMSNorm
+    tie_embeddings: bool = False  # the output matrix is the embedding
+    # Standard deviation of a fresh weight, drawn from a normal distribution cut off at 3 standard deviations.
     init_std: float = machine(number(0.02, 0.0), FIXED)
+    # Dtype of activations and matrix products. Router, norms and losses compute in float32.
     compute_dtype: Literal["bfloat16", "float32"] = machine("bfloat16", FIXED)
-    # Of the weights, and so of their gradients and optimizer states. In bfloat16 small updates round away; the router's
-    # weights stay float32.
+    # Dtype of the weights, and so of their gradients and optimizer states. In bfloat16 small updates are lost to
+    # rounding. The router's weights are always float32.
     param_dtype: Literal["float32", "bfloat16"] = machine("float32", FIXED)
-    # What the backward pass computes again of a layer: nothing, all but plain matmuls, what is cheap, everything
-    # (moe_jax/nn/remat.py).
+    # What the backward pass of a layer computes again, to save memory: nothing, all but plain matrix products, what is
+    # cheap, or everything (docs/performance.md).
     remat: Literal["none", "dots", "selective", "full"] = machine("none")
-    # Layers in one turn of the loop over layers. A loop has what layers keep and their gradients copied into stacks of
-    # all layers; a turn of all layers has not, and compiles longer.
+    # Layers in one turn of the loop over layers. num_layers: no loop, which is faster to run and slower to compile.
     unroll: int = machine(number(1, 1))
+    # Back end of attention (docs/performance.md). "cudnn" needs a GPU, "splash" a TPU; "auto" takes the best that runs.
     attention: Literal["auto", "xla", "cudnn", "splash"] = machine("auto")
-    segment_mask: bool = machine(True, FIXED)  # False: attention crosses the borders of documents packed in one row
+    # True: a token sees its own document only. False: attention crosses the borders of documents packed in one row.
+    segment_mask: bool = machine(True, FIXED)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     @property

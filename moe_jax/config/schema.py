@@ -12,12 +12,16 @@ Scope = int | Literal["global"]  # sequences that are balanced together; "global
 
 @dataclass(frozen=True)
 class LoadBalanceConfig(Checked, resume=FIXED):
-    """One load-balancing loss: its weight, its scope, and the steps at which it is on, those after `start_step`."""
+    """A further load-balancing loss, by a name of yours, with its own weight, scope and steps.
 
-    coef: float = number(0.0, 0.0)
+    It is logged as `load_balance/<name>`.
+    """
+
+    coef: float = number(0.0, 0.0)  # weight of this loss
+    # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
     balance_batch: Scope = "global"
-    start_step: int = number(0, 0)
-    stop_step: int = number(0, 0)  # the last step with it, as `metrics.jsonl` counts them, from 1; 0: the run's last
+    start_step: int = number(0, 0)  # the last step without this loss; steps count from 1, as in metrics.jsonl
+    stop_step: int = number(0, 0)  # the last step with this loss; 0: the run's last step
 
     def check(self):
         _check_scope(self.balance_batch)
@@ -28,22 +32,27 @@ class LoadBalanceConfig(Checked, resume=FIXED):
 class LossConfig(Checked, resume=FIXED):
     """Router losses. docs/balancing.md has the definitions and what other frameworks' coefficients are here."""
 
-    load_balance_coef: float = number(0.01, 0.0)
+    load_balance_coef: float = number(0.01, 0.0)  # weight of the load-balancing loss; 0: off
     # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
     balance_batch: Scope = "global"
-    load_balance_stop: int = number(0, 0)  # the last step with this loss (to switch the scope); 0: the run's last
-    # More load-balancing losses, each with its own coefficient, scope and steps, logged as load_balance/<name>.
+    # The last step with this loss, to switch the scope during a run; 0: the run's last step.
+    load_balance_stop: int = number(0, 0)
+    # A config file makes entries, with `load_balance` of moe_jax.config:
+    # `config.loss.more_load_balance = {"micro": load_balance(coef=0.01, balance_batch=1)}`.
     more_load_balance: dict[str, LoadBalanceConfig] = field(default_factory=dict)
     # Ablation (arXiv:2501.11873, §5): tokens are dealt at random to groups as large as balance_batch sequences.
     shuffle_tokens: bool = False
-    # "running": micro-batches see the expert counts so far (arXiv:2501.11873, algorithm 1). An approximation.
+    # "exact": any number of micro-batches gives the loss of the optimizer batch. "running": a micro-batch sees the
+    # expert counts so far (arXiv:2501.11873, algorithm 1), an approximation that saves a forward pass.
     accumulation: Literal["exact", "running"] = "exact"
-    router_z_coef: float = number(0.001, 0.0)
-    router_loss_layers: Literal["mean", "sum"] = "mean"  # over MoE layers, of both kinds of router loss
-    # model.moe.selection_bias: b += rate · sign(target − load); "centred" subtracts the mean of the signs (Moonlight).
+    router_z_coef: float = number(0.001, 0.0)  # weight of the router z-loss; 0: off
+    # Whether router losses, load-balancing and z, are averaged or added up over MoE layers.
+    router_loss_layers: Literal["mean", "sum"] = "mean"
+    # Update of the bias of model.moe.selection_bias after a step: rate · sign(target load − load). "centred" subtracts
+    # the mean of the signs (Moonlight).
     bias_update: Literal["sign", "centred"] = "sign"
-    bias_update_rate: float = number(0.001, 0.0)
-    bias_target: tuple[float, ...] = ()  # relative target load of each expert; (): all alike
+    bias_update_rate: float = number(0.001, 0.0)  # rate in the update of the selection bias
+    bias_target: tuple[float, ...] = ()  # relative target load of each expert, for the selection bias; (): all alike
 
     def check(self):
         _check_scope(self.balance_batch)
@@ -77,29 +86,39 @@ def _check_steps(start: int, stop: int, name: str) -> None:
 
 @dataclass(frozen=True)
 class OptimConfig(Checked, resume=FIXED):
+    """The optimizer and its learning rate. docs/muon.md has Muon's formulas."""
+
+    # "muon" takes the weight matrices; embedding, output matrix and norms are AdamW's even then.
     name: Literal["muon", "adamw"] = "muon"
-    lr: float = number(1e-3, 0.0)
+    lr: float = number(1e-3, 0.0)  # highest learning rate, of Muon and AdamW alike
+    # Learning rate after the warm-up: down by a cosine, down by a line, constant and then down ("wsd"), or constant.
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_steps: int = number(0, 0)
-    decay_fraction: float = number(0.2, 0.0, 1.0)  # wsd: the share of steps spent decaying
-    final_lr_fraction: float = number(0.1, 0.0, 1.0)
+    warmup_steps: int = number(0, 0)  # steps in which the learning rate rises to lr; fewer than train.steps
+    decay_fraction: float = number(0.2, 0.0, 1.0)  # share of the steps after the warm-up in which "wsd" goes down
+    final_lr_fraction: float = number(0.1, 0.0, 1.0)  # rate of the last step as a share of lr, but for "constant"
+    # Decoupled weight decay, multiplied by the learning rate. Every parameter decays, norms included.
     weight_decay: float = number(0.1, 0.0)
-    clip_norm: float = number(1.0, 0.0)  # global gradient norm; 0 switches clipping off
-    beta1: float = number(0.9, 0.0, 1.0)  # AdamW
-    beta2: float = number(0.95, 0.0, 1.0)
-    eps: float = number(1e-8, 0.0)
-    momentum: float = number(0.95, 0.0, 1.0)  # Muon
-    nesterov: bool = True
-    # Polynomials of Newton–Schulz, with 5 steps but for deepseek_v4's 10; jordan's may be repeated any number of times.
+    clip_norm: float = number(1.0, 0.0)  # largest global norm of the gradient, which is scaled down to it; 0: off
+    beta1: float = number(0.9, 0.0, 1.0)  # AdamW's decay of the first moment
+    beta2: float = number(0.95, 0.0, 1.0)  # AdamW's decay of the second moment
+    eps: float = number(1e-8, 0.0)  # AdamW's epsilon
+    momentum: float = number(0.95, 0.0, 1.0)  # Muon's momentum μ
+    nesterov: bool = True  # Muon orthogonalises G + μ·M; False: M
+    # Polynomials of Muon's Newton–Schulz iteration. "deepseek_v4" has 10 steps, the others 5; "jordan" repeats one
+    # polynomial, any number of times.
     coefficients: Literal["jordan", "you", "polar_express", "cans", "deepseek_v4"] = "jordan"
-    newton_schulz_steps: int = number(5, 1, 20)
-    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    scale: Literal["match_rms", "spectral"] = "match_rms"  # update_rms · √max(in, out), or √max(1, out/in)
-    update_rms: float = number(0.2, 0.0)
+    newton_schulz_steps: int = number(5, 1, 20)  # steps of the iteration, see `coefficients`
+    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the iteration
+    # Scale of Muon's update: "match_rms" multiplies it by update_rms · √max(in, out), "spectral" by √max(1, out/in).
+    scale: Literal["match_rms", "spectral"] = "match_rms"
+    update_rms: float = number(0.2, 0.0)  # RMS of Muon's update before the learning rate, with scale="match_rms"
     per_head: bool = False  # each head of w_q, w_k, w_v and w_o is a matrix of its own
-    cautious_decay: bool = False  # Muon's matrices decay only where the update shrinks them too (arXiv:2510.12402)
-    router: Literal["muon", "adamw"] = "muon"  # who updates the router; Moonlight's released code: Muon
-    qk_clip: float = number(0.0, 0.0)  # attention logits above it shrink w_q and w_k (Kimi K2: 100); 0 is off
+    # Muon decays only those entries of a matrix that the update shrinks too (arXiv:2510.12402).
+    cautious_decay: bool = False
+    router: Literal["muon", "adamw"] = "muon"  # optimizer of the router, when name="muon"
+    # Largest attention logit of a head (Kimi K2: 100). A head above it has w_q and w_k scaled down after the step;
+    # 0: off. Not with model.qk_norm.
+    qk_clip: float = number(0.0, 0.0)
 
     def check(self):
         need = {"jordan": self.newton_schulz_steps, "deepseek_v4": 10}.get(self.coefficients, 5)
@@ -110,24 +129,26 @@ class OptimConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class SourceConfig(Checked, resume=FIXED):
-    """One named source of documents."""
+    """A source of documents, by a name of yours."""
 
-    kind: Literal["tfds", "files"] = "tfds"
-    name: str = ""  # tfds: "stdlib_text", or any TFDS name such as "c4/en:3.0.1"
-    data_dir: str = ""  # tfds: where it is prepared; "" is <data.cache_dir>/tfds
-    path: str = ""  # files: a path or glob of .txt .jsonl .parquet .csv, also with .gz
-    # What is one document of a .txt. "auto": of a source of fewer than 20 text files, about a hundredth of it, cut at
-    # blank lines; else "file". "file": the whole, but of a large one pieces of 20,000 characters. "blank_lines": what
-    # stands between them. "separator": what stands between `separator`. A number: about so many characters.
+    kind: Literal["tfds", "files"] = "tfds"  # a TFDS data set, or files on this machine
+    name: str = ""  # with kind="tfds": "stdlib_text", or any TFDS name such as "c4/en:3.0.1"
+    data_dir: str = ""  # with kind="tfds": folder of the prepared data set; "": tfds in data.cache_dir
+    path: str = ""  # with kind="files": a path or glob of .txt, .jsonl, .parquet or .csv files, also with .gz
+    # One document of a .txt file. "file": the whole file; a large one is cut into pieces of 20,000 characters.
+    # "auto": of fewer than 20 text files, about a hundredth of the source, cut at blank lines; else "file".
+    # "blank_lines": the text between blank lines. "separator": the text between separators. A number: about that many
+    # characters.
     documents: int | Literal["auto", "file", "blank_lines", "separator"] = newer("auto", was="file")
-    separator: str = ""
-    text_field: str = "text"
-    domain: str = ""  # a constant label; "" takes domain_field, else the source's name
-    domain_field: str = ""
-    split: str = "train"
-    validation_split: str = "validation"
-    validation_fraction: float = number(0.05, 0.0, 0.9)  # files: by a hash of the document, so the split is stable
-    weight: float = number(1.0, 0.0)
+    separator: str = ""  # text between two documents, for documents="separator" only
+    text_field: str = "text"  # field or column that has the text
+    domain: str = ""  # label of every document; "": the value of domain_field, else the name of the source
+    domain_field: str = ""  # field or column that has a document's label; "": none
+    split: str = "train"  # with kind="tfds": split to train on
+    validation_split: str = "validation"  # with kind="tfds": split that is held out
+    # With kind="files": share of documents that is held out. A hash of the document decides which.
+    validation_fraction: float = number(0.05, 0.0, 0.9)
+    weight: float = number(1.0, 0.0)  # share of this source in the mixture, relative to the others
 
     def check(self):
         require(self.kind != "tfds" or self.name, "name", self.name, "is needed for kind='tfds'", "try 'stdlib_text'")
@@ -142,13 +163,17 @@ class SourceConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class TokenizerConfig(Checked, resume=FIXED):
+    """The tokenizer. A run directory keeps its own copy."""
+
+    # "bpe" is trained on the corpus. "huggingface" and "sentencepiece" are read from `path`.
     kind: Literal["bytes", "bpe", "huggingface", "sentencepiece"] = "bytes"
-    vocab_size: int = number(4096, 257)  # bpe: trained on the corpus and kept in the run directory
-    train_bytes: int = number(10_000_000, 1)  # bpe: at most this much text is used for training it
-    path: str = ""  # huggingface: a tokenizer.json; sentencepiece: a .model file
-    end_of_text: str = ""  # the token between documents; "" looks for the usual names
-    # The token that every document begins with: "auto" is what the tokenizer's own files say, "none" is end_of_text
-    # alone, between documents; else a token's name.
+    vocab_size: int = number(4096, 257)  # with kind="bpe": tokens of the vocabulary
+    train_bytes: int = number(10_000_000, 1)  # with kind="bpe": bytes of text that it is trained on, at most
+    path: str = ""  # with kind="huggingface": a tokenizer.json; with kind="sentencepiece": a .model file
+    # Token between documents, where `path` is read; "": the first of the usual names that the tokenizer has.
+    end_of_text: str = ""
+    # Token that every document begins with. "auto": what the tokenizer's files say; "none": no token but end_of_text
+    # between documents; else the name of a token.
     begin_of_text: str = newer("auto", was="none")
 
     def check(self):
@@ -165,12 +190,17 @@ def _default_sources():
 
 @dataclass(frozen=True)
 class DataConfig(Checked, resume=FIXED):
+    """Batches, and the text that they are made of."""
+
     batch_size: int = number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
-    seq_len: int = number(256, 2)
+    seq_len: int = number(256, 2)  # tokens of a sequence (S)
+    # A config file makes entries, with `source` of moe_jax.config:
+    # `config.data.sources = {"mine": source(kind="files", path="…")}`.
+    # The default is one entry, `stdlib`: text of Python's standard library, which is the TFDS data set "stdlib_text".
     sources: dict[str, SourceConfig] = field(default_factory=_default_sources)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    num_workers: int = changeable(number(0, 0, 256))  # reader processes; 0 reads in threads of this process
-    cache_dir: str = changeable("")  # "" is $MOE_JAX_CACHE or ~/.cache/moe_jax
+    num_workers: int = changeable(number(0, 0, 256))  # reader processes; 0: threads of this process read
+    cache_dir: str = changeable("")  # folder of prepared data; "": $MOE_JAX_CACHE, else ~/.cache/moe_jax
 
     def check(self):
         require(bool(self.sources), "sources", {}, "must name at least one source", "see config.SourceConfig")
@@ -181,11 +211,11 @@ class DataConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class MeshConfig(Checked, resume=MAY_CHANGE):
-    """Sizes of the mesh axes; −1, at most once, takes the devices that are left."""
+    """Sizes of the mesh axes (docs/scaling.md). −1, at most once, takes the devices that are left."""
 
-    data: int = number(-1, -1)
-    fsdp: int = number(1, -1)
-    expert: int = number(1, -1)
+    data: int = number(-1, -1)  # copies of the parameters, each on its own sequences
+    fsdp: int = number(1, -1)  # devices that parameters, gradients and optimizer states are spread over
+    expert: int = number(1, -1)  # devices that the experts are spread over; divides model.moe.num_experts
 
     def check(self):
         for name in ("data", "fsdp", "expert"):
@@ -197,21 +227,28 @@ class MeshConfig(Checked, resume=MAY_CHANGE):
 
 @dataclass(frozen=True)
 class TrainConfig(Checked, resume=MAY_CHANGE):
+    """Length of a run, its records, and what it does about bad numbers (docs/survival.md)."""
+
+    # Optimizer steps of the run. Another number on resume stretches or shortens the schedule of the learning rate.
     steps: int = number(1000, 1)
-    micro_batches: int = number(1, 1)  # the batch is computed in this many parts; never changes the objective
-    log_every: int = number(10, 1)
-    eval_every: int = number(0, 0)  # 0: only at the end
-    eval_batches: int = number(0, 0)  # 0: the whole held-out split
-    checkpoint_every: int = number(200, 1)
-    keep_checkpoints: int = number(2, 1)  # the newest so many stay, and …
-    keep_every: int = number(0, 0)  # … those of steps that it divides; 0: none …
-    keep_best: int = number(0, 0)  # … and so many with the lowest held-out loss
-    skip_nonfinite: bool = True  # a step whose loss or gradient is not finite changes nothing (moe_jax/train/guard.py)
-    spike: float = number(0.0, 0.0)  # nor one so many median deviations above the median; 0 is off
-    spike_window: int = number(128, 8)  # … of so many good steps before it
-    max_skipped: int = number(10, 1)  # so many skipped steps in a row stop the run
-    tensorboard: bool = True
-    wandb_project: str = ""  # "" is off
+    # Parts in which the batch is computed, to save memory; divides data.batch_size. The objective stays the same
+    # (docs/exact.md).
+    micro_batches: int = number(1, 1)
+    log_every: int = number(10, 1)  # steps from one row of metrics to the next
+    eval_every: int = number(0, 0)  # steps from one held-out evaluation to the next; 0: only at the end
+    eval_batches: int = number(0, 0)  # held-out batches of an evaluation; 0: the whole held-out split
+    checkpoint_every: int = number(200, 1)  # steps from one checkpoint to the next
+    keep_checkpoints: int = number(2, 1)  # newest checkpoints that are kept
+    keep_every: int = number(0, 0)  # checkpoints of steps that this number divides are kept too; 0: none
+    # Checkpoints with the lowest held-out loss that are kept too. Needs an eval_every that divides checkpoint_every.
+    keep_best: int = number(0, 0)
+    skip_nonfinite: bool = True  # a step whose loss or gradient is not finite changes nothing
+    # Also skip a step whose loss or gradient norm is this many median deviations above the median; 0: off.
+    spike: float = number(0.0, 0.0)
+    spike_window: int = number(128, 8)  # good steps that the median of `spike` is taken over
+    max_skipped: int = number(10, 1)  # skipped steps in a row that stop the run
+    tensorboard: bool = True  # write TensorBoard events
+    wandb_project: str = ""  # project in Weights & Biases; "": off
 
     def check(self):
         require(self.skip_nonfinite or not self.spike, "spike", self.spike, "needs skip_nonfinite=True",
@@ -225,15 +262,17 @@ class TrainConfig(Checked, resume=MAY_CHANGE):
 class SampleConfig(Checked, resume=MAY_CHANGE):
     """The text written at the end of a run."""
 
-    prompt: str = "def "
-    tokens: int = number(120, 0)
-    temperature: float = number(0.8, 0.0)  # 0 is greedy
-    top_p: float = number(0.95, 0.0, 1.0)
+    prompt: str = "def "  # how the text begins
+    tokens: int = number(120, 0)  # tokens that are drawn after it
+    temperature: float = number(0.8, 0.0)  # divisor of the logits; 0: always the most probable token
+    top_p: float = number(0.95, 0.0, 1.0)  # draw from the most probable tokens that together reach this probability
 
 
 @dataclass(frozen=True)
 class RunConfig(Checked, resume=FIXED):
-    seed: int = number(0, 0, 2**31 - 1)
+    """A run: these two fields, and the groups below."""
+
+    seed: int = number(0, 0, 2**31 - 1)  # decides fresh weights, the order of the data and the sample
     init_from: str = ""  # a run directory whose weights a new run starts from; "": fresh weights
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from moe_jax import config, model, optim
-from moe_jax.optim import newton_schulz
+from moe_jax.optim import newton_schulz, optimizer
 from moe_jax.optim.muon import muon, scale_by_muon
 from moe_jax.optim.newton_schulz import SETS, orthogonalize, orthogonalize_reference
 from moe_jax.optim.spread import Matrices
@@ -319,9 +319,9 @@ def test_options_reach_the_update():
     layer = {"attention": {"w_q": gaussian((2, 24, 32), 1)}}
     shared = {"layers": layer}
     grads = [{"layers": {"attention": {"w_q": gaussian((2, 24, 32), 5 + i)}}} for i in range(2)]
-    labels = optim.label_params
+    labels = optimizer.label_params
     try:
-        optim.label_params = lambda params: jax.tree.map(lambda _: "matrix", params)
+        optimizer.label_params = lambda params: jax.tree.map(lambda _: "matrix", params)
         final = lambda **fields: trajectory(
             optim.make_optimizer(small_config(lr=0.1, **fields).optim, 2000, 8), shared, grads
         )[-1]["layers"]["attention"]["w_q"]
@@ -329,7 +329,7 @@ def test_options_reach_the_update():
         for fields in changes:
             assert error(final(**fields), base) > 1e-4, fields
     finally:
-        optim.label_params = labels
+        optimizer.label_params = labels
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from moe_jax import chips, cli, config, data, model, optim
 from moe_jax.aot import compile_only
 from moe_jax.errors import Stopped, UserError
 from moe_jax.evaluate import generate, held_out
+from moe_jax.evaluate.during_training import HeldOut
 from moe_jax.parallel import sharding
 from moe_jax.run import changes, checkpoint, config_file, log, replay, survive, weights
+from moe_jax.run.recorder import Recorder
 from moe_jax.train import guard, losses, metrics, step
 from moe_jax.train.state import abstract_state, abstract_weights, choose_program, init_state, process_rows, put_batch
 
@@ -84,13 +86,14 @@ def train(preemption: survive.Preemption):
         say(line)
 
     # --- model --------------------------------------------------------------------------------------------------------
+    program = choose_program(cfg, mesh)
     counts = model.count_parameters(cfg.model)
     flops = model.flops_per_token(cfg.model, cfg.data.seq_len)
     peak, peak_source = chips.peak_flops(device)
     say(f"devices: {mesh.size} × {device.device_kind}, mesh {dict(mesh.shape)}")
     say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
     say(f"parameters: {counts.total:,} total, {counts.active:,} active; {flops / 1e6:.2f} MFLOP a token")
-    say(choose_program(cfg, mesh).why)
+    say(program.why)
     if cfg.model.num_moe_layers:
         say(losses.describe(cfg.loss, cfg.train.micro_batches))
     say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))
@@ -127,11 +130,11 @@ def train(preemption: survive.Preemption):
     else:
         state = init_state(cfg, mesh)
 
-    # --- loop: metrics are read one step behind, so that reading never leaves the device idle -------------------------
+    # --- loop --------------------------------------------------------------------------------------------------------
     scores = checkpoints.scores
     scores.update(held_out.scores(workdir, start))
-    train_step = step.make_train_step(cfg, mesh)
-    pending, clock = metrics.OneBehind(), metrics.Throughput(tokens)
+    train_step = step.make_train_step(cfg, mesh, program)
+    clock = metrics.Throughput(tokens)
     writer = log.Writer(
         workdir,
         resume_step=start,
@@ -140,74 +143,46 @@ def train(preemption: survive.Preemption):
         config=config.to_dict(cfg),
     )
     progress = log.Progress(steps, initial=start)
+    recorder = Recorder(cfg, writer, progress, watch, clock, flops_per_token=flops, peak=peak * mesh.size)
+    evaluation = HeldOut(cfg, mesh, corpus, program, writer, clock, preemption, scores)
 
-    def record(done):
-        if done is None:
-            return
-        n, aux = done
-        clock.add(aux["tokens"])
-        if skip := watch.see(n, aux):
-            writer.write(n, guard.row(skip, batch=n - 1), kind="skipped")
-            progress.write(f"step {n} skipped, {skip.reason}; batch {n - 1} of seed {cfg.seed}")
-        if "skipped" in aux:
-            aux["skipped"] = watch.skipped
-        logged = n % every.log_every == 0 or n == steps
-        if logged:
-            aux = metrics.train_metrics(n, aux, top_k=cfg.model.moe.top_k, **clock.read(),
-                                        flops_per_token=flops, peak=peak * mesh.size)  # fmt: skip
-            writer.write(n, aux)
-        progress.update(n, aux, log=logged)
-
-    def evaluate_at(n):
+    def save(n: int, wait: bool):
+        nonlocal begun
+        if not begun:
+            corpus.keep_tokenizer(workdir)
+            begun = True
+        config_file.begin(workdir, cfg, start + 1)
+        saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin, "read": read}
+        saved |= {"revision": changes.REVISION, "steps": steps, "watch": watch.state()}
         with clock.paused():
-            result = preemption.interruptibly(
-                lambda: held_out.evaluate(cfg, mesh, state.params, state.router_bias, corpus, limit=every.eval_batches)
-            )
-        if result is not None and n not in scores:
-            row = metrics.eval_metrics(result.rows())
-            writer.write(n, row, kind="eval")
-            scores[n] = row["xent"]
-        return result
-
-    due = lambda n: every.eval_every and n % every.eval_every == 0 and 0 < n < steps and n not in scores
+            checkpoints.save(n, state, saved, wait=wait)
 
     with checkpoints, writer, progress:
         preemption.begin()
-        if due(start) and evaluate_at(start) is None:  # it ended between a checkpoint and its evaluation: now again
-            survive.say_stopped(start)  # a step from here, and the evaluation would never be made up for
-            raise Stopped
+        if evaluation.is_due(start) and evaluation.evaluate(start, state) is None:
+            survive.stop(start)  # a step from here, and the evaluation that was broken off would never be made up for
         for n in range(start + 1, steps + 1):
             rows, limits = next(batches), watch.limits(n)
-            state, aux = train_step(state, put_batch(rows, mesh, cfg), limits)
-            record(pending.push(n, aux))
-            if watch.near:
-                record(pending.flush())
+            state, report = train_step(state, put_batch(rows, mesh, cfg), limits)
+            recorder.push(n, report)
             if watch.stopped:
                 replay.give_up(workdir, cfg, state, rows, watch.last, limits)
-            if due(n):
-                record(pending.flush())
-                evaluate_at(n)
-            stop = preemption.reached(n)
-            if stop or n == steps or n % every.checkpoint_every == 0:
-                record(pending.flush())
-                if not begun:
-                    corpus.keep_tokenizer(workdir)
-                    begun = True
-                config_file.begin(workdir, cfg, start + 1)
-                saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin, "read": read}
-                saved |= {"revision": changes.REVISION, "steps": steps}
-                with clock.paused():
-                    checkpoints.save(n, state, saved | {"watch": watch.state()}, wait=stop)
-            if stop:
-                survive.say_stopped(n)
-                raise Stopped
+            if evaluation.is_due(n):
+                recorder.flush()
+                evaluation.evaluate(n, state)
+            told_to_stop = preemption.reached(n)
+            if told_to_stop or n == steps or n % every.checkpoint_every == 0:
+                recorder.flush()
+                save(n, wait=told_to_stop)
+            if told_to_stop:
+                survive.stop(n)
         batches.close()
         progress.close()
         checkpoints.wait()
         preemption.end()
 
         # --- the end: held-out text, and a sample ---------------------------------------------------------------------
-        result = evaluate_at(steps)
+        result = evaluation.evaluate(steps, state)
         if result is None:
             raise Stopped
 

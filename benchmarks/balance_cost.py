@@ -86,8 +86,8 @@ def main(_):
                 jax.block_until_ready(state)
                 seconds[name].append((time.perf_counter() - began) / STEPS.value)
             elif "global" in name:
-                load = metrics.router_metrics(metrics.to_host(aux["router"]), cfg.model.moe.top_k)["max_load"]
-                print(f"{name}: loss {float(aux['loss']):.3f}, max load {load:.2f}", flush=True)
+                load = metrics.router_metrics(metrics.to_host(aux.router), cfg.model.moe.top_k)["max_load"]
+                print(f"{name}: loss {float(aux.loss):.3f}, max load {load:.2f}", flush=True)
     for name, turns in seconds.items():
         base = seconds[base_of(name)]
         median, spread = stats_lib.median(turns), max(turns) - min(turns)

@@ -76,7 +76,7 @@ def training_step(cfg: config.RunConfig, mesh: Any) -> Timed:
 
     def call(state, *_):
         state, aux = compiled(state, batch)
-        return state, {"value": aux["loss"], "norm": aux["grad_norm"], "router": aux["router"]}
+        return state, {"value": aux.loss, "norm": aux.grad_norm, "router": aux.router}
 
     return Timed(lambda: (init_state(cfg, mesh),), call, compiled.memory_analysis().temp_size_in_bytes)
 

@@ -89,7 +89,7 @@ def main(_):
     began = time.time()
     for _ in range(SETTLE.value + WARMUP.value):
         state, aux = train_step(state, next(ready))
-    first_loss = float(aux["loss"])
+    first_loss = float(aux.loss)
     warm = time.time() - began
     turns, last = {load: [] for load in biases}, {}
     for _ in range(ROUNDS.value if LOADS.value else 1):
@@ -109,7 +109,7 @@ def main(_):
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
     for load, taken in turns.items():
         aux, seconds = last[load], statistics.median(taken)
-        router = metrics.router_metrics(metrics.to_host(aux["router"]), cfg.model.moe.top_k)
+        router = metrics.router_metrics(metrics.to_host(aux.router), cfg.model.moe.top_k)
         print(
             f"moe_jax {model.count_parameters(cfg.model).total / 1e9:.2f}B{', text' * TEXT.value}"
             f"{f' after {SETTLE.value} steps' * bool(SETTLE.value)}{load and f', load {load:<3}'}: "
@@ -117,7 +117,7 @@ def main(_):
             f"{tokens / seconds:.0f} tokens/s, {flops / seconds / 1e12:.1f} TFLOP/s, "
             f"MFU {flops / seconds / peak / mesh.size:.1%} of {peak * mesh.size / 1e12:.2f} ({source}), "
             f"max load {router['max_load']:.2f}, dropped {router['dropped']:.1%}, peak {memory:.1f} GiB a device, "
-            f"warm-up {warm:.0f} s, loss {first_loss:.3f} -> {float(aux['loss']):.3f}, {where()}",
+            f"warm-up {warm:.0f} s, loss {first_loss:.3f} -> {float(aux.loss):.3f}, {where()}",
             flush=True,
         )
 

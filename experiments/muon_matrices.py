@@ -35,7 +35,7 @@ def measure(folder: Path) -> dict:
     done, old = int(state.step), jax.tree.map(np.asarray, jax.device_get(state.params))
     state, aux = step.make_train_step(cfg, mesh)(state, put_batch(next(batches), mesh, cfg))
     batches.close()
-    lr, decay = float(aux["lr"]), cfg.optim.weight_decay
+    lr, decay = float(aux.lr), cfg.optim.weight_decay
     update = jax.tree.map(lambda a, b: (a - np.asarray(b)) / lr - decay * a, old, jax.device_get(state.params))
     weights, updates = spectra.matrices(old), spectra.matrices(update)
     kinds = sorted(kind for kind in weights if kind.startswith(ENTROPY))

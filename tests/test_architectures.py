@@ -59,9 +59,9 @@ def test_mesh_and_micro_batches_change_nothing(name):
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
     jax.tree.map(close, one.params, other.params)
     jax.tree.map(close, aux, aux_2)
-    assert np.isfinite(aux["loss"]) and aux["grad_norm"] > 0
+    assert np.isfinite(aux.loss) and aux.grad_norm > 0
     if VARIANTS[name].mla.kv_rank:
-        assert aux["clipped_heads"] > 0 and np.isfinite(aux["max_logit"])
+        assert aux.clipping["clipped_heads"] > 0 and np.isfinite(aux.clipping["max_logit"])
 
 
 @pytest.mark.slow
@@ -69,12 +69,12 @@ def test_no_moe_layer_is_no_nan():
     """L = 0: the loss is the cross-entropy, there is no router metric, and nothing is NaN."""
     state, aux = after_a_step("dense mla", (1, 1, 1), 1)
     assert set(state.params) == {"embed", "dense_layers", "final_norm", "head"} and not state.router_bias
-    assert aux["loss"] == aux["xent"] and aux["load_balance"] == aux["router_z"] == 0
-    assert aux["router"].tokens_per_expert.shape[0] == 0
+    assert aux.loss == aux.terms["xent"] and aux.terms["load_balance"] == aux.terms["router_z"] == 0
+    assert aux.router.tokens_per_expert.shape[0] == 0
     row = metrics.train_metrics(1, aux, top_k=2, tokens=1.0, tokens_per_second=1.0, step_seconds=1.0,
                                 flops_per_token=1.0, peak=1.0)  # fmt: skip
     assert all(math.isfinite(v) for v in row.values()) and "max_load" not in row
-    sums = losses.BatchSums(jnp.float32(6), jnp.float32(3), jax.tree.map(jnp.asarray, aux["router"]))
+    sums = losses.BatchSums(jnp.float32(6), jnp.float32(3), jax.tree.map(jnp.asarray, aux.router))
     for layers in ("mean", "sum"):
         value, parts = losses.total_loss(sums, config.LossConfig(router_loss_layers=layers), 2)
         assert float(value) == 2 and not parts.router_z

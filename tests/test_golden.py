@@ -61,7 +61,8 @@ def curves() -> dict[str, list[float]]:
     for rows in batches():
         state, aux = train_step(state, put_batch(rows, mesh, cfg))
         for name in NAMES:
-            out[name].append(float(f"{float(aux[name]):.8g}"))
+            value = aux.terms[name] if name in aux.terms else getattr(aux, name)
+            out[name].append(float(f"{float(value):.8g}"))
     return out
 
 

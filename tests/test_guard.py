@@ -12,6 +12,7 @@ from moe_jax.errors import BadNumbers, CheckpointError, ConfigError
 from moe_jax.parallel import overlap, sharding
 from moe_jax.run import replay
 from moe_jax.train import guard, step
+from moe_jax.train.metrics import StepMetrics
 from moe_jax.train.state import init_state, put_batch
 
 BATCH, SEQ, WINDOW = 8, 16, 8
@@ -84,18 +85,18 @@ def reset(run: Run) -> Run:
 def test_a_bad_step_changes_nothing_but_the_count(run):
     reset(run)
     for n in (1, 2):
-        assert run.take(n, rows_of(n))["skipped"] == 0
+        assert run.take(n, rows_of(n)).skipped == 0
     before = leaves(run.state[1:])
     assert np.asarray(jax.tree.leaves(run.state.router_bias)[0]).any()
     aux = run.take(3, poisoned(rows_of(3)))
-    assert aux["skipped"] == 1 and np.isnan(aux["loss"]) and np.isnan(aux["grad_norm"]) and aux["tokens"] == 0
+    assert aux.skipped == 1 and np.isnan(aux.loss) and np.isnan(aux.grad_norm) and aux.tokens == 0
     assert leaves(run.state[1:]) == before and int(run.state.step) == 3  # params, router bias, optimizer state
     assert (
         run.watch.skipped == run.watch.in_a_row == 1
         and run.watch.last.reason == "not finite: loss nan, gradient norm nan"
     )
     aux = run.take(4, rows_of(4), np.float32([0.5, np.inf]))  # a spike
-    assert aux["skipped"] == 1 and np.isfinite(aux["loss"]) and leaves(run.state[1:]) == before
+    assert aux.skipped == 1 and np.isfinite(aux.loss) and leaves(run.state[1:]) == before
     lr = run.take(5, rows_of(5))["lr"]
     assert run.watch.in_a_row == 0 and run.watch.skipped == 2
 
@@ -157,7 +158,7 @@ def train_config(**fields) -> config.TrainConfig:
 def watched(values, watch=None, first=1) -> guard.Watch:
     watch = watch or guard.Watch(train_config())
     for n, value in enumerate(values, first):
-        watch.see(n, {"loss": value, "grad_norm": 10 * value, "skipped": 0.0})
+        watch.see(n, StepMetrics(value, 10 * value, skipped=0.0))
     return watch
 
 
@@ -183,11 +184,11 @@ def test_limits_are_the_same_after_a_resume_at_any_step():
 def test_a_skipped_step_is_no_measure_for_the_next():
     watch = watched([3.0, 3.1, 3.2, 3.1, 3.0, 2.9, 3.0, 3.1, 3.0, 3.0])
     before = watch.limits(14).tolist()
-    skip = watch.see(11, {"loss": 9.0, "grad_norm": 30.0, "skipped": 1.0})
+    skip = watch.see(11, StepMetrics(9.0, 30.0, skipped=1.0))
     assert skip.reason.startswith("spike: loss 9 above 3.") and "gradient norm" not in skip.reason
     assert watch.limits(14).tolist() == before and watch.near and not watch.stopped
     assert guard.row(skip, batch=10) == {"reason": skip.reason, "batch": 10, "loss": 9.0, "grad_norm": 30.0}
-    watch.see(12, {"loss": 9.0, "grad_norm": 30.0, "skipped": 1.0})
+    watch.see(12, StepMetrics(9.0, 30.0, skipped=1.0))
     assert watch.stopped and watch.skipped == 2
 
 
@@ -223,7 +224,7 @@ def test_a_run_that_ends_in_skipped_steps_does_not_end_well(skipped, says):
     watch = guard.Watch(train_config(spike=0.0, max_skipped=10))
     for n in range(1, 7):
         bad = n in skipped
-        watch.see(n, {"loss": np.nan if bad else 3.0, "grad_norm": 1.0, "skipped": float(bad)})
+        watch.see(n, StepMetrics(np.nan if bad else 3.0, 1.0, skipped=float(bad)))
     again = guard.Watch(train_config(spike=0.0), watch.state())  # the same command, with nothing left to do
     for one in (watch, again):
         if says is None:
@@ -235,6 +236,6 @@ def test_a_run_that_ends_in_skipped_steps_does_not_end_well(skipped, says):
 
 def test_a_run_of_one_skipped_step():
     watch = guard.Watch(train_config(spike=0.0))
-    watch.see(1, {"loss": np.inf, "grad_norm": 1.0, "skipped": 1.0})
+    watch.see(1, StepMetrics(np.inf, 1.0, skipped=1.0))
     with pytest.raises(BadNumbers, match="all 1 steps were skipped"):
         guard.check_end(watch, 1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_metrics import make_aux, make_row
+from test_metrics import make_row
 
 from moe_jax.errors import ConfigError
 from moe_jax.run import log
@@ -40,7 +40,7 @@ def test_writer_appends_json_lines(tmp_path):
 
 def test_values_that_are_not_finite(tmp_path):
     with Writer(tmp_path) as writer:
-        writer.write(1, make_row(1, loss=jnp.float32(jnp.nan), grad_norm=jnp.float32(jnp.inf)))
+        writer.write(1, make_row(1) | {"loss": jnp.nan, "grad_norm": jnp.inf})
         writer.write(2, {"loss": np.array([1.0, np.nan])})
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     first, second = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
@@ -102,7 +102,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with Writer(tmp_path / "run", wandb_project="x") as writer, Progress(10) as progress:
         writer.write(1, {"loss": 1.0})
-        progress.update(1, {"loss": 1.0}, log=True)
+        progress.update(1, 1.0, log=True)
         progress.write("text")
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
@@ -198,7 +198,7 @@ def test_progress_without_a_terminal(capsys, monkeypatch):
     with Progress(110, initial=10, seconds=10) as progress:
         for step in range(11, 41):
             now[0] += 1
-            progress.update(step, make_row(step) if step == 25 else make_aux(), log=step == 25)
+            progress.update(step, 0.5, 1000.0 if step == 25 else None, log=step == 25)
         progress.write("a sample")
     out, errors = capsys.readouterr()
     assert out == "a sample\n"
@@ -215,7 +215,7 @@ def test_progress_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(20, initial=5) as progress:
         for step in range(6, 21):
-            progress.update(step, make_row(step), log=step % 5 == 0)
+            progress.update(step, 0.5, 1000.0, log=step % 5 == 0)
             if step == 10:
                 progress.write("evaluated")
     shown = terminal.getvalue()

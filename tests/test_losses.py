@@ -15,7 +15,7 @@ from moe_jax.moe import routing
 from moe_jax.moe.balance import load_balancing_loss, router_z_loss
 from moe_jax.moe.stats import RouterStats, router_stats
 from moe_jax.parallel import sharding
-from moe_jax.train import losses
+from moe_jax.train import cross_entropy, losses
 from moe_jax.train.cross_entropy import summed_nll, token_nll
 from moe_jax.train.losses import BatchSums, total_loss
 

@@ -17,7 +17,7 @@ from moe_jax import chips
 from moe_jax.chips import peak_flops
 from moe_jax.run import log
 from moe_jax.train import metrics
-from moe_jax.train.metrics import OneBehind, Throughput, router_metrics
+from moe_jax.train.metrics import OneBehind, StepMetrics, Throughput, router_metrics
 
 ROW = ["step", "loss", "xent", "load_balance", "router_z", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu"]
 ROW += ["step_seconds", "max_load", "load_cv", "dead_experts", "dropped"]
@@ -82,15 +82,17 @@ def test_router_without_tokens_is_finite():
     assert got["dead_experts"] == 8.0
 
 
-def make_aux(**changes):
-    names = ("loss", "xent", "load_balance", "router_z", "grad_norm", "lr")
-    aux = {name: jnp.float32(i + 0.5) for i, name in enumerate(names)}
-    return aux | {"tokens": jnp.float32(64), "router": make_stats(np.ones((2, 1, 4)), 2)} | changes
+def make_report(more: dict) -> StepMetrics:
+    number = lambda i: jnp.float32(i + 0.5)
+    terms = {"xent": number(1), "load_balance": number(2), "router_z": number(3)} | more
+    router = make_stats(np.ones((2, 1, 4)), 2)
+    return StepMetrics(number(0), number(4), terms, number(5), tokens=jnp.float32(64), router=router)
 
 
-def make_row(step=7, **changes):
+def make_row(step=7, more=()):
+    """more: further terms of the loss."""
     rates = {"tokens": 448, "tokens_per_second": 1000.0, "step_seconds": 0.064, "flops_per_token": 6e6, "peak": 1e12}
-    return metrics.train_metrics(step, make_aux(**changes), top_k=2, **rates)
+    return metrics.train_metrics(step, make_report(dict(more)), top_k=2, **rates)
 
 
 def test_train_metrics_row():
@@ -102,7 +104,7 @@ def test_train_metrics_row():
     assert row["mfu"] == pytest.approx(1000 * 6e6 / 1e12)
     assert list(make_row(8)) == list(row)
     raw = {"load_balance/a": 0.1, "load_balance_raw": 1.5, "load_balance_raw/a": 0.2, "router_z_raw": 2.5}
-    more = make_row(**raw)
+    more = make_row(more=raw)
     names = ["load_balance", "load_balance/a", "router_z", "load_balance_raw", "load_balance_raw/a", "router_z_raw"]
     assert [name for name in more if "load" in name or "router_z" in name][: len(names)] == names
     assert (more["load_balance"], more["load_balance_raw/a"], more["router_z_raw"]) == (2.5, 0.2, 2.5)

@@ -44,7 +44,7 @@ def trained(param_dtype: str, optimizer: str):
     before = jax.tree.map(np.asarray, state.params)
     for _ in range(2):
         state, aux = run(state, batch)
-    return before, state, float(aux["loss"])
+    return before, state, float(aux.loss)
 
 
 @pytest.mark.slow

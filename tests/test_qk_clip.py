@@ -134,8 +134,8 @@ def test_the_same_on_every_mesh_and_for_any_micro_batches(shape, micro, accumula
     """The maxima of the optimizer batch, and with exact accumulation the parameters after the step."""
     state, aux = after(shape, micro=micro, accumulation=accumulation, qk_clip=threshold())
     want = np.concatenate(list(maxima(state_of(ONE)[1].params).values()))
-    np.testing.assert_allclose(aux["max_logit"], want.max(), rtol=1e-5)
-    assert aux["clipped_heads"] == (want > threshold()).sum() and 3 <= aux["clipped_heads"] <= 9
+    np.testing.assert_allclose(aux.clipping["max_logit"], want.max(), rtol=1e-5)
+    assert aux.clipping["clipped_heads"] == (want > threshold()).sum() and 3 <= aux.clipping["clipped_heads"] <= 9
     if accumulation == "exact":
         for a, b in zip(*(jax.tree.leaves(s.params) for s in (state, after(qk_clip=threshold())[0])), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())

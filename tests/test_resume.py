@@ -86,8 +86,8 @@ class Run:
             rows = next(self.batches)
             self.seen.append({k: np.array(v) for k, v in rows.items()})
             self.state, aux = self.train_step(self.state, put_batch(rows, self.mesh, self.cfg))
-            self.losses.append(float(aux["loss"]))
-            self.tokens += float(aux["tokens"])
+            self.losses.append(float(aux.loss))
+            self.tokens += float(aux.tokens)
         return self
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from moe_jax.config import RunConfig
 from moe_jax.data import Corpus
 from moe_jax.errors import ConfigError
+from moe_jax.moe.program import Program
 from moe_jax.moe.stats import ChoiceSums, RouterStats
 from moe_jax.run import log
 from moe_jax.train import step
@@ -81,12 +82,13 @@ def evaluate(
     progress: bool = True,
     record: bool = False,
     earlier: tuple[dict, dict] | None = None,
+    program: Program | None = None,
 ) -> EvalResult:
     """Evaluate on the held-out split; `limit` > 0 takes that many batches, spread over it. Sums stay on the device.
 
     `record` adds what `analysis` needs of the tokens' choices, compared with those of `earlier`: (params, router_bias).
     """
-    run = step.make_eval_step(cfg, mesh, len(corpus.domains), record)
+    run = step.make_eval_step(cfg, mesh, len(corpus.domains), record, program)
     rows = process_rows(mesh, cfg.data.batch_size)
     sums = None
     batches = corpus.validation_batches(rows, limit)

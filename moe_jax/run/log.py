@@ -193,13 +193,12 @@ class Progress:
         if self._on and sys.stderr.isatty():
             self._bar = tqdm.tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=sys.stderr)
 
-    def update(self, step: int, values: dict[str, Any] | None = None, *, log: bool = False) -> None:
-        """`step` is done. values: the step's aux, or at a log step `train_metrics`' row, which also has the rate."""
+    def update(self, step: int, loss: float | None = None, rate: float | None = None, *, log: bool = False) -> None:
+        """`step` is done. rate: tokens per second, if it was measured again. log: whether to print now."""
         if not self._on:
             return
-        values = values or {}
-        loss = f"loss {float(values['loss']):.4f}" if "loss" in values else ""
-        self._rate = float(values.get("tokens_per_second", self._rate))
+        loss = "" if loss is None else f"loss {loss:.4f}"
+        self._rate = self._rate if rate is None else rate
         rate = f"{tqdm.tqdm.format_sizeof(self._rate)} tokens/s" if self._rate else ""
         done, self._step = step - self._step, step
         if self._bar is not None:

@@ -87,11 +87,11 @@ def replay(cfg: RunConfig, mesh: Mesh, folder: Path) -> str:
         broken = jax.device_get(jax.jit(_not_finite)({"params": state.params, "gradient": grads}))
     before = int(state.step)
     limits = then["limits"] and np.float32([float(x) for x in then["limits"]])
-    _, aux = step.make_train_step(cfg, mesh)(state, batch, limits)
-    now = {name: str(float(aux[name])) for name in guard.WATCHED}
+    _, report = step.make_train_step(cfg, mesh)(state, batch, limits)
+    now = {name: str(float(getattr(report, name))) for name in guard.WATCHED}
     lines = [f"step {before + 1} again; it was skipped as {then['reason']}"]
     lines += [f"  {name}: {then[name]} then, {now[name]} now" for name in guard.WATCHED]
-    same = bool(aux.get("skipped", 0)) and all(then[name] == now[name] for name in guard.WATCHED)
+    same = bool(report.skipped) and all(then[name] == now[name] for name in guard.WATCHED)
     lines.append("  reproduced" if same else "  not reproduced bit for bit")
     for name, values in rows.items():
         if np.issubdtype(values.dtype, np.floating) and (bad := ~np.isfinite(values)).any():

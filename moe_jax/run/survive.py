@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -148,5 +148,7 @@ class Preemption:
             self._at_once = False
 
 
-def say_stopped(step: int) -> None:
+def stop(step: int) -> NoReturn:
+    """Ends the program after a step that is saved."""
     print(f"stopped after step {step}, which is saved; the same command goes on", file=sys.stderr, flush=True)
+    raise Stopped

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.config import TrainConfig
 from moe_jax.errors import BadNumbers
+from moe_jax.train.metrics import StepMetrics
 
 WATCHED = ("loss", "grad_norm")
 
@@ -81,10 +82,10 @@ class Watch:
         middle = statistics.median(values)
         return middle + self._cfg.spike * statistics.median(abs(v - middle) for v in values)
 
-    def see(self, step: int, aux: Mapping[str, Any]) -> Skip | None:
-        """The host has read a step's result, in order. aux: its `loss`, `grad_norm` and, if checked, `skipped`."""
-        loss, norm = (float(aux[name]) for name in WATCHED)
-        if aux.get("skipped", 0):
+    def see(self, step: int, report: StepMetrics) -> Skip | None:
+        """Takes in the metrics of a step, on the host, in the order of steps; returns it if it was skipped."""
+        loss, norm = float(report.loss), float(report.grad_norm)
+        if report.skipped:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             self.last = Skip(step, loss, norm, self._reason(step, loss, norm))
             return self.last

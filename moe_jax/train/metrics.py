@@ -9,10 +9,24 @@ Axes: `L` layers, `G` balance groups, `E` experts, `K` experts per token.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+
+class StepMetrics(NamedTuple):
+    """What a train step reports: arrays on the device, numbers after `to_host`."""
+
+    loss: Any
+    grad_norm: Any
+    terms: dict[str, Any] | None = None  # of the loss by name (`LossParts.scalars`), then those without coefficients
+    lr: Any = 0.0
+    tokens: Any = 0.0  # counted in this step
+    router: Any = None  # RouterStats
+    clipping: dict[str, Any] | None = None  # of QK-clip, where it is on: max_logit and clipped_heads
+    skipped: Any = None  # 1 if the step was skipped, else 0; in a row of the log the number of skipped steps so far
+
 
 # --- sums → scalars --------------------------------------------------------------------------------------------------
 
@@ -52,7 +66,7 @@ def router_metrics(stats: Any, top_k: int) -> dict[str, float]:
 
 def train_metrics(
     step: int,
-    aux: dict[str, Any],
+    report: StepMetrics,
     *,
     top_k: int,
     tokens: float,
@@ -63,24 +77,29 @@ def train_metrics(
 ) -> dict[str, float]:
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
-    aux: the step's result on the host: scalars loss, xent, load_balance, router_z (as `losses.total_loss` names its
-        parts, which add up to loss), the last two without their coefficients as load_balance_raw and router_z_raw,
-        grad_norm, lr, with QK-clip max_logit and clipped_heads, skipped (steps so far), router: `RouterStats`.
+    report: on the host. Its terms are xent, load_balance[/<name>] and router_z, which add up to the loss, and the last
+        two without their coefficients as load_balance_raw[/<name>] and router_z_raw.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward by formula. peak: FLOP/s of all devices together; mfu is their ratio.
     """
-    of = lambda first: [name for name in aux if name.split("/")[0] == first]  # load_balance/<name> of further losses
-    names = ["loss", "xent", *of("load_balance"), "router_z", *of("load_balance_raw"), *of("router_z_raw")]
-    names += ["grad_norm", "lr"]
-    names += [name for name in ("max_logit", "clipped_heads", "skipped") if name in aux]
-    row = {"step": int(step)} | {name: float(aux[name]) for name in names}
+    skipped = {} if report.skipped is None else {"skipped": report.skipped}
+    named = {"loss": report.loss, **_ordered(report.terms), "grad_norm": report.grad_norm, "lr": report.lr}
+    clipping = {name: report.clipping[name] for name in ("max_logit", "clipped_heads")} if report.clipping else {}
+    row = {"step": int(step)} | {name: float(value) for name, value in (named | clipping | skipped).items()}
     row |= {
         "tokens": float(tokens),
         "tokens_per_second": float(tokens_per_second),
         "mfu": float(tokens_per_second) * flops_per_token / peak,
         "step_seconds": float(step_seconds),
     }
-    return row | router_metrics(aux["router"], top_k)
+    return row | router_metrics(report.router, top_k)
+
+
+def _ordered(terms: dict[str, Any]) -> dict[str, Any]:
+    """Terms of the loss in the order of the log: a jitted function returns a dict sorted by name."""
+    of = lambda first: [name for name in terms if name.split("/")[0] == first]  # load_balance/<name> of further losses
+    names = ["xent", *of("load_balance"), "router_z", *of("load_balance_raw"), *of("router_z_raw")]
+    return {name: terms[name] for name in names}
 
 
 def eval_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:

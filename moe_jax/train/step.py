@@ -19,16 +19,16 @@ from moe_jax.nn.layers import weight
 from moe_jax.parallel import overlap
 from moe_jax.train import cross_entropy, guard
 from moe_jax.train.gradients import forward, make_gradients
+from moe_jax.train.metrics import StepMetrics
 from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, under
 
 
 def make_train_step(
     cfg: RunConfig, mesh: Mesh, program: Program | None = None
-) -> Callable[..., tuple[TrainState, dict]]:
-    """Jitted (state, batch[, limits]) → (new state, what metrics.py names). The old state's buffers are donated.
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Jitted (state, batch[, limits]) → (new state, its metrics). The old state's buffers are donated.
 
     program: by default `choose_program`.
-
     A bad step (moe_jax/train/guard.py; limits: `Watch.limits`) counts as one and changes nothing else of the state.
     """
     gradients = make_gradients(cfg, mesh, program)
@@ -43,22 +43,21 @@ def make_train_step(
         counts = jnp.sum(sums.router.tokens_per_expert, axis=1)
         update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
         bias = jax.tree.map(lambda b: balance.update_bias(b, counts, *update), state.router_bias)
-        aux = {
-            "loss": loss,
-            **parts.scalars(),
-            **parts.raw,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(lr(_updates(state)), jnp.float32),
-            "tokens": sums.tokens,
-            "router": sums.router,
-            **clipping,
-        }
+        report = StepMetrics(
+            loss=loss,
+            terms={**parts.scalars(), **parts.raw},
+            grad_norm=optax.tree.norm(grads),
+            lr=jnp.asarray(lr(_updates(state)), jnp.float32),
+            tokens=sums.tokens,
+            router=sums.router,
+            clipping=clipping or None,
+        )
         made = (params, bias, opt_state)
         if cfg.train.skip_nonfinite:
-            bad = guard.is_bad(loss, aux["grad_norm"], limits)
-            made, aux["tokens"] = guard.unless(bad, (made, sums.tokens), (tuple(state[1:]), 0.0))
-            aux["skipped"] = bad.astype(jnp.float32)
-        return TrainState(state.step + 1, *made), aux
+            bad = guard.is_bad(loss, report.grad_norm, limits)
+            made, tokens = guard.unless(bad, (made, sums.tokens), (tuple(state[1:]), 0.0))
+            report = report._replace(tokens=tokens, skipped=bad.astype(jnp.float32))
+        return TrainState(state.step + 1, *made), report
 
     return under(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
 

@@ -1,0 +1,56 @@
+"""What a training loop reports of its steps: logged, shown, and watched for bad numbers."""
+
+from moe_jax.config import RunConfig
+from moe_jax.run.log import Progress, Writer
+from moe_jax.train import guard
+from moe_jax.train.metrics import OneBehind, StepMetrics, Throughput, train_metrics
+
+
+class Recorder:
+    """Records steps one behind, so that reading a step's metrics never leaves the device idle.
+
+    flops_per_token: forward and backward, by formula. peak: FLOP/s of all devices together.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        writer: Writer,
+        progress: Progress,
+        watch: guard.Watch,
+        clock: Throughput,
+        *,
+        flops_per_token: float,
+        peak: float,
+    ):
+        self._cfg, self._writer, self._progress, self._watch, self._clock = cfg, writer, progress, watch, clock
+        self._rates = {"flops_per_token": flops_per_token, "peak": peak}
+        self._pending = OneBehind()
+
+    def push(self, step: int, report: StepMetrics) -> None:
+        """Hands in the step just dispatched; the one before it is recorded. So is this one, if it may stop the run."""
+        self._record(self._pending.push(step, report))
+        if self._watch.near:
+            self.flush()
+
+    def flush(self) -> None:
+        """Records the step that is still waiting."""
+        self._record(self._pending.flush())
+
+    def _record(self, done: tuple[int, StepMetrics] | None) -> None:
+        if done is None:
+            return
+        step, report = done
+        train, rate = self._cfg.train, None
+        self._clock.add(report.tokens)
+        if skip := self._watch.see(step, report):
+            self._writer.write(step, guard.row(skip, batch=step - 1), kind="skipped")
+            self._progress.write(f"step {step} skipped, {skip.reason}; batch {step - 1} of seed {self._cfg.seed}")
+        if report.skipped is not None:
+            report = report._replace(skipped=self._watch.skipped)
+        logged = step % train.log_every == 0 or step == train.steps
+        if logged:
+            row = train_metrics(step, report, top_k=self._cfg.model.moe.top_k, **self._clock.read(), **self._rates)
+            self._writer.write(step, row)
+            rate = row["tokens_per_second"]
+        self._progress.update(step, float(report.loss), rate, log=logged)

@@ -97,7 +97,7 @@ def test_a_bad_step_changes_nothing_but_the_count(run):
     )
     aux = run.take(4, rows_of(4), np.float32([0.5, np.inf]))  # a spike
     assert aux.skipped == 1 and np.isfinite(aux.loss) and leaves(run.state[1:]) == before
-    lr = run.take(5, rows_of(5))["lr"]
+    lr = run.take(5, rows_of(5)).lr
     assert run.watch.in_a_row == 0 and run.watch.skipped == 2
 
     # For the optimizer the skipped steps never were: the same as without them, learning rate included.
@@ -105,7 +105,7 @@ def test_a_bad_step_changes_nothing_but_the_count(run):
     reset(run)
     for n, batch in enumerate((1, 2, 5), 1):
         last = run.take(n, rows_of(batch))
-    assert last["lr"] == lr and leaves(run.state[1:]) == got
+    assert last.lr == lr and leaves(run.state[1:]) == got
 
 
 @pytest.mark.slow

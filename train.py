@@ -165,7 +165,7 @@ def train(preemption: survive.Preemption):
             rows, limits = next(batches), watch.limits(n)
             state, report = train_step(state, put_batch(rows, mesh, cfg), limits)
             recorder.push(n, report)
-            if watch.stopped:
+            if watch.limit_reached:
                 replay.give_up(workdir, cfg, state, rows, watch.last, limits)
             if evaluation.is_due(n):
                 recorder.flush()

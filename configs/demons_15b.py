@@ -14,53 +14,30 @@ ours, with Qwen's vocabulary size.
 
 To compare with balancing over a micro-batch, set `loss.balance_batch=16`; nothing else changes.
 
+configs/demons_3b.py sets what this file does not.
+
 Bring a tokenizer and text: `data.tokenizer.path` and `data.sources.text.path`.
 """
 
-from moe_jax import config as config_lib
+from configs import demons_3b
 
 
 def get_config():
-    config = config_lib.default_config()
+    config = demons_3b.get_config()
 
     model = config.model
-    model.vocab_size = 151_936
     model.d_model = 3072
     model.num_layers = 34
     model.num_heads = 32
     model.num_kv_heads = 4
-    model.head_dim = 128
-    model.qk_norm = True
-    model.remat = "full"
+    model.tie_embeddings = False
     model.moe.num_experts = 160
-    model.moe.top_k = 4
-    model.moe.num_shared_experts = 4
     model.moe.d_expert = 256
 
-    config.loss.load_balance_coef = 0.008
-    config.loss.router_loss_layers = "sum"  # as Megatron adds them; the paper does not say
-    config.loss.balance_batch = "global"
-    config.loss.router_z_coef = 0.001
-
-    config.optim.name = "adamw"
-    config.optim.lr = 3e-4
-    config.optim.warmup_steps = 2000
-    config.optim.schedule = "cosine"
-
     config.data.batch_size = 1024
-    config.data.seq_len = 4096
-    config.data.tokenizer.kind = "huggingface"
-    config.data.tokenizer.path = "data/tokenizer.json"
-    config.data.sources = {"text": config_lib.source(kind="files", path="data/text/*.jsonl.gz")}
-    config.data.num_workers = 8
 
-    config.mesh.data = -1
-    config.mesh.fsdp = 8
     config.mesh.expert = 8
 
     config.train.steps = 100_000  # 419.4B tokens
     config.train.micro_batches = 4  # 2 a device at a time
-    config.train.eval_every = 2000
-    config.train.eval_batches = 50
-    config.train.checkpoint_every = 2000
     return config

@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax import config
 from moe_jax.parallel import sharding
-from moe_jax.train.gradients import _deal_tokens, make_gradients
+from moe_jax.train.gradients import _random_groups, make_gradients
 from moe_jax.train.state import abstract_state, init_state, process_rows, put_batch
 from tests import balance_reference as reference
 from tests import two_processes
@@ -185,7 +185,7 @@ def test_shuffled_tokens(mesh, micro):
     arguments = (micro, "none", "exact", ("load_balance/eight",), True)
     cfg, device_mesh, _, _ = compiled(mesh, arguments)
     with jax.set_mesh(device_mesh):
-        groups = [np.asarray(_deal_tokens(cfg, (B, S), jnp.int32(n))) for n in (0, 1)]
+        groups = [np.asarray(_random_groups(cfg, (B, S), jnp.int32(n))) for n in (0, 1)]
     assert (groups[0] != groups[1]).mean() > 0.5
     assert all((np.bincount(g.ravel()) == 8 * S).all() for g in groups)
     rows = batch_rows(True)

@@ -65,7 +65,7 @@ class Run:
     def take(self, n: int, rows: dict, limits=None) -> dict:
         limits = self.watch.limits(n) if limits is None else limits
         self.state, aux = self.train_step(self.state, put_batch(rows, self.mesh, self.cfg), limits)
-        self.watch.see(n, aux)
+        self.watch.record(n, aux)
         return jax.device_get(aux)
 
 
@@ -127,10 +127,10 @@ def test_nothing_bad_is_bit_identical_to_no_check(monkeypatch):
 def test_three_in_a_row_stop_and_the_dump_replays(run, tmp_path, shape):
     reset(run).take(1, rows_of(1))
     for n in (2, 3, 4):
-        assert run.watch.near == (n == 4) and not run.watch.stopped
+        assert run.watch.next_skip_stops == (n == 4) and not run.watch.limit_reached
         rows = poisoned(rows_of(n))
         run.take(n, rows)
-    assert run.watch.stopped
+    assert run.watch.limit_reached
     with pytest.raises(BadNumbers, match=r"step 4: 3 steps in a row .* not finite: loss nan.*--replay=.*dumps/4"):
         replay.give_up(tmp_path, run.cfg, run.state, rows, run.watch.last, run.watch.limits(4))
     folder = tmp_path / "dumps" / "4"
@@ -158,7 +158,7 @@ def train_config(**fields) -> config.TrainConfig:
 def watched(values, watch=None, first=1) -> guard.Watch:
     watch = watch or guard.Watch(train_config())
     for n, value in enumerate(values, first):
-        watch.see(n, StepMetrics(value, 10 * value, skipped=0.0))
+        watch.record(n, StepMetrics(value, 10 * value, skipped=0.0))
     return watch
 
 
@@ -184,12 +184,12 @@ def test_limits_are_the_same_after_a_resume_at_any_step():
 def test_a_skipped_step_is_no_measure_for_the_next():
     watch = watched([3.0, 3.1, 3.2, 3.1, 3.0, 2.9, 3.0, 3.1, 3.0, 3.0])
     before = watch.limits(14).tolist()
-    skip = watch.see(11, StepMetrics(9.0, 30.0, skipped=1.0))
+    skip = watch.record(11, StepMetrics(9.0, 30.0, skipped=1.0))
     assert skip.reason.startswith("spike: loss 9 above 3.") and "gradient norm" not in skip.reason
-    assert watch.limits(14).tolist() == before and watch.near and not watch.stopped
+    assert watch.limits(14).tolist() == before and watch.next_skip_stops and not watch.limit_reached
     assert guard.row(skip, batch=10) == {"reason": skip.reason, "batch": 10, "loss": 9.0, "grad_norm": 30.0}
-    watch.see(12, StepMetrics(9.0, 30.0, skipped=1.0))
-    assert watch.stopped and watch.skipped == 2
+    watch.record(12, StepMetrics(9.0, 30.0, skipped=1.0))
+    assert watch.limit_reached and watch.skipped == 2
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_run_that_ends_in_skipped_steps_does_not_end_well(skipped, says):
     watch = guard.Watch(train_config(spike=0.0, max_skipped=10))
     for n in range(1, 7):
         bad = n in skipped
-        watch.see(n, StepMetrics(np.nan if bad else 3.0, 1.0, skipped=float(bad)))
+        watch.record(n, StepMetrics(np.nan if bad else 3.0, 1.0, skipped=float(bad)))
     again = guard.Watch(train_config(spike=0.0), watch.state())  # the same command, with nothing left to do
     for one in (watch, again):
         if says is None:
@@ -236,6 +236,6 @@ def test_a_run_that_ends_in_skipped_steps_does_not_end_well(skipped, says):
 
 def test_a_run_of_one_skipped_step():
     watch = guard.Watch(train_config(spike=0.0))
-    watch.see(1, StepMetrics(np.inf, 1.0, skipped=1.0))
+    watch.record(1, StepMetrics(np.inf, 1.0, skipped=1.0))
     with pytest.raises(BadNumbers, match="all 1 steps were skipped"):
         guard.check_end(watch, 1)

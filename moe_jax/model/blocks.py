@@ -17,7 +17,7 @@ from moe_jax.nn.remat import keep
 
 
 class Inputs(NamedTuple):
-    """One (micro-)batch as the model sees it."""
+    """A (micro-)batch: the input of the model."""
 
     tokens: Int[Array, "B S"]
     positions: Int[Array, "B S"]
@@ -26,10 +26,10 @@ class Inputs(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
-    """What one block gives; of a scan over blocks all but `x` have a leading axis of layers."""
+    """The result of one block. A scan over blocks adds a leading axis of layers to all but `x`."""
 
     x: Float[Array, "B S D"]
-    stats: RouterStats | None  # None of a block without experts
+    stats: RouterStats | None  # None in a block without experts
     cache: KVCache | None
     choices: Choices | None
     max_logit: Float[Array, "B N"] | None
@@ -39,7 +39,7 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a GLU or an MoE."""
 
     def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, program: Program):
-        out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # residual branches add up over 2·L writes
+        out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # 2·L branches add to the residual stream
         self.eps, self.max_logit = cfg.norm_eps, program.max_logit
         self.attention_norm = init.ones((cfg.d_model,), "norm")
         self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention)
@@ -53,9 +53,9 @@ class Block(nnx.Module):
         h = rms_norm(x, self.attention_norm[...], self.eps)
         counted = inputs.info.counted if self.max_logit else None
         with jax.named_scope("attention"):
-            y, cache, top = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
+            y, cache, max_logit = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
         x = keep(x + y, "residual")
         h = rms_norm(x, self.mlp_norm[...], self.eps)
         with jax.named_scope("mlp" if self.moe is None else "moe"):
             y, stats, choices = (self.mlp(h), None, None) if self.moe is None else self.moe(h, inputs.info)
-        return BlockOutput(x + y, stats, cache, choices, top)
+        return BlockOutput(x + y, stats, cache, choices, max_logit)

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model, by formula."""
+"""Numbers of parameters and FLOPs of a model, by formula."""
 
 import dataclasses
 
@@ -11,14 +11,15 @@ from moe_jax.nn.layers import ACTIVATIONS
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters. Active: used for one token, that is without the routed experts it does not choose."""
+    """Numbers of parameters. Active parameters are those used for one token: without the experts it does not choose."""
 
     total: int
     active: int
-    active_no_embedding: int  # … and without the embedding and output tables
+    active_no_embedding: int  # also without the embedding and output tables
 
 
 def count_parameters(cfg: ModelConfig) -> Counts:
+    """Counts the parameters of a model, without allocating any."""
     shapes = abstract(cfg).shapes
     total = sum(x.size for x in jax.tree.leaves(shapes))
     expert = (2 + ACTIVATIONS[cfg.activation].gated) * cfg.d_model * cfg.moe.d_expert
@@ -30,9 +31,9 @@ def count_parameters(cfg: ModelConfig) -> Counts:
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of one training token, forward and backward: 6 per active matmul weight, plus causal attention.
 
-    The embedding look-up is no matmul, the output matrix is. Attention: 2 products of S/2 keys on average, 6·S·N·H a
-    layer, of which values have their own H in MLA. Recomputation is not counted (this is MFU's numerator, not the
-    hardware's).
+    The output matrix counts as a matmul, the embedding look-up does not. Attention is two products with S/2 keys on
+    average: 6·S·N·H a layer; in MLA the product with values has their head size. Recomputation is not counted: these
+    are the FLOPs of the model, MFU's numerator, not those that the hardware does.
     """
     matmul = count_parameters(cfg).active_no_embedding + cfg.vocab_size * cfg.d_model
     leaves = jax.tree_util.tree_leaves_with_path(abstract(cfg).shapes)

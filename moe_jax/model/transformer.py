@@ -1,7 +1,7 @@
-"""The decoder: blocks stacked and scanned, and what it counts: parameters and FLOPs.
+"""The decoder: stacked blocks, scanned over layers.
 
 `Transformer` is an NNX module; NNX ends at the `jit` border. `abstract(cfg)` gives the graph and the shapes once,
-`init(cfg, seed)` the parameters as plain nested dicts, `bind(...)` puts them together inside a jitted function.
+`init(cfg, seed)` the parameters as plain nested dicts, and `Graph.bind` joins the two inside a jitted function.
 """
 
 from typing import Any, NamedTuple
@@ -25,13 +25,13 @@ from moe_jax.tree import nest
 
 
 class Output(NamedTuple):
-    """L: MoE layers."""
+    """The result of the decoder. L counts MoE layers, but for `max_logit`, where it counts the layers of a stack."""
 
     hidden: Float[Array, "B S D"]  # after the last norm
     stats: RouterStats  # [L, G, …]
-    cache: list[KVCache | None]  # the new one: of the dense layers, of the MoE layers
-    choices: Choices | None  # [L, B, S, …] if the graph records them
-    max_logit: dict[str, Float[Array, "L N"]] | None  # by stack of layers as in the parameters, if the graph asks
+    cache: list[KVCache | None]  # with the new tokens: of the dense layers, of the MoE layers
+    choices: Choices | None  # [L, B, S, …]; None unless the program records them
+    max_logit: dict[str, Float[Array, "L N"]] | None  # by stack of layers; None unless the program asks for it
 
 
 class Transformer(nnx.Module):
@@ -55,7 +55,7 @@ class Transformer(nnx.Module):
         with jax.named_scope("embedding"):
             x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
         dense_cache, moe_cache = cache or (None, None)
-        max_logit, (stats, choices) = {}, self._no_layers(inputs)
+        max_logit, (stats, choices) = {}, self._without_moe(inputs)
         if self.cfg.num_dense_layers:
             x, _, dense_cache, _, max_logit["dense_layers"] = self._scan(
                 self.dense_layers, x, inputs, dense_cache, start
@@ -63,11 +63,11 @@ class Transformer(nnx.Module):
         if self.cfg.num_moe_layers:
             x, stats, moe_cache, choices, max_logit["layers"] = self._scan(self.layers, x, inputs, moe_cache, start)
         hidden = rms_norm(x, self.final_norm[...], self.cfg.norm_eps)
-        largest = {name: jnp.max(of, axis=1) for name, of in max_logit.items()} if self.program.max_logit else None
-        return Output(hidden, stats, [dense_cache, moe_cache], choices, largest)
+        over_batch = {name: jnp.max(x, axis=1) for name, x in max_logit.items()} if self.program.max_logit else None
+        return Output(hidden, stats, [dense_cache, moe_cache], choices, over_batch)
 
-    def _no_layers(self, inputs: Inputs) -> tuple[RouterStats, Choices | None]:
-        """What no MoE layer counts and chooses: L = 0."""
+    def _without_moe(self, inputs: Inputs) -> tuple[RouterStats, Choices | None]:
+        """Statistics and choices of a model without MoE layers: arrays with L = 0."""
         g, moe = self.program.num_groups, self.cfg.moe
         stats = RouterStats(
             *(jnp.zeros((0, g, *more)) for more in ((), (moe.num_experts,), (moe.num_experts,), (), ()))
@@ -78,19 +78,20 @@ class Transformer(nnx.Module):
         return stats, Choices(jnp.zeros((*shape, moe.top_k), jnp.int32), jnp.zeros(shape))
 
     def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start) -> BlockOutput:
-        graph, experts, others = nnx.split(blocks, _of_experts, ...)
-        scattered = sharding.current_sizes().get("fsdp", 1) > 1  # the experts' gradients
+        graph, experts, others = nnx.split(blocks, _is_expert_weight, ...)
+        reduces = sharding.current_sizes().get("fsdp", 1) > 1  # the experts' gradients are summed over devices
 
         def body(x, layer):
             experts, others, layer_cache = layer
-            if scattered and jax.tree.leaves(experts):
+            if reduces and jax.tree.leaves(experts):
                 x, experts = overlap.reduce_first(x, experts)
             out = nnx.merge(graph, experts, others)(x, inputs, layer_cache, start)
             return out.x, out._replace(x=None)
 
         policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, len(jax.tree.leaves(others)[0]))
         if policy is not None:
-            # In a loop of one layer a turn XLA cannot see that it is computed twice, and a barrier would only cost.
+            # XLA cannot merge the recomputation of a layer with its forward pass across loop iterations of one layer
+            # each, so that the barriers of prevent_cse would only cost time.
             body = jax.checkpoint(body, policy=policy, prevent_cse=unroll > 1)
         x, out = jax.lax.scan(body, x, (experts, others, cache), unroll=unroll)
         return out._replace(x=x)
@@ -101,20 +102,21 @@ class Transformer(nnx.Module):
         return self.embed if self.cfg.tie_embeddings else self.head
 
     def empty_cache(self, batch: int, length: int) -> list[KVCache | None]:
+        """A cache of zeros for `length` tokens of `batch` sequences: of the dense layers, of the MoE layers."""
         cfg = self.cfg
         out = P(None, sharding.AXES, None, None, None) if sharding.current_sizes() else None
 
-        def of(layers):
+        def zeros_for(layers):
             latent = (1, cfg.mla.kv_rank + cfg.mla.rope_dim)
             shape = (layers, batch, length, *(latent if cfg.mla.kv_rank else (cfg.num_kv_heads, cfg.head_dim)))
             zeros = lambda: jnp.zeros(shape, cfg.compute_dtype, out_sharding=out)
             return KVCache(zeros(), None if cfg.mla.kv_rank else zeros()) if layers else None
 
-        return [of(cfg.num_dense_layers), of(cfg.num_moe_layers)]
+        return [zeros_for(cfg.num_dense_layers), zeros_for(cfg.num_moe_layers)]
 
 
 class Graph(NamedTuple):
-    """A model without its weights."""
+    """A model without its weights: its structure, and the axes and shapes of its parameters."""
 
     definition: Any
     axes: dict  # logical axes of every parameter, in the tree of `params`
@@ -125,7 +127,7 @@ class Graph(NamedTuple):
         return nnx.merge(self.definition, params, router_bias)
 
 
-def _of_experts(_, variable: nnx.Variable) -> bool:
+def _is_expert_weight(_, variable: nnx.Variable) -> bool:
     return "experts" in variable.get_metadata().get("axes", ())
 
 
@@ -148,9 +150,9 @@ def abstract(cfg: ModelConfig, program: Program = REFERENCE) -> Graph:
 
 
 def init(cfg: ModelConfig, seed: Array) -> tuple[dict, dict]:
-    """Parameters and router biases as nested dicts, born sharded. The values do not depend on the mesh.
+    """Parameters and router biases as nested dicts, created sharded. The values do not depend on the mesh.
 
-    Not to be jitted as a whole: weights of one shape share one compilation.
+    Do not jit this as a whole: outside `jit`, weights of one shape share one compilation.
     """
     model = Transformer(cfg, nnx.Rngs(params=seed), REFERENCE)
     _, params, bias = _split(model)

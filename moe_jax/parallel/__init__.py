@@ -1,1 +1,1 @@
-"""The mesh: logical axes of arrays, where they lie, and when XLA sends."""
+"""The mesh: logical axes of arrays, where they lie, and when XLA communicates."""

@@ -1,4 +1,4 @@
-"""When XLA sends: options of the compiler, and a barrier that brings gradients forward."""
+"""When XLA communicates: compiler options, and a barrier that schedules the sums of gradients earlier."""
 
 import functools
 import os
@@ -12,9 +12,9 @@ from moe_jax.parallel.sharding import BATCH, Tree
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """What XLA is told for programs whose devices talk: on GPUs, to send while it computes, which it does not unasked.
+    """XLA options for a program on this mesh: on GPUs they let it communicate while it computes.
 
-    If the user's XLA_FLAGS name it, they decide.
+    An option that the user's XLA_FLAGS name is left to them.
     """
     flag, device = "xla_gpu_enable_latency_hiding_scheduler", mesh.devices.flat[0]
     if mesh.size == 1 or device.platform != "gpu" or flag in os.environ.get("XLA_FLAGS", ""):
@@ -24,19 +24,19 @@ def compiler_options(mesh: Mesh) -> dict[str, bool]:
 
 @jax.custom_vjp
 def reduce_first(x: Array, weights: Tree) -> tuple[Array, Tree]:
-    """Both unchanged; going back, the gradient of x waits for those of `weights`, summed over the mesh.
+    """Identity. In the backward pass the gradient of x is delayed until the summed gradients of `weights` arrive.
 
-    x: what a layer starts from, split as `BATCH`; weights, a pytree: those of a later part of the layer, so that what
-    lies between the two is computed while the sums are on their way. Left to itself, XLA's scheduler for GPUs puts the
-    weight gradients of all layers, and all that is sent of them, behind the backward pass of the first layer, where too
-    little is left to compute beside them. The schedulers of other platforms are left to themselves.
+    x: the input of a layer, sharded as `BATCH`. weights: a pytree of weights of a later part of the layer. XLA then
+    computes the gradients between the two while the sums are under way. Without this, its scheduler for GPUs puts the
+    weight gradients of all layers, and their sums, after the backward pass of the first layer, where too little
+    computation is left to overlap with them. On other platforms the gradient passes through.
     """
     return x, weights
 
 
 def _wait(dx: Array, dws: Tree) -> Array:
-    """dx, once a number of each of dws is there. XLA removes optimization barriers before it schedules, so the
-    dependency is one of data: an infinite gradient, of which every later one is as good as NaN, makes it NaN."""
+    """dx, made to depend on one entry of each of dws. XLA removes optimization barriers before it schedules, so the
+    dependency must be one of data: an infinite entry makes dx NaN, and such a step is lost in any case."""
     bad = functools.reduce(jnp.logical_or, (jnp.isinf(dw[(0,) * dw.ndim]) for dw in jax.tree.leaves(dws)))
     return jnp.where(bad, jnp.nan, dx).astype(dx.dtype)
 

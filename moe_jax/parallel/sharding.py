@@ -1,4 +1,4 @@
-"""Mesh construction, the table from logical axes to mesh axes, and when XLA sends.
+"""Mesh construction, and the table from logical axes to mesh axes.
 
 The mesh always has the axes of `AXES`, all Explicit; an axis of size 1 is kept. The batch is split over all three.
 
@@ -25,7 +25,7 @@ from moe_jax.config.fields import require
 Tree = TypeVar("Tree")
 AXES = ("data", "fsdp", "expert")
 BATCH = PartitionSpec(AXES)  # the leading (batch) dimension of activations and data
-# Logical axes of weights: what may be sharded, in the order in which it is tried, and what never is.
+# Logical axes of weights: those that may be sharded, in the order in which they are tried, and those that never are.
 FSDP_ORDER = ("vocab", "embed", "mlp", "heads")
 REPLICATED = ("layers", "norm", "latent", "router_embed", "router_experts")
 
@@ -33,23 +33,24 @@ REPLICATED = ("layers", "norm", "latent", "router_embed", "router_experts")
 def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:
     """The mesh of `(data, fsdp, expert)` sizes over the first of `devices` (default: all).
 
-    An axis may be a part of an axis of a TPU's torus (8 chips of 4 × 4 × 4). Of several TPU slices each has its own
-    part of `data`, so that nothing else crosses the network between them; ConfigError where it cannot be divided so.
+    A mesh axis may be a part of an axis of a TPU's torus (8 chips of 4 × 4 × 4). Where there are several TPU slices,
+    `data` is divided between them, so that only its sums cross the network. Raises ConfigError where it cannot be.
     """
     devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
     slices = count_slices(devices)
     rule = f"must be a multiple of the {slices} slices: only data lies across them"
     require(shape[0] % slices == 0, "mesh.data", shape[0], rule, f"nearest valid: {-(-shape[0] // slices) * slices}")
     if slices > 1:
-        of_slice = (shape[0] // slices, *shape[1:])
-        placed = mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        slice_shape = (shape[0] // slices, *shape[1:])
+        sizes = (slice_shape, (slices, 1, 1))
+        placed = mesh_utils.create_hybrid_device_mesh(*sizes, devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def count_slices(devices) -> int:
-    """TPU slices that these devices are of: within one chips are wired together, between them there is a network."""
+    """The number of TPU slices among these devices. Chips of one slice are wired together; a network joins slices."""
     return len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"} or {None})
 
 
@@ -58,7 +59,7 @@ def weight_spec(
 ) -> PartitionSpec:
     """The spec of a weight with logical `axes` on a mesh with axis `sizes`. Total: an unknown axis is a ValueError.
 
-    cut_experts: as if there were too few of them for whole matrices.
+    cut_experts: shards the experts' matrices even where there are enough experts to keep each matrix whole.
     """
     for name in axes:
         if name not in (*FSDP_ORDER, *REPLICATED, "experts"):
@@ -67,7 +68,7 @@ def weight_spec(
     wanted = [("fsdp", "expert"), ("fsdp",), ("expert",)]
     if "experts" in axes:
         at = axes.index("experts")
-        # Whole matrices, if there are enough: they are gathered without a transposition, and Muon's need not travel.
+        # Whole matrices are gathered without a transposition, and Muon need not move them.
         if not cut_experts and shape[at] % (sizes["expert"] * sizes["fsdp"]) == 0:
             spec[at] = ("expert", "fsdp")
             return PartitionSpec(*spec)
@@ -89,14 +90,14 @@ def current_sizes() -> dict[str, int]:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """`x` gathered to every device: how a sharded weight is read. Its gradient is reduced and scattered back."""
+    """Gathers `x` to every device, as a sharded weight is read. Its gradient is reduced and scattered back."""
     return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if current_sizes() else x
 
 
 def reshape_tail(x: jax.Array, keep: int, *tail: int) -> jax.Array:
-    """`x` with all but its first `keep` dimensions reshaped to `tail`; those `keep` stay sharded as they are.
+    """Reshapes all but the first `keep` dimensions of `x` to `tail`; the first `keep` stay sharded.
 
-    Said explicitly, because a reshape forgets the sharding of a dimension of size 1 (one row, one new token).
+    The sharding is given explicitly, because a reshape loses that of a dimension of size 1 (one row, one new token).
     """
     if not current_sizes():
         return x.reshape(*x.shape[:keep], *tail)
@@ -105,10 +106,11 @@ def reshape_tail(x: jax.Array, keep: int, *tail: int) -> jax.Array:
 
 
 def per_device(fn: Callable, split: int, whole: int = 0, *, check_vma: bool = True) -> Callable:
-    """fn on each device's own sequences: `split` arguments cut along the batch, then `whole` ones replicated.
+    """Runs fn on each device's own sequences: the first `split` arguments are sharded along the batch, then `whole`
+    ones are replicated.
 
-    For functions of one sequence at a time: nothing is communicated going forward, and the gradient of a `whole`
-    argument is summed over the mesh once. Without `check_vma` there must be none: nobody would sum it.
+    fn must treat each sequence on its own. The forward pass communicates nothing; the gradient of a replicated argument
+    is summed over the mesh once. Without `check_vma` that sum would be missing, so replicated arguments are refused.
     """
     if whole and not check_vma:
         raise ValueError("without check_vma the gradient of a replicated argument would not be summed")

@@ -30,7 +30,7 @@ class Recorder:
     def push(self, step: int, report: StepMetrics) -> None:
         """Hands in the step just dispatched; the one before it is recorded. So is this one, if it may stop the run."""
         self._record(self._pending.push(step, report))
-        if self._watch.near:
+        if self._watch.next_skip_stops:
             self.flush()
 
     def flush(self) -> None:
@@ -43,7 +43,7 @@ class Recorder:
         step, report = done
         train, rate = self._cfg.train, None
         self._clock.add(report.tokens)
-        if skip := self._watch.see(step, report):
+        if skip := self._watch.record(step, report):
             self._writer.write(step, guard.row(skip, batch=step - 1), kind="skipped")
             self._progress.write(f"step {step} skipped, {skip.reason}; batch {step - 1} of seed {self._cfg.seed}")
         if report.skipped is not None:

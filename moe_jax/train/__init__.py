@@ -1,1 +1,1 @@
-"""One optimizer step: loss, gradients, state, metrics."""
+"""One optimizer step: loss, gradients, state, metrics, and steps that are skipped."""

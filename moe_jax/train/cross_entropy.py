@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens, a chunk at a time: the logits of a whole batch never exist."""
+"""Cross-entropy of tokens, computed in chunks, so that the logits of a whole batch never exist."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.parallel import sharding
 from moe_jax.parallel.axes import varying_like
 
-CHUNK = 2048  # tokens of a device whose logits exist at one time
+CHUNK = 2048  # tokens of a device in one chunk: only their logits exist at a time
 
 
 def token_nll(
@@ -16,7 +16,7 @@ def token_nll(
     """−log softmax(hidden · outputᵀ)[target] in float32, nats, for evaluation. `[B, S, V]` never exists."""
 
     def local(hidden, targets, output):
-        step = lambda _, part: (None, _logits(part[0], output, part[1])[1])
+        step = lambda _, part: (None, _log_softmax(part[0], output, part[1])[1])
         parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
         _, nll = jax.lax.scan(step, None, parts)
         return nll.reshape(-1)[: targets.size].reshape(targets.shape)
@@ -32,12 +32,12 @@ def summed_nll(
 ) -> Float[Array, ""]:
     """Σ weights · `token_nll`, for training: every logit is computed once, and so is its gradient.
 
-    The gradient of a sum is known up to a factor when it is computed, so the forward pass leaves those in hidden and
-    output behind, and no logits. There is none in weights.
+    The gradient of a sum is known up to a factor when the sum is computed. So the forward pass keeps the gradients of
+    hidden and output for the backward pass, and no logits. The gradient of weights is not computed: it is zero.
     """
 
     def local(hidden, targets, weights, output):
-        # Marked as varying here, so that its gradient is summed over devices once and not once a chunk.
+        # Marked as varying here, so that its gradient is summed over devices once, and not once for each chunk.
         output = jax.lax.pcast(output, sharding.AXES, to="varying") if sharding.current_sizes() else output
         return _summed_nll(hidden.reshape(-1, hidden.shape[-1]), output, targets.reshape(-1), weights.reshape(-1))[None]
 
@@ -45,7 +45,7 @@ def summed_nll(
 
 
 def _chunks(*arrays: Array) -> tuple[Array, ...]:
-    """`[T, …]` → `[n, C, …]` with C ≤ CHUNK and the fewest chunks; what is padded, under n tokens, comes last."""
+    """Splits `[T, …]` into the fewest chunks of at most CHUNK tokens: `[chunks, tokens, …]`. Padding comes last."""
     tokens = arrays[0].shape[0]
     count = -(-tokens // CHUNK)
     chunk = -(-tokens // count)
@@ -53,29 +53,29 @@ def _chunks(*arrays: Array) -> tuple[Array, ...]:
     return tuple(pad(a).reshape(count, chunk, *a.shape[1:]) for a in arrays)
 
 
-def _logits(h_CD, output, target_C):
-    """log softmax over the vocabulary, and the nll."""
-    logits = jnp.einsum("cd,vd->cv", h_CD, output, preferred_element_type=jnp.float32)
+def _log_softmax(hidden, output, targets):
+    """Log-probabilities over the vocabulary of the tokens of a chunk, and their negative log-likelihoods."""
+    logits = jnp.einsum("td,vd->tv", hidden, output, preferred_element_type=jnp.float32)
     log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return log_p, -jnp.take_along_axis(log_p, target_C[:, None], axis=-1)[:, 0]
+    return log_p, -jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
 
 
 @jax.custom_vjp
 def _summed_nll(h_TD, output, targets_T, weights_T):
-    step = lambda total, part: (total + jnp.sum(part[2] * _logits(part[0], output, part[1])[1]), None)
+    step = lambda total, part: (total + jnp.sum(part[2] * _log_softmax(part[0], output, part[1])[1]), None)
     return jax.lax.scan(step, varying_like(jnp.zeros(()), h_TD), _chunks(h_TD, targets_T, weights_T))[0]
 
 
 def _summed_nll_forward(h_TD, output, targets_T, weights_T):
-    """d logits = (softmax − one-hot) · weight, chunk by chunk."""
+    """Computes loss and gradients chunk by chunk: d logits = (softmax − one-hot) · weight."""
 
     def step(sums, part):
         total, d_output = sums
         h, target, weight = part
-        log_p, nll = _logits(h, output, target)
-        hit = jnp.arange(output.shape[0])[None, :] == target[:, None]
-        d_logits = ((jnp.exp(log_p) - hit) * weight[:, None]).astype(h.dtype)
-        d_output += jnp.einsum("cv,cd->vd", d_logits, h, preferred_element_type=jnp.float32)
+        log_p, nll = _log_softmax(h, output, target)
+        one_hot = jnp.arange(output.shape[0])[None, :] == target[:, None]
+        d_logits = ((jnp.exp(log_p) - one_hot) * weight[:, None]).astype(h.dtype)
+        d_output += jnp.einsum("tv,td->vd", d_logits, h, preferred_element_type=jnp.float32)
         return (total + jnp.sum(weight * nll), d_output), d_logits @ output
 
     zeros = varying_like(jnp.zeros(()), h_TD), jnp.zeros_like(output, dtype=jnp.float32)

@@ -1,8 +1,9 @@
 """Loss and gradients of one optimizer batch, in one micro-batch or many.
 
-The loss is defined on the optimizer batch. A micro-batch is a rematerialisation policy: a first pass through the layers
-sums the expert counts of all micro-batches, a second one computes each with the final frequencies in its loss, which is
-then linear in the micro-batch's sums. So loss and gradient are those of the whole batch for any number of them.
+The loss is defined on the optimizer batch; micro-batches save memory and do not change it. A first pass through the
+layers sums the expert counts of all micro-batches. A second pass computes each micro-batch with the frequencies of the
+whole batch in its loss, which is then linear in the micro-batch's sums. So the loss and gradients of all micro-batches
+add up to those of the whole batch, for any number of micro-batches.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from moe_jax.train.state import Batch, choose_program, split_micro_batches
 
 
 class Gradients(NamedTuple):
-    """Of an optimizer batch; or, of one micro-batch, what it adds to them."""
+    """Loss and gradients of an optimizer batch, or the part of them that one micro-batch contributes."""
 
     loss: Float[Array, ""]
     parts: LossParts
@@ -40,27 +41,27 @@ class Gradients(NamedTuple):
 
 
 def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -> Callable[..., Gradients]:
-    """A function (params, router_bias, batch, step) → `Gradients` of the optimizer batch.
+    """Makes the function (params, router_bias, batch, step) → `Gradients` of the optimizer batch.
 
     program: by default `choose_program`.
     """
     program = program or choose_program(cfg, mesh)
-    first_pass, count = model.abstract(cfg.model, program), cfg.train.micro_batches
+    count_graph, count = model.abstract(cfg.model, program), cfg.train.micro_batches
     graph = model.abstract(cfg.model, dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0))
 
     def gradients(params: dict, bias: dict, batch: Batch, step: Int[Array, ""]) -> Gradients:
         if cfg.loss.shuffle_tokens:
-            batch = batch._replace(group=_deal_tokens(cfg, batch.group.shape, step))
-        of_one = functools.partial(_of_micro_batch, cfg, graph, params, bias, step)
+            batch = batch._replace(group=_random_groups(cfg, batch.group.shape, step))
+        gradients_of = functools.partial(_micro_batch_gradients, cfg, graph, params, bias, step)
         weights = jnp.sum(batch.weights)
         if count == 1:
-            return of_one(batch, functools.partial(losses.exact_statistics, weights))
+            return gradients_of(batch, functools.partial(losses.exact_statistics, weights))
         micro = split_micro_batches(batch, count)
         if cfg.loss.accumulation == "exact":
-            first = functools.partial(_router_stats, cfg, first_pass, params, bias)
-            total = _exact(of_one, first, micro, weights)
+            stats_of = functools.partial(_router_stats, cfg, count_graph, params, bias)
+            total = _exact(gradients_of, stats_of, micro, weights)
         else:
-            total = _running(of_one, micro, weights, count)
+            total = _running(gradients_of, micro, weights, count)
         return total._replace(grads=jax.tree.map(lambda g, p: g.astype(p.dtype), total.grads, params))
 
     return gradients
@@ -72,7 +73,7 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
 def forward(
     cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch
 ) -> tuple[model.Output, Float[Array, "V D"]]:
-    """What the model makes of a batch, and the matrix from its hidden states to logits."""
+    """Runs the model on a batch. Returns its output, and the matrix that maps hidden states to logits."""
     net = graph.bind(params, bias)
     segments = batch.segment_ids if cfg.model.segment_mask else None
     info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group)
@@ -83,7 +84,7 @@ def _router_stats(cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, 
     return forward(cfg, graph, params, bias, batch)[0].stats
 
 
-def _of_micro_batch(
+def _micro_batch_gradients(
     cfg: RunConfig,
     graph: model.Graph,
     params: dict,
@@ -92,7 +93,7 @@ def _of_micro_batch(
     batch: Batch,
     statistics_of: Callable[[RouterStats], BatchStatistics],
 ) -> Gradients:
-    """Loss and gradients of one (micro-)batch; `statistics_of(stats)` supplies those of the optimizer batch."""
+    """Loss and gradients of one (micro-)batch. `statistics_of(its stats)` gives those of the optimizer batch."""
 
     def loss(params):
         out, matrix = forward(cfg, graph, params, bias, batch)
@@ -107,26 +108,26 @@ def _of_micro_batch(
     return Gradients(value, parts, sums, grads)
 
 
-def _in_float32(found: Gradients) -> Gradients:
-    """For a sum over micro-batches."""
-    return found._replace(grads=optax.tree.cast(found.grads, jnp.float32))
+def _cast_gradients(part: Gradients) -> Gradients:
+    """Casts gradients to float32, in which micro-batches are summed."""
+    return part._replace(grads=optax.tree.cast(part.grads, jnp.float32))
 
 
-# --- many of them ----------------------------------------------------------------------------------------------------
+# --- sums over micro-batches -----------------------------------------------------------------------------------------
 
 
-def _exact(of_one: Callable, first: Callable, micro: Batch, weights: Float[Array, ""]) -> Gradients:
-    """The sum over micro-batches, each with the statistics of all of them, which a first pass finds: `first`, without
-    logits or gradients."""
-    statistics = losses.exact_statistics(weights, _sum_over(lambda _, part: first(part), micro))
-    return _sum_over(lambda _, part: _in_float32(of_one(part, lambda stats: statistics)), micro)
+def _exact(gradients_of: Callable, stats_of: Callable, micro: Batch, weights: Float[Array, ""]) -> Gradients:
+    """Sums micro-batches, each with the statistics of the whole batch. A first pass finds these: `stats_of`, which
+    computes no logits and no gradients."""
+    statistics = losses.exact_statistics(weights, _sum_over(lambda _, part: stats_of(part), micro))
+    return _sum_over(lambda _, part: _cast_gradients(gradients_of(part, lambda stats: statistics)), micro)
 
 
-def _running(of_one: Callable, micro: Batch, weights: Float[Array, ""], count: int) -> Gradients:
-    """arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch, a mean over micro-batches."""
+def _running(gradients_of: Callable, micro: Batch, weights: Float[Array, ""], count: int) -> Gradients:
+    """Averages micro-batches as in arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch."""
     counted = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
 
-    def add(so_far: Gradients | None, part: Batch) -> Gradients:
+    def next_part(so_far: Gradients | None, part: Batch) -> Gradients:
         def statistics_of(own: RouterStats) -> BatchStatistics:
             before = jax.tree.map(jnp.zeros_like, own) if so_far is None else so_far.sums.router
             return BatchStatistics(
@@ -138,13 +139,13 @@ def _running(of_one: Callable, micro: Batch, weights: Float[Array, ""], count: i
                 share=1.0 / count,
             )
 
-        return _in_float32(of_one(part, statistics_of))
+        return _cast_gradients(gradients_of(part, statistics_of))
 
-    return _sum_over(add, micro)
+    return _sum_over(next_part, micro)
 
 
 def _sum_over(fn: Callable, micro: Batch) -> Any:
-    """Σ over micro-batches of fn(sum so far, micro-batch), any pytree; of `Maxima` in it, the largest instead.
+    """Sums fn(sum so far, micro-batch), a pytree, over micro-batches. `Maxima` in it are combined by maximum instead.
 
     The first call, under eval_shape, passes None for the sum.
     """
@@ -162,8 +163,8 @@ def _sum_over(fn: Callable, micro: Batch) -> Any:
     return jax.lax.scan(step, start, micro)[0]
 
 
-def _deal_tokens(cfg: RunConfig, shape: tuple[int, int], step: Int[Array, ""]) -> Int[Array, "B S"]:
-    """`loss.shuffle_tokens`: a random balance group for each token, all of `balance_unit` sequences' size."""
+def _random_groups(cfg: RunConfig, shape: tuple[int, int], step: Int[Array, ""]) -> Int[Array, "B S"]:
+    """Draws a balance group for each token (`loss.shuffle_tokens`). A group has as many as `balance_unit` sequences."""
     key = jax.random.fold_in(jax.random.key(cfg.seed), step)
-    dealt = jax.random.permutation(key, shape[0] * shape[1]) // (cfg.balance_unit * shape[1])
-    return jax.sharding.reshard(dealt.astype(jnp.int32).reshape(shape), P(sharding.AXES, None))
+    groups = jax.random.permutation(key, shape[0] * shape[1]) // (cfg.balance_unit * shape[1])
+    return jax.sharding.reshard(groups.astype(jnp.int32).reshape(shape), P(sharding.AXES, None))

@@ -1,12 +1,12 @@
-"""Bad numbers: which steps are skipped, counted, and when a run stops.
+"""Bad steps: how they are found, skipped and counted, and when they stop a run.
 
 A step is bad if its loss or the norm of its gradient is not finite, or (`train.spike` = k > 0) either is more than k
-median deviations above its median over the last `train.spike_window` good steps. A bad step leaves weights, moments and
-router biases as they were, and the learning rate's schedule with them: for the optimizer it never was, and its
-tokens are not counted. Its batch is spent all the same.
+median deviations above its median over the last `train.spike_window` good steps. A bad step does not change weights,
+moments, router biases or the learning rate's schedule: the optimizer does not see it. Its tokens are not counted; its
+batch is still consumed.
 
-The decision is a select inside the jitted step. The limits of a spike come from steps that the host has read already,
-n − 2 and earlier for step n, so nothing waits for them; the same ones after a resume.
+The decision is a select inside the jitted step. The limits for step n come from steps up to n − 2, which the host has
+read already, so nothing waits for them. A resumed run uses the same ones.
 """
 
 import statistics
@@ -38,12 +38,13 @@ class Skip(NamedTuple):
 
 
 def is_bad(loss: Float[Array, ""], grad_norm: Float[Array, ""], limits: Float[Array, "2"] | None) -> Bool[Array, ""]:
+    """Whether a step is to be skipped: a number is not finite, or above its limit in `limits` (`Watch.limits`)."""
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
     return bad if limits is None else bad | (loss > limits[0]) | (grad_norm > limits[1])
 
 
 def unless(bad: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """`old` if bad, else `new`, bit for bit; pytrees of one structure."""
+    """Selects `old` if bad, else `new`, bit for bit; both are pytrees of one structure."""
     return jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
 
 
@@ -51,9 +52,9 @@ def unless(bad: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 
 class Watch:
-    """Counts what the step skipped and sets the limits of a spike. Every process has one, and all say the same.
+    """Counts skipped steps and sets the limits above which a step is a spike. All processes reach the same result.
 
-    saved: `state()` of the run that is resumed.
+    saved: the `state()` that the resumed run saved.
     """
 
     def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None):
@@ -61,29 +62,29 @@ class Watch:
         self._cfg = cfg
         self.skipped: int = saved.get("skipped", 0)  # since the start of training
         self.in_a_row: int = saved.get("in_a_row", 0)
-        self.last: Skip | None = None  # the last one skipped
+        self.last: Skip | None = None  # the newest skipped step
         self._good: list[list[float]] = [list(row) for row in saved.get("good", [])]  # [step, loss, grad_norm]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON."""
+        """The state that a checkpoint keeps, as JSON."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "good": self._good}
 
     def limits(self, step: int) -> Float[np.ndarray, "2"] | None:
-        """Above these, loss and gradient norm of `step` are spikes. None without `train.spike`; ∞ until there are
-        `train.spike_window` good steps to compare with."""
+        """The limits of loss and gradient norm, above which `step` is a spike. They are ∞ until there are
+        `train.spike_window` good steps to compare with. Returns None without `train.spike`."""
         if not self._cfg.spike:
             return None
-        seen = [row[1:] for row in self._good if row[0] <= step - 2][-self._cfg.spike_window :]
-        if len(seen) < self._cfg.spike_window:
+        window = [row[1:] for row in self._good if row[0] <= step - 2][-self._cfg.spike_window :]
+        if len(window) < self._cfg.spike_window:
             return np.full(2, np.inf, np.float32)
-        return np.float32([self._limit(values) for values in zip(*seen, strict=True)])
+        return np.float32([self._limit(values) for values in zip(*window, strict=True)])
 
     def _limit(self, values: tuple[float, ...]) -> float:
         middle = statistics.median(values)
         return middle + self._cfg.spike * statistics.median(abs(v - middle) for v in values)
 
-    def see(self, step: int, report: StepMetrics) -> Skip | None:
-        """Takes in the metrics of a step, on the host, in the order of steps; returns it if it was skipped."""
+    def record(self, step: int, report: StepMetrics) -> Skip | None:
+        """Records the metrics of a step, on the host, in the order of steps. Returns the step if it was skipped."""
         loss, norm = float(report.loss), float(report.grad_norm)
         if report.skipped:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
@@ -103,17 +104,18 @@ class Watch:
         return f"spike: {', '.join(above)} (median and {self._cfg.spike:g} median deviations)"
 
     @property
-    def near(self) -> bool:
-        """One more bad step stops the run, so the next result is to be read before another step begins."""
+    def next_skip_stops(self) -> bool:
+        """Whether one more skipped step would stop the run: its result must be read before another step begins."""
         return self._cfg.skip_nonfinite and self.in_a_row >= self._cfg.max_skipped - 1
 
     @property
-    def stopped(self) -> bool:
+    def limit_reached(self) -> bool:
+        """Whether `train.max_skipped` steps in a row were skipped, so that the run has to stop."""
         return self.in_a_row >= self._cfg.max_skipped
 
 
 def check_end(watch: Watch, steps: int) -> None:
-    """Raises BadNumbers for a run of `steps` steps that ends in skipped ones: its last two or more, or all of them."""
+    """Raises BadNumbers for a run of `steps` steps if its last two or more, or all of them, were skipped."""
     if watch.in_a_row > 1 or (steps and watch.skipped == steps):
         many = "all" if watch.skipped == steps else f"the last {watch.in_a_row:,} of"
         why = f", the last as {watch.last.reason}" if watch.last else ""
@@ -123,5 +125,5 @@ def check_end(watch: Watch, steps: int) -> None:
 
 
 def row(skip: Skip, batch: int) -> dict[str, Any]:
-    """What `metrics.jsonl` keeps of it, kind "skipped". batch: its number in the run's data order, from 0."""
+    """The row of a skipped step in `metrics.jsonl`, kind "skipped". batch: its number in the data order, from 0."""
     return {"reason": skip.reason, "batch": batch, "loss": skip.loss, "grad_norm": skip.grad_norm}

@@ -1,4 +1,4 @@
-"""Cross-entropy, load-balancing loss, router z-loss, and the one place where coefficients meet losses."""
+"""The training loss: `total_loss` is the one place that joins coefficients to losses."""
 
 from typing import NamedTuple
 
@@ -13,16 +13,16 @@ from moe_jax.nn.qk_clip import Maxima
 
 
 class BatchSums(NamedTuple):
-    """Everything the loss needs of a batch, as sums: micro-batches, devices and hosts add up."""
+    """Everything that the loss needs from a batch, as sums, which add up over micro-batches, devices and hosts."""
 
     nll: Float[Array, ""]  # Σ weight · negative log-likelihood, nats
     tokens: Float[Array, ""]  # Σ weight
     router: RouterStats
-    maxima: Maxima | None = None  # not for the loss: for QK-clip
+    maxima: Maxima | None = None  # QK-clip needs them, the loss does not
 
 
 class LossParts(NamedTuple):
-    """Terms with their coefficients, which add up to the loss that was differentiated, and without."""
+    """The terms of the loss with their coefficients, which add up to the differentiated loss, and without (`raw`)."""
 
     xent: Float[Array, ""]  # nats per token
     router_z: Float[Array, ""]
@@ -30,15 +30,16 @@ class LossParts(NamedTuple):
     raw: dict[str, Float[Array, ""]]  # router losses without coefficients, by the names they are logged under
 
     def total(self) -> Float[Array, ""]:
+        """The loss: the sum of its terms."""
         return self.xent + self.router_z + sum(self.load_balance.values())
 
     def scalars(self) -> dict[str, Float[Array, ""]]:
-        """Every term of the loss by the name it is logged under."""
+        """The terms of the loss by the names they are logged under."""
         return {"xent": self.xent, **self.load_balance, "router_z": self.router_z}
 
 
 class BatchStatistics(NamedTuple):
-    """What the loss of a micro-batch needs to know of the whole optimizer batch.
+    """The statistics of the whole optimizer batch that the loss of each micro-batch depends on.
 
     Given these, the loss is linear in the micro-batch's sums: the parts of all micro-batches add up to those of the
     optimizer batch.
@@ -46,14 +47,14 @@ class BatchStatistics(NamedTuple):
 
     weights: Float[Array, ""]  # Σ weight of the optimizer batch
     counted: Float[Array, ""]  # counted tokens of the optimizer batch
-    load: Float[Array, "L G E"]  # assignments that f is taken from …
-    load_tokens: Float[Array, "L G"]  # … and the tokens they belong to
-    prob_tokens: Float[Array, "L G"]  # tokens that P is a mean over
-    share: float  # of this micro-batch in the mean over micro-batches: 1 if P is a mean over the optimizer batch
+    load: Float[Array, "L G E"]  # the assignments that f is computed from …
+    load_tokens: Float[Array, "L G"]  # … and the number of tokens they belong to
+    prob_tokens: Float[Array, "L G"]  # the number of tokens that P is a mean over
+    share: float  # weight of a micro-batch in a mean over them; 1 where P is a mean over the optimizer batch
 
 
 def exact_statistics(weights: Float[Array, ""], stats: RouterStats) -> BatchStatistics:
-    """The definition: both means over the optimizer batch, whose statistics these are."""
+    """The exact statistics: `stats` are those of the optimizer batch, and both f and P are means over it."""
     counted = jnp.sum(stats.tokens[:1])  # every layer sees the same tokens
     return BatchStatistics(
         weights=weights,
@@ -74,7 +75,7 @@ def total_loss(
 ) -> tuple[Float[Array, ""], LossParts]:
     """The training loss at `step`: nats per token, and the router losses averaged (or summed) over layers.
 
-    sums: those of a whole optimizer batch; or, with `batch`, those of one micro-batch, whose part in the loss it is.
+    sums: of the whole optimizer batch. With `batch`, they are of one micro-batch, and so is the result.
     """
     batch = exact_statistics(sums.tokens, sums.router) if batch is None else batch
     over_layers = jnp.mean if cfg.router_loss_layers == "mean" and len(sums.router.tokens) else jnp.sum
@@ -91,7 +92,7 @@ def total_loss(
 
 
 def _coef(term: LoadBalanceConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
-    """The term's coefficient at a step, counted from 0."""
+    """The coefficient of a term at a step, counted from 0."""
     if term.start_step == term.stop_step == 0:
         return term.coef
     on = (step >= term.start_step) & ((term.stop_step == 0) | (step < term.stop_step))
@@ -101,6 +102,7 @@ def _coef(term: LoadBalanceConfig, step: Int[Array, ""] | int) -> Float[Array, "
 def _load_balance(
     stats: RouterStats, batch: BatchStatistics, cfg: LossConfig, term: LoadBalanceConfig, top_k: int
 ) -> Float[Array, " L"]:
+    """One term of the load-balancing loss in each layer, after merging balance groups to the term's own size."""
     fine = stats.tokens.shape[-1]
     groups = 1 if term.balance_batch == "global" else fine * cfg.balance_unit // term.balance_batch
     merge = lambda x: jnp.sum(x.reshape(x.shape[0], groups, fine // groups, *x.shape[2:]), axis=2)
@@ -110,13 +112,13 @@ def _load_balance(
 
 
 def describe(cfg: LossConfig, micro_batches: int) -> str:
-    """One line: which load-balancing losses are on, and whether they are exact."""
+    """Describes in one line which load-balancing losses are on, and whether they are exact."""
     over = lambda b: "the optimizer batch" if b == "global" else "each sequence" if b == 1 else f"{b} sequences"
-    dealt = " at random, token by token" if cfg.shuffle_tokens else ""
+    shuffled = " at random, token by token" if cfg.shuffle_tokens else ""
     when = lambda t: (
         (f" after step {t.start_step}" if t.start_step else "") + (f" until step {t.stop_step}" if t.stop_step else "")
     )
-    terms = [f"{t.coef:g} over {over(t.balance_batch)}{dealt}{when(t)}" for t in cfg.load_balance.values() if t.coef]
+    terms = [f"{t.coef:g} over {over(t.balance_batch)}{shuffled}{when(t)}" for t in cfg.load_balance.values() if t.coef]
     if not terms:
         return "load-balancing loss: none"
     running = cfg.accumulation == "running" and micro_batches > 1

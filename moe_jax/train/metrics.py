@@ -1,7 +1,7 @@
-"""Metrics: sums → named scalars, and MFU. What keeps and shows them is in log.py.
+"""Metrics: sums become named scalars; throughput and MFU. run/log.py writes and shows them.
 
-A metric's name is written in this file and in no other. `train_metrics` makes one flat row of a step, on the host, of
-values that `OneBehind` fetched while the device was already computing the next step.
+Names of metrics are written in this file only. `train_metrics` makes one flat row of a step, on the host, from values
+that `OneBehind` fetched while the device was computing the next step.
 
 Axes: `L` layers, `G` balance groups, `E` experts, `K` experts per token.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class StepMetrics(NamedTuple):
-    """What a train step reports: arrays on the device, numbers after `to_host`."""
+    """The results of a train step: arrays on the device, numbers after `to_host`."""
 
     loss: Any
     grad_norm: Any
@@ -32,7 +32,7 @@ class StepMetrics(NamedTuple):
 
 
 def router_metrics(stats: Any, top_k: int) -> dict[str, float]:
-    """What the router did, from `RouterStats` (numpy or addressable arrays), summed over balance groups.
+    """Metrics of the router from `RouterStats` (numpy or addressable arrays), summed over balance groups.
 
     Scalars, then the same per layer under `router/layer_03/…`:
         max_load: E · max_e f_e with f_e = tokens_per_expert / (K · tokens); 1 is perfect balance, E/K the worst.
@@ -40,7 +40,7 @@ def router_metrics(stats: Any, top_k: int) -> dict[str, float]:
         load_cv: standard deviation over mean of the experts' loads; 0 is perfect balance. Scalar: mean over layers.
         dead_experts: how many experts got no token. Scalar: sum over layers.
         dropped: assignments lost to capacity over K · tokens, in [0, 1]. Scalar: over all layers.
-    A layer that counted no token reads max_load = load_cv = dropped = 0. Without MoE layers there are none of these.
+    For a layer that counted no token max_load, load_cv and dropped are 0. Without MoE layers the result is empty.
     """
     if not len(stats.tokens):
         return {}
@@ -77,10 +77,11 @@ def train_metrics(
 ) -> dict[str, float]:
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
-    report: on the host. Its terms are xent, load_balance[/<name>] and router_z, which add up to the loss, and the last
-        two without their coefficients as load_balance_raw[/<name>] and router_z_raw.
+    report: on the host. Its terms are xent, load_balance[/<name>] and router_z, which add up to the loss, and
+        load_balance_raw[/<name>] and router_z_raw, which are without coefficients.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
-    flops_per_token: forward and backward by formula. peak: FLOP/s of all devices together; mfu is their ratio.
+    flops_per_token: forward and backward, by formula. peak: FLOP/s of all devices together. mfu is the FLOP/s of the
+        model divided by peak.
     """
     skipped = {} if report.skipped is None else {"skipped": report.skipped}
     named = {"loss": report.loss, **_ordered(report.terms), "grad_norm": report.grad_norm, "lr": report.lr}
@@ -96,16 +97,16 @@ def train_metrics(
 
 
 def _ordered(terms: dict[str, Any]) -> dict[str, Any]:
-    """Terms of the loss in the order of the log: a jitted function returns a dict sorted by name."""
-    of = lambda first: [name for name in terms if name.split("/")[0] == first]  # load_balance/<name> of further losses
-    names = ["xent", *of("load_balance"), "router_z", *of("load_balance_raw"), *of("router_z_raw")]
+    """Terms of the loss in the order of the log. A jitted function returns them sorted by name."""
+    named = lambda first: [name for name in terms if name.split("/")[0] == first]  # with load_balance/<name>
+    names = ["xent", *named("load_balance"), "router_z", *named("load_balance_raw"), *named("router_z_raw")]
     return {name: terms[name] for name in names}
 
 
 def eval_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """`evaluate.EvalResult.rows` as one flat row: `xent`, `perplexity`, `bits_per_byte` over all, then by domain.
+    """One flat row from `EvalResult.rows`: `xent`, `perplexity`, `bits_per_byte` over all domains, then by domain.
 
-    The last row is all domains together. What stands before the last slash of a name is the domain.
+    The last of `rows` is all domains together. The names of a domain's metrics begin with the domain and a slash.
     """
     names = ("xent", "perplexity", "bits_per_byte")
     prefix = lambda row: f"{row['domain']}/" if row["domain"] else ""
@@ -117,10 +118,10 @@ def eval_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 class Throughput:
-    """Tokens and seconds of the steps since the last reading.
+    """Counts the tokens and seconds of the steps since the last reading.
 
-    The first step compiles, so the clock restarts when it ends; a reading before the second step is the first step's
-    own, compilation included.
+    The first step compiles, so the clock restarts when it ends. A reading before the second step gives the first step
+    alone, compilation included.
     """
 
     def __init__(self, tokens: float = 0.0):
@@ -129,7 +130,7 @@ class Throughput:
         self._first = (0.0, 0.0)
 
     def add(self, tokens: float) -> None:
-        """One more step is done."""
+        """Counts one more step."""
         self.tokens += float(tokens)
         if not self._compiled:
             self._compiled, self._first = True, (float(tokens), time.perf_counter() - self._start)
@@ -148,7 +149,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Evaluation or saving inside this block is not counted as training time."""
+        """Stops the clock inside this block: evaluation and saving are not training time."""
         began = time.perf_counter()
         try:
             yield
@@ -168,7 +169,7 @@ def _to_host(path: tuple, leaf: Any) -> Any:
 
 
 def to_host(aux: Any) -> Any:
-    """A pytree of device arrays as numpy; arrays shared with other processes must be replicated."""
+    """Fetches a pytree of device arrays as numpy. Arrays shared with other processes must be replicated."""
     return jax.device_get(jax.tree_util.tree_map_with_path(_to_host, aux))
 
 
@@ -179,11 +180,11 @@ class OneBehind:
         self._waiting: tuple[int, Any] | None = None
 
     def push(self, step: int, aux: Any) -> tuple[int, Any] | None:
-        """Hands in the step just dispatched; returns the one before it, on the host (None at the first)."""
+        """Takes the results of the step just dispatched. Returns the step before it, on the host (None at first)."""
         before, self._waiting = self.flush(), (step, aux)
         return before
 
     def flush(self) -> tuple[int, Any] | None:
-        """The step still waiting, on the host, or None."""
+        """Returns the step that is still waiting, on the host, or None."""
         waiting, self._waiting = self._waiting, None
         return waiting and (waiting[0], to_host(waiting[1]))

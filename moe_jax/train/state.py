@@ -1,4 +1,4 @@
-"""The state of a training run and its batches, as global arrays."""
+"""The state of a training run, and its batches, as global arrays."""
 
 import dataclasses
 import functools
@@ -20,6 +20,8 @@ from moe_jax.parallel import sharding
 
 
 class TrainState(NamedTuple):
+    """Everything that a step changes, and that a checkpoint keeps."""
+
     step: Int[Array, ""]
     params: dict
     router_bias: dict  # {} without model.moe.selection_bias
@@ -38,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class EvalSums(NamedTuple):
-    """Sums by domain (G = domains)."""
+    """Sums over an evaluation batch by domain: its balance groups G are the domains."""
 
     nll: Float[Array, " G"]
     tokens: Float[Array, " G"]
@@ -47,13 +49,15 @@ class EvalSums(NamedTuple):
 
 
 def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:
-    """How the model of a run is computed on a mesh, in training."""
+    """Chooses how the model of a run is computed on a mesh, in training."""
     tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
     chosen = Program.choose(cfg.model, mesh, tokens, cfg.data.seq_len)
     return dataclasses.replace(chosen, num_groups=cfg.balance_groups)
 
 
-def under(mesh: Mesh, fn: Callable) -> Callable:
+def under_mesh(mesh: Mesh, fn: Callable) -> Callable:
+    """Wraps fn so that it runs with this mesh set."""
+
     @functools.wraps(fn)
     def run(*args):
         with jax.set_mesh(mesh):
@@ -63,7 +67,7 @@ def under(mesh: Mesh, fn: Callable) -> Callable:
 
 
 def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = None) -> TrainState:
-    """A fresh state, born sharded: no device ever holds all of it. weights: (params, router_bias) to start from."""
+    """A fresh state, created sharded: no device ever holds all of it. weights: (params, router_bias) to start from."""
     with jax.set_mesh(mesh):
         return _init(cfg, jax.jit, weights)
 
@@ -75,41 +79,41 @@ def _init(cfg: RunConfig, jit: Callable, weights: tuple[dict, dict] | None = Non
 
 
 def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+    """Shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
     return _abstract(mesh, functools.partial(_init, cfg, lambda f: f))
 
 
 def abstract_weights(cfg: ModelConfig, mesh: Mesh) -> tuple[dict, dict]:
-    """The same of parameters and router biases only: what `weights.load_weights` takes."""
+    """Shapes, dtypes and shardings of parameters and router biases, as `weights.load_weights` takes them."""
     return _abstract(mesh, functools.partial(model.init, cfg, jax.random.key(0)))
 
 
 def _abstract(mesh: Mesh, fn: Callable) -> Any:
-    abstract = under(mesh, functools.partial(jax.eval_shape, fn))()
+    abstract = under_mesh(mesh, functools.partial(jax.eval_shape, fn))()
     concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding is not None else P())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), abstract)
 
 
 def put_batch(rows: dict, mesh: Mesh, cfg: RunConfig, *, by_domain: bool = False) -> Batch:
-    """This process's rows of a batch (numpy, from the data pipeline) → the global arrays.
+    """Makes global arrays of this process's rows of a batch (numpy, from the data pipeline).
 
     `by_domain` groups statistics by the domain of each token instead of by balance group.
     """
     group = rows["domain_ids"] if by_domain else rows["sequence_ids"] // cfg.balance_unit
-    # numpy all the way: a detour over the device would wait for the step that is running there.
+    # Only numpy here: an operation on the device would wait for the step that is running there.
     rows = {**rows, "group": group if by_domain else np.broadcast_to(group[:, None], rows["tokens"].shape)}
     to_global = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     return Batch(*(to_global(np.ascontiguousarray(rows[name])) for name in Batch._fields))
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process has to supply."""
+    """The rows of a global batch that this process supplies."""
     indices = sharding.batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (rows,) in indices for row in range(*rows.indices(batch_size))})
 
 
 def split_micro_batches(batch: Batch, count: int) -> Batch:
-    """`[B, S]` → `[A, B/A, S]`: sequence i goes to micro-batch i mod A, so no sequence changes device."""
+    """Splits `[B, S]` into `[count, B/count, S]`. Sequence i goes to micro-batch i mod count: none changes device."""
     out = P(sharding.AXES, None, None)
 
     def split(x):

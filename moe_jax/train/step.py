@@ -1,4 +1,4 @@
-"""The jitted train step, and the one of evaluation."""
+"""The jitted train step and evaluation step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,16 +20,16 @@ from moe_jax.parallel import overlap
 from moe_jax.train import cross_entropy, guard
 from moe_jax.train.gradients import forward, make_gradients
 from moe_jax.train.metrics import StepMetrics
-from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, under
+from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, under_mesh
 
 
 def make_train_step(
     cfg: RunConfig, mesh: Mesh, program: Program | None = None
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Jitted (state, batch[, limits]) → (new state, its metrics). The old state's buffers are donated.
+    """Makes the jitted train step: (state, batch[, limits]) → (new state, `StepMetrics`). It donates the old state.
 
     program: by default `choose_program`.
-    A bad step (moe_jax/train/guard.py; limits: `Watch.limits`) counts as one and changes nothing else of the state.
+    limits: see `Watch.limits`. A bad step (moe_jax/train/guard.py) adds 1 to `state.step` and changes nothing else.
     """
     gradients = make_gradients(cfg, mesh, program)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
@@ -52,18 +52,18 @@ def make_train_step(
             router=sums.router,
             clipping=clipping or None,
         )
-        made = (params, bias, opt_state)
+        new = (params, bias, opt_state)
         if cfg.train.skip_nonfinite:
             bad = guard.is_bad(loss, report.grad_norm, limits)
-            made, tokens = guard.unless(bad, (made, sums.tokens), (tuple(state[1:]), 0.0))
+            new, tokens = guard.unless(bad, (new, sums.tokens), (tuple(state[1:]), 0.0))
             report = report._replace(tokens=tokens, skipped=bad.astype(jnp.float32))
-        return TrainState(state.step + 1, *made), report
+        return TrainState(state.step + 1, *new), report
 
-    return under(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
+    return under_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
 
 
 def _updates(state: TrainState) -> Int[Array, ""]:
-    """How often the optimizer has been applied: the step, less those skipped."""
+    """The number of optimizer updates so far: steps that were not skipped."""
     counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
     return counts[0][1] if counts else state.step
 
@@ -71,9 +71,9 @@ def _updates(state: TrainState) -> Int[Array, ""]:
 def make_eval_step(
     cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = False, program: Program | None = None
 ) -> Callable[..., EvalSums]:
-    """Jitted (params, router_bias, batch grouped by domain[, earlier]) → sums by domain.
+    """Makes the jitted evaluation step: (params, router_bias, batch grouped by domain[, earlier]) → sums by domain.
 
-    `record` adds `EvalSums.choices`, and `earlier`, (params, router_bias) of another checkpoint, `choices.kept`.
+    `record` adds `EvalSums.choices`. `earlier`, (params, router_bias) of another checkpoint, adds `choices.kept`.
     """
     program = program or choose_program(cfg, mesh)
     graph = model.abstract(cfg.model, dataclasses.replace(program, num_groups=num_domains, record=record))
@@ -92,4 +92,4 @@ def make_eval_step(
             jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), out.stats, choices
         )
 
-    return under(mesh, jax.jit(eval_step))
+    return under_mesh(mesh, jax.jit(eval_step))

@@ -41,14 +41,14 @@ def test_rows_move_as_plain_indexing_does():
     # The plan itself: every slot once, sorted by expert and then by token, idle slots last.
     key = np.where(routing.valid, routing.experts, e).reshape(-1)
     np.testing.assert_array_equal(plan.slot_R, sorted(range(t * k), key=lambda s: (key[s], s)))
-    np.testing.assert_array_equal(np.asarray(plan.slot_R)[plan.row_N], np.arange(t * k))
+    np.testing.assert_array_equal(np.asarray(plan.slot_R)[plan.row_A], np.arange(t * k))
     np.testing.assert_array_equal(plan.sizes_e, [(key == i).sum() for i in range(e)])
 
     pairs = [
-        (lambda x: experts.permute(x, plan.slot_R, plan.row_N), lambda x: x[plan.slot_R], (rows,)),
-        (lambda x: experts.permute(x, plan.row_N, plan.slot_R), lambda x: x[plan.row_N], (rows,)),
+        (lambda x: experts.permute(x, plan.slot_R, plan.row_A), lambda x: x[plan.slot_R], (rows,)),
+        (lambda x: experts.permute(x, plan.row_A, plan.slot_R), lambda x: x[plan.row_A], (rows,)),
         (lambda x: experts.dispatch(x, plan), lambda x: x[plan.slot_R // k], (x,)),
-        (lambda y: experts.combine(y, plan, t), lambda y: sum(y[plan.row_N[i::k]] for i in range(k)), (rows,)),
+        (lambda y: experts.combine(y, plan, t), lambda y: sum(y[plan.row_A[i::k]] for i in range(k)), (rows,)),
     ]
     for fast, plain, args in pairs:
         y, vjp = jax.vjp(fast, *args)
@@ -130,7 +130,7 @@ def test_every_compute_path_equals_the_oracle(k):
     dense, others = make("dense"), {c: make(c) for c in ("grouped", "capacity")}
     # As on a fourth of the devices that all tokens chose: up to four further turns.
     others["in turns"] = make_run(MoEConfig(num_experts=4 * E, top_k=k, compute="grouped"))
-    assert experts.room(MoEConfig(num_experts=4 * E, top_k=k), T * k, E) == (4 * k, 8)
+    assert experts.rows_per_pass(MoEConfig(num_experts=4 * E, top_k=k), T * k, E) == (4 * k, 8)
     for name, routing in cases(k).items():
         y, kept, grads = dense(x, routing, w, dy)
         assert y.dtype == jnp.float32

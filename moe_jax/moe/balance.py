@@ -17,11 +17,13 @@ def update_bias(
     form: str = "sign",
     target: tuple[float, ...] = (),
 ) -> Float[Array, "*L E"]:
-    """Loss-free balancing: b_e + rate · sign(target load − load_e), from counts over the whole optimizer batch.
+    """Updates selection biases (loss-free balancing): b_e + rate · sign(target load_e − load_e).
+
+    tokens_per_expert: counts over the whole optimizer batch.
 
     form: "sign" (arXiv:2408.15664, algorithm 1) or "centred", which subtracts the mean of the signs, so that the biases
         keep their mean (Moonlight, arXiv:2502.16982, appendix C); the selection is the same.
-    target: relative target load of each expert, () for all alike; it is scaled to the load there is.
+    target: relative target load of each expert; () gives all the same. It is scaled to the sum of the loads.
     """
     share = jnp.asarray(target or (1.0,) * bias.shape[-1], jnp.float32)
     share = (share / jnp.sum(share)).reshape((1,) * (bias.ndim - 1) + share.shape)
@@ -36,12 +38,12 @@ def load_balancing_loss(
 ) -> Float[Array, "*L"]:
     """Load-balancing loss of each layer: the mean over balance groups of E · Σ_e f_e · P_e.
 
-    f_e = tokens_per_expert / (K · tokens), carries no gradient; P_e = mean router probability, does. Groups without a
-    counted token are left out of the mean. `frequency` puts another f in the place of that of `stats`.
+    f_e = tokens_per_expert / (K · tokens), which carries no gradient; P_e = mean router probability, which does. Groups
+    without a counted token are left out of the mean. `frequency`, if given, is used as f instead of that of `stats`.
 
     Value: 1.0 at uniform routing for every E and K; E/K when all tokens pick the same K experts with probability 1/K
-        each. What other frameworks' coefficients are here: docs/balancing.md.
-    Scope: the group of each token, see `LossConfig.balance_batch`; with one group, the whole optimizer batch.
+        each. docs/balancing.md converts the coefficients of other frameworks.
+    Scope: balance groups, see `LossConfig.balance_batch`; a single group is the whole optimizer batch.
     Source: arXiv:2501.11873, eqs. 2–6, with f divided by K.
     """
     num_experts = stats.prob_per_expert.shape[-1]
@@ -53,7 +55,7 @@ def load_balancing_loss(
 
 
 def expert_frequency(load: Float[Array, "*L G E"], tokens: Float[Array, "*L G"], top_k: int) -> Float[Array, "*L G E"]:
-    """f: each expert's share of the assignments, from 0 to 1/K; sums to 1."""
+    """f, the share of each expert in the assignments: from 0 to 1/K, summing to 1."""
     return load / (top_k * jnp.maximum(tokens, 1.0))[..., None]
 
 

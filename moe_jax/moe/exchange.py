@@ -1,4 +1,4 @@
-"""How tokens reach the experts of other devices of the mesh's `expert` axis, and how their results come back.
+"""The exchange of tokens along the mesh's `expert` axis: to the devices that hold their experts, and back.
 
 | exchange     | out                                                     | back                                        |
 |--------------|---------------------------------------------------------|---------------------------------------------|
@@ -7,12 +7,12 @@
 | `all_to_all` | a token once to each device that has an expert of its   | that device's sum over its own experts, in  |
 |              | choice, however many it has: ragged all-to-all          | the compute dtype: ragged all-to-all        |
 
-A token goes to a device and not to an expert: at most min(K, P) rows a token travel instead of K, and what arrives is
-again "tokens and their `Routing`", which `ExpertCompute` (experts.py) takes as it is. Both are dropless, so both hold
-room for every token of the axis on one device, T·D numbers; experts.py does not. `moe.exchange_chunks` divides it.
+Tokens are sent to devices, not to experts: at most min(K, P) rows a token travel instead of K, and a device receives
+tokens and their `Routing`, which is what `ExpertCompute` (experts.py) takes. Both exchanges are dropless, so both have
+buffers for every token of the axis, T·D numbers; experts.py has not. `moe.exchange_chunks` divides these buffers.
 
-Everything here runs inside the `shard_map` of moe.py. Letters: P devices of the `expert` axis, t tokens of this device,
-e experts of this device, T = P·t tokens of the axis in the order of its devices, m = min(K, P).
+Everything here runs inside the `shard_map` of layer.py. Letters: P devices of the `expert` axis; t tokens and e experts
+of this device; T = P·t tokens of the axis in the order of its devices, m = min(K, P).
 """
 
 import functools
@@ -33,16 +33,16 @@ class Exchange(Protocol):
     def __call__(
         self, x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, compute: ExpertCompute
     ) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
-        """y in the dtype of x, and which slots were not dropped."""
+        """Returns y in the dtype of x, and which slots were not dropped."""
 
 
 def run_experts(
     x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, exchange: str, compute: ExpertCompute
 ) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
-    """What the experts of the whole axis make of this device's tokens, in `moe.exchange_chunks` chunks of them.
+    """Applies the experts of the whole axis to this device's tokens, in `moe.exchange_chunks` chunks.
 
-    Chunks do not depend on each other, so that one can be on its way while another is computed. Where they do not
-    divide the tokens (a decoding step has one a sequence), there are as many as do.
+    Chunks do not depend on each other, so that one can be sent while another is computed. Where their number does not
+    divide that of the tokens (a decoding step has one a sequence), it is the greatest common divisor of the two.
     """
     chunks = math.gcd(compute.cfg.exchange_chunks, x.shape[0])
     cut = lambda a: jnp.split(a, chunks)
@@ -58,31 +58,31 @@ def run_experts(
 
 
 def ring(x, routing, w, compute):
-    """All-gather the tokens, compute local experts, reduce-scatter the sums back."""
-    here = _here(routing, w.up.shape[0])
-    y_TD, kept = compute(_gather(x), here, w)
-    return _sum_home(y_TD, x.dtype), _scatter((here.valid & ~kept).astype(jnp.int32)) == 0
+    """All-gathers the tokens, computes local experts, and reduce-scatters the sums back."""
+    own = _local_routing(routing, w.up.shape[0])
+    y_TD, kept = compute(_gather(x), own, w)
+    return _sum_and_scatter(y_TD, x.dtype), _scatter((own.valid & ~kept).astype(jnp.int32)) == 0
 
 
 def all_to_all(x, routing, w, compute):
-    """Send a token to the devices that have its experts, compute, send back the sums over each device's experts.
+    """Sends a token to the devices that hold its experts, computes, and sends back the sums over each device's experts.
 
-    Ids and weights of all tokens are all-gathered, as in `ring` (8·K bytes a token, beside 2·D of its activations): a
-    device then knows what will arrive from whom, and nothing else has to be agreed on. Padding goes nowhere.
-    In bfloat16 each device's sum is rounded once, for its way home; the sums are added in float32.
+    Ids and weights of all tokens are all-gathered, as in `ring` (8·K bytes a token, beside 2·D of its activations).
+    From them a device knows how many rows it receives from each peer. Padding is not sent.
+    In bfloat16 the sum of each device is rounded once, to be sent back; the sums are added in float32.
     """
     local, peers = w.up.shape[0], jax.lax.axis_size("expert")
-    here = _here(routing, local)
+    own = _local_routing(routing, local)
     owner_tK = routing.experts // local
-    goes_Pt = jnp.any((owner_tK[None] == jnp.arange(peers)[:, None, None]) & routing.valid[None], axis=2)
-    sent, arrived = Blocks.of(goes_Pt), Blocks.of(jnp.any(here.valid, axis=1).reshape(goes_Pt.shape))
-    to, back = arrived.slot_T, arrived.row_T
-    here = Routing(here.experts[to], permute(here.weights, to, back), here.valid[to])
-    route = Route.of(goes_Pt, sent, min(compute.cfg.top_k, peers))
-    x_TD = swap(pack(x, route), sent.size_P, arrived.size_P)
-    y_TD, kept = compute(x_TD, here, w)
-    y = unpack(swap(y_TD.astype(x.dtype), arrived.size_P, sent.size_P), route)
-    return y, _scatter((here.valid & ~kept)[back].astype(jnp.int32)) == 0
+    sends_Pt = jnp.any((owner_tK[None] == jnp.arange(peers)[:, None, None]) & routing.valid[None], axis=2)
+    sent, received = Blocks.of(sends_Pt), Blocks.of(jnp.any(own.valid, axis=1).reshape(sends_Pt.shape))
+    to, back = received.slot_T, received.row_T
+    own = Routing(own.experts[to], permute(own.weights, to, back), own.valid[to])
+    route = Route.of(sends_Pt, sent, min(compute.cfg.top_k, peers))
+    x_TD = swap(pack(x, route), sent.size_P, received.size_P)
+    y_TD, kept = compute(x_TD, own, w)
+    y = unpack(swap(y_TD.astype(x.dtype), received.size_P, sent.size_P), route)
+    return y, _scatter((own.valid & ~kept)[back].astype(jnp.int32)) == 0
 
 
 EXCHANGE: dict[str, Exchange] = {"ring": ring, "all_to_all": all_to_all}
@@ -97,19 +97,19 @@ def _scatter(a: Shaped[Array, "T *n"]) -> Shaped[Array, "t *n"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum_home(y: Float[Array, "T D"], dtype) -> Float[Array, "t D"]:
-    """Summed in float32. Its gradient travels in `dtype`, in which it arrives."""
+def _sum_and_scatter(y: Float[Array, "T D"], dtype) -> Float[Array, "t D"]:
+    """Sums over devices in float32, and scatters. The gradient is gathered in `dtype`."""
     return _scatter(y).astype(dtype)
 
 
-_sum_home.defvjp(
-    lambda y, dtype: (_sum_home(y, dtype), jnp.zeros((), y.dtype)),
+_sum_and_scatter.defvjp(
+    lambda y, dtype: (_sum_and_scatter(y, dtype), jnp.zeros((), y.dtype)),
     lambda dtype, like, dy: (_gather(dy).astype(like.dtype),),
 )
 
 
-def _here(routing: Routing, local: int) -> Routing:
-    """The routing of all T tokens as this device sees it: slots of other devices' experts are not valid."""
+def _local_routing(routing: Routing, local: int) -> Routing:
+    """The routing of all T tokens to this device's experts: slots of other devices' experts are not valid."""
     everywhere = Routing(*map(_gather, routing))
     experts = everywhere.experts - jax.lax.axis_index("expert") * local
     mine = everywhere.valid & (experts >= 0) & (experts < local)
@@ -118,14 +118,14 @@ def _here(routing: Routing, local: int) -> Routing:
 
 # --- rows of all_to_all ----------------------------------------------------------------------------------------------
 
-# Of what a GPU sends in one ragged exchange, to all its peers together. Within a host XLA copies each with a few of the
-# GPU's threads, so that one for every peer leaves the links idle (openxla/xla#33386). Between hosts each is a message.
+# Pieces in which a GPU sends its rows to all peers together. Within a host XLA copies each piece with few of the GPU's
+# threads, so that one piece for each peer leaves links idle (openxla/xla#33386). Between hosts a piece is a message.
 PIECES = 64
 
 
 class Blocks(NamedTuple):
-    """P blocks of t rows, one for each peer: the rows in use come first, in token order. Slot p·t + i is token i of
-    peer p, or for it. Both index arrays are permutations of 0 … T−1 that keep to their block."""
+    """P blocks of t rows, one for each peer. The rows in use come first in a block, in token order. Slot p·t + i is
+    token i to or from peer p. Both index arrays are permutations of 0 … T−1 that permute each block."""
 
     slot_T: Int[Array, " T"]  # row → slot
     row_T: Int[Array, " T"]  # slot → row
@@ -141,30 +141,30 @@ class Blocks(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Where this device's tokens stand in its blocks."""
+    """The rows of this device's tokens in the blocks that it sends."""
 
-    token_T: Int[Array, " T"]  # row → token; past a block's rows in use, tokens that do not go there
-    row_tm: Int[Array, "t m"]  # the rows of a token, one for each device it goes to, then rows that are not in use
+    token_T: Int[Array, " T"]  # row → token; past a block's rows in use, some token
+    row_tm: Int[Array, "t m"]  # the rows of a token, one for each of its devices, then rows that are not in use
 
     @classmethod
-    def of(cls, goes_Pt: Bool[Array, "P t"], blocks: Blocks, most: int) -> "Route":
-        _, peer_tm = jax.lax.top_k(goes_Pt.T.astype(jnp.int32), most)
-        row_tP = blocks.row_T.reshape(goes_Pt.shape).T
-        return cls(blocks.slot_T % goes_Pt.shape[1], jnp.take_along_axis(row_tP, peer_tm, axis=1))
+    def of(cls, sends_Pt: Bool[Array, "P t"], blocks: Blocks, most: int) -> "Route":
+        _, peer_tm = jax.lax.top_k(sends_Pt.T.astype(jnp.int32), most)
+        row_tP = blocks.row_T.reshape(sends_Pt.shape).T
+        return cls(blocks.slot_T % sends_Pt.shape[1], jnp.take_along_axis(row_tP, peer_tm, axis=1))
 
 
 @jax.custom_vjp
 def pack(x: Float[Array, "t D"], route: Route) -> Float[Array, "T D"]:
-    """The token of every row. Its gradient gathers instead of scattering (deterministic); `unpack` is its transpose.
+    """Gathers the token of every row. `unpack` is its transpose, so that the gradient is a gather too (deterministic).
 
-    Rows that are not in use hold some token, too, and nobody reads them: `swap` leaves them behind.
+    Rows that are not in use hold some token, which `swap` does not send.
     """
     return x[route.token_T]
 
 
 @jax.custom_vjp
 def unpack(y: Float[Array, "T D"], route: Route) -> Float[Array, "t D"]:
-    """Σ over the devices that a token went to, in float32. Rows that are not in use must be zeros, as after `swap`."""
+    """Sums the rows of each token in float32. Rows that are not in use must be zeros, as `swap` returns them."""
     return jnp.sum(y[route.row_tm].astype(jnp.float32), axis=1).astype(y.dtype)
 
 
@@ -174,9 +174,9 @@ unpack.defvjp(lambda y, route: (unpack(y, route), route), lambda route, dy: (pac
 
 @jax.custom_vjp
 def swap(x: Float[Array, "T D"], send_P: Int[Array, " P"], receive_P: Int[Array, " P"]) -> Float[Array, "T D"]:
-    """Block p goes to device p, whose block of this device it becomes: its first send_P[p] rows, the others are zeros.
+    """Sends the first send_P[p] rows of block p to device p; block p of the result is what p sends, then zeros.
 
-    Its gradient is the opposite exchange. XLA has no ragged all-to-all for CPU: there whole blocks are sent.
+    The gradient is the opposite exchange. XLA has no ragged all-to-all on CPU, so that whole blocks are sent there.
     """
     in_pieces = functools.partial(_swap_ragged, pieces=max(1, PIECES // send_P.shape[0]))
     return jax.lax.platform_dependent(x, send_P, receive_P, cpu=_swap_padded, tpu=_swap_ragged, default=in_pieces)
@@ -186,45 +186,49 @@ swap.defvjp(lambda x, *sizes: (swap(x, *sizes), sizes), lambda sizes, dy: (swap(
 
 
 def _swap_ragged(x: Array, send_P: Array, receive_P: Array, pieces: int = 1) -> Array:
-    """pieces: to each peer."""
+    """`swap` by a ragged all-to-all. pieces: the number sent to each peer."""
     block = x.shape[0] // send_P.shape[0]
     from_P = jnp.arange(send_P.shape[0], dtype=jnp.int32) * block
     to_P = jnp.full_like(from_P, block) * jax.lax.axis_index("expert")  # at the receivers
     first, size = _cut(send_P, pieces)
     _, arriving = _cut(receive_P, pieces)  # the sender cuts its block alike
-    place = lambda start_P: (start_P[:, None] + first).reshape(-1)
+    offsets = lambda start_P: (start_P[:, None] + first).reshape(-1)
     return jax.lax.ragged_all_to_all(
-        x, jnp.zeros_like(x), place(from_P), size.reshape(-1), place(to_P), arriving.reshape(-1), axis_name="expert"
+        x, jnp.zeros_like(x), offsets(from_P), size.reshape(-1), offsets(to_P), arriving.reshape(-1), axis_name="expert"
     )
 
 
 def _cut(size_P: Array, pieces: int) -> tuple[Array, Array]:
-    """[P, pieces] each: where the pieces of every block begin, and their sizes, equal but for the last ones."""
+    """First rows and sizes of the pieces of every block, each [P, pieces]. Sizes are equal but for the last pieces."""
     each_P = -(-size_P // pieces)
     first = jnp.minimum(jnp.arange(pieces, dtype=jnp.int32)[None] * each_P[:, None], size_P[:, None])
     return first, jnp.minimum(each_P[:, None], size_P[:, None] - first)
 
 
 def _swap_padded(x: Array, send_P: Array, receive_P: Array) -> Array:
+    """`swap` by an all-to-all of whole blocks."""
     x_PtD = x.reshape(send_P.shape[0], -1, x.shape[1])
     in_use = jnp.arange(x_PtD.shape[1])[None, :] < send_P[:, None]
     return jax.lax.all_to_all(jnp.where(in_use[:, :, None], x_PtD, 0), "expert", 0, 0).reshape(x.shape)
 
 
-# --- which one -------------------------------------------------------------------------------------------------------
+# --- the choice ------------------------------------------------------------------------------------------------------
 
 
 def devices_per_token(cfg: MoEConfig, peers: int) -> float:
-    """Devices that have an expert of a token's K, on average over uniform routing: P · (1 − C(E−e, K) / C(E, K))."""
+    """Mean number of devices that hold one of a token's K experts, with uniform routing.
+
+    It is P · (1 − binom(E−e, K) / binom(E, K)).
+    """
     e, k = cfg.num_experts, cfg.top_k
     return peers * (1 - math.comb(e - e // peers, k) / math.comb(e, k))
 
 
 def bytes_sent(cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: int, itemsize: int) -> dict[str, float]:
-    """Bytes of activations that a device sends to others in one layer, forward and backward, by each exchange.
+    """Bytes of activations that a device sends in one layer, forward and backward, by exchange.
 
-    tokens: t. `ring` sends every token to the P − 1 others in the compute dtype and sums of all in float32, and both
-    gradients in the compute dtype; `all_to_all` rows in the compute dtype, out and home, and the same going back.
+    tokens: t. `ring` sends every token to the P − 1 others in the compute dtype, sums in float32, and both gradients in
+    the compute dtype. `all_to_all` sends rows and results in the compute dtype, and their gradients likewise.
     """
     others = peers - 1 if platform == "cpu" else devices_per_token(cfg, peers) * (peers - 1) / peers
     numbers = tokens * d_model
@@ -234,13 +238,14 @@ def bytes_sent(cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: 
 def choose_exchange(
     cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: int, itemsize: int, device_kind: str = ""
 ) -> tuple[str, str]:
-    """The exchange, and the line that tells it, printed once at start-up. `moe.exchange` other than "auto" is taken.
+    """Chooses the exchange. Also returns the line about it that is printed at start-up.
 
-    "auto" is the one that sends fewer bytes on TPU, and `ring` on CPU, which would pad, on GPU, where it took less time
-    (docs/scaling.md), and on TPU v5e, for which XLA refuses to compile a ragged all-to-all.
+    A `moe.exchange` other than "auto" is taken. "auto" takes the exchange that sends fewer bytes on TPU, and `ring`
+    elsewhere: on CPU, where `all_to_all` pads; on GPU, where `ring` took less time (docs/scaling.md); on TPU v5e, for
+    which XLA does not compile a ragged all-to-all.
     """
     if peers == 1:
-        return "ring", "none (mesh.expert=1)"  # its collectives over one device are nothing
+        return "ring", "none (mesh.expert=1)"  # collectives over one device do nothing
     sent = bytes_sent(cfg, platform, peers, d_model, tokens, itemsize)
     name, why = cfg.exchange, "set in the config"
     if name == "auto":
@@ -251,13 +256,13 @@ def choose_exchange(
     elif platform == "cpu" and name == "all_to_all":
         why += ", padded on CPU"
     (other,) = set(sent) - {name}
-    room = peers * tokens * d_model * itemsize // cfg.exchange_chunks
+    received = peers * tokens * d_model * itemsize // cfg.exchange_chunks
     return name, (
-        f"{name} ({why}), {_size(sent[name])} a layer and device against {_size(sent[other])} for {other}, "
-        f"room for {_size(room)} received, chunks: {cfg.exchange_chunks}"
+        f"{name} ({why}), {_with_unit(sent[name])} a layer and device against {_with_unit(sent[other])} for {other}, "
+        f"room for {_with_unit(received)} received, chunks: {cfg.exchange_chunks}"
     )
 
 
-def _size(n: float) -> str:
+def _with_unit(n: float) -> str:
     unit, name = next((u, s) for u, s in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes")) if n >= u)
     return f"{n / (unit or 1):.3g} {name}"

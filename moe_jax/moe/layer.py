@@ -1,4 +1,4 @@
-"""The MoE layer: router, routed experts, shared experts. Its only manual (shard_map) region is `_region`."""
+"""The MoE layer: router, routed experts, shared experts. Only `_region` is manual code (`shard_map`)."""
 
 import functools
 from typing import NamedTuple
@@ -21,19 +21,19 @@ from moe_jax.parallel.axes import as_tuple
 
 
 class RouterBias(nnx.Variable):
-    """Selection bias per expert: part of the train state, updated from counts, never by an optimizer."""
+    """Selection bias of each expert: a part of the train state that is updated from counts, not by an optimizer."""
 
 
 class TokenInfo(NamedTuple):
-    """What the MoE layer knows of its tokens besides their activations."""
+    """What the MoE layer needs to know about its tokens besides their activations."""
 
-    counted: Bool[Array, "B S"]  # False: padding; uses no expert, enters no statistic
+    counted: Bool[Array, "B S"]  # False: padding, which uses no expert and enters no statistic
     group: Int[Array, "B S"]  # balance group of each token
 
 
 class MoE(nnx.Module):
     def __init__(self, model: ModelConfig, init: Init, out_std: float, program: Program):
-        """out_std: of the initial weights that write to the residual stream."""
+        """out_std: standard deviation of the initial weights that write to the residual stream."""
         self.cfg, self.program, activation = model.moe, program, model.activation
         self.compute = ExpertCompute(model.moe, program.grouped_matmul, activation)
         cfg, e, d, f = model.moe, model.moe.num_experts, model.d_model, model.moe.d_expert
@@ -48,7 +48,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], info: TokenInfo
     ) -> tuple[Float[Array, "B S D"], RouterStats, Choices | None]:
-        """Routed plus shared experts, router statistics summed over the whole mesh, and choices if recorded."""
+        """Returns routed plus shared experts, router statistics summed over the whole mesh, and choices if recorded."""
         if not sharding.current_sizes():
             raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
         gate = self.w_gate[...] if self.w_gate is not None else None
@@ -67,7 +67,7 @@ class MoE(nnx.Module):
         return y, stats, choices
 
     def _region(self, specs, x_bSD, info, w_router, bias, w):
-        """Everything that depends on which token goes where, on one device: b = B / devices sequences."""
+        """Routes and computes the tokens of one device, b = B / devices sequences, and sums statistics over all."""
         shape = x_bSD.shape
         x = x_bSD.reshape(-1, shape[-1])
         counted, group = info.counted.reshape(-1), info.group.reshape(-1)
@@ -79,13 +79,13 @@ class MoE(nnx.Module):
         choices = choices_of(plan, probs, shape[:2]) if self.program.record else None
         with jax.named_scope("statistics"):
             stats = router_stats(logits, probs, plan, kept, counted, group, self.program.num_groups)
-            # The sums of all devices: G·(2E+3) numbers a layer. This psum is what makes the balance global.
+            # Sums over all devices: G·(2E+3) numbers a layer. This psum makes the balance global.
             return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
 
 
 def _own_experts(dtype, w: Array, spec: P) -> Array:
-    """This device's experts, whole, in the compute dtype. Going back, gradients are summed over replicas in float32
-    and reduce-scattered over `fsdp`."""
+    """Gathers this device's experts as whole matrices, in the compute dtype. The backward pass sums gradients over
+    replicas in float32 and reduce-scatters them over `fsdp`."""
     used = [as_tuple(entry) for entry in spec]
     missing = tuple(a for a in sharding.AXES if not any(a in names for names in used))
     w = jax.lax.pcast(w, missing, to="varying").astype(dtype)

@@ -1,4 +1,4 @@
-"""How a model is run: decided once from the configuration and the mesh, and passed down as one record."""
+"""How a model is computed: one record, made once from the configuration and the mesh, and passed to every layer."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from moe_jax.nn.attend import choose_attention
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Back ends, balance groups, and what the output records. The default back ends run anywhere."""
+    """Back ends, number of balance groups, and what the output records. The default back ends run anywhere."""
 
     attention: str = "xla"
     exchange: str = "ring"  # of tokens between devices
@@ -21,11 +21,11 @@ class Program:
     num_groups: int = 1  # balance groups; in evaluation the domains
     record: bool = False  # each token's choices: `Output.choices`
     max_logit: bool = False  # each head's largest attention logit: `Output.max_logit`
-    why: str = dataclasses.field(default="", compare=False)  # the choice of the back ends, in one line
+    why: str = dataclasses.field(default="", compare=False)  # one line about the choice of the back ends
 
     @classmethod
     def choose(cls, cfg: ModelConfig, mesh: Mesh, tokens: int = 1, seq_len: int = 1) -> "Program":
-        """The back ends for a mesh. tokens: those of one device in a forward pass."""
+        """Chooses the back ends for a mesh. tokens: the number on one device in a forward pass."""
         platform, kind = mesh.devices.flat[0].platform, mesh.devices.flat[0].device_kind
         attention, why_a = choose_attention(cfg, platform, kind, seq_len)
         matmul, why_m = choose_backend(cfg.moe.grouped_matmul, platform, kind, cfg.compute_dtype)

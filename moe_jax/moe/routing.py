@@ -1,4 +1,4 @@
-"""Router logits → which experts each token uses, and the statistics of that choice. Pure functions, no parameters.
+"""Router logits → which experts each token uses, and with what weights. Pure functions without parameters.
 
 Letters: T tokens, E experts, K experts per token, G balance groups, L layers.
 """
@@ -14,7 +14,7 @@ from moe_jax.parallel.axes import varying_like
 
 
 class Routing(NamedTuple):
-    """What the experts need."""
+    """The experts of each token, and their weights: all that the experts need to know."""
 
     experts: Int[Array, "T K"]  # expert ids
     weights: Float[Array, "T K"]  # combine weights, float32
@@ -22,14 +22,14 @@ class Routing(NamedTuple):
 
 
 def router_logits(x: Float[Array, "T D"], w: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    """x·w as exact as in float32, at bfloat16's speed if x is bfloat16. A router rounded to bf16 picks other experts.
+    """Computes x·w as exactly as in float32, at bfloat16's speed if x is bfloat16. Rounded weights choose others.
 
-    A float32 number is the sum of three bfloat16 ones (24 bits of 3 · 8), whose products with bfloat16 are exact in
-    float32: x·w is one product with three times the columns. Its gradient in w likewise; the one in x, which is
-    rounded to bfloat16 after all, is of the parts that reach 2⁻¹⁶. In float32 itself: HIGHEST, as accelerators would
-    otherwise round to bf16 or tf32.
+    A float32 number is the sum of three bfloat16 numbers (24 bits of 3 · 8), whose products with bfloat16 are exact in
+    float32, so x·w is one product with three times the columns. The gradient of w is computed likewise; that of x,
+    which is rounded to bfloat16, only from products above 2⁻¹⁶. Float32 products take HIGHEST, because accelerators
+    would otherwise round to bf16 or tf32.
     """
-    return _logits(x, varying_like(w, x))  # its gradient is summed over the mesh once
+    return _logits(x, varying_like(w, x))  # marked here, so that its gradient is summed over the mesh once
 
 
 @jax.custom_vjp
@@ -61,7 +61,7 @@ def _thirds(a: Float[Array, "..."]) -> tuple[Array, Array, Array]:
     """Three bfloat16 arrays whose sum is a."""
     parts = []
     for _ in range(3):
-        # Not astype alone: XLA may take a rounding there and back for nothing.
+        # XLA may remove a conversion to bfloat16 and back, which astype alone would be.
         parts.append(jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16))
         a = a - parts[-1].astype(a.dtype)
     return tuple(parts)
@@ -75,14 +75,14 @@ def _product(letters: str, a: Array, b: Array) -> Array:
 def route(
     logits: Float[Array, "T E"], bias: Float[Array, " E"] | None, mask: Bool[Array, " T"], cfg: MoEConfig
 ) -> tuple[Routing, Float[Array, "T E"]]:
-    """Token choice: every token takes its K best experts.
+    """Chooses the K best experts for every token (token choice).
 
     `bias` moves the selection only, never the weights (DeepSeek-V3's loss-free balancing, arXiv:2408.15664).
     Group-limited selection ranks a group by the sum of its best two scores, however small K is, and keeps `top_groups`
     groups (DeepSeek-V3's code). Ties go to the lower expert id.
 
     Returns the routing and the router probabilities over *all* experts, each row summing to 1: the softmax of the
-    logits, or sigmoid scores divided by their sum. They feed the load-balancing loss.
+    logits, or sigmoid scores divided by their sum. The load-balancing loss uses them.
     """
     logits = logits.astype(jnp.float32)
     if cfg.score == "softmax":
@@ -91,7 +91,7 @@ def route(
     else:
         scores = jax.nn.sigmoid(logits)
         probs = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-    # Softmax over the chosen K sees the logits; a selection bias adds to what is ranked.
+    # Where softmax is taken over the chosen K, logits are ranked. A selection bias adds to what is ranked.
     ranked = logits if cfg.score_order == "topk_score" else scores
     ranked = jax.lax.stop_gradient(ranked)
     if bias is not None:
@@ -102,22 +102,23 @@ def route(
     if cfg.combine == "one":
         weights = jnp.ones(experts.shape, jnp.float32)
     elif cfg.score_order == "topk_score":
-        weights = jax.nn.softmax(_pick(logits, experts), axis=-1)
+        weights = jax.nn.softmax(pick_chosen(logits, experts), axis=-1)
     else:
-        weights = _pick(scores, experts)
+        weights = pick_chosen(scores, experts)
     if cfg.renormalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     valid = jnp.broadcast_to(mask[:, None], experts.shape)
     return Routing(experts, weights * cfg.routed_scaling, valid), probs
 
 
-def _pick(values: Float[Array, "T E"], experts: Int[Array, "T K"]) -> Float[Array, "T K"]:
-    """Not as a gather: its gradient would be a scatter, slow on GPUs and in no fixed order."""
+def pick_chosen(values: Float[Array, "T E"], experts: Int[Array, "T K"]) -> Float[Array, "T K"]:
+    """The values of the chosen experts. A gather's gradient would be a scatter: slow on GPUs, in no fixed order."""
     chosen_TKE = experts[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
     return jnp.sum(jnp.where(chosen_TKE, values[:, None, :], 0), axis=-1)
 
 
 def _limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T E"]:
+    """Sets the scores of experts outside a token's best groups to −∞."""
     tokens, experts = ranked.shape
     grouped = ranked.reshape(tokens, cfg.num_groups, experts // cfg.num_groups)
     best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))

@@ -1,4 +1,4 @@
-"""What is counted of the choices of a router: sums, to which those of other tokens, devices and batches can be added.
+"""Statistics of a router's choices: sums, so that any two can be added, over tokens, devices and batches.
 
 Letters: T tokens, E experts, K experts per token, G balance groups, L layers.
 """
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.moe.routing import Routing, _pick
+from moe_jax.moe.routing import Routing, pick_chosen
 
 
 class RouterStats(NamedTuple):
-    """What everybody else needs: SUMS over counted tokens, per balance group; the layer scan adds a leading L."""
+    """SUMS over counted tokens, for each balance group. The scan over layers adds a leading L."""
 
     tokens: Float[Array, "*L G"]
     tokens_per_expert: Float[Array, "*L G E"]  # assignments; sums to K · tokens
@@ -24,18 +24,18 @@ class RouterStats(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """Which experts every token chose. Only for evaluation, where it lives as long as one batch."""
+    """The experts that every token chose. Only evaluation records them, for one batch at a time."""
 
     experts: Int[Array, "*L B S K"]
     score: Float[Array, "*L B S"]  # Σ over the chosen K of the router probability
 
 
 class ChoiceSums(NamedTuple):
-    """What `RouterStats` cannot tell of the choices: SUMS over counted tokens, like those."""
+    """Further SUMS over counted tokens, which need each token's `Choices`."""
 
     score: Float[Array, "L G"]
     pairs: Float[Array, "L E E"]  # tokens that chose both; on the diagonal, tokens that chose the expert
-    kept: Float[Array, "L G"] | None  # choices that an earlier checkpoint makes too; None without one
+    kept: Float[Array, "L G"] | None  # choices that an earlier checkpoint made too; None without one
 
 
 def router_stats(
@@ -47,7 +47,7 @@ def router_stats(
     group: Int[Array, " T"],
     num_groups: int,
 ) -> RouterStats:
-    """Sums over the tokens at hand, by balance group. `kept` is False where a valid slot was dropped."""
+    """Sums over these tokens, by balance group. `kept` is False where a valid slot was dropped."""
     one_hot_EK = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
     valid = routing.valid.astype(jnp.float32)
     counts_TE = jnp.einsum("tke,tk->te", one_hot_EK, valid)
@@ -67,8 +67,8 @@ def router_stats(
 
 
 def choices_of(routing: Routing, probs: Float[Array, "T E"], shape: tuple[int, int]) -> Choices:
-    """The choices of `shape` = (B, S) tokens."""
-    score = jnp.sum(_pick(probs, routing.experts), axis=-1)
+    """The choices of these tokens, in the `shape` (B, S)."""
+    score = jnp.sum(pick_chosen(probs, routing.experts), axis=-1)
     return Choices(routing.experts.reshape(*shape, -1), score.reshape(shape))
 
 
@@ -80,16 +80,16 @@ def choice_sums(
     num_groups: int,
     num_experts: int,
 ) -> ChoiceSums:
-    """Sums over the batch, one layer at a time: a token × expert matrix of one layer is the most that exists.
+    """Sums over the batch, one layer at a time, so that only one layer's token × expert matrix exists.
 
-    `earlier`: the choices of another checkpoint for the same tokens.
+    earlier: the choices of another checkpoint for the same tokens.
     """
     live = counted.astype(jnp.float32)
     member_BSG = jax.nn.one_hot(group, num_groups, dtype=jnp.float32) * live[:, :, None]
     by_group = lambda x: jnp.sum(member_BSG * x[:, :, None], axis=(0, 1))
 
-    def layer(of: tuple[Choices, Choices | None]) -> ChoiceSums:
-        now, earlier = of
+    def sums_of_layer(pair: tuple[Choices, Choices | None]) -> ChoiceSums:
+        now, earlier = pair
         chosen_BSE = _chosen(now, num_experts) * live[:, :, None]
         # Zeros and ones: the product is exact in any precision.
         pairs = jnp.einsum("bse,bsf->ef", chosen_BSE, chosen_BSE, out_sharding=PartitionSpec())
@@ -98,7 +98,7 @@ def choice_sums(
             kept = by_group(jnp.sum(chosen_BSE * _chosen(earlier, num_experts), axis=-1))
         return ChoiceSums(by_group(now.score), pairs, kept)
 
-    return jax.lax.map(layer, (now, earlier))
+    return jax.lax.map(sums_of_layer, (now, earlier))
 
 
 def _chosen(choices: Choices, num_experts: int) -> Float[Array, "B S E"]:

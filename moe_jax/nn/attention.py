@@ -19,27 +19,27 @@ from moe_jax.parallel import sharding
 
 
 class KVCache(NamedTuple):
-    """Keys and values seen so far; the layer scan adds a leading L."""
+    """Keys and values of the tokens so far. The scan over layers adds a leading L."""
 
     k: Float[Array, "*L B Z M H"]
     v: Float[Array, "*L B Z M H"] | None  # None: the keys are the values (MLA)
 
     def write(self, k: Float[Array, "B S M H"], v: Float[Array, "B S M H"] | None, start: Int[Array, ""]) -> "KVCache":
-        """With those of S new tokens from place `start` on."""
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-        return KVCache(put(self.k, k), None if v is None else put(self.v, v))
+        """Returns the cache with S new tokens written at `start`."""
+        update = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+        return KVCache(update(self.k, k), None if v is None else update(self.v, v))
 
 
 def attend_cache(
     q: Float[Array, "B S N H"], cache: KVCache, start: Int[Array, ""], scale: float
 ) -> Float[Array, "B S N H"]:
-    """Attention of S new tokens, at positions start … start+S−1, to everything in the cache up to themselves."""
+    """Attention of S new tokens, at positions start … start+S−1, to all tokens of the cache up to their own."""
 
     def local(q, cache, start):
-        places, steps = cache.k.shape[1], q.shape[1]
-        seen: Bool[Array, "S Z"] = jnp.arange(places)[None, :] <= start + jnp.arange(steps)[:, None]
+        length, new = cache.k.shape[1], q.shape[1]
+        visible: Bool[Array, "S Z"] = jnp.arange(length)[None, :] <= start + jnp.arange(new)[:, None]
         values = cache.k if cache.v is None else cache.v
-        return plain_attention(q, cache.k, values, mask=seen[None, None], scale=scale)
+        return plain_attention(q, cache.k, values, mask=visible[None, None], scale=scale)
 
     return sharding.per_device(local, 2, 1)(q, cache, start)
 
@@ -64,9 +64,10 @@ class Attention(nnx.Module):
         start: Int[Array, ""] | None = None,
         counted: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Float[Array, "B N"] | None]:
-        """With a cache, the S tokens are written to it from place `start` and attend to it; segments are not used.
+        """Returns attention, the cache, and the largest logits.
 
-        With `counted`, not with a cache, the third result is `max_logits` of those queries.
+        With a cache, the S tokens are written to it at `start` and attend to it; segments are not used. With `counted`,
+        and without a cache, the third result is `max_logits` of the counted queries; otherwise it is None.
         """
         cfg = self.cfg
         heads = lambda x: sharding.reshape_tail(x, 2, -1, cfg.head_dim)
@@ -79,10 +80,10 @@ class Attention(nnx.Module):
             q, k = heads(q), heads(k)
         v, freq = heads(v), rope_frequencies(cfg, cfg.head_dim)
         q, k = rope(q, positions, freq), rope(k, positions, freq)
-        top = None if counted is None else max_logits(q, k, segments, counted)
+        max_logit = None if counted is None else max_logits(q, k, segments, counted)
         if cache is None:
             y = attend(q, k, v, segments, self.backend)
         else:
             cache = cache.write(k, v, start)
             y = attend_cache(q, cache, start, cfg.head_dim**-0.5)
-        return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), cache, top
+        return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), cache, max_logit

@@ -17,9 +17,9 @@ from moe_jax.parallel import sharding
 
 
 class Init:
-    """Declares weights: value, shape and logical axes on one line, born sharded when a mesh is set.
+    """Declares weights: value, shape and logical axes on one line. They are created sharded when a mesh is set.
 
-    With `layers=L` every weight gets a leading `[L]` axis: the stack that `jax.lax.scan` runs over.
+    With `layers=L` every weight gets a leading axis `[L]`, over which `jax.lax.scan` runs.
     Values are drawn in float32 and rounded to `dtype`.
     """
 
@@ -27,9 +27,11 @@ class Init:
         self.rngs, self.std, self.layers, self.dtype = rngs, std, layers, jnp.dtype(dtype)
 
     def stack(self, layers: int) -> "Init":
+        """Returns an `Init` for a stack of `layers` layers."""
         return Init(self.rngs, self.std, layers, self.dtype)
 
     def as_float32(self) -> "Init":
+        """Returns an `Init` whose weights are float32."""
         return Init(self.rngs, self.std, self.layers)
 
     def _axes(self, shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[str, ...], PartitionSpec | None]:
@@ -40,17 +42,18 @@ class Init:
         return shape, names, sharding.weight_spec(names, shape, sizes) if sizes else None
 
     def normal(self, shape: tuple[int, ...], axes: str, std: float | None = None) -> nnx.Param:
-        """Normal with standard deviation `std` (default: the model's `init_std`), cut off at 3 standard deviations."""
+        """Draws from a normal distribution of standard deviation `std` (default `init_std`), cut off at 3 of them."""
         shape, names, spec = self._axes(shape, axes)
         x = _normal(self.rngs.params(), self.std if std is None else std, shape, spec, self.dtype)
         return nnx.Param(x, axes=names)
 
     def ones(self, shape: tuple[int, ...], axes: str) -> nnx.Param:
+        """Makes a weight of ones, for the scale of a norm."""
         shape, names, spec = self._axes(shape, axes)
         return nnx.Param(jnp.ones(shape, self.dtype, out_sharding=spec), axes=names)
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        """A replicated array that is not a weight (no axes, no optimizer)."""
+        """Makes a replicated array that is not a weight: it has no axes, and no optimizer updates it."""
         return jnp.zeros(self._axes(shape, " ".join(["norm"] * len(shape)))[0], jnp.float32)
 
 
@@ -73,12 +76,12 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
 
 
 def rope_frequencies(cfg: ModelConfig, size: int) -> Float[np.ndarray, " H/2"]:
-    """Radians a position by which each pair of a head of `size` numbers turns: θ^(−2i/H), the slow ones scaled."""
+    """The angle by which each pair of a head of `size` rotates per position: θ^(−2i/H), scaled by `rope_scaling`."""
     freq = cfg.rope_theta ** (-np.arange(size // 2) / (size // 2))
     s = cfg.rope_scaling
     if s.factor > 1:
-        turns = s.original_length * freq / (2 * np.pi)
-        ramp = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+        rotations = s.original_length * freq / (2 * np.pi)
+        ramp = np.clip((rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
         freq = freq * (ramp + (1 - ramp) / s.factor)
     return freq.astype(np.float32)
 
@@ -86,7 +89,7 @@ def rope_frequencies(cfg: ModelConfig, size: int) -> Float[np.ndarray, " H/2"]:
 def rope(
     x: Float[Array, "B S N H"], positions: Int[Array, "B S"], freq: Float[np.ndarray, " H/2"]
 ) -> Float[Array, "B S N H"]:
-    """Rotary position embedding (arXiv:2104.09864), halves layout: component i pairs with component i + H/2."""
+    """Applies rotary position embedding (arXiv:2104.09864). Component i is paired with component i + H/2."""
     half = x.shape[-1] // 2
     angle = positions[:, :, None].astype(jnp.float32) * freq[None, None, :]
     cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
@@ -95,11 +98,13 @@ def rope(
 
 
 class Activation(NamedTuple):
-    gated: bool  # there is a matrix w_gate
-    hidden: Callable[[Array | None, Array], Array]  # (x · w_gate, or None; x · w_up) → what w_down sees
+    """The activation of a feed-forward layer."""
+
+    gated: bool  # whether there is a matrix w_gate
+    hidden: Callable[[Array | None, Array], Array]  # (x · w_gate or None, x · w_up) → the input of w_down
 
 
-# `model.activation`, of dense layers and experts alike.
+# Values of `model.activation`, for dense layers and experts.
 ACTIVATIONS = {
     "swiglu": Activation(True, lambda gate, up: jax.nn.silu(gate) * up),  # arXiv:2002.05202
     "gelu": Activation(False, lambda gate, up: jax.nn.gelu(up)),  # arXiv:1606.08415, its form with tanh
@@ -108,7 +113,7 @@ ACTIVATIONS = {
 
 
 class GLU(nnx.Module):
-    """hidden(x · w_gate, x · w_up) · w_down: a gated linear unit, or a plain MLP if the activation has no gate."""
+    """The feed-forward layer hidden(x · w_gate, x · w_up) · w_down: a gated linear unit, or an MLP without a gate."""
 
     def __init__(self, d_model: int, d_ff: int, init: Init, out_std: float, activation: str = "swiglu"):
         self.activation = ACTIVATIONS[activation]

@@ -1,7 +1,8 @@
-"""Multi-head latent attention: the keys and values of all heads come from one latent, which is all that is cached.
+"""Multi-head latent attention: the keys and values of all heads come from one latent, and only it is cached.
 
-Source: DeepSeek-V2, arXiv:2405.04434, §2.1. A key of a head is `[from the latent, rotated and shared by all heads]`, a
-query likewise. Letters: N heads, H size of a query and key of which P are rotated, W size of a value, C of the latent.
+Source: DeepSeek-V2, arXiv:2405.04434, §2.1. The key of a head has two parts: one made from the latent, and one that is
+rotated (RoPE) and shared by all heads. A query has the same two parts. Letters: N heads, H size of a query or key, W
+size of a value. `latent` is the size of the latent, `rotated` that of the rotated part.
 """
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from moe_jax.nn.qk_clip import max_logits
 from moe_jax.nn.remat import keep
 from moe_jax.parallel import sharding
 
-LATENT_EPS = 1e-6  # of the latents' norms, in the released models of any `norm_eps`
+LATENT_EPS = 1e-6  # in the norms of latents: released models have this value, whatever their `norm_eps`
 
 
 class MLA(nnx.Module):
@@ -45,7 +46,7 @@ class MLA(nnx.Module):
         start: Int[Array, ""] | None = None,
         counted: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Float[Array, "B N"] | None]:
-        """As `attention.Attention`. The cache holds `[latent, rotated key]` of a token, once for all heads."""
+        """Returns what `attention.Attention` does. The cache holds `[latent, rotated key]` of a token, once."""
         cfg, size = self.cfg, self.cfg.mla.rope_dim
         heads = lambda x, h: sharding.reshape_tail(x, 2, -1, h)
         times = lambda x, w: keep(x @ weight(w, x.dtype), "qkv")
@@ -57,7 +58,7 @@ class MLA(nnx.Module):
         freq = rope_frequencies(cfg, size)
         q_plain, q_rope = jnp.split(heads(q, cfg.head_dim), [cfg.head_dim - size], axis=-1)
         q_rope = rope(q_rope, positions, freq)
-        k_rope: Float[Array, "B S 1 P"] = rope(heads(times(x, self.w_k_rope), size), positions, freq)
+        k_rope: Float[Array, "B S 1 rotated"] = rope(heads(times(x, self.w_k_rope), size), positions, freq)
         if cache is not None:
             y, cache = self._cached(q_plain, q_rope, latent, k_rope, cache, start)
             return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), cache, None
@@ -65,15 +66,15 @@ class MLA(nnx.Module):
         v = heads(times(latent, self.w_v_up), cfg.mla.v_dim)
         q = jnp.concatenate([q_plain, q_rope], axis=-1)
         k = jnp.concatenate([k_plain, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
-        top = None if counted is None else max_logits(q, k, segments, counted)
+        max_logit = None if counted is None else max_logits(q, k, segments, counted)
         y = attend(q, k, v, segments, self.backend)
-        return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), None, top
+        return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), None, max_logit
 
     def _cached(self, q_plain, q_rope, latent, k_rope, cache: KVCache, start: Int[Array, ""]):
-        """Queries go into the latent's space, results come back from it: no key or value is ever made of the cache."""
+        """Attends in the space of latents: maps queries there and results back, and makes no key or value of a head."""
         cfg, rank = self.cfg, self.cfg.mla.kv_rank
         up = lambda w: sharding.reshape_tail(weight(w, latent.dtype), 1, cfg.num_heads, -1)
-        q: Float[Array, "B S N C+P"] = jnp.concatenate(
+        q: Float[Array, "B S N latent+rotated"] = jnp.concatenate(
             [jnp.einsum("bsnh,cnh->bsnc", q_plain, up(self.w_k_up)), q_rope], axis=-1
         )
         cache = cache.write(jnp.concatenate([latent[:, :, None], k_rope], axis=-1), None, start)

@@ -1,15 +1,16 @@
-"""What the backward pass of a layer keeps of its forward pass, and what it computes again: `model.remat`.
+"""Rematerialisation (`model.remat`): which values of a layer are kept for the backward pass, and which computed again.
 
-`selective` keeps the values named here, which cost a matmul, a sort or a collective sum to have again, and computes
-again what costs one pass over memory: norms, RoPE, SiLU·up, casts, the K copies of a token that go to its experts.
-In numbers of a token and layer, N·H and M·H the widths of queries and keys, N·W that of MLA's values:
+`selective` keeps the values named here, because computing them again would take a matmul, a sort or a collective sum.
+It computes again what takes one pass over memory: norms, RoPE, SiLU·up, casts, the K copies of a token that go to its
+experts. The last column counts numbers for each token and layer. `kv`, `q` and `r` stand for kv_rank, q_rank and
+rope_dim of MLA, W for its head size of values:
 
-| name           | what                                                        | numbers                         |
+| name           | values                                                      | numbers                         |
 |----------------|-------------------------------------------------------------|---------------------------------|
 | (the layer's input, which the scan over layers keeps in any case)            | D                               |
 | `qkv`          | projections, before norm and RoPE                           | N·H + 2·M·H                     |
-|                | MLA, of latents C (and of queries Q), P numbers rotated     | C + P + N·(2·H − P + W) (+ Q)   |
-| `attention`    | its result; flash attention: and the logsumexp a query      | N·H (+ N float32)               |
+|                | MLA: latents, rotated keys, queries, keys and values        | kv + r + N·(2·H − r + W) (+ q)  |
+| `attention`    | its result; flash attention also the logsumexp of a query   | N·H (+ N float32)               |
 | `residual`     | the layer's input plus attention                            | D                               |
 | `router`       | logits                                                      | E float32                       |
 | `rows`         | rows sorted by expert                                       | 2·K int32                       |
@@ -22,14 +23,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 KEPT = ("qkv", "attention", "residual", "router", "rows", "gate", "up")
-# cuDNN's attention without segments is a primitive of JAX's with result and logsumexp: nothing in it can be named.
+# cuDNN's attention without segments is one primitive that returns result and logsumexp: no value in it can be named.
 KEPT_PRIMITIVES = ("dot_product_attention_fwd_wrapper",)
 
 Tree = TypeVar("Tree")
 
 
 def keep(values: Tree, name: str) -> Tree:
-    """`values`, any pytree of arrays, which `model.remat='selective'` keeps for the backward pass."""
+    """Marks `values`, any pytree of arrays: `model.remat='selective'` keeps them for the backward pass."""
     if name not in KEPT:
         raise ValueError(f"{name!r} is not in remat.KEPT={KEPT}")
     return jax.tree.map(lambda x: checkpoint_name(x, name), values)

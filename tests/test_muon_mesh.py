@@ -34,7 +34,7 @@ LEAVES = {
     "few": ((6, 96, 160), "layers router_embed router_experts", Matrices()),  # two devices share them, if they can
     "enough": ((9, 40, 12), "layers router_embed router_experts", Matrices()),
     "both_cut": ((3, 16, 40), P(None, "fsdp", "expert"), Matrices()),
-    "both_cut_turned": ((3, 40, 16), P(None, "expert", "fsdp"), Matrices()),
+    "both_cut_transposed": ((3, 40, 16), P(None, "expert", "fsdp"), Matrices()),
     "reversed_axes": ((24, 64), P(None, ("expert", "fsdp")), Matrices()),
     "layers_cut": ((8, 16, 24), P(EVERY, None, None), Matrices()),
     "between": ((16, 3, 40), P("fsdp", None, None), Matrices(axes=(0, 2))),
@@ -226,7 +226,7 @@ def check_program(text: str, groups, plan: Plan) -> None:
     assert count("all-gather") == sum(group.replicas > 1 for group in groups)
     assert count("all-reduce") <= sum(parts > 1 for parts in cut)
     assert len(entry) == count("all-to-all") + count("all-gather") + count("all-reduce")
-    long = lambda leaf: leaf.whole[leaf.late_heads[0]] if leaf.late_heads else 1
+    long = lambda leaf: leaf.whole[leaf.heads_after[0]] if leaf.heads_after else 1
     flags = sum(leaf.pieces * long(leaf) for g in groups if math.prod(g.parts) > 1 for leaf in g.leaves)
     assert sum(n for k, n in entry if k == "all-reduce") == flags
     # Elements, as the CPU back end widens bf16. A device keeps 1/parts of an all-to-all, 1/replicas of an all-gather.

@@ -1,4 +1,4 @@
-"""Optimizers: Muon on one device and on many, AdamW, and who optimises which parameter."""
+"""Optimizers: Muon on one device and on many, AdamW, and which of them updates which parameter."""
 
 from moe_jax.optim.optimizer import (
     describe,

@@ -3,13 +3,13 @@
 Usable alone, in any optax chain: `optax.chain(optax.clip_by_global_norm(1.0), muon(3e-4))`. A leaf is a matrix or a
 batch of matrices; each matrix is orthogonalised on its own (each expert of each layer of an `[L, E, D, F]` leaf).
 
-On a mesh with Explicit axes no collective lies inside the iteration. Leaves whose matrices have one shape and are cut
-alike form a group, and a group moves once: one all-to-all makes its matrices whole and spreads them evenly over the
-devices, one brings the results back; where devices hold the same shards (`data` replicas), each takes a part of the
-matrices and one all-gather hands out the results. Of matrices that are cut, an all-reduce of a number each says which
-have a gradient. `plan` says what the rest costs. Without a mesh, under Auto axes and inside a `shard_map`, each leaf is
-one batched iteration on the matrices as they are seen there: right everywhere, but under Auto axes the partitioner may
-put collectives into the iteration.
+On a mesh with Explicit axes the iteration contains no collective. Leaves whose matrices have one shape and are cut
+alike form a group, which moves once: one all-to-all makes its matrices whole and spreads them evenly over the devices,
+and one brings the results back. Where devices hold the same shards (`data` replicas), each computes a part of the
+matrices, and one all-gather distributes the results. An all-reduce of one number a matrix finds cut matrices without a
+gradient. plan.py gives the cost. Without a mesh, under Auto axes and inside a `shard_map`, each leaf is one batched
+iteration on the matrices as they appear there. The result is the same, but under Auto axes the partitioner may put
+collectives into the iteration.
 
 Sources: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon); arXiv:2502.16982, eqs. 1–4.
 """
@@ -28,11 +28,13 @@ from moe_jax.optim.newton_schulz import Coefficients
 from moe_jax.optim.spread import Rule, layout, one_matrix
 
 Number = float | Array  # traced or not
-# Defaults that can be called would be schedules to `optax.inject_hyperparams`: jnp.bfloat16 can, its dtype cannot.
+# `optax.inject_hyperparams` takes a callable default for a schedule: jnp.bfloat16 is callable, its dtype is not.
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 class MuonState(NamedTuple):
+    """The state of Muon."""
+
     momentum: optax.Updates  # sharded like the parameters
 
 
@@ -49,15 +51,15 @@ def muon(
     dtype: Any = BFLOAT16,
     matrices: Rule | None = None,
 ) -> optax.GradientTransformation:
-    """W ← W − η·(scale·O + λ·W), O = Newton–Schulz(G + μ·M) or (M) without Nesterov, M ← μ·M + G.
+    """Makes Muon: W ← W − η·(scale·O + λ·W), with M ← μ·M + G and O = Newton–Schulz(G + μ·M), or of M without Nesterov.
 
     Args:
         learning_rate: η, a number or an optax schedule.
         weight_decay: λ, decoupled, multiplied by η; a number or an optax schedule. With 0, `update` needs no params.
-        cautious_decay: decay only the entries that the update shrinks too (arXiv:2510.12402).
+        cautious_decay: decays only the entries that the update shrinks as well (arXiv:2510.12402).
 
     The other arguments are those of `scale_by_muon`. `optax.inject_hyperparams(muon)` makes the numbers a part of the
-    state; name `dtype` and `matrices` in its static_args where they are passed.
+    state; name `dtype` and `matrices` in its static_args if you pass them.
     """
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         decay = optax.identity()
@@ -85,20 +87,20 @@ def scale_by_muon(
     dtype: Any = BFLOAT16,
     matrices: Rule | None = None,
 ) -> optax.GradientTransformation:
-    """scale·O: the direction of `muon`, before weight decay and learning rate.
+    """Makes the direction of `muon`, scale·O, before weight decay and learning rate.
 
-    It does not depend on the gradient's scale. A matrix whose gradient is all zeros in a step, as that of an expert
+    It does not depend on the gradient's scale. A matrix whose gradient is all zeros in a step, like that of an expert
     without tokens, gets no update in that step; its momentum decays.
 
     Args:
         momentum: μ in [0, 1), in sum form.
         coefficients: a name in `newton_schulz.SETS`, or Coefficients.
-        scale: "match_rms", update_rms·√max(m, n): every matrix gets an update RMS of about `update_rms`, that of AdamW,
-            so AdamW's η and λ carry over. "spectral", √max(1, n/m) for m inputs and n outputs. Of one head's m and n
-            where `matrices` says so.
-        dtype: of the iteration, and of what moves between devices. The momentum stays in the parameter's dtype.
-        matrices: which axes of a leaf form its matrices; None: every leaf is one matrix. Raises ValueError for a leaf
-            of unknown geometry.
+        scale: "match_rms" is update_rms·√max(m, n): every matrix gets an update RMS of about `update_rms`, like that of
+            AdamW, so AdamW's η and λ carry over. "spectral" is √max(1, n/m) for m inputs and n outputs. They are
+            those of one head where `matrices` cuts heads.
+        dtype: of the iteration, and of the matrices that move between devices. The momentum has the parameter's dtype.
+        matrices: a rule that gives the axes of a leaf that form its matrices, and raises ValueError for a leaf that it
+            does not know. With None every leaf is one matrix.
     """
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: must be one of {', '.join(SCALES)}")
@@ -106,8 +108,8 @@ def scale_by_muon(
         raise ValueError("muon: dtype is not a schedule; name it in static_args of optax.inject_hyperparams")
     chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
     iterate = functools.partial(newton_schulz.orthogonalize, coefficients=chosen, dtype=dtype)
-    factor = lambda block: SCALES[scale](*block) * (update_rms if scale == "match_rms" else 1.0)
-    # Matrices are scaled when they are whole, so that what moves needs the range of float32, as bfloat16 has it.
+    factor = lambda shape: SCALES[scale](*shape) * (update_rms if scale == "match_rms" else 1.0)
+    # Matrices are normalised after they moved, so the dtype that moves needs the range of float32. bfloat16 has it.
     moved = dtype if jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp else jnp.float32
     rule = matrices or one_matrix
 
@@ -127,20 +129,20 @@ def scale_by_muon(
             results = group.map(iterate, [flat[i].astype(moved) for i in indices], [gradients[i] for i in indices])
             for leaf, o in zip(group.leaves, results, strict=True):
                 x = flat[leaf.index]
-                out[leaf.index] = (factor(leaf.block) * o.astype(jnp.float32)).astype(x.dtype)
+                out[leaf.index] = (factor(leaf.matrix) * o.astype(jnp.float32)).astype(x.dtype)
         return jax.tree.unflatten(tree, out), MuonState(m)
 
     return optax.GradientTransformation(init, update)
 
 
-SCALES = {  # by (inputs, outputs) of one matrix
+SCALES = {  # functions of the inputs and outputs of one matrix
     "match_rms": lambda m, n: math.sqrt(max(m, n)),
     "spectral": lambda m, n: math.sqrt(max(1.0, n / m)),
 }
 
 
 def _cautious_decay(weight_decay: Number | optax.Schedule) -> optax.GradientTransformation:
-    # An update u moves W by −η·u: it shrinks the entries of its own sign.
+    # An update u moves W by −η·u, so it shrinks the entries of W that have its sign.
     decay = optax.add_decayed_weights(weight_decay)
     shrunk = lambda u, w: jnp.where(u * w > 0, w, jnp.zeros_like(w)).astype(u.dtype)
 

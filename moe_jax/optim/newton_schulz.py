@@ -1,4 +1,4 @@
-"""The matrix function of Muon: U·Vᵀ of a matrix U·Σ·Vᵀ, approximately, by odd polynomials. No mesh in here.
+"""The matrix function of Muon: U·Vᵀ of a matrix U·Σ·Vᵀ, approximated by odd polynomials. It knows no mesh.
 
 Sources: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon); arXiv:2502.16982, eq. 2.
 """
@@ -14,7 +14,7 @@ from moe_jax.kernels.stacked import residual_product, symmetric_product
 
 
 class Coefficients(NamedTuple):
-    """X ← a·X + (b·A + c·A²)·X, A = X·Xᵀ, for each (a, b, c) of `steps`, from X / (prescale · ‖X‖_F)."""
+    """The polynomials: X ← a·X + (b·A + c·A²)·X, A = X·Xᵀ, for (a, b, c) in `steps`, from X / (prescale · ‖X‖_F)."""
 
     steps: tuple[tuple[float, float, float], ...]
     prescale: float = 1.0
@@ -29,7 +29,7 @@ _POLAR_EXPRESS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-SETS = {  # singular values of at least 0.003 ‖X‖_F end in …
+SETS = {  # comments: the interval in which singular values of at least 0.003 ‖X‖_F end
     "jordan": Coefficients((_JORDAN,) * 5),  # [0.68, 1.21]
     "you": Coefficients(  # [0.98, 1.15]; Megatron's "quintic", optax' "dion"
         (
@@ -43,7 +43,7 @@ SETS = {  # singular values of at least 0.003 ‖X‖_F end in …
     "polar_express": Coefficients(  # [0.87, 1.12]; arXiv:2505.16932, algorithm 1
         tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS), _SAFETY
     ),
-    "cans": Coefficients(  # [0.83, 1.17]; arXiv:2506.10935. In bf16 2 to 4 % off, the others up to 1 %
+    "cans": Coefficients(  # [0.83, 1.17]; arXiv:2506.10935. Its error in bf16 is 2 to 4 %, that of the others up to 1 %
         (
             (8.4703, -25.1081, 18.6293),
             (4.1828, -3.1087, 0.5806),
@@ -57,7 +57,7 @@ SETS = {  # singular values of at least 0.003 ‖X‖_F end in …
 
 
 def coefficients(name: str, steps: int = 0) -> Coefficients:
-    """The set `name` of SETS. `steps`: how often Jordan's polynomial is repeated; the others have their own number.
+    """Returns the set `name` of SETS. steps: repetitions of Jordan's polynomial; other sets have a fixed number.
 
     Raises ValueError for another name, and for a number of steps that the set does not have.
     """
@@ -71,7 +71,7 @@ def coefficients(name: str, steps: int = 0) -> Coefficients:
 
 
 def flops(m: int, n: int, steps: int) -> int:
-    """Of the matrix products for one m × n matrix: X·Xᵀ, A² and P·X in each step, on the smaller side."""
+    """FLOPs of the products for one m × n matrix: X·Xᵀ, A² and P·X in each step, with A on the smaller side."""
     m, n = min(m, n), max(m, n)
     return steps * (4 * m * m * n + 2 * m**3)
 
@@ -79,13 +79,14 @@ def flops(m: int, n: int, steps: int) -> int:
 def orthogonalize(
     x: Float[Array, "*L m n"], coefficients: Coefficients = SETS["jordan"], dtype: Any = jnp.bfloat16
 ) -> Float[Array, "*L m n"]:
-    """U·Vᵀ of each matrix, approximately, in `dtype`, whatever the matrix's size (`_unit`). A zero matrix stays zero.
+    """Approximates U·Vᵀ of each matrix, in `dtype`, at any scale of the matrix (`_unit`). A zero matrix stays zero.
 
-    Two things keep bf16 accurate. The products are of Z = A − s·I, s being about the mean of A's diagonal, with the
-    same polynomial, (a + b·s + c·s²)·I + P, P = (b + 2·c·s)·Z + c·Z²: rows of X become nearly orthonormal, and the
-    rounding of A's diagonal, near 1, would swamp the rest. And X is divided by a power of two; what is left of the norm
-    goes into the first step's coefficients. On Gaussian matrices of 64 to 1152 columns the error to float64 is 0.5 to
-    0.9 %, without them 1.4 to 3.5 %. Singular values near 0, of which bf16 does not keep the direction, make it larger.
+    Two things keep bf16 accurate. First, Z = A − s·I is multiplied and not A, with s about the mean of A's diagonal: as
+    rows of X become nearly orthonormal, the diagonal of A nears 1, and its rounding would exceed the other entries. The
+    polynomial is the same, (a + b·s + c·s²)·I + P, with P = (b + 2·c·s)·Z + c·Z². Second, X is divided by a power of
+    two, which is exact; the rest of the norm goes into the coefficients of the first step. For Gaussian matrices of 64
+    to 1152 columns the error against float64 is 0.5 to 0.9 %, and 1.4 to 3.5 % without these two. Singular values near
+    0, whose directions bf16 does not keep, make it larger.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -2, -1) if tall else x
@@ -96,7 +97,7 @@ def orthogonalize(
     def step(carry, abc):
         y, left = carry
         a, b, c = (abc[i] / left ** (2 * i + 1) for i in range(3))  # float32: 3.4445 in bf16 would be 3.4375
-        some = y[:, ::8]  # any s gives the same function; of every eighth row it is near enough, and cheap
+        some = y[:, ::8]  # any s gives the same function: every eighth row gives one that is near enough
         s = jnp.sum(jnp.square(some.astype(jnp.float32)), axis=(-2, -1)) / some.shape[1]
         z = symmetric_product(y, jnp.ones_like(s), None, -s)
         p = symmetric_product(z, c, b + 2 * c * s, jnp.zeros_like(s))
@@ -108,11 +109,12 @@ def orthogonalize(
 
 
 def _unit(x: Float[Array, "L m n"], prescale: float) -> tuple[Float[Array, "L m n"], Float[Array, " L"]]:
-    """Each matrix over a power of two, in float32, and `prescale` · ‖X‖_F over the same one: in [0.5, 1), of zeros 1.
+    """Divides each matrix by a power of two, in float32. Also returns `prescale` · ‖X‖_F divided by the same.
 
-    The largest entry becomes 1 or a little less before anything is squared: float32, and bf16 with it, has no squares
-    of entries beyond 10¹⁹ or below 10⁻¹⁹. So the result does not depend on the scale of X, as long as the largest entry
-    is a normal number (from 1.2·10⁻³⁸). Below that a device may take X for zero.
+    The norm is then in [0.5, 1), or 1 for a zero matrix. The largest entry is scaled to [0.5, 1) before entries are
+    squared: squares of entries beyond 10¹⁹ or below 10⁻¹⁹ are outside the range of float32 and bf16. So the result does
+    not depend on the scale of X, as long as its largest entry is a normal number (from 1.2·10⁻³⁸). Below that a device
+    may take X for zero.
     """
     power = lambda k: jnp.ldexp(jnp.ones_like(k, jnp.float32), jnp.clip(k, -126, 126))[:, None, None]
     x = x.astype(jnp.float32)
@@ -124,7 +126,7 @@ def _unit(x: Float[Array, "L m n"], prescale: float) -> tuple[Float[Array, "L m 
 
 
 def orthogonalize_reference(x: np.ndarray, coefficients: Coefficients = SETS["jordan"]) -> np.ndarray:
-    """The oracle of `orthogonalize` and of everything that spreads it over devices: float64, one matrix at a time."""
+    """Orthogonalises one matrix at a time in float64: the oracle of `orthogonalize`, on one device and on many."""
     x = np.asarray(x, np.float64)
     if x.ndim > 2:
         return np.stack([orthogonalize_reference(one, coefficients) for one in x])

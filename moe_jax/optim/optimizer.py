@@ -1,4 +1,4 @@
-"""Who optimises which parameter: the label table, schedules, and the assembly of clipping, AdamW and Muon."""
+"""The optimizer: who updates which parameter, learning-rate schedules, and the chain of clipping, AdamW and Muon."""
 
 import re
 from collections.abc import Callable
@@ -15,20 +15,20 @@ from moe_jax.optim.spread import Matrices
 from moe_jax.parallel import sharding
 from moe_jax.tree import path_of
 
-# First match wins; `label_params` refuses a parameter without a rule, and a rule without a parameter unless it is of a
-# part that the model does not have (`PARTS`).
-# Every parameter decays, norms included: without it their scales and the output RMS grow (arXiv:2502.16982, app. D).
+# The first match counts. `label_params` refuses a parameter without a rule, and a rule without a parameter unless it
+# belongs to a part that the model does not have (`PARTS`).
+# Weight decay applies to all: without it the scales of norms and the output RMS grow (arXiv:2502.16982, app. D).
 RULES = (
     (r"^(embed|head)$", "adamw"),
     (r"norm$", "adamw"),
     (r"/w_router$", "router"),
     (r"/w_(q|k|v|o|gate|up|down|q_down|q_up|kv_down|k_rope|k_up|v_up)$", "matrix"),
 )
-PARTS = {r"/w_router$": "/moe/"}  # rules of a part, and how paths into it read
+PARTS = {r"/w_router$": "/moe/"}  # rule → text in the paths of the part that it belongs to
 
-# Matrices of the leaves that are Muon's: the axes, of which the last two are input and output. Gate and up projections
-# are leaves of their own. The router is a matrix like the others: Moonlight's released code gives Muon every weight of
-# two or more dimensions but embedding and head, and the router spectra of its paper (§3.4) come from that.
+# The axes of leaves that Muon updates; the last two are input and output of a matrix. Gate and up projections are
+# separate leaves. The router is a matrix like the others: Moonlight's released code gives Muon every weight of two or
+# more dimensions but embedding and head, and the router spectra in its paper (§3.4) are from such a run.
 GEOMETRY = (
     (r"/w_router$", "layers in out"),
     (r"(^|/)attention/w_(q|k|v)$", "layers in heads"),
@@ -60,34 +60,34 @@ def label_params(params: Any) -> Any:
 
 
 def schedule(cfg: OptimConfig, steps: int) -> Callable[[Any], Any]:
-    """Learning rate by step, from 0: a linear warm-up to `lr`, then down to `final_lr_fraction` of it at steps − 1.
+    """Learning rate by step from 0: a linear warm-up to `lr`, then a decay to `final_lr_fraction` of it at steps − 1.
 
-    The warm-up's last step is at `lr`, and with it the schedule begins; without a warm-up, with step 0. "wsd" stays at
-    `lr` until `decay_fraction` of the steps after the warm-up are left, and falls in each of those. A run of one step
-    takes it at `lr`. Skipped steps do not count: a run that skipped some ends so many short of the last.
+    The last step of the warm-up is at `lr` and is the first of the schedule; without a warm-up, step 0 is. "wsd" stays
+    at `lr` until `decay_fraction` of the steps after the warm-up are left, and falls in each of those. A run of one
+    step takes it at `lr`. Skipped steps do not count: a run that skipped n of them ends n steps before the schedule.
     """
     top = max(cfg.warmup_steps - 1, 0)
-    last, falling = cfg.lr * cfg.final_lr_fraction, max(steps - 1 - top, 1)
+    last, decaying = cfg.lr * cfg.final_lr_fraction, max(steps - 1 - top, 1)
     if cfg.schedule == "cosine":
-        body = optax.cosine_decay_schedule(cfg.lr, falling, cfg.final_lr_fraction)
+        body = optax.cosine_decay_schedule(cfg.lr, decaying, cfg.final_lr_fraction)
     elif cfg.schedule == "linear":
-        body = optax.linear_schedule(cfg.lr, last, falling)
+        body = optax.linear_schedule(cfg.lr, last, decaying)
     elif cfg.schedule == "wsd":  # warm-up, stable, decay
-        decay = min(max(1, round((steps - cfg.warmup_steps) * cfg.decay_fraction)), falling)
+        decay = min(max(1, round((steps - cfg.warmup_steps) * cfg.decay_fraction)), decaying)
         body = optax.join_schedules(
-            [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, last, decay)], [falling - decay]
+            [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, last, decay)], [decaying - decay]
         )
     else:
         body = optax.constant_schedule(cfg.lr)
     if not cfg.warmup_steps:
         return body
-    # The first step already moves: a rate of 0 would spend a batch on nothing.
+    # The first step has a rate above 0, which would waste its batch.
     warmup = lambda step: cfg.lr * (step + 1) / cfg.warmup_steps
     return optax.join_schedules([warmup, body], [top])
 
 
 def describe_stretch(cfg: OptimConfig, before: int, steps: int, done: int) -> str:
-    """One line on what other `steps` than `before` mean for the learning rate after `done` updates, or ""."""
+    """One line on how `steps` instead of `before` changes the learning rate after `done` updates; "" if it does not."""
     if before == steps or cfg.schedule == "constant":
         return ""
     old, new, last = (float(schedule(cfg, n)(at)) for n, at in ((before, done), (steps, done), (steps, steps - 1)))
@@ -98,7 +98,7 @@ def describe_stretch(cfg: OptimConfig, before: int, steps: int, done: int) -> st
 
 
 def matrices_of(cfg: OptimConfig, head_dim: int = 0) -> Callable[[str, Any], Matrices]:
-    """Muon's rule for the parameters here. It raises ValueError for one of unknown name or rank."""
+    """Makes Muon's rule for the parameters of `GEOMETRY`. It raises ValueError for one of unknown name or rank."""
     if cfg.per_head and not head_dim:
         raise ValueError("optim.per_head needs the model's head_dim")
 
@@ -114,7 +114,7 @@ def matrices_of(cfg: OptimConfig, head_dim: int = 0) -> Callable[[str, Any], Mat
 
 
 def make_optimizer(cfg: OptimConfig, steps: int, head_dim: int = 0) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW or Muon by label. `head_dim` is needed for `cfg.per_head` only."""
+    """Chains global-norm clipping with AdamW or Muon by label. Only `cfg.per_head` needs `head_dim`."""
     lr = schedule(cfg, steps)
     adamw = optax.adamw(lr, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay)
     if cfg.name == "adamw":
@@ -138,12 +138,12 @@ def make_optimizer(cfg: OptimConfig, steps: int, head_dim: int = 0) -> optax.Gra
 
 
 def owners(cfg: OptimConfig) -> dict[str, str]:
-    """Which optimizer updates the parameters of each label."""
+    """The optimizer that updates the parameters of each label."""
     return {"adamw": "adamw", "router": cfg.router if cfg.name == "muon" else "adamw", "matrix": cfg.name}
 
 
 def muon_plan(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int = 0) -> Plan:
-    """What Muon costs for a `model.Graph`'s parameters on a mesh of these axis sizes; nothing is allocated."""
+    """Plans Muon for the parameters of a `model.Graph` on a mesh of these axis sizes. Allocates nothing."""
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit)
 
@@ -151,11 +151,11 @@ def muon_plan(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int
         spec = sharding.weight_spec(names, x.shape, sizes)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    who, rule = owners(cfg), matrices_of(cfg, head_dim)
+    owner, rule = owners(cfg), matrices_of(cfg, head_dim)
     labels = {path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(label_params(graph.shapes))}
     return make_plan(
         jax.tree.map(placed, graph.shapes, graph.axes),
-        lambda path, leaf: rule(path, leaf) if who[labels[path]] == "muon" else None,
+        lambda path, leaf: rule(path, leaf) if owner[labels[path]] == "muon" else None,
         coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
         dtype=jnp.dtype(cfg.newton_schulz_dtype),
         in_place=("expert",),
@@ -163,18 +163,19 @@ def muon_plan(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int
 
 
 def describe(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int = 0) -> str:
-    """Who updates how many parameters of a `model.Graph`, and what Muon costs on a mesh of these axis sizes."""
+    """Describes which optimizer updates how many parameters of a `model.Graph`, and Muon's cost on such a mesh."""
     labels = jax.tree.leaves(label_params(graph.shapes))
-    who = owners(cfg)
-    sums = {label: 0 for label in who}
+    owner = owners(cfg)
+    sums = {label: 0 for label in owner}
     for label, x in zip(labels, jax.tree.leaves(graph.shapes), strict=True):
         sums[label] += x.size
-    lines = ["; ".join(f"{label}: {who[label]}, {n:,} parameters" for label, n in sums.items())]
+    lines = ["; ".join(f"{label}: {owner[label]}, {n:,} parameters" for label, n in sums.items())]
     norms = [x for path, x in jax.tree_util.tree_leaves_with_path(graph.shapes) if path_of(path).endswith("norm")]
-    step = cfg.lr * (1 + cfg.weight_decay)  # AdamW's largest; half the distance from 1 down to the next number is 2^-9
+    # AdamW's largest step. Half the distance from 1 down to the next bfloat16 number is 2^-9: a smaller step is lost.
+    step = cfg.lr * (1 + cfg.weight_decay)
     if step < 2**-9 and any(x.dtype == jnp.bfloat16 for x in norms):
         lines += [
             f"a norm's scale of 1 stays as it is: a step of optim.lr={cfg.lr:g} rounds away in bfloat16; "
             "model.param_dtype=float32 trains it"
         ]
-    return "\n".join(lines + ([str(muon_plan(cfg, graph, sizes, head_dim))] if "muon" in who.values() else []))
+    return "\n".join(lines + ([str(muon_plan(cfg, graph, sizes, head_dim))] if "muon" in owner.values() else []))

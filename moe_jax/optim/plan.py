@@ -14,43 +14,44 @@ from moe_jax.tree import path_of
 
 
 class PlanRow(NamedTuple):
-    """One group. FLOPs and bytes of one device and one step; bytes are those it sends, as many as it receives."""
+    """The costs of one group in one step on one device. It sends the bytes given here, and receives as many."""
 
     leaves: tuple[str, ...]
     shape: tuple[int, int]  # of one matrix
     matrices: int
     per_device: int  # matrices that every device gets, zeros included
     copies: int  # devices that get the same matrices and do the same work
-    padding: float  # the share of zeros and copies among them
+    padding: float  # the share of zeros and copies among the matrices of all devices
     flops: int
-    bytes_in: int  # all-to-all that makes the matrices whole
-    bytes_out: int  # all-to-all of the results
-    bytes_gather: int  # all-gather of the results over devices that hold the same shards
+    bytes_in: int  # by the all-to-all that makes matrices whole
+    bytes_out: int  # by the all-to-all of the results
+    bytes_gather: int  # by the all-gather of results over devices that hold the same shards
 
 
 class Plan(NamedTuple):
-    """What the matrices of a parameter tree cost in each step, beside AdamW's traffic for the whole tree."""
+    """The costs of Muon for the matrices of a parameter tree in each step, and AdamW's traffic for the whole tree."""
 
     devices: int
     steps: int
     dtype: str
     rows: tuple[PlanRow, ...]
-    adamw_bytes: int  # sent by a device: gradients and parameters, see `plan`
-    state_bytes: int  # of a device: one momentum for matrices, AdamW's two for the rest
+    adamw_bytes: int  # sent by a device: gradients and parameters, see `make_plan`
+    state_bytes: int  # of one device: one momentum for matrices, AdamW's two moments for the rest
     adamw_state_bytes: int
 
     @property
     def bytes(self) -> int:
-        """That Muon adds."""
+        """Bytes that a device sends for Muon, beyond AdamW's."""
         return sum(row.bytes_in + row.bytes_out + row.bytes_gather for row in self.rows)
 
     @property
     def flops(self) -> int:
+        """FLOPs of Muon's iterations on one device."""
         return sum(row.flops for row in self.rows)
 
     @property
     def ratio(self) -> float:
-        """Traffic of a step with Muon against AdamW's."""
+        """Traffic of a step with Muon, divided by that of a step with AdamW."""
         return 1.0 + (self.bytes / self.adamw_bytes if self.adamw_bytes else 0.0)
 
     def __str__(self) -> str:
@@ -86,7 +87,7 @@ def _short(x: float) -> str:
 
 
 def _names(paths: tuple[str, ...]) -> str:
-    """`layers/moe/w_down, w_gate, w_up`: a folder is named once."""
+    """Joins paths, naming a folder once: `layers/moe/w_down, w_gate, w_up`."""
     out, last = [], None
     for path in paths:
         folder, _, name = path.rpartition("/")
@@ -103,15 +104,15 @@ def make_plan(
     dtype: Any = jnp.bfloat16,
     in_place: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan for all parameters: arrays, or ShapeDtypeStructs with a sharding (an abstract mesh will do).
+    """Plans Muon for all parameters: arrays, or ShapeDtypeStructs with a sharding (an abstract mesh is enough).
 
-    `matrices` gives None for leaves that are AdamW's. AdamW's traffic, as in arXiv:2502.16982, §2.3: float32 gradients
-    are reduced and scattered over the mesh axes that shard a leaf, and its parameters gathered in their own type; over
-    the other mesh axes gradients are all-reduced. `in_place`: mesh axes that are expert parallelism where they lie on
-    batch axes of matrices; over them weights stay in place.
+    `matrices` gives None for leaves that AdamW updates. AdamW's traffic is that of arXiv:2502.16982, §2.3: float32
+    gradients are reduce-scattered over the mesh axes that shard a leaf, and its parameters gathered in their own dtype;
+    over the other mesh axes gradients are all-reduced. in_place: mesh axes of expert parallelism. Where they shard
+    batch axes of matrices, weights stay on their device.
     """
     chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
-    mine, adamw_bytes, state_bytes, adamw_state_bytes, devices = {}, 0, 0, 0, 1
+    with_muon, adamw_bytes, state_bytes, adamw_state_bytes, devices = {}, 0, 0, 0, 1
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         name = path_of(path)
         placed, where = placement(x), matrices(name, x)
@@ -126,14 +127,14 @@ def make_plan(
         adamw_state_bytes += 2 * local * x.dtype.itemsize
         devices = max(devices, math.prod(placed.sizes.values()))
         if where is not None:
-            mine[name] = x
-    groups = layout(mine, matrices)
+            with_muon[name] = x
+    groups = layout(with_muon, matrices)
     rows = _join(_row(group, devices, len(chosen.steps), jnp.dtype(dtype).itemsize) for group in groups)
     return Plan(devices, len(chosen.steps), jnp.dtype(dtype).name, rows, adamw_bytes, state_bytes, adamw_state_bytes)
 
 
 def _join(rows: Iterable[PlanRow]) -> tuple[PlanRow, ...]:
-    """Groups of one shape that do not move, each a leaf of its own, in one row."""
+    """Joins the rows of groups of one shape that do not move, each of which is a single leaf."""
     out: dict[Any, PlanRow] = {}
     for i, row in enumerate(rows):
         key = i if row.bytes_in or row.bytes_gather else (row.shape, row.padding)
@@ -151,7 +152,7 @@ def _join(rows: Iterable[PlanRow]) -> tuple[PlanRow, ...]:
 
 def _row(group: Group, devices: int, steps: int, itemsize: int) -> PlanRow:
     parts, m, n = math.prod(group.parts), *group.shape
-    block = group.leaves[0].block
+    matrix = group.leaves[0].matrix
     total = sum(math.prod(leaf.shape) for leaf in group.leaves) // (m * n)
     exchanged = group.per_device * m * n * itemsize * (parts - 1) // parts
     return PlanRow(
@@ -161,7 +162,7 @@ def _row(group: Group, devices: int, steps: int, itemsize: int) -> PlanRow:
         per_device=group.per_device,
         copies=group.leaves[0].size(*group.leaves[0].idle) // group.replicas,
         padding=1.0 - total / (group.per_device * devices),
-        flops=group.per_device * (m * n // math.prod(block)) * newton_schulz.flops(*block, steps),
+        flops=group.per_device * (m * n // math.prod(matrix)) * newton_schulz.flops(*matrix, steps),
         bytes_in=exchanged,
         bytes_out=exchanged,
         bytes_gather=group.per_device * m * n * itemsize * (group.replicas - 1),

@@ -1,8 +1,8 @@
-"""A function of single matrices, applied to the leaves of a sharded tree: which matrices move together, and how.
+"""Applies a function of single matrices to the leaves of a sharded tree, and moves matrices in groups.
 
-A leaf is a batch of matrices; its rule says which axes form them. `layout` sorts the leaves into groups; `Group.map`
-moves a group once, so that every matrix is whole on one device and the matrices are spread evenly, applies the
-function, and moves the results back. No work is repeated, but for a group with fewer matrices than devices.
+A leaf is a batch of matrices; its rule says which axes form them. `layout` sorts the leaves into groups. `Group.map`
+spreads the matrices of a group evenly over the devices, each whole on one, applies the function, and moves the results
+back. Work is repeated only in groups with fewer matrices than devices.
 """
 
 import math
@@ -18,19 +18,20 @@ from moe_jax.optim import newton_schulz
 from moe_jax.parallel.axes import as_tuple
 from moe_jax.tree import path_of
 
-# FLOPs worth as much as sending a byte, for groups with fewer matrices than devices: 100 TFLOP/s beside 100 GB/s. By
-# their data sheets, TPU v5p and H200 are at 800 to 20,000, so that rather less work is repeated than would pay.
+# FLOPs that take as long as sending a byte, for groups with fewer matrices than devices: 100 TFLOP/s at 100 GB/s. By
+# their data sheets TPU v5p and H200 reach 800 to 20,000, so this repeats less work than would pay, rather than more.
 FLOPS_PER_BYTE = 1000
 
 
 class Matrices(NamedTuple):
-    """Where the matrices of a leaf lie; all other axes are batch axes."""
+    """The axes of a leaf that form its matrices; all others are batch axes."""
 
     axes: tuple[int, int] = (-2, -1)  # (input, output): x @ W sums over the first
-    heads: tuple[int, int] | None = None  # (0 or 1, size): along the input or output axis, each `size` is a matrix
+    heads: tuple[int, int] | None = None  # (0 or 1, size): cuts the input or output axis into heads, each a matrix
 
 
-Rule = Callable[[str, Any], Matrices]  # (path such as "layers/moe/w_up", leaf) → Matrices; ValueError if it has no rule
+# (path such as "layers/moe/w_up", leaf) → the leaf's matrices. Raises ValueError for a leaf that it does not know.
+Rule = Callable[[str, Any], Matrices]
 
 
 def one_matrix(path: str, leaf: Any) -> Matrices:
@@ -41,58 +42,64 @@ def one_matrix(path: str, leaf: Any) -> Matrices:
 
 
 class Leaf(NamedTuple):
-    """One leaf as a batch of matrices on its mesh. Mesh axes of size 1 appear only in `spec`."""
+    """A leaf as a batch of matrices on its mesh. Mesh axes of size 1 appear only in `spec`."""
 
     index: int  # in the flattened tree
     path: str
     shape: tuple[int, ...]  # global
-    local: tuple[int, ...]  # of one device's block
-    mesh: Any  # abstract; None where no axis is Explicit, so that nothing can be moved by hand
+    local: tuple[int, ...]  # shape of one device's shard
+    mesh: Any  # abstract; None where no axis is Explicit, so that collectives cannot be written
     spec: PartitionSpec
     axes: tuple[int, int]  # input and output, counted from the front
-    heads: tuple[int, int] | None  # cut off before the matrices are made whole …
-    late_heads: tuple[int, int] | None  # … or after, where a device holds less than a head
-    block: tuple[int, int]  # inputs and outputs of one matrix
-    whole: tuple[int, int]  # of what is made whole: the matrix, or with late_heads all its heads
+    heads: tuple[int, int] | None  # heads that are separated before matrices are made whole,
+    heads_after: tuple[int, int] | None  # or after, where a device holds less than a head
+    matrix: tuple[int, int]  # inputs and outputs of one matrix
+    whole: tuple[int, int]  # inputs and outputs that are made whole: one matrix, or all heads with heads_after
     cut: tuple[tuple[str, ...], tuple[str, ...]]  # the mesh axes that cut its inputs and outputs
-    idle: tuple[str, ...]  # those over which the leaf is not sharded at all
+    idle: tuple[str, ...]  # the mesh axes over which the leaf is not sharded
 
     @property
-    def turned(self) -> int:
-        """−1: it joins its group as outputs × inputs, so that w_down's matrices go with w_up's. Else 1."""
+    def transposed(self) -> bool:
+        """Whether its matrices join a group as outputs × inputs, so that those of w_down are grouped with w_up's."""
         inputs, outputs = ((n, -len(cut)) for n, cut in zip(self.whole, self.cut, strict=True))
-        return -1 if inputs > outputs and self.late_heads is None else 1
+        return inputs > outputs and self.heads_after is None
+
+    def oriented(self, pair: tuple) -> tuple:
+        """A pair (of inputs, of outputs) in the order of the group."""
+        return pair[::-1] if self.transposed else pair
 
     @property
     def key(self) -> tuple:
-        """Leaves with the same key form a group."""
-        alone = self.index if not (self.idle or any(self.cut)) else None  # nothing moves: joining would only copy
-        # Mesh axes of size 1 cut nothing, but shard_map's checks keep apart what names them and what does not.
+        """The key of its group: leaves with the same key form one."""
+        # Where nothing moves, a group of several leaves would only cost a copy.
+        alone = self.index if not (self.idle or any(self.cut)) else None
+        # Mesh axes of size 1 cut nothing, but shard_map's checks do not join arrays that name them with others.
         named = frozenset(name for names in self.spec for name in as_tuple(names))
-        return self.mesh, self.whole[:: self.turned], self.cut[:: self.turned], named, self.late_heads, alone
+        return self.mesh, self.oriented(self.whole), self.oriented(self.cut), named, self.heads_after, alone
 
     @property
     def pieces(self) -> int:
-        """Matrices of which one device holds a piece, or the whole."""
+        """The number of matrices that one device holds a piece of, or the whole."""
         return math.prod(self.local) * self.size(*self.cut[0], *self.cut[1]) // math.prod(self.whole)
 
     def size(self, *names: str) -> int:
+        """The number of devices along these mesh axes."""
         return math.prod(self.mesh.shape[name] for name in names)  # no names without a mesh
 
     def to_stack(self, x: Float[Array, "..."]) -> Float[Array, "b m n"]:
-        """A device's block → its pieces of matrices, in the group's orientation."""
+        """Reshapes a device's shard into its pieces of matrices, in the orientation of the group."""
         x = jnp.moveaxis(x, self.axes, (-2, -1))
         if self.heads is not None:
             axis, size = self.heads
             *batch, rows, cols = x.shape
             x = x.reshape(*batch, -1, size, cols) if axis == 0 else x.reshape(*batch, rows, -1, size)
             x = x if axis == 0 else jnp.swapaxes(x, -3, -2)
-        x = jnp.swapaxes(x, -2, -1) if self.turned < 0 else x
+        x = jnp.swapaxes(x, -2, -1) if self.transposed else x
         return x.reshape(-1, *x.shape[-2:])
 
     def from_stack(self, x: Float[Array, "b m n"]) -> Float[Array, "..."]:
-        """The inverse of `to_stack`."""
-        x = jnp.swapaxes(x, -2, -1) if self.turned < 0 else x
+        """Inverts `to_stack`."""
+        x = jnp.swapaxes(x, -2, -1) if self.transposed else x
         batch = [size for i, size in enumerate(self.local) if i not in self.axes]
         if self.heads is not None and self.heads[0] == 1:
             x = jnp.swapaxes(x.reshape(*batch, -1, *x.shape[-2:]), -3, -2)
@@ -101,31 +108,32 @@ class Leaf(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Leaves whose matrices have one shape, are cut alike, and move together."""
+    """Leaves whose matrices have the same shape, are cut alike, and move together."""
 
     leaves: tuple[Leaf, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of one whole matrix, in the group's orientation."""
-        return self.leaves[0].whole[:: self.leaves[0].turned]
+        """The shape of one whole matrix, in the orientation of the group."""
+        return self.leaves[0].oriented(self.leaves[0].whole)
 
     @property
     def cut(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return self.leaves[0].cut[:: self.leaves[0].turned]
+        """The mesh axes that cut rows and columns."""
+        return self.leaves[0].oriented(self.leaves[0].cut)
 
     @property
     def parts(self) -> tuple[int, int]:
-        """Into how many pieces rows and columns are cut."""
+        """The numbers of pieces into which rows and columns are cut."""
         rows, cols = (self.leaves[0].size(*names) for names in self.cut)
         return rows, cols
 
     @property
     def sharing(self) -> tuple[str, ...]:
-        """The mesh axes that share the work, of those over which the leaves are not sharded; the rest repeat it.
+        """The mesh axes that share the work, among those over which the leaves are not sharded. The others repeat it.
 
-        All of them, if there is a matrix for every device. If not, most devices would iterate on zeros, and zeros would
-        be gathered: then those that take least, FLOPs and bytes together.
+        All of them share it if there is a matrix for every device. If not, most devices would iterate on zeros and
+        gather zeros: then the axes are those with the lowest cost in FLOPs and bytes together.
         """
         idle = self.leaves[0].idle
         if self._pieces >= math.prod(self.parts) * self.leaves[0].size(*idle):
@@ -136,95 +144,96 @@ class Group(NamedTuple):
         return min(choices, key=self._cost)
 
     def _cost(self, sharing: tuple[str, ...]) -> float:
-        """FLOPs, and bytes gathered in FLOPs, of one device: of five steps, in bf16."""
+        """FLOPs of five steps on one device, and the bytes that it gathers in bf16, converted to FLOPs."""
         m, n = self.shape
-        block, others = self.leaves[0].block, self.leaves[0].size(*sharing) - 1
-        flops = m * n // math.prod(block) * newton_schulz.flops(*block, steps=5)
-        return self._each(sharing) * (flops + FLOPS_PER_BYTE * 2 * m * n * others)
+        matrix, others = self.leaves[0].matrix, self.leaves[0].size(*sharing) - 1
+        flops = m * n // math.prod(matrix) * newton_schulz.flops(*matrix, steps=5)
+        return self._share(sharing) * (flops + FLOPS_PER_BYTE * 2 * m * n * others)
 
     @property
     def replicas(self) -> int:
-        """Devices that hold the same pieces and share the work."""
+        """The number of devices that hold the same pieces and share the work."""
         return self.leaves[0].size(*self.sharing)
 
     @property
     def per_device(self) -> int:
-        """Whole matrices that each device gets, zeros that fill up included: all get the same number."""
-        return self._each(self.sharing)
+        """The number of whole matrices that each device gets. All get the same: zero matrices fill up."""
+        return self._share(self.sharing)
 
     @property
     def _pieces(self) -> int:
         return sum(leaf.pieces for leaf in self.leaves)
 
-    def _each(self, sharing: tuple[str, ...]) -> int:
+    def _share(self, sharing: tuple[str, ...]) -> int:
+        """`per_device`, were the work shared over these axes."""
         return -(-self._pieces // (math.prod(self.parts) * self.leaves[0].size(*sharing)))
 
     def map(
         self, fn: Callable[[Array], Array], blocks: Sequence[Array], sources: Sequence[Array] | None = None
     ) -> list[Array]:
-        """`fn`, `[b, m, n]` → `[b, m, n]`, of every matrix of the leaves. A zero matrix must give zero.
+        """Applies `fn`, `[b, m, n]` → `[b, m, n]`, to every matrix of the leaves `blocks`. It must map zero to zero.
 
-        sources: arrays that lie like `blocks`. A matrix that is all zeros in them gives zero as well.
+        sources: arrays sharded like `blocks`. A matrix that is all zeros in its source gives zero too.
         """
         mesh, specs = self.leaves[0].mesh, tuple(leaf.spec for leaf in self.leaves)
         sources = tuple(sources or ())
         if mesh is None:
-            return self._on_device(fn, blocks, sources)
+            return self._map_local(fn, blocks, sources)
         explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-        local = lambda blocks, sources: tuple(self._on_device(fn, blocks, sources))
+        local = lambda blocks, sources: tuple(self._map_local(fn, blocks, sources))
         in_specs = specs, specs[: len(sources)]
         shard_map = jax.shard_map(
             local, mesh=mesh, in_specs=in_specs, out_specs=specs, axis_names=explicit, check_vma=True
         )
         return list(shard_map(tuple(blocks), sources))
 
-    def _on_device(
+    def _map_local(
         self, fn: Callable[[Array], Array], blocks: Sequence[Array], sources: Sequence[Array]
     ) -> list[Array]:
         stacks = [leaf.to_stack(x) for leaf, x in zip(self.leaves, blocks, strict=True)]
         x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
         if self.leaves[0].mesh is None:
-            y = self._heads_apart(fn, x)
+            y = self._apply_by_head(fn, x)
         else:
-            y = self._scatter_and_gather(fn, x)
+            y = self._map_whole(fn, x)
         if sources:
-            y = jnp.where(self._nonzero(sources), y, jnp.zeros_like(y))
+            y = jnp.where(self._is_nonzero(sources), y, jnp.zeros_like(y))
         ends = [sum(len(s) for s in stacks[:i]) for i in range(1, len(stacks))]
         return [leaf.from_stack(o) for leaf, o in zip(self.leaves, jnp.split(y, ends), strict=True)]
 
-    def _nonzero(self, blocks: Sequence[Array]) -> Bool[Array, "b #m #n"]:
-        """Whether the matrix of each of a device's pieces has an entry that is not zero, here or on another device.
+    def _is_nonzero(self, blocks: Sequence[Array]) -> Bool[Array, "b #m #n"]:
+        """Whether the matrix of each piece has an entry that is not zero, here or on another device.
 
-        Where matrices are cut that takes one all-reduce of a number for each.
+        Where matrices are cut, this takes one all-reduce of one number a matrix.
         """
-        names, heads = self.cut[0] + self.cut[1], self.leaves[0].late_heads
+        names, heads = self.cut[0] + self.cut[1], self.leaves[0].heads_after
         axes = (-2, -1) if heads is None else (-1 if heads[0] == 0 else -2)
         stacks = (leaf.to_stack(x) != 0 for leaf, x in zip(self.leaves, blocks, strict=True))
         found = jnp.concatenate([jnp.any(x, axis=axes, keepdims=True) for x in stacks])
         if heads is None:
             return jax.lax.pmax(found.astype(jnp.int32), names) > 0 if names else found
-        # A device holds parts of heads: each of its rows or columns has its place in the row of them all.
+        # A device holds parts of heads: its rows or columns are put at their index among those of all devices.
         axis, size = heads
         here, parts = jax.lax.axis_index(self.cut[axis]), self.parts[axis]
         mine = (jnp.arange(parts) == here)[None, :, None] & found.reshape(len(found), 1, -1)
-        of_heads = jax.lax.pmax(mine.astype(jnp.int32), names).reshape(len(found), -1, size).max(-1, keepdims=True) > 0
-        of_all = jnp.broadcast_to(of_heads, (*of_heads.shape[:2], size)).reshape(len(found), parts, -1)
-        return jax.lax.dynamic_index_in_dim(of_all, here, axis=1, keepdims=False).reshape(found.shape)
+        by_head = jax.lax.pmax(mine.astype(jnp.int32), names).reshape(len(found), -1, size).max(-1, keepdims=True) > 0
+        by_row = jnp.broadcast_to(by_head, (*by_head.shape[:2], size)).reshape(len(found), parts, -1)
+        return jax.lax.dynamic_index_in_dim(by_row, here, axis=1, keepdims=False).reshape(found.shape)
 
-    def _scatter_and_gather(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
-        """`fn` of all matrices of which the devices hold pieces x: at most three collectives."""
+    def _map_whole(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
+        """Applies `fn` to all matrices of which devices hold the pieces x, with at most three collectives."""
         (rows, cols), count = self.parts, len(x)
         axes, sharing = self.cut[0] + self.cut[1], self.sharing
-        # Zero matrices fill up the devices for which there is no matrix left.
+        # Zero matrices are added, so that all devices get the same number.
         x = jnp.pad(x, ((0, self.per_device * rows * cols * self.replicas - count), (0, 0), (0, 0)))
-        if sharing:  # of what several devices hold, each takes a part
+        if sharing:  # each takes a part of the pieces that several devices hold
             share = len(x) // self.replicas
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(sharing) * share, share)
         _, m, n = x.shape
-        if axes:  # device i gets the i-th share of the matrices, from every device a piece
+        if axes:  # device i gets the i-th share of the matrices, a piece from every device
             x = jax.lax.all_to_all(x.reshape(rows * cols, -1, m, n), axes, 0, 0)
             x = x.reshape(rows, cols, -1, m, n).transpose(2, 0, 3, 1, 4).reshape(-1, rows * m, cols * n)
-        x = self._heads_apart(fn, x)
+        x = self._apply_by_head(fn, x)
         if axes:
             x = x.reshape(-1, rows, m, cols, n).transpose(1, 3, 0, 2, 4).reshape(rows * cols, -1, m, n)
             x = jax.lax.all_to_all(x, axes, 0, 0).reshape(-1, m, n)
@@ -232,8 +241,9 @@ class Group(NamedTuple):
             x = jax.lax.all_gather(x, sharing, axis=0, tiled=True, to="invarying")
         return x[:count]
 
-    def _heads_apart(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
-        heads, (b, m, n) = self.leaves[0].late_heads, x.shape
+    def _apply_by_head(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
+        """Applies `fn` to whole matrices, or to each of their heads."""
+        heads, (b, m, n) = self.leaves[0].heads_after, x.shape
         if heads is None:
             return fn(x)
         axis, size = heads
@@ -244,7 +254,7 @@ class Group(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """How an array lies on the Explicit axes of its mesh. Those of size 1 appear only in `sizes` and `spec`."""
+    """How an array is sharded over the Explicit axes of its mesh. Those of size 1 appear only in `sizes` and `spec`."""
 
     mesh: Any
     sizes: dict[str, int]
@@ -252,16 +262,17 @@ class Placement(NamedTuple):
     used: tuple[tuple[str, ...], ...]  # the mesh axes that cut each dimension
 
     def parts(self, *names: tuple[str, ...]) -> int:
-        """Into how many pieces these mesh axes cut."""
+        """The number of pieces into which these mesh axes cut."""
         return math.prod(self.sizes[name] for group in names for name in group)
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """The axes over which it is not sharded."""
+        """The axes over which the array is not sharded."""
         return tuple(n for n, size in self.sizes.items() if size > 1 and not any(n in names for names in self.used))
 
 
 def placement(x: Any) -> Placement:
+    """The placement of an array, traced or not, or of a ShapeDtypeStruct with a sharding."""
     sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
     mesh = getattr(sharding, "mesh", None)
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True) if mesh is not None else ()
@@ -274,7 +285,7 @@ def placement(x: Any) -> Placement:
 
 
 def layout(tree: Any, matrices: Rule) -> list[Group]:
-    """The groups of all leaves of `tree`: arrays, traced or not, or ShapeDtypeStructs with a NamedSharding."""
+    """Sorts the leaves of `tree` into groups: arrays, traced or not, or ShapeDtypeStructs with a NamedSharding."""
     groups: dict[tuple, list[Leaf]] = {}
     for index, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
         name = path_of(path)
@@ -284,20 +295,20 @@ def layout(tree: Any, matrices: Rule) -> list[Group]:
 
 
 def make_leaf(index: int, path: str, x: Any, where: Matrices) -> Leaf:
-    """Raises ValueError, naming the leaf, where `where` does not fit its shape."""
+    """Makes the `Leaf` of x. Raises ValueError, naming the leaf, where `where` does not fit its shape."""
     axes = tuple(a % x.ndim for a in where.axes if -x.ndim <= a < x.ndim)
     if len(set(axes)) != 2:
         raise ValueError(f"muon: axes {where.axes} of {path} {x.shape} are not two axes of it")
     placed = placement(x)
     local = tuple(n // placed.parts(names) for n, names in zip(x.shape, placed.used, strict=True))
-    cut, block, early = [placed.used[a] for a in axes], [x.shape[a] for a in axes], True
+    cut, matrix, before = [placed.used[a] for a in axes], [x.shape[a] for a in axes], True
     if where.heads is not None:
         axis, size = where.heads
-        if block[axis] % size:
+        if matrix[axis] % size:
             raise ValueError(f"muon: heads of {size} do not divide axis {axes[axis]} of {path} {x.shape}")
-        block[axis] = size
-        early = local[axes[axis]] % size == 0
-        if early:  # every device holds whole heads: along this axis they are a batch, cut or not
+        matrix[axis] = size
+        before = local[axes[axis]] % size == 0
+        if before:  # every device holds whole heads, so that this axis is a batch of them
             cut[axis] = ()
     return Leaf(
         index=index,
@@ -307,10 +318,10 @@ def make_leaf(index: int, path: str, x: Any, where: Matrices) -> Leaf:
         mesh=placed.mesh,
         spec=placed.spec,
         axes=axes,
-        heads=where.heads if early else None,
-        late_heads=None if early else where.heads,
-        block=tuple(block),
-        whole=tuple(block) if early else tuple(x.shape[a] for a in axes),
+        heads=where.heads if before else None,
+        heads_after=None if before else where.heads,
+        matrix=tuple(matrix),
+        whole=tuple(matrix) if before else tuple(x.shape[a] for a in axes),
         cut=tuple(cut),
         idle=placed.idle,
     )

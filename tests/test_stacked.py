@@ -48,7 +48,7 @@ def test_kernel_equals_the_einsums(monkeypatch):
 
     x = jnp.asarray(stack(512, 640), jnp.bfloat16)
     einsums = list(cases(x))
-    monkeypatch.setattr(stacked, "_SMS", 3)
+    monkeypatch.setattr(stacked, "SMS", 3)
     monkeypatch.setattr(stacked, "uses_kernel", lambda *_: True)
     with plgpu.force_gpu_interpret_mode():
         kernels = list(cases(x))

@@ -1,8 +1,8 @@
-"""Grouped matmul: every group of rows times its own matrix. Letters: R rows, E groups (experts), D in, F out.
+"""Grouped matmul: multiplies every group of rows by its own matrix. Letters: R rows, E groups (experts), D in, F out.
 
 | back end     | platform   | what it does                                                                      |
 |--------------|------------|-----------------------------------------------------------------------------------|
-| `reference`  | any        | a loop over blocks of one group each; work follows the rows in use, not R·E       |
+| `reference`  | any        | a loop over blocks of one group each; its work grows with the rows in use         |
 | `ragged_dot` | TPU        | `jax.lax.ragged_dot` (expands densely over E on CPU and GPU: never chosen there)  |
 | `hopper`     | Hopper GPU | Pallas Mosaic-GPU kernels, bf16 (hopper.py)                                       |
 """
@@ -19,25 +19,27 @@ from moe_jax.chips import is_hopper
 from moe_jax.kernels import hopper
 from moe_jax.parallel.axes import varying_like
 
-BLOCK = 128  # rows of a reference block: 64, 128 and 256 are within noise of each other on 2 CPU cores
+BLOCK = 128  # rows of a reference block. On 2 CPU cores 64, 128 and 256 are equally fast
 
 
 class Backend(Protocol):
+    """The three products that a back end provides."""
+
     def groups(self, sizes: Array, rows: int) -> Any:
-        """What the three products want to know of the groups: computed once, kept for the backward pass."""
+        """The groups in the form that the products take. It is computed once, and kept for the backward pass."""
 
     def forward(self, x: Array, ws: tuple[Array, ...], groups: Any) -> tuple[Array, ...]:
-        """x[r] · w[e] for every w; zeros past the last group, whatever x holds there."""
+        """Computes x[r] · w[e] for every w; the rows past the last group are zeros, whatever x holds there."""
 
     def backward(self, dys: tuple[Array, ...], ws: tuple[Array, ...], groups: Any) -> Array:
-        """Σᵢ dys[i][r] · ws[i][e]ᵀ; zeros past the last group, whatever dys hold there."""
+        """Computes Σᵢ dys[i][r] · ws[i][e]ᵀ; the rows past the last group are zeros, whatever dys hold there."""
 
     def weights(self, x: Array, dys: tuple[Array, ...], groups: Any) -> tuple[Array, ...]:
-        """xᵀ·dy of every group, for every dy; what x and dys hold past the last group does not count."""
+        """Computes xᵀ·dy of every group, for every dy, without the rows past the last group."""
 
 
 def choose_backend(name: str, platform: str, device_kind: str, dtype: str) -> tuple[str, str]:
-    """The back end for a platform, and why: printed once at start-up. `name` other than "auto" is taken as it is."""
+    """Chooses the back end for a platform, if `name` is "auto". Also returns the reason, printed at start-up."""
     if name != "auto":
         return name, "set in the config"
     if platform == "tpu":
@@ -52,11 +54,11 @@ def choose_backend(name: str, platform: str, device_kind: str, dtype: str) -> tu
 def grouped_matmul(
     x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"], backend: str
 ) -> Float[Array, "R F"]:
-    """y[r] = x[r] · w[e] for the rows r of group e; rows are sorted by group, `sizes` says how many each has.
+    """Computes y[r] = x[r] · w[e] for the rows r of group e. Rows are sorted by group; `sizes` are those of the groups.
 
     Rows past sum(sizes) give zeros and are not computed. Empty groups and any sizes are allowed; sum(sizes) ≤ R.
     Inside a `shard_map`, x, w and sizes must vary over the same mesh axes.
-    Differentiable in x and w.
+    It is differentiable in x and w.
     """
     return grouped_matmuls(x, (w,), sizes, backend)[0]
 
@@ -64,11 +66,11 @@ def grouped_matmul(
 def grouped_matmuls(
     x: Float[Array, "R D"], ws: tuple[Float[Array, "E D F"], ...], sizes: Int[Array, " E"], backend: str
 ) -> tuple[Float[Array, "R F"], ...]:
-    """`grouped_matmul` of the same rows with ws of one shape. Their gradients in x are summed in one product."""
+    """Computes `grouped_matmul` of the same rows for ws of one shape. One product sums their gradients in x."""
     if len({w.shape for w in ws}) != 1:
         raise ValueError(f"ws {[w.shape for w in ws]} must be of one shape: call grouped_matmul for each")
     groups = BACKENDS[backend].groups(sizes, x.shape[0])
-    groups = jax.tree.map(lambda a: checkpoint_name(a, "rows"), groups)  # one of remat.KEPT
+    groups = jax.tree.map(lambda a: checkpoint_name(a, "rows"), groups)  # a name in remat.KEPT
     return _matmuls(x, ws, sizes, groups, backend)
 
 
@@ -93,10 +95,10 @@ _matmuls.defvjp(_forward, _backward)
 
 
 class _Blocks(NamedTuple):
-    """Every group cut into blocks of BLOCK rows; the last block of a group may reach into the next group."""
+    """Blocks of BLOCK rows, each of one group. The last block of a group may reach into the next group."""
 
     count: Array  # blocks in use
-    ends_E: Array  # block number at which each group ends
+    ends_E: Array  # number of the block after the last of each group
     row_E: Array  # first row of each group
     size_E: Array
 
@@ -106,7 +108,7 @@ class _Blocks(NamedTuple):
         return cls(ends_E[-1], ends_E, jnp.cumsum(sizes) - sizes, sizes)
 
     def at(self, i: Array) -> tuple[Array, Array, Array]:
-        """Group, first row, and which of its rows belong to block i."""
+        """Returns the group of block i, its first row, and which of its rows belong to the group."""
         e = jnp.sum(self.ends_E <= i)
         first = self.ends_E[e] - -(-self.size_E[e] // BLOCK)
         offset = (i - first) * BLOCK
@@ -114,7 +116,7 @@ class _Blocks(NamedTuple):
 
 
 class _Simple:
-    """Of back ends that know one product at a time and are told group sizes alone."""
+    """The base of back ends that compute one product at a time, from group sizes alone."""
 
     def groups(self, sizes, rows):
         return sizes
@@ -134,7 +136,7 @@ class _Simple:
 
 
 class _Reference(_Simple):
-    """Obviously right, and honest in cost: one small matmul per block in use. A loop, so that no weight is copied."""
+    """The obviously right back end: one small matmul per block in use, in a loop, so that no weight is copied."""
 
     def _rows(self, x, w, sizes, transpose):
         blocks = _Blocks.of(sizes)
@@ -145,7 +147,7 @@ class _Reference(_Simple):
             e, row, _ = blocks.at(i)
             w_e = jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
             y = jax.lax.dynamic_slice_in_dim(padded, row, BLOCK) @ (w_e.T if transpose else w_e)
-            # Blocks come in row order, so rows that belong to the next group are overwritten by its own block.
+            # Blocks come in row order: the block of the next group overwrites the rows that belong to it.
             return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
 
         out = varying_like(jnp.zeros((padded.shape[0], width), x.dtype), x, w, sizes)
@@ -156,9 +158,9 @@ class _Reference(_Simple):
         x_padded, dy_padded = (jnp.pad(a, ((0, BLOCK), (0, 0))) for a in (x, dy))
 
         def body(i, dw):
-            e, row, mine = blocks.at(i)
-            x_b = jnp.where(mine[:, None], jax.lax.dynamic_slice_in_dim(x_padded, row, BLOCK), 0)
-            dy_b = jnp.where(mine[:, None], jax.lax.dynamic_slice_in_dim(dy_padded, row, BLOCK), 0)
+            e, row, in_group = blocks.at(i)
+            x_b = jnp.where(in_group[:, None], jax.lax.dynamic_slice_in_dim(x_padded, row, BLOCK), 0)
+            dy_b = jnp.where(in_group[:, None], jax.lax.dynamic_slice_in_dim(dy_padded, row, BLOCK), 0)
             dw_b = jnp.einsum("rd,rf->df", x_b, dy_b, preferred_element_type=jnp.float32)
             return dw.at[e].add(dw_b)
 
@@ -167,6 +169,8 @@ class _Reference(_Simple):
 
 
 class _RaggedDot(_Simple):
+    """The back end that calls `jax.lax.ragged_dot`."""
+
     def _rows(self, x, w, sizes, transpose):
         return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2) if transpose else w, sizes)
 

@@ -1,7 +1,7 @@
-"""Grouped matmul on Hopper GPUs: Pallas Mosaic-GPU kernels. R rows sorted by group, E groups, D in, F out.
+"""Grouped matmul on Hopper GPUs: Pallas Mosaic-GPU kernels. Letters: R rows sorted by group, E groups, D in, F out.
 
-What each block does comes from a table of tiles, computed once from the group sizes. A tile has rows of one group only.
-What is read begins at a multiple of 8 rows and may reach into the groups before and after; those rows are not written.
+A table of tiles, computed once from the group sizes, says what each block computes. A tile has rows of one group only.
+Reads begin at a multiple of 8 rows and may reach into the groups before and after; those rows are not written.
 """
 
 import functools
@@ -18,14 +18,14 @@ from moe_jax.kernels import tiles
 from moe_jax.kernels.tiles import DEPTH, FLAT, STAGES, TALL, UNIT, WIDE, Tiling
 from moe_jax.parallel.axes import varying_like
 
-TABLE = Path(__file__).with_name("hopper_tilings.json")  # where another than the first is faster
-ALIGN = 8  # rows read begin at multiples of this
+TABLE = Path(__file__).with_name("hopper_tilings.json")  # tilings measured as faster than the first candidate
+ALIGN = 8  # reads begin at multiples of this number of rows
 
 
 def candidates(kind: str, inner: int, columns: int) -> list[Tiling]:
-    """The tilings that can do it, the one to take untried first. kind: "rows", "rows transposed" or "weights".
+    """The tilings that fit, with the default first. kind: "rows", "rows transposed" or "weights".
 
-    inner: what is summed over for "rows", and the rows of the gradient for "weights".
+    inner: for "rows" the size of the axis summed over, for "weights" the number of rows of the gradient.
     """
     tilings = [t._replace(cluster=cluster) for t in (WIDE, FLAT, TALL) for cluster in (1, 2)]
     fits = lambda t: columns % (t.columns * t.cluster) == 0 and (kind != "weights" or inner % t.rows == 0)
@@ -38,40 +38,40 @@ def _tuned() -> dict[str, list]:
 
 
 def best_tiling(kind: str, inner: int, columns: int) -> Tiling:
-    """What was faster than the first that can do it when measured (`benchmarks/tune_grouped_matmul.py`), or that."""
+    """The tiling that was measured as fastest (`benchmarks/tune_grouped_matmul.py`), or else the first candidate."""
     found = _tuned().get(f"{kind} {inner} {columns}")
     return Tiling(*found) if found else candidates(kind, inner, columns)[0]
 
 
 class RowTiles(NamedTuple):
-    """Tile i reads x from row `base`, of which rows `first` to `last` (counted from base) are its group's.
+    """A table of tiles: tile i reads x from row `base`; rows `first` to `last`, counted from there, are its group's.
 
-    Rows past the last group are a group of their own, number E: their results are zeros.
+    Rows past the last group form group number E, whose results are zeros.
     """
 
     table: Int[Array, "tiles 4"]  # group, base, first, last
-    before: Int[Array, " E+2"]  # tiles of the groups before each; the last entry is the number in use
+    before: Int[Array, " E+2"]  # number of tiles before each group; the last entry is the number in use
 
 
 class Groups(NamedTuple):
-    """Where the groups are, for every product with them."""
+    """The first rows of groups, and their tiles, for every product with them."""
 
-    start: Int[Array, " E+1"]  # first row of each, and the one after the last
+    start: Int[Array, " E+1"]  # first row of each group, and the row after the last
     short: RowTiles  # of UNIT rows
     tall: RowTiles  # of 2·UNIT rows
 
 
 def find_groups(sizes: Int[Array, " E"], rows: int) -> Groups:
-    """rows: R of the x that they are in."""
+    """Computes the `Groups` of these sizes. rows: R, the number of rows of x."""
     start = _before(sizes)
     return Groups(start, row_tiles(start, rows, UNIT), row_tiles(start, rows, 2 * UNIT))
 
 
 def row_tiles(start: Int[Array, " E+1"], rows: int, height: int) -> RowTiles:
-    """The tiles of `height` rows of an x of `rows` rows, padded as `_at_least` does, with groups that start there.
+    """The tiles of `height` rows for groups that begin at `start`. x has `rows` rows, padded as by `_at_least`.
 
-    Each step is a reduction over the groups, which XLA makes one GPU kernel of: three with `start`. Sums along the
-    groups, searches and gathers would be nine, 2 to 3 % of the time of a product of 131072 × 2048 × 1024.
+    Each step is a reduction over the groups, which XLA compiles to one GPU kernel: three in all, with `start`.
+    Cumulative sums, searches and gathers would take nine, 2 to 3 % of the time of a product of 131072 × 2048 × 1024.
     """
     rows = _padded(rows, height)
     end = jnp.append(start[1:], rows)
@@ -82,15 +82,15 @@ def row_tiles(start: Int[Array, " E+1"], rows: int, height: int) -> RowTiles:
         top = aligned + (tile - before[:-1]) * height
         base = jnp.clip(top, 0, rows - height)  # no read ends past x
         first, last = jnp.maximum(top, start) - base, jnp.minimum(top + height, end) - base
-        mine = (before[:-1] <= tile) & (tile < before[1:])
-        of_each = jnp.stack([jnp.arange(start.shape[0]), base, first, last], axis=1)
-        return jnp.sum(jnp.where(mine[:, None], of_each, 0), axis=0, dtype=jnp.int32)
+        own = (before[:-1] <= tile) & (tile < before[1:])  # the group of this tile
+        rows_of_groups = jnp.stack([jnp.arange(start.shape[0]), base, first, last], axis=1)
+        return jnp.sum(jnp.where(own[:, None], rows_of_groups, 0), axis=0, dtype=jnp.int32)
 
     return RowTiles(jax.vmap(row)(jnp.arange(rows // height + 2 * start.shape[0])), before)
 
 
 def _before(sizes: Int[Array, " n"]) -> Int[Array, " n+1"]:
-    """The sum of those before each, and of all."""
+    """The sum of the sizes before each, and of all."""
     numbers = jnp.arange(sizes.shape[0])
     until = lambda end: jnp.sum(jnp.where(numbers < end, sizes, 0), dtype=jnp.int32)
     return jax.vmap(until)(jnp.arange(sizes.shape[0] + 1))
@@ -101,7 +101,7 @@ def _padded(rows: int, least: int) -> int:
 
 
 def _at_least(x: Array, least: int) -> Array:
-    """x with zero rows up to `least`, and to a multiple of ALIGN."""
+    """Pads x with zero rows to at least `least`, and to a multiple of ALIGN."""
     return jnp.pad(x, ((0, _padded(x.shape[0], least) - x.shape[0]), (0, 0)))
 
 
@@ -113,9 +113,10 @@ def rows_times_weights(
     transpose: bool = False,
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "R F"], ...]:
-    """x[r]·w[e], or x[r]·w[e]ᵀ with w `[E, F, D]`: of one x a product with every w, of several xs the sum over pairs.
+    """Computes x[r]·w[e], or with `transpose` x[r]·w[e]ᵀ, where w is `[E, F, D]`.
 
-    Rows past the last group are zeros.
+    One x is multiplied by every w; the products of several xs with their ws are summed. Rows past the last group give
+    zeros.
     """
     rows, inner = xs[0].shape
     columns = ws[0].shape[1] if transpose else ws[0].shape[2]
@@ -131,7 +132,7 @@ def rows_times_weights(
 def weight_gradients(
     x: Float[Array, "R D"], dys: tuple[Float[Array, "R F"], ...], groups: Groups, tiling: Tiling | None = None
 ) -> tuple[Float[Array, "E D F"], ...]:
-    """xᵀ·dy of every group's rows, in the dtype of x; zero for an empty group. Rows past the last do not count."""
+    """Computes xᵀ·dy of the rows of every group, in the dtype of x; zero for an empty group."""
     t = tiling or best_tiling("weights", x.shape[1], dys[0].shape[1])
     dw = jax.ShapeDtypeStruct((groups.start.shape[0] - 1, x.shape[1], dys[0].shape[1]), x.dtype)
     x, *dys = (_at_least(a, DEPTH) for a in (x, *dys))
@@ -140,7 +141,7 @@ def weight_gradients(
 
 
 class Hopper:
-    """The back end. In bf16, whatever it is given; widths that cannot be cut into tiles are padded with zeros."""
+    """The back end. It computes in bf16, whatever the dtypes are, and pads widths with zeros to multiples of tiles."""
 
     groups = staticmethod(find_groups)
 
@@ -169,7 +170,7 @@ def _up(width: int, unit: int) -> int:
 
 
 def _bf16(a: Array, *widths: int) -> Array:
-    """In bfloat16, the last dimensions padded with zeros to `widths`."""
+    """Converts to bfloat16 and pads the last dimensions with zeros to `widths`."""
     missing = [(0, 0)] * (a.ndim - len(widths)) + [
         (0, w - n) for w, n in zip(widths, a.shape[-len(widths) :], strict=True)
     ]
@@ -180,12 +181,12 @@ def _bf16(a: Array, *widths: int) -> Array:
 
 
 def _split(number, size: int, parts: int) -> tuple:
-    """Which of `parts` of one size, and the number in it."""
+    """Splits a number into that of a part of `size`, and the number within the part."""
     return (jax.lax.div(number, jnp.int32(size)), jax.lax.rem(number, jnp.int32(size))) if parts > 1 else (0, number)
 
 
 def _pick(number, refs, use) -> None:
-    """`use(i, refs[i])` of the one whose turn it is."""
+    """Calls `use(i, refs[i])` for the i that equals `number`, a traced value."""
     from jax.experimental import pallas as pl
 
     if len(refs) == 1:
@@ -196,10 +197,10 @@ def _pick(number, refs, use) -> None:
 
 
 def _rows_block(table, before, *refs, inputs: int, weights: int, t: Tiling, transpose: bool):
-    """Every tile is x[base : base + rows] times a stripe of one group's weights, summed over the pairs of x and w.
+    """Computes tiles, each x[base : base + rows] times a stripe of one group's weights, summed over pairs of x and w.
 
-    With one x and several w it is of one of them. A band of rows meets all of them before the next one, so that x comes
-    from the L2 cache for all but the first.
+    With one x and several ws, a tile is of one w. A band of rows is multiplied by all ws before the next band, so that
+    x comes from the L2 cache for all but the first w.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -207,7 +208,7 @@ def _rows_block(table, before, *refs, inputs: int, weights: int, t: Tiling, tran
     xs, ws, outs = refs[:inputs], refs[inputs : inputs + weights], refs[inputs + weights :]
     depths, experts, dtype = xs[0].shape[1] // DEPTH, ws[0].shape[0], xs[0].dtype
     count = before[experts + 1]
-    across = outs[0].shape[1] // (t.columns * t.cluster)  # tiles of one of the outs
+    across = outs[0].shape[1] // (t.columns * t.cluster)  # tiles in a row of one output
     peer = jax.lax.axis_index("cluster") if t.cluster > 1 else 0
 
     def tile_of(index):
@@ -220,15 +221,15 @@ def _rows_block(table, before, *refs, inputs: int, weights: int, t: Tiling, tran
         group, base, _, _, left, which = tile
         stripe = pl.ds(left, t.columns)
         shared = dict(collective_axes="cluster") if t.cluster > 1 else {}
-        pair = which if inputs == 1 else jax.lax.div(k, jnp.int32(depths))
+        current = which if inputs == 1 else jax.lax.div(k, jnp.int32(depths))
 
         def copy(i, w):
-            of = i if inputs > 1 else 0
-            inner = pl.ds((k - of * depths) * DEPTH, DEPTH)
-            plgpu.copy_gmem_to_smem(xs[of].at[pl.ds(base, t.rows), inner], a, arrived, **shared)
+            pair = i if inputs > 1 else 0
+            inner = pl.ds((k - pair * depths) * DEPTH, DEPTH)
+            plgpu.copy_gmem_to_smem(xs[pair].at[pl.ds(base, t.rows), inner], a, arrived, **shared)
             plgpu.copy_gmem_to_smem(w.at[group, stripe, inner] if transpose else w.at[group, inner, stripe], b, arrived)
 
-        _pick(pair, ws, copy)
+        _pick(current, ws, copy)
 
     def multiply(tile, k, a, b, total, me):
         if t.stacked:
@@ -271,7 +272,7 @@ def _rows_block(table, before, *refs, inputs: int, weights: int, t: Tiling, tran
 
 
 def _weights_block(start, x, *refs, t: Tiling):
-    """Every tile is x[rows of a group, columns]ᵀ · dy[the same rows, columns] of one of the dys."""
+    """Computes tiles, each x[rows of a group, columns]ᵀ · dy[the same rows, columns] of one of the dys."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -286,8 +287,8 @@ def _weights_block(start, x, *refs, t: Tiling):
         which, j = _split(j, shape[1], len(outs))
         return group, start[group], start[group + 1], i * t.rows, (j * t.cluster + peer) * t.columns, which
 
-    def place(tile, k):
-        """First row read at step k, and which of the DEPTH rows read are the group's."""
+    def rows_of_step(tile, k):
+        """Returns the first row read at step k, and the range of the DEPTH rows read that are the group's."""
         _, start, end, *_ = tile
         top = jax.lax.div(start, jnp.int32(ALIGN)) * ALIGN + k * DEPTH
         base = pl.multiple_of(jnp.minimum(top, x.shape[0] - DEPTH), ALIGN)
@@ -302,21 +303,21 @@ def _weights_block(start, x, *refs, t: Tiling):
         )
 
     def fetch(tile, k, a, b, arrived):
-        base, _, _ = place(tile, k)
+        base, _, _ = rows_of_step(tile, k)
         shared = dict(collective_axes="cluster") if t.cluster > 1 else {}
         plgpu.copy_gmem_to_smem(x.at[pl.ds(base, DEPTH), pl.ds(tile[3], t.rows)], a, arrived, **shared)
         copy = lambda _, dy: plgpu.copy_gmem_to_smem(dy.at[pl.ds(base, DEPTH), pl.ds(tile[4], t.columns)], b, arrived)
         _pick(tile[5], dys, copy)
 
     def multiply(tile, k, a, b, total, me):
-        _, first, last = place(tile, k)
+        _, first, last = rows_of_step(tile, k)
         if t.stacked:
             a = a.at[:, pl.ds(me * t.own_rows, t.own_rows)]
         else:
             b = b.at[:, pl.ds(me * t.own_columns, t.own_columns)]
 
         @pl.when((first > 0) | (last < DEPTH))
-        def _():  # rows of another group; of what both warpgroups read, both zero the same
+        def _():  # zeroes the rows of other groups; both warpgroups do so in what both read
             for part in (a, b):
                 row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, part.shape, 0), plgpu.Layout.WGMMA)
                 part[...] = jnp.where((row >= first) & (row < last), part[...], jnp.zeros((), part.dtype))

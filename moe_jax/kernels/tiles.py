@@ -1,7 +1,7 @@
-"""Tiles of a matrix product on a Hopper GPU, and the blocks that work them off: what the Pallas kernels here share.
+"""Tiles of a matrix product on a Hopper GPU, and the blocks that compute them: what the Pallas kernels here share.
 
-A fixed number of blocks, each of three warpgroups: one copies, two multiply a tile together. The one that copies runs
-ahead, over the ends of tiles too, so that a tile's operands arrive while the results of the one before are stored.
+A fixed number of blocks runs, each of three warpgroups: one copies, and two multiply a tile together. The copying one
+runs ahead, even into the next tile, so that its operands arrive while the results of the tile before are stored.
 """
 
 import functools
@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 
 UNIT = 128  # rows and columns of every tile are multiples of it
-PART = 64  # rows and columns of what it stores at a time
-DEPTH = 64  # of the inner dimension at a time
-STAGES = 4  # operands in flight: what shared memory has room for beside the results
-BAND = 8  # rows of tiles that are worked off together
-SMS = 132  # of H100 and H200
+PART = 64  # rows and columns that a warpgroup stores at a time
+DEPTH = 64  # of the inner dimension, multiplied at a time
+STAGES = 4  # copies of operands in flight: as many as fit into shared memory beside the results
+BAND = 8  # rows of tiles that are computed together
+SMS = 132  # streaming multiprocessors of H100 and H200: one block runs on each
 
 
 class Tiling(NamedTuple):
-    """A tile is what two warpgroups multiply together, `own_rows` × `own_columns` each.
+    """The shape of a tile, which two warpgroups compute together, `own_rows` × `own_columns` each.
 
-    stacked: one half above the other, not side by side. cluster: blocks that share the copies of an operand (1 or 2).
+    stacked: the two halves lie one above the other, not side by side. cluster: the number of blocks that share the
+    copies of an operand (1 or 2).
     """
 
     own_rows: int
@@ -39,7 +40,7 @@ class Tiling(NamedTuple):
         return self.own_columns * (2 - self.stacked)
 
     def half(self, me) -> tuple[Any, Any]:
-        """Row and column of a tile at which the half of warpgroup `me` begins."""
+        """Returns the row and column of a tile at which the half of warpgroup `me` begins."""
         return (me * self.own_rows, 0) if self.stacked else (0, me * self.own_columns)
 
 
@@ -47,6 +48,7 @@ WIDE, FLAT, TALL = Tiling(128, 128, False), Tiling(64, 256, True), Tiling(128, 1
 
 
 def launch(body: Callable, outs: list[jax.ShapeDtypeStruct], t: Tiling):
+    """Makes the kernel that runs `body` in SMS blocks of three warpgroups."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     cluster = dict(cluster=(t.cluster,), cluster_names=("cluster",)) if t.cluster > 1 else {}
@@ -63,7 +65,7 @@ def launch(body: Callable, outs: list[jax.ShapeDtypeStruct], t: Tiling):
 
 
 def layout(columns: int) -> tuple:
-    """Of a bf16 buffer in shared memory, as the tensor cores and the copies want it."""
+    """The layout of a bf16 buffer in shared memory, as tensor cores and copies need it."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     swizzle = plgpu.find_swizzle(columns * 16)  # bits
@@ -71,9 +73,9 @@ def layout(columns: int) -> tuple:
 
 
 def in_bands(index, rows, columns: int):
-    """Row and column of a tile: down the columns of one band of rows after another.
+    """Returns row and column of tile number `index`. Tiles go down the columns of one band of rows after another.
 
-    What runs at a time is then near each other in both directions, and finds its operands in the L2 cache.
+    Tiles that run at the same time are then close in both directions, and find their operands in the L2 cache.
     """
     div, rem = (lambda a, b, f=f: f(a, jnp.int32(b)) for f in (jax.lax.div, jax.lax.rem))
     band, rest = div(index, BAND * columns), rem(index, BAND * columns)
@@ -82,10 +84,10 @@ def in_bands(index, rows, columns: int):
 
 
 def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, slots: int, **more):
-    """All tiles of this block: `fetch` in one warpgroup, `multiply` and `finish` in the other two.
+    """Computes all tiles of this block: `fetch` runs in one warpgroup, `multiply` and `finish` in the other two.
 
-    slots: parts of a warpgroup's half that may be on their way out at once (1, 2 or 4).
-    Slot s of the buffers is full when both operands have arrived, and free when both warpgroups are done with it.
+    slots: parts of a warpgroup's half that may be stored at the same time (1, 2 or 4).
+    Slot s of the buffers is full when both operands have arrived, and free when both warpgroups have used it.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -106,7 +108,7 @@ def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, s
     )
     def _(a, b, full, free, parts, **more):
         me, block, blocks = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block"), jax.lax.axis_size("block")
-        mine = jax.lax.div(count - block + (blocks - 1), jnp.int32(blocks))
+        own_tiles = jax.lax.div(count - block + (blocks - 1), jnp.int32(blocks))
         slot_of = lambda step: jax.lax.rem(step, jnp.int32(STAGES))
 
         def copy():
@@ -128,9 +130,9 @@ def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, s
                 jax.lax.fori_loop(0, steps, one, None)
                 return step + steps
 
-            total = jax.lax.fori_loop(0, mine, tiles, jnp.int32(0))
+            total = jax.lax.fori_loop(0, own_tiles, tiles, jnp.int32(0))
 
-            def release(step, _):  # a barrier must not be left half way
+            def release(step, _):  # a kernel must not end with a barrier in use
                 plgpu.barrier_wait(free.at[slot_of(step)])
 
             jax.lax.fori_loop(jnp.maximum(total - STAGES, 0), total, release, None)
@@ -168,18 +170,19 @@ def run(count, tile_of, steps_of, fetch, multiply, finish, t: Tiling, *, a, b, s
                 finish(tile, total, me, parts.at[me], **own)
                 return step + steps
 
-            jax.lax.fori_loop(0, mine, tiles, jnp.int32(0))
+            jax.lax.fori_loop(0, own_tiles, tiles, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         jax.lax.cond(me == 2, copy, compute)
 
 
 def _parts(shape):
+    """Rows and columns at which the parts of a half begin."""
     return [(i, j) for i in range(0, shape[0], PART) for j in range(0, shape[1], PART)]
 
 
 def store(out, total, parts, top, left):
-    """A warpgroup's whole half tile."""
+    """Stores the half tile of a warpgroup."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -194,7 +197,7 @@ def store(out, total, parts, top, left):
 
 
 def store_some(out, total, plain, top, left, first, last):
-    """Rows `first` to `last` of it. The size of a copy is fixed, so there is one for every power of two."""
+    """Stores rows `first` to `last` of a half tile. Copies have fixed sizes, so there is one for every power of two."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=200
 
-Running the same command again resumes. The run directory holds config.json, metrics.jsonl, TensorBoard events, the
-tokenizer, checkpoints/, and at the end eval.json and sample.txt. What a run survives is in docs/survival.md.
+The same command resumes a run. The run directory holds config.json, metrics.jsonl, TensorBoard events, the tokenizer,
+checkpoints/, and at the end eval.json and sample.txt. docs/survival.md says what a run survives.
 """
 
 import sys
@@ -52,9 +52,9 @@ def train(preemption: survive.Preemption):
     if COMPILE_ONLY.value:
         return compile_only.main(cfg, COMPILE_ONLY.value)
     workdir = Path(WORKDIR.value)
-    # What makes another run of the one in this directory is refused here already.
+    # This refuses a config that differs, in a field that must not change, from that of the run in this directory.
     cfg, changed = config_file.resume(workdir, cfg)
-    begun = (workdir / "config.json").exists()  # else nothing here binds the command, nor is anything left if it fails
+    begun = (workdir / "config.json").exists()  # if not, no earlier run here restricts this command
     own = workdir if begun else None
     data.check_sources(cfg.data, own)
     log.check_wandb(cfg.train.wandb_project)
@@ -101,19 +101,22 @@ def train(preemption: survive.Preemption):
     # --- state: the order is important --------------------------------------------------------------------------------
     # 1. the newest complete checkpoint of this run directory; 2. the weights of config.init_from, the optimizer fresh;
     # 3. fresh.
-    steps, every = cfg.train.steps, cfg.train
+    steps = cfg.train.steps
     checkpoints = checkpoint.Checkpoints(
-        workdir, keep=every.keep_checkpoints, keep_every=every.keep_every, keep_best=every.keep_best
+        workdir,
+        keep=cfg.train.keep_checkpoints,
+        keep_every=cfg.train.keep_every,
+        keep_best=cfg.train.keep_best,
     )
     if RESUME_STEP.value is not None:
         for later in checkpoints.rewind(RESUME_STEP.value):
             say(f"checkpoint {later} is set aside in {workdir}/checkpoints.dropped")
-    start, tokens, origin, watch = 0, 0.0, [], guard.Watch(every)
+    start, tokens, origin, watch = 0, 0.0, [], guard.Watch(cfg.train)
     if checkpoints.latest() is not None:
         state, saved = checkpoints.restore(abstract_state(cfg, mesh))
         batches.set_state(saved["batches"])
         start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
-        watch = guard.Watch(every, saved.get("watch"))
+        watch = guard.Watch(cfg.train, saved.get("watch"))
         config.check_steps(cfg, start)
         config_file.begin(workdir, cfg, start + 1)
         say(f"resumed after step {start}")
@@ -138,8 +141,8 @@ def train(preemption: survive.Preemption):
     writer = log.Writer(
         workdir,
         resume_step=start,
-        tensorboard=every.tensorboard,
-        wandb_project=every.wandb_project,
+        tensorboard=cfg.train.tensorboard,
+        wandb_project=cfg.train.wandb_project,
         config=config.to_dict(cfg),
     )
     progress = log.Progress(steps, initial=start)
@@ -160,7 +163,7 @@ def train(preemption: survive.Preemption):
     with checkpoints, writer, progress:
         preemption.begin()
         if evaluation.is_due(start) and evaluation.evaluate(start, state) is None:
-            survive.stop(start)  # a step from here, and the evaluation that was broken off would never be made up for
+            survive.stop(start)  # stops before the next step, so that the resumed run repeats this evaluation
         for n in range(start + 1, steps + 1):
             rows, limits = next(batches), watch.limits(n)
             state, report = train_step(state, put_batch(rows, mesh, cfg), limits)
@@ -170,11 +173,11 @@ def train(preemption: survive.Preemption):
             if evaluation.is_due(n):
                 recorder.flush()
                 evaluation.evaluate(n, state)
-            told_to_stop = preemption.reached(n)
-            if told_to_stop or n == steps or n % every.checkpoint_every == 0:
+            preempted = preemption.reached(n)
+            if preempted or n == steps or n % cfg.train.checkpoint_every == 0:
                 recorder.flush()
-                save(n, wait=told_to_stop)
-            if told_to_stop:
+                save(n, wait=preempted)
+            if preempted:
                 survive.stop(n)
         batches.close()
         progress.close()
@@ -186,17 +189,17 @@ def train(preemption: survive.Preemption):
         if result is None:
             raise Stopped
 
-    def keep(file, text):
-        """Each result is in its file as soon as it is there, and all of them before any is printed, which may fail."""
+    def write(file: str, text: str):
+        """Writes a result as soon as there is one. All are written before any is printed, because printing may fail."""
         if jax.process_index() == 0:
             log.write_text(workdir / file, text)
 
     name = f"eval{held_out.suffix_at_the_end(workdir, result, steps) if start == steps else ''}.json"
-    keep(name, held_out.to_json(steps, result, {}))
+    write(name, held_out.to_json(steps, result, {}))
     text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
-    keep("sample.txt", text + "\n")
+    write("sample.txt", text + "\n")
     baselines = held_out.compression_bits_per_byte(corpus.validation_texts())
-    keep(name, held_out.to_json(steps, result, baselines))
+    write(name, held_out.to_json(steps, result, baselines))
     lock.close()
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
     say(held_out.table(result, baselines))

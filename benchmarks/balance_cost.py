@@ -38,7 +38,7 @@ VARIANTS = {  # name: (micro-batches, fields of config.loss, statistics?)
 }
 
 
-def no_statistics(logits, probs, plan, kept, mask, group, num_groups) -> RouterStats:
+def no_statistics(logits, probs, plan, computed, mask, group, num_groups) -> RouterStats:
     """Zeros in the place of the sums: what a step costs that knows nothing of its router."""
     g, ge = (num_groups,), (num_groups, logits.shape[-1])
     zeros = lambda shape: jax.lax.pcast(jnp.zeros(shape), sharding.AXES, to="varying")

@@ -36,7 +36,7 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a GLU or an MoE."""
+    """A block: x + attention(norm(x)), then x + feed-forward(norm(x)). The feed-forward is a GLU or an MoE."""
 
     def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, program: Program):
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # 2·L branches add to the residual stream

@@ -35,6 +35,8 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
+    """The decoder: embedding, a stack of dense layers, a stack of MoE layers, and the last norm."""
+
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, program: Program):
         self.cfg, self.program = cfg, program
         init = Init(rngs, cfg.init_std, dtype=cfg.param_dtype)
@@ -98,7 +100,7 @@ class Transformer(nnx.Module):
 
     @property
     def output_matrix(self) -> nnx.Param:
-        """`[V, D]`: maps hidden states to logits."""
+        """The matrix `[V, D]` that maps hidden states to logits."""
         return self.embed if self.cfg.tie_embeddings else self.head
 
     def empty_cache(self, batch: int, length: int) -> list[KVCache | None]:

@@ -30,6 +30,8 @@ from moe_jax.moe.routing import Routing
 
 
 class Exchange(Protocol):
+    """Applies the experts of the whole axis to this device's tokens."""
+
     def __call__(
         self, x: Float[Array, "t D"], routing: Routing, w: ExpertWeights, compute: ExpertCompute
     ) -> tuple[Float[Array, "t D"], Bool[Array, "t K"]]:
@@ -50,8 +52,8 @@ def run_experts(
         EXCHANGE[exchange](x_c, Routing(*routing_c), w, compute)
         for x_c, *routing_c in zip(cut(x), *map(cut, routing), strict=True)
     ]
-    y, kept = zip(*parts, strict=True)
-    return jnp.concatenate(y), jnp.concatenate(kept)
+    y, computed = zip(*parts, strict=True)
+    return jnp.concatenate(y), jnp.concatenate(computed)
 
 
 # --- the two exchanges -----------------------------------------------------------------------------------------------
@@ -60,8 +62,8 @@ def run_experts(
 def ring(x, routing, w, compute):
     """All-gathers the tokens, computes local experts, and reduce-scatters the sums back."""
     own = _local_routing(routing, w.up.shape[0])
-    y_TD, kept = compute(_gather(x), own, w)
-    return _sum_and_scatter(y_TD, x.dtype), _scatter((own.valid & ~kept).astype(jnp.int32)) == 0
+    y_TD, computed = compute(_gather(x), own, w)
+    return _sum_and_scatter(y_TD, x.dtype), _scatter((own.valid & ~computed).astype(jnp.int32)) == 0
 
 
 def all_to_all(x, routing, w, compute):
@@ -80,9 +82,9 @@ def all_to_all(x, routing, w, compute):
     own = Routing(own.experts[to], permute(own.weights, to, back), own.valid[to])
     route = Route.of(sends_Pt, sent, min(compute.cfg.top_k, peers))
     x_TD = swap(pack(x, route), sent.size_P, received.size_P)
-    y_TD, kept = compute(x_TD, own, w)
+    y_TD, computed = compute(x_TD, own, w)
     y = unpack(swap(y_TD.astype(x.dtype), received.size_P, sent.size_P), route)
-    return y, _scatter((own.valid & ~kept)[back].astype(jnp.int32)) == 0
+    return y, _scatter((own.valid & ~computed)[back].astype(jnp.int32)) == 0
 
 
 EXCHANGE: dict[str, Exchange] = {"ring": ring, "all_to_all": all_to_all}
@@ -110,10 +112,10 @@ _sum_and_scatter.defvjp(
 
 def _local_routing(routing: Routing, local: int) -> Routing:
     """The routing of all T tokens to this device's experts: slots of other devices' experts are not valid."""
-    everywhere = Routing(*map(_gather, routing))
-    experts = everywhere.experts - jax.lax.axis_index("expert") * local
-    mine = everywhere.valid & (experts >= 0) & (experts < local)
-    return Routing(jnp.where(mine, experts, 0), everywhere.weights, mine)
+    gathered = Routing(*map(_gather, routing))
+    experts = gathered.experts - jax.lax.axis_index("expert") * local
+    own = gathered.valid & (experts >= 0) & (experts < local)
+    return Routing(jnp.where(own, experts, 0), gathered.weights, own)
 
 
 # --- rows of all_to_all ----------------------------------------------------------------------------------------------

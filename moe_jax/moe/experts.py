@@ -49,6 +49,8 @@ class ExpertCompute:
 
 
 class Compute(Protocol):
+    """One way to compute experts: a value of `moe.compute`."""
+
     def __call__(
         self, x: Array, routing: Routing, w: ExpertWeights, compute: ExpertCompute
     ) -> tuple[Float[Array, "T D"], Bool[Array, "T K"]]:
@@ -174,7 +176,7 @@ def rows_per_pass(cfg: MoEConfig, slots: int, local: int) -> tuple[int, int]:
 
 
 def _compute_rows(x, weight_A, w: ExpertWeights, plan: RowPlan, compute: ExpertCompute):
-    """y `[T, D]` of the rows of a plan.
+    """The sum y `[T, D]` over the rows of a plan.
 
     The combine weight multiplies the input of the down projection. Then the sum over a token's rows has no weights, and
     no gradient needs the result of the down projection.
@@ -238,7 +240,7 @@ def capacity(x, routing, w, compute):
     plan = plan_rows(routing, experts)
     first_e = jnp.cumsum(plan.sizes_e) - plan.sizes_e
     position = plan.row_A.reshape(routing.experts.shape) - first_e[routing.experts]
-    kept = routing.valid & (position < rows)
+    computed = routing.valid & (position < rows)
     # The sorted row of each entry of the buffer [e, Q]. Entries past an expert's rows read a row that is masked out.
     row_eQ = first_e[:, None] + jnp.arange(rows)[None, :]
     filled_eQ = jnp.arange(rows)[None, :] < plan.sizes_e[:, None]
@@ -247,7 +249,7 @@ def capacity(x, routing, w, compute):
     h = _hidden(compute.activation, lambda ms: (jnp.einsum("eqd,edf->eqf", x_eQD, m) for m in ms), w)
     y_eQD = jnp.einsum("eqf,efd->eqd", h, w.down)
     y_TKD = y_eQD[routing.experts, jnp.minimum(position, rows - 1)].astype(jnp.float32)
-    return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(kept, routing.weights, 0.0)), kept
+    return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(computed, routing.weights, 0.0)), computed
 
 
 COMPUTE: dict[str, Compute] = {"dense": dense, "grouped": grouped, "capacity": capacity}

@@ -32,6 +32,8 @@ class TokenInfo(NamedTuple):
 
 
 class MoE(nnx.Module):
+    """Routed experts plus shared experts, and the statistics of the router."""
+
     def __init__(self, model: ModelConfig, init: Init, out_std: float, program: Program):
         """out_std: standard deviation of the initial weights that write to the residual stream."""
         self.cfg, self.program, activation = model.moe, program, model.activation
@@ -75,10 +77,10 @@ class MoE(nnx.Module):
             logits = keep(routing.router_logits(x, w_router), "router")
             plan, probs = routing.route(logits, bias, counted, self.cfg)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
-        y, kept = run_experts(x, plan, w, self.program.exchange, self.compute)
+        y, computed = run_experts(x, plan, w, self.program.exchange, self.compute)
         choices = choices_of(plan, probs, shape[:2]) if self.program.record else None
         with jax.named_scope("statistics"):
-            stats = router_stats(logits, probs, plan, kept, counted, group, self.program.num_groups)
+            stats = router_stats(logits, probs, plan, computed, counted, group, self.program.num_groups)
             # Sums over all devices: G·(2E+3) numbers a layer. This psum makes the balance global.
             return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
 

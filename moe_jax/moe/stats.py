@@ -42,19 +42,19 @@ def router_stats(
     logits: Float[Array, "T E"],
     probs: Float[Array, "T E"],
     routing: Routing,
-    kept: Bool[Array, "T K"],
+    computed: Bool[Array, "T K"],
     mask: Bool[Array, " T"],
     group: Int[Array, " T"],
     num_groups: int,
 ) -> RouterStats:
-    """Sums over these tokens, by balance group. `kept` is False where a valid slot was dropped."""
+    """Sums over these tokens, by balance group. `computed` is False where a valid slot was dropped."""
     one_hot_EK = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
     valid = routing.valid.astype(jnp.float32)
     counts_TE = jnp.einsum("tke,tk->te", one_hot_EK, valid)
     live = mask.astype(jnp.float32)
     z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     member_TG = jax.nn.one_hot(group, num_groups, dtype=jnp.float32) * live[:, None]
-    dropped = jnp.sum(valid * (1.0 - kept.astype(jnp.float32)), axis=-1)
+    dropped = jnp.sum(valid * (1.0 - computed.astype(jnp.float32)), axis=-1)
     # HIGHEST: on accelerators the default would round these sums to bf16 or tf32.
     total = lambda x: jnp.einsum("tg,t...->g...", member_TG, x, precision=jax.lax.Precision.HIGHEST)
     return RouterStats(

@@ -45,6 +45,8 @@ def attend_cache(
 
 
 class Attention(nnx.Module):
+    """Multi-head attention with grouped queries."""
+
     def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str):
         self.cfg, self.backend = cfg, backend
         d, n, m, h = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim

@@ -21,6 +21,8 @@ LATENT_EPS = 1e-6  # in the norms of latents: released models have this value, w
 
 
 class MLA(nnx.Module):
+    """Multi-head latent attention."""
+
     def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str):
         self.cfg, self.backend = cfg, backend
         m, d, n = cfg.mla, cfg.d_model, cfg.num_heads

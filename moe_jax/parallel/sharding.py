@@ -57,7 +57,7 @@ def count_slices(devices) -> int:
 def weight_spec(
     axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int], *, cut_experts: bool = False
 ) -> PartitionSpec:
-    """The spec of a weight with logical `axes` on a mesh with axis `sizes`. Total: an unknown axis is a ValueError.
+    """The spec of a weight with logical `axes` on a mesh with axis `sizes`. Raises ValueError for an unknown axis.
 
     cut_experts: shards the experts' matrices even where there are enough experts to keep each matrix whole.
     """
@@ -121,4 +121,5 @@ def per_device(fn: Callable, split: int, whole: int = 0, *, check_vma: bool = Tr
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose leading dimension is the batch."""
     return NamedSharding(mesh, BATCH)

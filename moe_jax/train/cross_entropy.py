@@ -13,7 +13,10 @@ CHUNK = 2048  # tokens of a device in one chunk: only their logits exist at a ti
 def token_nll(
     hidden: Float[Array, "B S D"], output: Float[Array, "V D"], targets: Int[Array, "B S"]
 ) -> Float[Array, "B S"]:
-    """−log softmax(hidden · outputᵀ)[target] in float32, nats, for evaluation. `[B, S, V]` never exists."""
+    """The negative log-likelihood of each target in nats, for evaluation: −log softmax(hidden · outputᵀ)[target].
+
+    It is float32. `[B, S, V]` never exists.
+    """
 
     def local(hidden, targets, output):
         step = lambda _, part: (None, _log_softmax(part[0], output, part[1])[1])
@@ -30,7 +33,7 @@ def summed_nll(
     targets: Int[Array, "B S"],
     weights: Float[Array, "B S"],
 ) -> Float[Array, ""]:
-    """Σ weights · `token_nll`, for training: every logit is computed once, and so is its gradient.
+    """The sum Σ weights · `token_nll`, for training. Every logit is computed once, and so is its gradient.
 
     The gradient of a sum is known up to a factor when the sum is computed. So the forward pass keeps the gradients of
     hidden and output for the backward pass, and no logits. The gradient of weights is not computed: it is zero.

@@ -91,9 +91,9 @@ def _micro_batch_gradients(
     bias: dict,
     step: Int[Array, ""],
     batch: Batch,
-    statistics_of: Callable[[RouterStats], BatchStatistics],
+    batch_statistics: Callable[[RouterStats], BatchStatistics],
 ) -> Gradients:
-    """Loss and gradients of one (micro-)batch. `statistics_of(its stats)` gives those of the optimizer batch."""
+    """Loss and gradients of one (micro-)batch. `batch_statistics(its stats)` gives those of the optimizer batch."""
 
     def loss(params):
         out, matrix = forward(cfg, graph, params, bias, batch)
@@ -101,7 +101,7 @@ def _micro_batch_gradients(
             nll = cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
         maxima = Maxima(out.max_logit) if out.max_logit else None
         sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima)
-        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, statistics_of(out.stats))
+        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, batch_statistics(out.stats))
         return value, (parts, sums)
 
     (value, (parts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -128,7 +128,7 @@ def _running(gradients_of: Callable, micro: Batch, weights: Float[Array, ""], co
     counted = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
 
     def next_part(so_far: Gradients | None, part: Batch) -> Gradients:
-        def statistics_of(own: RouterStats) -> BatchStatistics:
+        def batch_statistics(own: RouterStats) -> BatchStatistics:
             before = jax.tree.map(jnp.zeros_like, own) if so_far is None else so_far.sums.router
             return BatchStatistics(
                 weights=weights,
@@ -139,7 +139,7 @@ def _running(gradients_of: Callable, micro: Batch, weights: Float[Array, ""], co
                 share=1.0 / count,
             )
 
-        return _cast_gradients(gradients_of(part, statistics_of))
+        return _cast_gradients(gradients_of(part, batch_statistics))
 
     return _sum_over(next_part, micro)
 

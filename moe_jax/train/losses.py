@@ -54,7 +54,7 @@ class BatchStatistics(NamedTuple):
 
 
 def exact_statistics(weights: Float[Array, ""], stats: RouterStats) -> BatchStatistics:
-    """The exact statistics: `stats` are those of the optimizer batch, and both f and P are means over it."""
+    """The exact statistics: `stats` are those of the optimizer batch, and f and P are means over it."""
     counted = jnp.sum(stats.tokens[:1])  # every layer sees the same tokens
     return BatchStatistics(
         weights=weights,

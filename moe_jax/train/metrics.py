@@ -139,7 +139,7 @@ class Throughput:
             self._steps, self._tokens = self._steps + 1, self._tokens + float(tokens)
 
     def read(self) -> dict[str, float]:
-        """`tokens`, `tokens_per_second` and `step_seconds` as `train_metrics` takes them; starts a new window."""
+        """Returns `tokens`, `tokens_per_second` and `step_seconds` for `train_metrics`, and starts a new window."""
         now = time.perf_counter()
         window = (self._tokens, now - self._start, self._steps) if self._steps else (*self._first, 1)
         tokens, seconds, steps = window

@@ -1,4 +1,4 @@
-"""The matrix products of a Newton–Schulz step, for stacks of L matrices with m rows and n columns.
+"""The matrix products of a Newton–Schulz step, for stacks of matrices with m rows and n columns.
 
 On Hopper one Pallas Mosaic-GPU kernel computes them. It adds terms to a product at almost no cost, and rounds once.
 Of a symmetric product it computes only the tiles on and below the diagonal (5/8 of the tiles at m = 1024, 9/16 at 2048)
@@ -26,8 +26,8 @@ SMALLEST = 512  # with fewer rows the kernel saves almost nothing
 
 
 def symmetric_product(
-    x: Float[Array, "L m n"], a: Float[Array, " L"], b: Float[Array, " L"] | None, c: Float[Array, " L"]
-) -> Float[Array, "L m m"]:
+    x: Float[Array, "stack m n"], a: Float[Array, " stack"], b: Float[Array, " stack"] | None, c: Float[Array, " stack"]
+) -> Float[Array, "stack m m"]:
     """Computes a·X·Xᵀ + b·X + c·I for every matrix, in float32, and rounds to the dtype of x.
 
     b needs a symmetric X; None stands for 0.
@@ -39,8 +39,8 @@ def symmetric_product(
 
 
 def residual_product(
-    p: Float[Array, "L m m"], x: Float[Array, "L m n"], b: Float[Array, " L"]
-) -> Float[Array, "L m n"]:
+    p: Float[Array, "stack m m"], x: Float[Array, "stack m n"], b: Float[Array, " stack"]
+) -> Float[Array, "stack m n"]:
     """Computes P·X + b·X for every matrix, in float32, and rounds to the dtype of x."""
     if uses_kernel(x.shape, x.dtype):
         return _kernel(p, x, x, jnp.ones_like(b), b, jnp.zeros_like(b), symmetric=False)

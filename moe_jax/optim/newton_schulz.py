@@ -77,8 +77,8 @@ def flops(m: int, n: int, steps: int) -> int:
 
 
 def orthogonalize(
-    x: Float[Array, "*L m n"], coefficients: Coefficients = SETS["jordan"], dtype: Any = jnp.bfloat16
-) -> Float[Array, "*L m n"]:
+    x: Float[Array, "*stack m n"], coefficients: Coefficients = SETS["jordan"], dtype: Any = jnp.bfloat16
+) -> Float[Array, "*stack m n"]:
     """Approximates U·Vᵀ of each matrix, in `dtype`, at any scale of the matrix (`_unit`). A zero matrix stays zero.
 
     Two things keep bf16 accurate. First, Z = A − s·I is multiplied and not A, with s about the mean of A's diagonal: as
@@ -108,7 +108,7 @@ def orthogonalize(
     return jnp.swapaxes(y, -2, -1) if tall else y
 
 
-def _unit(x: Float[Array, "L m n"], prescale: float) -> tuple[Float[Array, "L m n"], Float[Array, " L"]]:
+def _unit(x: Float[Array, "stack m n"], prescale: float) -> tuple[Float[Array, "stack m n"], Float[Array, " stack"]]:
     """Divides each matrix by a power of two, in float32. Also returns `prescale` · ‖X‖_F divided by the same.
 
     The norm is then in [0.5, 1), or 1 for a zero matrix. The largest entry is scaled to [0.5, 1) before entries are

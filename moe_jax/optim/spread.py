@@ -86,7 +86,7 @@ class Leaf(NamedTuple):
         """The number of devices along these mesh axes."""
         return math.prod(self.mesh.shape[name] for name in names)  # no names without a mesh
 
-    def to_stack(self, x: Float[Array, "..."]) -> Float[Array, "b m n"]:
+    def to_stack(self, x: Float[Array, "..."]) -> Float[Array, "stack m n"]:
         """Reshapes a device's shard into its pieces of matrices, in the orientation of the group."""
         x = jnp.moveaxis(x, self.axes, (-2, -1))
         if self.heads is not None:
@@ -97,7 +97,7 @@ class Leaf(NamedTuple):
         x = jnp.swapaxes(x, -2, -1) if self.transposed else x
         return x.reshape(-1, *x.shape[-2:])
 
-    def from_stack(self, x: Float[Array, "b m n"]) -> Float[Array, "..."]:
+    def from_stack(self, x: Float[Array, "stack m n"]) -> Float[Array, "..."]:
         """Inverts `to_stack`."""
         x = jnp.swapaxes(x, -2, -1) if self.transposed else x
         batch = [size for i, size in enumerate(self.local) if i not in self.axes]
@@ -148,7 +148,7 @@ class Group(NamedTuple):
         m, n = self.shape
         matrix, others = self.leaves[0].matrix, self.leaves[0].size(*sharing) - 1
         flops = m * n // math.prod(matrix) * newton_schulz.flops(*matrix, steps=5)
-        return self._share(sharing) * (flops + FLOPS_PER_BYTE * 2 * m * n * others)
+        return self._matrices_per_device(sharing) * (flops + FLOPS_PER_BYTE * 2 * m * n * others)
 
     @property
     def replicas(self) -> int:
@@ -158,22 +158,23 @@ class Group(NamedTuple):
     @property
     def per_device(self) -> int:
         """The number of whole matrices that each device gets. All get the same: zero matrices fill up."""
-        return self._share(self.sharing)
+        return self._matrices_per_device(self.sharing)
 
     @property
     def _pieces(self) -> int:
         return sum(leaf.pieces for leaf in self.leaves)
 
-    def _share(self, sharing: tuple[str, ...]) -> int:
-        """`per_device`, were the work shared over these axes."""
+    def _matrices_per_device(self, sharing: tuple[str, ...]) -> int:
+        """Whole matrices that each device gets if these axes share the work."""
         return -(-self._pieces // (math.prod(self.parts) * self.leaves[0].size(*sharing)))
 
     def map(
         self, fn: Callable[[Array], Array], blocks: Sequence[Array], sources: Sequence[Array] | None = None
     ) -> list[Array]:
-        """Applies `fn`, `[b, m, n]` → `[b, m, n]`, to every matrix of the leaves `blocks`. It must map zero to zero.
+        """Applies `fn` to every matrix of the leaves `blocks`.
 
-        sources: arrays sharded like `blocks`. A matrix that is all zeros in its source gives zero too.
+        fn: `[stack, m, n]` → `[stack, m, n]`; it must map zero to zero. sources: arrays sharded like `blocks`. A matrix
+        that is all zeros in its source gives zero too.
         """
         mesh, specs = self.leaves[0].mesh, tuple(leaf.spec for leaf in self.leaves)
         sources = tuple(sources or ())
@@ -201,7 +202,7 @@ class Group(NamedTuple):
         ends = [sum(len(s) for s in stacks[:i]) for i in range(1, len(stacks))]
         return [leaf.from_stack(o) for leaf, o in zip(self.leaves, jnp.split(y, ends), strict=True)]
 
-    def _is_nonzero(self, blocks: Sequence[Array]) -> Bool[Array, "b #m #n"]:
+    def _is_nonzero(self, blocks: Sequence[Array]) -> Bool[Array, "stack #m #n"]:
         """Whether the matrix of each piece has an entry that is not zero, here or on another device.
 
         Where matrices are cut, this takes one all-reduce of one number a matrix.
@@ -215,12 +216,12 @@ class Group(NamedTuple):
         # A device holds parts of heads: its rows or columns are put at their index among those of all devices.
         axis, size = heads
         here, parts = jax.lax.axis_index(self.cut[axis]), self.parts[axis]
-        mine = (jnp.arange(parts) == here)[None, :, None] & found.reshape(len(found), 1, -1)
-        by_head = jax.lax.pmax(mine.astype(jnp.int32), names).reshape(len(found), -1, size).max(-1, keepdims=True) > 0
+        own = (jnp.arange(parts) == here)[None, :, None] & found.reshape(len(found), 1, -1)
+        by_head = jax.lax.pmax(own.astype(jnp.int32), names).reshape(len(found), -1, size).max(-1, keepdims=True) > 0
         by_row = jnp.broadcast_to(by_head, (*by_head.shape[:2], size)).reshape(len(found), parts, -1)
         return jax.lax.dynamic_index_in_dim(by_row, here, axis=1, keepdims=False).reshape(found.shape)
 
-    def _map_whole(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
+    def _map_whole(self, fn: Callable[[Array], Array], x: Float[Array, "stack m n"]) -> Float[Array, "stack m n"]:
         """Applies `fn` to all matrices of which devices hold the pieces x, with at most three collectives."""
         (rows, cols), count = self.parts, len(x)
         axes, sharing = self.cut[0] + self.cut[1], self.sharing
@@ -241,7 +242,7 @@ class Group(NamedTuple):
             x = jax.lax.all_gather(x, sharing, axis=0, tiled=True, to="invarying")
         return x[:count]
 
-    def _apply_by_head(self, fn: Callable[[Array], Array], x: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
+    def _apply_by_head(self, fn: Callable[[Array], Array], x: Float[Array, "stack m n"]) -> Float[Array, "stack m n"]:
         """Applies `fn` to whole matrices, or to each of their heads."""
         heads, (b, m, n) = self.leaves[0].heads_after, x.shape
         if heads is None:

@@ -2,13 +2,13 @@
 
     python train.py --config=configs/balance_scope.py:data/domains --workdir=runs/balance_scope
 
-Hardware: one H200 (tried; it took what memory there was)
+Hardware: one H200 (tried; it used all of its memory)
 Time: 3:50, of which 3:05 are training (630k tokens/s, 12 % MFU)
 Parameters: 117,581,312 total, 29,500,928 active (21,112,320 without embedding and head)
 Expect: held-out perplexity 12.94 with seed 0, 12.89 and 13.06 with two others; docs/results.md has the comparison
 
-The part after the colon is a folder with one domain an entry: a file `<domain>.parquet` (.txt, .jsonl and .csv too),
-or a subfolder of such files; `python -m experiments.multi_domain_text` makes one. 118M tokens.
+The part after the colon is a folder with an entry for each domain: a file `<domain>.parquet` (or .txt, .jsonl, .csv),
+or a subfolder of such files. `python -m experiments.multi_domain_text` makes one. Training takes 118M tokens.
 `python -m experiments.balance_scope` trains this config with each scope and compares them.
 """
 
@@ -23,14 +23,14 @@ from moe_jax.errors import ConfigError
 
 STEPS, BATCH, SEQ_LEN = 900, 256, 512
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".parquet", ".gz")
-BYTES_PER_TOKEN = 3.5  # about; decides only how often a small domain is repeated
+BYTES_PER_TOKEN = 3.5  # an estimate, which only decides how often a small domain is repeated
 MAX_EPOCHS = 7.0
-HELD_OUT = 500_000  # bytes a domain …
-MAX_HELD_OUT = 0.25  # … but at most this share of its documents
+HELD_OUT = 500_000  # bytes of each domain that are held out,
+MAX_HELD_OUT = 0.25  # but at most this share of its documents
 
 
 def text_bytes(path: Path) -> int:
-    """Bytes of a file's text, uncompressed."""
+    """Counts the bytes of a file's text, uncompressed."""
     if path.suffix == ".parquet":
         meta = pyarrow.parquet.read_metadata(path)
         return sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
@@ -41,7 +41,7 @@ def text_bytes(path: Path) -> int:
 
 
 def find_domains(folder: Path) -> dict[str, tuple[str, int]]:
-    """{domain: (path or glob, bytes of text)}, sorted by name."""
+    """Finds the domains of a folder: {domain: (path or glob, bytes of text)}, sorted by name."""
     found = {}
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         files = [entry] if entry.is_file() else sorted(entry.iterdir())
@@ -59,22 +59,22 @@ def find_domains(folder: Path) -> dict[str, tuple[str, int]]:
 
 
 def mixture(sizes: dict[str, int], tokens: float) -> dict[str, float]:
-    """Shares of training: proportional to √bytes, but no domain more than `MAX_EPOCHS` times over `tokens`."""
-    most = {name: MAX_EPOCHS * size / BYTES_PER_TOKEN / tokens for name, size in sizes.items()}
-    if sum(most.values()) <= 1.0:  # too little text for any choice: all are repeated equally often
-        return most
+    """Shares of training, proportional to √bytes. No domain is repeated more than `MAX_EPOCHS` times in `tokens`."""
+    largest = {name: MAX_EPOCHS * size / BYTES_PER_TOKEN / tokens for name, size in sizes.items()}
+    if sum(largest.values()) <= 1.0:  # too little text: all domains are repeated equally often
+        return largest
     capped: dict[str, float] = {}
     while True:
         free = {name: math.sqrt(size) for name, size in sizes.items() if name not in capped}
         scale = (1.0 - sum(capped.values())) / sum(free.values())
-        over = {name: most[name] for name, root in free.items() if scale * root > most[name]}
+        over = {name: largest[name] for name, root in free.items() if scale * root > largest[name]}
         if not over:
             return {name: capped.get(name, scale * free.get(name, 0.0)) for name in sizes}
         capped |= over
 
 
 def sources(folder: Path, tokens: float) -> dict:
-    """A source for each domain of the folder, mixed for a training on so many tokens."""
+    """Makes a source for each domain of the folder, with weights for a training on `tokens` tokens."""
     domains = find_domains(folder)
     fractions = {name: min(MAX_HELD_OUT, HELD_OUT / size) for name, (_, size) in domains.items()}
     weights = mixture({name: round(size * (1 - fractions[name])) for name, (_, size) in domains.items()}, tokens)
@@ -98,7 +98,7 @@ def get_config(data: str = "data/domains"):
     model.head_dim = 64
     model.qk_norm = True
     model.tie_embeddings = True
-    model.segment_mask = False  # flash attention on GPUs; a row's documents are of one domain and see each other
+    model.segment_mask = False  # allows flash attention; documents of a row are of one domain and attend to each other
     model.moe.num_experts = 32
     model.moe.top_k = 4
     model.moe.d_expert = 256

@@ -1,16 +1,16 @@
-"""Further training of a run directory's weights: imported, upcycled or trained before. The optimizer starts fresh.
+"""Continues training from the weights of a run directory (imported, upcycled or trained), with a fresh optimizer.
 
     python train.py --config=configs/continued.py:runs/moe --workdir=runs/moe_trained
 
-Hardware: whatever holds the model; a laptop CPU for small ones
+Hardware: any that the model fits on; a laptop CPU for small ones
 Time: depends on the model
 Parameters: the run's
-Expect: the loss that the run ended with, at the first step, and then a lower one
+Expect: at the first step the loss that the run ended with, and then a lower one
 
-After the colon: the run directory, and after a comma a folder of text with one domain an entry, as for
-configs/balance_scope.py; without one the text is the standard library of the Python that runs this. Model, tokenizer
-and sequence length are the run's. The learning rate rises again before it falls, which arXiv:2410.07524 (§3.1) found
-better than going on at the lowest one.
+The part after the colon is the run directory, and after a comma may come a folder of text as for
+configs/balance_scope.py. Without one, the text is the standard library of the Python that runs this. Model, tokenizer
+and sequence length are those of the run. The learning rate rises again before it falls, which arXiv:2410.07524 (§3.1)
+found better than continuing at the lowest rate.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def get_config(where: str = "runs/moe"):
     config.data.seq_len = min(earlier["data"]["seq_len"], LONGEST)
     config.data.tokenizer.update(earlier["data"]["tokenizer"])
     own = tokenizers.own_file(config_lib.build(earlier).data.tokenizer, run)
-    if own and not Path(config.data.tokenizer.path).expanduser().is_file():  # the run was moved, or its source is gone
+    if own and not Path(config.data.tokenizer.path).expanduser().is_file():  # the run moved, or its source was deleted
         config.data.tokenizer.path = str(own)
     if folder:
         tokens = STEPS * BATCH * config.data.seq_len

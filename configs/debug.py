@@ -1,11 +1,11 @@
-"""A seconds-long run that touches every part: the one to start when something is broken.
+"""Runs every part in a few seconds: start this when something is broken.
 
     python train.py --config=configs/debug.py --workdir=runs/debug
 
 Hardware: any CPU
 Time: 13 s on 2 cores, once the corpus is prepared
 Parameters: 65,952 total, 53,664 active (20,896 without embedding and head)
-Expect: 5.49 nats per token on 1,024 held-out bytes after 10 steps (log 512 = 6.24): it learns, no more
+Expect: 5.49 nats per token on 1,024 held-out bytes after 10 steps (log 512 = 6.24), which shows that it learns
 """
 
 from moe_jax import config as config_lib

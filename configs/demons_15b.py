@@ -7,9 +7,9 @@ Time: not run here
 Parameters: 15,068,454,400 total, 2,554,748,416 active (1,621,253,632 without embedding and head)
 Expect: not run here
 
-The paper says 15B total and 2.54B active. `active` here, embedding and head included, is what meets its figure, and
-the total meets its own, each within 2 %. The paper gives the experts (160, top-4, 4 shared), the batch, the tokens
-and the load-balancing coefficient; widths, depth, learning rate and z-loss coefficient are not in it. Those below are
+The paper says 15B total and 2.54B active. Both counts here are within 2 % of these, where `active` includes the
+tables of embedding and head. The paper gives the experts (160, top-4, 4 shared), the batch, the tokens and the
+load-balancing coefficient. It does not give widths, depth, learning rate and z-loss coefficient: those below are
 ours, with Qwen's vocabulary size.
 
 To compare with balancing over a micro-batch, set `loss.balance_batch=16`; nothing else changes.

@@ -7,10 +7,10 @@ Time: not run here
 Parameters: 3,428,768,768 total, 597,613,568 active (442,031,104 without embedding and head)
 Expect: not run here
 
-The paper says 3.4B total and 0.6B active. `active` here, the one tied table of embedding and head included, is what
-meets its figure, and the total meets its own, each within 2 %. The paper gives the experts (64, top-4, 4 shared), the
-batch, the tokens and the load-balancing coefficient; widths, depth, learning rate and z-loss coefficient are not in
-it. Those below are ours, with Qwen's vocabulary size.
+The paper says 3.4B total and 0.6B active. Both counts here are within 2 % of these, where `active` includes the tied
+table of embedding and head. The paper gives the experts (64, top-4, 4 shared), the batch, the tokens and the
+load-balancing coefficient. It does not give widths, depth, learning rate and z-loss coefficient: those below are
+ours, with Qwen's vocabulary size.
 
 To compare with balancing over a micro-batch, set `loss.balance_batch=4`; nothing else changes.
 

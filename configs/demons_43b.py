@@ -7,10 +7,10 @@ Time: not run here
 Parameters: 42,714,364,416 total, 6,645,447,168 active (5,400,787,456 without embedding and head)
 Expect: not run here
 
-The paper says 43B (42.8B) total and 6.6B active. `active` here, embedding and head included, is what meets its
-figure, and the total meets its own, each within 2 %. The paper gives the experts (160, top-4, 4 shared), the batch,
-the tokens and the load-balancing coefficient; widths, depth, learning rate and z-loss coefficient are not in it.
-Those below are ours, with Qwen's vocabulary size.
+The paper says 43B (42.8B) total and 6.6B active. Both counts here are within 2 % of these, where `active` includes
+the tables of embedding and head. The paper gives the experts (160, top-4, 4 shared), the batch, the tokens and the
+load-balancing coefficient. It does not give widths, depth, learning rate and z-loss coefficient: those below are
+ours, with Qwen's vocabulary size.
 
 To compare with balancing over a micro-batch, set `loss.balance_batch=8`; nothing else changes.
 

@@ -7,13 +7,14 @@ Time: not run here
 Parameters: 15,960,108,544 total, 2,914,774,528 active (2,243,685,888 without embedding and head)
 Expect: not run here
 
-The counts are those of the release: 15.29B and 2.24B are its numbers without the two tables of 163,840 · 2048. This is
-its first two stages, up to 5.2T tokens, in one (there the batch was half as large up to 200B). From the release:
+The release gives 15.29B and 2.24B, which are the counts here without the two tables of 163,840 · 2048. This config
+trains its first two stages, up to 5.2T tokens, in one (the release halved the batch up to 200B tokens). To start from
+its weights:
 
     python -m moe_jax.hf import --from=Moonlight-16B-A3B --workdir=runs/moonlight_release
     python train.py --config=configs/moonlight_16b_a3b.py --workdir=runs/mine --config.init_from=runs/moonlight_release
 
-Its tokenizer is code, not a tokenizer.json: bring one of its vocabulary, and text.
+Its tokenizer is code and not a tokenizer.json: bring a tokenizer of its vocabulary, and text.
 """
 
 from moe_jax import config as config_lib
@@ -30,7 +31,7 @@ def get_config():
     model.d_ff = 11_264
     model.num_heads = 16
     model.num_kv_heads = 16
-    model.head_dim = 192  # 128 and the 64 that are rotated
+    model.head_dim = 192  # 128, and 64 that are rotated
     model.mla.kv_rank = 512
     model.mla.rope_dim = 64
     model.mla.v_dim = 128
@@ -47,7 +48,7 @@ def get_config():
     model.moe.selection_bias = True
     model.remat = "full"
 
-    config.loss.load_balance_coef = 0.001  # over each sequence: seq_aux of its config.json
+    config.loss.load_balance_coef = 0.001  # over each sequence, as seq_aux in its config.json says
     config.loss.balance_batch = "1"
     config.loss.router_loss_layers = "sum"
     config.loss.router_z_coef = 0.0

@@ -7,8 +7,8 @@ Time: not run here
 Parameters: 6,919,161,856 total, 1,282,017,280 active (1,075,972,096 without embedding and head)
 Expect: not run here
 
-The released model has as many parameters. It was balanced over the micro-batch of one device, not the global batch: set
-`loss.balance_batch` to the sequences in such a micro-batch to do the same.
+The released model has the same number of parameters. It was balanced over the micro-batch of one device, not over the
+global batch: set `loss.balance_batch` to the number of sequences in such a micro-batch to do the same.
 
 Bring a tokenizer and text: `data.tokenizer.path` (the GPT-NeoX vocabulary of the release) and
 `data.sources.text.path` (the public OLMoE-mix, or any documents as .jsonl.gz or Parquet).
@@ -34,7 +34,7 @@ def get_config():
     model.moe.num_experts = 64
     model.moe.top_k = 8
     model.moe.d_expert = 1024
-    model.moe.renormalize = False  # the combine weights are the softmax over all experts, as they are
+    model.moe.renormalize = False  # combine weights are the softmax over all experts
     model.remat = "full"
 
     # OLMoE was trained with a loss that is 1 at uniform routing, as ours is: its 0.01 carries over. The loss in Hugging

@@ -1,8 +1,8 @@
-"""Eight of OLMoE-1B-7B's sixteen layers on one GPU: the shape of the throughput benchmark.
+"""Trains eight of the sixteen layers of OLMoE-1B-7B on one GPU: the throughput benchmark.
 
     python train.py --config=configs/olmoe_8l_bench.py --workdir=runs/olmoe_8l_bench
 
-Hardware: one GPU of 80 GB: parameters, gradients and AdamW states are float32 (62.7 GiB at most are in use)
+Hardware: one GPU of 80 GB; parameters, gradients and AdamW states are float32, and the peak is 62.7 GiB
 Time: 2 minutes for the 20 steps, most of it start-up, compilation and the final checkpoint
 Parameters: 3,562,573,824 total, 744,001,536 active (537,956,352 without embedding and head)
 Expect: on one NVIDIA H200, jax 0.11.2, `python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py` gave
@@ -12,11 +12,11 @@ Expect: on one NVIDIA H200, jax 0.11.2, `python -m benchmarks.train_step --confi
     transformers' OLMoE, torch 2.11, compiled, in the same run: 213.6 ms, 76,707 tokens/s, 43.9 GiB; at batch 8
     402.0 ms, 81,521 tokens/s, 67.8 GiB.
 
-Same layer, batch (4 × 4096 tokens) and optimizer as the PyTorch peer, transformers' OLMoE. The peer has 30,720
+Layers, batch (4 × 4096 tokens) and optimizer are those of the PyTorch peer, transformers' OLMoE. The peer has 30,720
 parameters more: its query and key norms have one weight for each of the projection's 2048 channels, ours have one for
 each of a head's 128.
 Its `router_aux_loss_coef=0.01` equals `load_balance_coef=0.08` here (`olmoe_1b_7b.py` says why).
-The tokens are bytes of the standard library; what they are changes the cost only through the router's choices.
+The tokens are bytes of the standard library. Other tokens would change the cost only through the router's choices.
 """
 
 from moe_jax import config as config_lib
@@ -38,10 +38,10 @@ def get_config():
     model.moe.num_experts = 64
     model.moe.top_k = 8
     model.moe.d_expert = 1024
-    model.moe.renormalize = False  # the combine weights are the softmax over all experts, as they are
+    model.moe.renormalize = False  # combine weights are the softmax over all experts
     model.unroll = 8
     model.attention = "auto"
-    model.segment_mask = False  # as the peer: plain causal attention
+    model.segment_mask = False  # causal attention without segments, as in the peer
 
     config.loss.load_balance_coef = 0.08
     config.loss.router_z_coef = 0.001

@@ -111,8 +111,8 @@ def compiled(mesh_shape, cfg_arguments):
 
     @jax.jit
     def run(params, batch):
-        _, parts, grads = gradients(params, {}, batch, 0).grads
-        return parts, jax.tree.map(lambda g: jax.sharding.reshard(g, replicated.spec), grads)
+        found = gradients(params, {}, batch, 0)
+        return found.parts, jax.tree.map(lambda g: jax.sharding.reshard(g, replicated.spec), found.grads)
 
     return cfg, mesh, jax.tree.map(put, initial_params(), shardings), run
 

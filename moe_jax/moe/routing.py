@@ -1,6 +1,6 @@
 """Router logits → which experts each token uses, and with what weights. Pure functions without parameters.
 
-Letters: T tokens, E experts, K experts per token, G balance groups, L layers.
+Letters: T tokens, E experts, K experts per token.
 """
 
 from typing import NamedTuple
@@ -22,12 +22,14 @@ class Routing(NamedTuple):
 
 
 def router_logits(x: Float[Array, "T D"], w: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    """Computes x·w as exactly as in float32, at bfloat16's speed if x is bfloat16. Rounded weights choose others.
+    """Computes x·w as exactly as in float32, at bfloat16's speed if x is bfloat16.
+
+    With weights rounded to bfloat16 a router would pick other experts.
 
     A float32 number is the sum of three bfloat16 numbers (24 bits of 3 · 8), whose products with bfloat16 are exact in
-    float32, so x·w is one product with three times the columns. The gradient of w is computed likewise; that of x,
-    which is rounded to bfloat16, only from products above 2⁻¹⁶. Float32 products take HIGHEST, because accelerators
-    would otherwise round to bf16 or tf32.
+    float32, so x·w is one product with three times the columns. The gradient of w is computed likewise. That of x,
+    which is rounded to bfloat16, is the sum of the three products that reach 2⁻¹⁶ of it. Products of float32 arrays
+    take HIGHEST, because accelerators would otherwise round to bf16 or tf32.
     """
     return _logits(x, varying_like(w, x))  # marked here, so that its gradient is summed over the mesh once
 

@@ -15,12 +15,12 @@ def path_of(path: tuple) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path, such as `layers/moe/w_gate`."""
+    """A dict of the leaves of a tree by path, such as `layers/moe/w_gate`."""
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts from leaves by path: the inverse of `flatten`."""
+    """The nested dicts of a dict of leaves by path: the inverse of `flatten`."""
     out: dict = {}
     for path, value in flat.items():
         *folders, name = path.split("/")
@@ -29,7 +29,7 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten_config(values: Any, name: str = "") -> dict[str, Any]:
-    """Values by dotted name, such as `model.moe.top_k`, from nested dicts."""
+    """A dict of the values of nested dicts by dotted name, such as `model.moe.top_k`."""
     if not isinstance(values, dict):
         return {name: values}
     join = lambda key: f"{name}.{key}" if name else key

@@ -1,4 +1,4 @@
-"""The schema: one frozen dataclass per component, with its ranges and rules; the model's are in model.py."""
+"""The fields of a configuration: one frozen dataclass per component, with ranges and rules. model.py has the model's."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,9 +12,9 @@ Scope = int | Literal["global"]  # sequences that are balanced together; "global
 
 @dataclass(frozen=True)
 class LoadBalanceConfig(Checked, resume=FIXED):
-    """A further load-balancing loss, by a name of yours, with its own weight, scope and steps.
+    """A further load-balancing loss with its own weight, scope and steps. The config file chooses its name.
 
-    It is logged as `load_balance/<name>`.
+    The loss is logged as `load_balance/<name>`.
     """
 
     coef: float = number(0.0, 0.0)  # weight of this loss
@@ -30,7 +30,7 @@ class LoadBalanceConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class LossConfig(Checked, resume=FIXED):
-    """Router losses. docs/balancing.md has the definitions and what other frameworks' coefficients are here."""
+    """Router losses. docs/balancing.md defines them and converts other frameworks' coefficients."""
 
     load_balance_coef: float = number(0.01, 0.0)  # weight of the load-balancing loss; 0: off
     # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
@@ -40,7 +40,7 @@ class LossConfig(Checked, resume=FIXED):
     # A config file makes entries, with `load_balance` of moe_jax.config:
     # `config.loss.more_load_balance = {"micro": load_balance(coef=0.01, balance_batch=1)}`.
     more_load_balance: dict[str, LoadBalanceConfig] = field(default_factory=dict)
-    # Ablation (arXiv:2501.11873, §5): tokens are dealt at random to groups as large as balance_batch sequences.
+    # Ablation (arXiv:2501.11873, §5): tokens are assigned at random to groups as large as balance_batch sequences.
     shuffle_tokens: bool = False
     # "exact": any number of micro-batches gives the loss of the optimizer batch. "running": a micro-batch sees the
     # expert counts so far (arXiv:2501.11873, algorithm 1), an approximation that saves a forward pass.
@@ -64,13 +64,13 @@ class LossConfig(Checked, resume=FIXED):
 
     @property
     def load_balance(self) -> dict[str, LoadBalanceConfig]:
-        """All load-balancing losses by the name they are logged under."""
+        """A dict of all load-balancing losses by the name under which they are logged."""
         main = LoadBalanceConfig(self.load_balance_coef, self.balance_batch, 0, self.load_balance_stop)
         return {"load_balance": main} | {f"load_balance/{name}": more for name, more in self.more_load_balance.items()}
 
     @property
     def balance_unit(self) -> int:
-        """Sequences of the finest balance group, of which every loss' groups are made up; 0: the optimizer batch."""
+        """Sequences of the finest balance group; 0: the optimizer batch. The groups of every loss consist of such groups."""
         return math.gcd(*(b.balance_batch for b in self.load_balance.values() if b.balance_batch != "global"))
 
 
@@ -129,7 +129,7 @@ class OptimConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class SourceConfig(Checked, resume=FIXED):
-    """A source of documents, by a name of yours."""
+    """A source of documents. The config file chooses its name."""
 
     kind: Literal["tfds", "files"] = "tfds"  # a TFDS data set, or files on this machine
     name: str = ""  # with kind="tfds": "stdlib_text", or any TFDS name such as "c4/en:3.0.1"
@@ -155,7 +155,7 @@ class SourceConfig(Checked, resume=FIXED):
         require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
         how, cuts = self.documents, self.documents == "separator"
         require(isinstance(how, str) or how >= 1, "documents", how, "must be ≥ 1 or a word", "nearest valid: 1")
-        require(self.kind == "files" or how in ("auto", "file"), "documents", how, "is about .txt files",
+        require(self.kind == "files" or how in ("auto", "file"), "documents", how, "has an effect on .txt files only, so it needs kind='files'",
                 "nearest valid: 'auto'")  # fmt: skip
         rule = "is needed for documents='separator'" if cuts else "has no effect without documents='separator'"
         require(bool(self.separator) == cuts, "separator", self.separator, rule, "for example '<|endoftext|>'")
@@ -190,7 +190,7 @@ def _default_sources():
 
 @dataclass(frozen=True)
 class DataConfig(Checked, resume=FIXED):
-    """Batches, and the text that they are made of."""
+    """Batches and the text in them."""
 
     batch_size: int = number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
     seq_len: int = number(256, 2)  # tokens of a sequence (S)
@@ -227,7 +227,7 @@ class MeshConfig(Checked, resume=MAY_CHANGE):
 
 @dataclass(frozen=True)
 class TrainConfig(Checked, resume=MAY_CHANGE):
-    """Length of a run, its records, and what it does about bad numbers (docs/survival.md)."""
+    """Length of a run, its logs and checkpoints, and what it does about losses that are not finite (docs/survival.md)."""
 
     # Optimizer steps of the run. Another number on resume stretches or shortens the schedule of the learning rate.
     steps: int = number(1000, 1)
@@ -253,9 +253,9 @@ class TrainConfig(Checked, resume=MAY_CHANGE):
     def check(self):
         require(self.skip_nonfinite or not self.spike, "spike", self.spike, "needs skip_nonfinite=True",
                 "nearest valid: 0.0")  # fmt: skip
-        told = self.eval_every > 0 and self.checkpoint_every % self.eval_every == 0
-        rule = f"needs an eval_every that divides checkpoint_every={self.checkpoint_every}, to tell the best"
-        require(told or not self.keep_best, "keep_best", self.keep_best, rule, "nearest valid: 0")
+        scored = self.eval_every > 0 and self.checkpoint_every % self.eval_every == 0
+        rule = f"needs an eval_every that divides checkpoint_every={self.checkpoint_every}, to know which is the best"
+        require(scored or not self.keep_best, "keep_best", self.keep_best, rule, "nearest valid: 0")
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class RunConfig(Checked, resume=FIXED):
                  "nearest valid: 0.0")  # fmt: skip
 
         require(not (self.optim.per_head and self.model.mla.kv_rank), "optim.per_head", True,
-                "is not for model.mla.kv_rank > 0, whose heads have several sizes", "nearest valid: False")  # fmt: skip
+                "is not available with model.mla.kv_rank > 0, whose heads have several sizes", "nearest valid: False")  # fmt: skip
         longest = self.model.max_seq_len
         require(self.data.seq_len <= (longest or self.data.seq_len), "data.seq_len", self.data.seq_len,
                 f"must be ≤ model.max_seq_len={longest}", f"nearest valid: {longest}")  # fmt: skip
@@ -307,10 +307,10 @@ class RunConfig(Checked, resume=FIXED):
         more = self.loss.more_load_balance.items()
         scopes = {"": self.loss.balance_batch} | {f"more_load_balance.{n}.": m.balance_batch for n, m in more}
         for prefix, g in scopes.items():
-            near = nearest_divisor(b, g) if g != "global" else g
+            nearest = nearest_divisor(b, g) if g != "global" else g
             rule = f"must divide data.batch_size={b} or be 'global'"
             name = f"loss.{prefix}balance_batch"
-            require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {near}")
+            require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {nearest}")
         e, target = self.model.moe.num_experts, self.loss.bias_target
         require(not target or self.model.moe.selection_bias, "loss.bias_target", target,
                  "needs model.moe.selection_bias=True", "nearest valid: ()")  # fmt: skip
@@ -324,5 +324,5 @@ class RunConfig(Checked, resume=FIXED):
 
     @property
     def balance_groups(self) -> int:
-        """G: how many of the finest balance groups an optimizer batch has."""
+        """G: number of the finest balance groups in an optimizer batch."""
         return self.data.batch_size // self.balance_unit

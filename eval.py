@@ -35,9 +35,7 @@ def main(argv):
         raise UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
     cfg = config_file.load_config(workdir)
     cli.check_writable(workdir)
-    cli.keep_compiled(
-        data.cache_folder() / "compiled"
-    )  # compiled code is not read from a folder that a run directory names
+    cli.keep_compiled(data.cache_folder() / "compiled")  # a run directory may not name a folder of code
     if DISTRIBUTED.value:
         cli.join_processes()
     say = print if jax.process_index() == 0 else lambda *_: None

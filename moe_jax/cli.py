@@ -171,7 +171,7 @@ def _paths(config: ml_collections.ConfigDict, prefix: str = "config") -> list[st
 
 
 def expanded(path: str) -> Path:
-    """A path whose `~` at the start is replaced by the home folder. Shells leave the one in `--workdir=~/a` as it is."""
+    """A path with the home folder in place of `~` at its start, which shells do not replace in `--workdir=~/a`."""
     return Path(_expanded(path))
 
 
@@ -321,7 +321,7 @@ def _end_with_the_others(error: Exception) -> None:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """The message for an out-of-memory error. Its suggestions have a fixed order; the memory needed is not known here."""
+    """The message for an out-of-memory error. Its suggestions have a fixed order, since the memory needed is unknown."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     allowed = f", of which JAX may use {limit / 2**30:.1f} GiB a device" if limit else ""

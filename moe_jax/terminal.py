@@ -1,4 +1,4 @@
-"""Keeps a program alive when its output cannot be written: the reader has ended, or a character is not in the encoding."""
+"""Keeps a program alive when its output cannot be written: the reader has ended, or the encoding lacks a character."""
 
 import errno
 import io
@@ -28,9 +28,7 @@ def outlive_readers() -> None:
     """
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
-        if (
-            old is getattr(sys, f"__{name}__") and old is not None
-        ):  # another object, such as a notebook's, is left alone
+        if old is getattr(sys, f"__{name}__") and old is not None:  # a notebook's stdout is left alone
             raw = io.BufferedWriter(_Outliving(old.fileno(), "w", closefd=False))
             options = {"line_buffering": old.line_buffering, "write_through": old.write_through}
             setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, **options))

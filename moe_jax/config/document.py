@@ -35,9 +35,9 @@ python train.py --config=configs/quickstart.py --workdir=runs/mine --config.mode
 A value outside its range, of another type or against a rule between fields is refused in one line, before anything is
 compiled. The line names the field, the rule and the nearest valid value.
 
-**On resume** says what happens when you resume a run with another value. The run continues with it (*may change*), or the
-command is refused (*fixed*): use another `--workdir` then, which is a new run. *fixed; free with `init_from`* means that
-the new run may still start from the weights of the old one.
+**On resume** says what happens when you resume a run with another value. The run continues with it (*may change*), or
+the command is refused (*fixed*): use another `--workdir` then, which is a new run. *fixed; free with `init_from`* means
+that the new run may still start from the weights of the old one.
 """
 
 RESUME = {

@@ -174,7 +174,7 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         require(self.head_dim > rope, "head_dim", self.head_dim, f"must be > mla.rope_dim={rope}", hint)
         n, m = self.num_heads, self.num_kv_heads
         require(m == n, "num_kv_heads", m, f"must be num_heads={n} with mla.kv_rank > 0", f"nearest valid: {n}")
-        require(not self.qk_norm, "qk_norm", True, "is not available with mla.kv_rank > 0, which normalises its latents",
+        require(not self.qk_norm, "qk_norm", True, "is not available with mla.kv_rank > 0, which norms its latents",
                 "nearest valid: False")  # fmt: skip
         backend, rule = self.attention, "takes heads of one size: with mla.kv_rank > 0 it must be 'auto' or 'xla'"
         require(backend in ("auto", "xla"), "attention", backend, rule, "nearest valid: 'auto'")

@@ -1,4 +1,4 @@
-"""The fields of a configuration: one frozen dataclass per component, with ranges and rules. model.py has the model's."""
+"""The fields of a configuration: one frozen dataclass per component, with ranges and rules. model.py has the model."""
 
 import math
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ class LossConfig(Checked, resume=FIXED):
 
     @property
     def balance_unit(self) -> int:
-        """Sequences of the finest balance group; 0: the optimizer batch. The groups of every loss consist of such groups."""
+        """Sequences of the finest balance group, of which every loss' groups consist; 0: the optimizer batch."""
         return math.gcd(*(b.balance_batch for b in self.load_balance.values() if b.balance_batch != "global"))
 
 
@@ -155,7 +155,7 @@ class SourceConfig(Checked, resume=FIXED):
         require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
         how, cuts = self.documents, self.documents == "separator"
         require(isinstance(how, str) or how >= 1, "documents", how, "must be ≥ 1 or a word", "nearest valid: 1")
-        require(self.kind == "files" or how in ("auto", "file"), "documents", how, "has an effect on .txt files only, so it needs kind='files'",
+        require(self.kind == "files" or how in ("auto", "file"), "documents", how, "is for .txt files only",
                 "nearest valid: 'auto'")  # fmt: skip
         rule = "is needed for documents='separator'" if cuts else "has no effect without documents='separator'"
         require(bool(self.separator) == cuts, "separator", self.separator, rule, "for example '<|endoftext|>'")
@@ -227,7 +227,7 @@ class MeshConfig(Checked, resume=MAY_CHANGE):
 
 @dataclass(frozen=True)
 class TrainConfig(Checked, resume=MAY_CHANGE):
-    """Length of a run, its logs and checkpoints, and what it does about losses that are not finite (docs/survival.md)."""
+    """Length of a run, its logs and checkpoints, and the treatment of bad steps (docs/survival.md)."""
 
     # Optimizer steps of the run. Another number on resume stretches or shortens the schedule of the learning rate.
     steps: int = number(1000, 1)
@@ -298,7 +298,8 @@ class RunConfig(Checked, resume=FIXED):
                  "nearest valid: 0.0")  # fmt: skip
 
         require(not (self.optim.per_head and self.model.mla.kv_rank), "optim.per_head", True,
-                "is not available with model.mla.kv_rank > 0, whose heads have several sizes", "nearest valid: False")  # fmt: skip
+                "is not available with model.mla.kv_rank > 0, whose heads have several sizes",
+                "nearest valid: False")  # fmt: skip
         longest = self.model.max_seq_len
         require(self.data.seq_len <= (longest or self.data.seq_len), "data.seq_len", self.data.seq_len,
                 f"must be ≤ model.max_seq_len={longest}", f"nearest valid: {longest}")  # fmt: skip

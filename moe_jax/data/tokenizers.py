@@ -146,7 +146,9 @@ def _open(folder: str | Path, kind: str, end_of_text: str, begin_of_text: str) -
     make = lambda begin: _KINDS[kind](read_file(file), end_of_text, str(file), begin, files)
     made = make(begin_of_text)
     if not begin_of_text and kind != "bpe" and (word := make(AUTO).words[0]):
-        made.lines = (f"documents do not begin with {word!r}, though the tokenizer's files ask for it: this run began without it",)
+        made.lines = (
+            f"documents do not begin with {word!r}, though the tokenizer's files ask for it: this run began without it",
+        )
     return made
 
 

@@ -132,7 +132,9 @@ class JsonTokenizer(_FileTokenizer):
         special = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
         lookup = self._tokenizer.token_to_id
         end = _find_end_of_text(lookup, end_of_text, sorted(special))
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # not empty: it has end_of_text
+        self.vocab_size = (
+            max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        )  # not empty: it has end_of_text
         begin = choose(begin_of_text, of_json(spec, settings_of(files or {})), lookup, end[0])
         self._settle("tokenizer.json", data, files, end, begin)
         # A second tokenizer, with an unknown token, tells which characters are lost, if any can be.

@@ -321,7 +321,7 @@ def _end_with_the_others(error: Exception) -> None:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """The message for an out-of-memory error. Its suggestions have a fixed order, since the memory needed is unknown."""
+    """The message for an out-of-memory error. Its suggestions have a fixed order: the memory needed is unknown here."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     allowed = f", of which JAX may use {limit / 2**30:.1f} GiB a device" if limit else ""
@@ -349,7 +349,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 raise
             where = f" ({e.filename})" if e.filename else ""
             _stop(
-                f"no space left on the device{where}; the newest checkpoint is intact: free some space and run the same command again"
+                f"no space left on the device{where}; the newest checkpoint is intact: free some space and run it again"
             )
         except jax.errors.JaxRuntimeError as e:
             if jax.process_count() > 1:

@@ -43,7 +43,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
-    """All collectives in a compiled module's text. sizes: those of the mesh's axes, in one slice if there are several."""
+    """All collectives in a compiled module's text. sizes: those of the mesh's axes (in one slice of several)."""
     bodies, entry = _computations(text)
     times = _times(bodies, entry)
     out = []
@@ -69,7 +69,7 @@ def _collective(line: str, computation: str, sizes: dict[str, int]) -> Collectiv
         shapes = shapes[len(shapes) // 2 :]
     axes, peers = _axes(line, sizes)
     size = sum(_bytes(*s) for s in shapes)
-    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a fusion that keeps only this device's part
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a fusion keeps this device's part
         kind, size = "reduce-scatter", size // peers
     return Collective(kind, [_dims(dims) for _, dims in shapes], size, axes, peers, 1, name)
 
@@ -102,7 +102,7 @@ def _axes(line: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
 
 
 def _along(mesh: str, dims: str | None, turn: str | None, names: str) -> np.ndarray:
-    """The first group of devices along axes of XLA's own mesh. `'a':(2)4` is a factor 4 of an axis, after a factor 2."""
+    """The first group of devices along axes of XLA's own mesh. `'a':(2)4`: a factor 4 of an axis, after a factor 2."""
     axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(axes.values()))
     if dims:

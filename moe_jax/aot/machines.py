@@ -1,7 +1,7 @@
 """Machines for which XLA can compile without having them: slices of TPUs, hosts of GPUs.
 
-`v5p:4x4x4` is a slice of 64 chips. `2xv5p:4x4x4` is two slices, connected by the data-centre network. `h100:8` is a host
-with 8 GPUs.
+`v5p:4x4x4` is a slice of 64 chips. `2xv5p:4x4x4` is two slices, connected by the data-centre network. `h100:8` is a
+host with 8 GPUs.
 """
 
 import importlib.metadata

@@ -82,8 +82,8 @@ def of_settings(settings: dict[str, Any], else_why: str, usual: str = "") -> tup
 def choose(asked: str, own: tuple[list[str], str], lookup: Callable[[str], int | None], end_of_text: str) -> Begin:
     """Chooses the token that documents begin with.
 
-    asked: `data.tokenizer.begin_of_text`; "": none, and no line about it. own: the tokens that the tokenizer's files put
-        in front, and the reason.
+    asked: `data.tokenizer.begin_of_text`; "": none, and no line about it. own: the tokens that the tokenizer's files
+        put in front, and the reason.
     Raises: ConfigError for a token that is not in the vocabulary, and for more than one token.
     """
     if not asked:

@@ -125,7 +125,7 @@ def _sum_of(meta: dict[str, Any]) -> int:
 
 
 def store_folder(cache: Path, identity: dict, tokenizer: Tokenizer) -> Path:
-    """The folder of a store. Any change of the data, of the source's fields or of the tokenizer gives another folder."""
+    """The folder of a store. Any change of the data, the source's fields or the tokenizer gives another folder."""
     key = json.dumps([_VERSION, identity, tokenizer.fingerprint], sort_keys=True)
     return cache / "tokens" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 

@@ -1,7 +1,7 @@
 """Hashes and checksums of files, cached so that an unchanged file is not read again at each start.
 
-The cache knows a file by its path, size, inode, and the times of change of its content (mtime) and of its entry (ctime).
-Programs cannot set ctime, so a file that was replaced by another of the same size and mtime counts as changed.
+The cache knows a file by its path, size, inode, and the times of change of its content (mtime) and of its entry
+(ctime). Programs cannot set ctime, so a file that was replaced by another of the same size and mtime counts as changed.
 """
 
 import contextlib

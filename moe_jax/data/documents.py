@@ -1,4 +1,4 @@
-"""Documents, which are texts with a domain: cutting them out of text files, holding some out, counting what is left out."""
+"""Documents, which are texts with a domain: cuts them out of text files, holds some out, counts what is left out."""
 
 import hashlib
 import re

@@ -1,9 +1,9 @@
 """Turns a `DataConfig` into batches: prepared stores, one Grain pipeline, and an iterator whose state is a count.
 
-Batch s of the optimizer consists of the elements s·B … s·B+B−1 of one infinite sequence, which depends on (config, seed)
-alone. The sequence has the rows of `rows.PackedRows` of each source, shuffled anew each epoch, mixed by weight, and in
-random order within a batch. A process asks for its `rows` of each batch and reads only these. Neither that split nor
-`num_workers` changes the content of a batch.
+Batch s of the optimizer consists of the elements s·B … s·B+B−1 of one infinite sequence, which depends on (config,
+seed) alone. The sequence has the rows of `rows.PackedRows` of each source, shuffled anew each epoch, mixed by weight,
+and in random order within a batch. A process asks for its `rows` of each batch and reads only these. Neither that split
+nor `num_workers` changes the content of a batch.
 
 A batch is the dict of `PackedRows`, stacked to [n, S], and `sequence_ids` [n] int32, the index of each row in the
 optimizer batch. `n`: rows of this process; `S`: tokens of a row.
@@ -233,8 +233,8 @@ class Corpus:
     """The prepared data of a run.
 
     domains: names of the domains of all sources and splits, sorted; `domain_ids` of batches are indices into it.
-    bytes_per_token: [domains] float64, UTF-8 bytes per predicted token of the validation split, or of the training split
-        for a domain without validation documents. Bits per byte = nats per token / ln 2 / bytes_per_token.
+    bytes_per_token: [domains] float64, UTF-8 bytes per predicted token of the validation split, or of the training
+        split for a domain without validation documents. Bits per byte = nats per token / ln 2 / bytes_per_token.
     """
 
     def __init__(self, cfg: DataConfig, sources: dict[str, Source], tokenizer, stores: dict, seed: int):

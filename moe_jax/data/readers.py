@@ -36,7 +36,7 @@ def place(path: Path, number: int) -> str:
 
 
 def _open(path: Path):
-    """The file opened as text. A byte that is not UTF-8 becomes half a surrogate pair, so that its line can be found."""
+    """The file opened as text. A byte that is not UTF-8 becomes half a surrogate pair, which tells its line."""
     opener = gzip.open if path.suffix == ".gz" else open
     newline = "" if extension(path) == ".csv" else None
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)

@@ -26,7 +26,7 @@ def record(sources: Mapping[str, Any], tokenizer: str, stores: Mapping[tuple[str
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines about what differs between two records, one a source; [] if the prepared text and its order are the same."""
+    """Lines about the differences of two records, one a source; [] if the prepared text and its order are the same."""
     if before["tokenizer"] != now["tokenizer"]:
         return ["the tokenizer of the run directory has changed, so all of the text has other tokens"]
     lines = []

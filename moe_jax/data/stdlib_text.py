@@ -7,9 +7,9 @@
 | `tests`     | a module of the library's own test packages (absent in many distros)  | the module's path            |
 | `c_headers` | a header of the C API (absent without the development package)        | the header's path            |
 
-A module's code and its docstrings are in the same split, and a docstring is in exactly one document, so training sees no
-held-out text. The data set needs no network and no TensorFlow; records are ArrayRecord. The name of its config is the
-Python version and a digest of the files found, so two Pythons never share a prepared data set.
+A module's code and its docstrings are in the same split, and a docstring is in exactly one document, so training sees
+no held-out text. The data set needs no network and no TensorFlow; records are ArrayRecord. The name of its config is
+the Python version and a digest of the files found, so two Pythons never share a prepared data set.
 """
 
 import ast

@@ -1,8 +1,8 @@
 """Tokenizers: text → token ids and back, with one `<|endoftext|>` between documents, behind one interface.
 
-Text never produces `end_of_text` or `begin_of_text`, even where it spells them. `fingerprint` changes whenever ids could
-change, and is part of the key of prepared token stores. A run directory keeps its tokenizer (`save`, `load`), so that
-evaluation uses that of training. A run that starts from weights uses the tokenizer of these weights (`of_run`).
+Text never produces `end_of_text` or `begin_of_text`, even where it spells them. `fingerprint` changes whenever ids
+could change, and is part of the key of prepared token stores. A run directory keeps its tokenizer (`save`, `load`), so
+that evaluation uses that of training. A run that starts from weights uses the tokenizer of these weights (`of_run`).
 """
 
 import dataclasses

@@ -88,7 +88,7 @@ class _FileTokenizer:
         return out
 
     def _safely(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
-        """ids and lost bytes of each text. A text that the library refuses has no tokens, and all its bytes are lost."""
+        """ids and lost bytes of each text. A text that the library refuses has no tokens, and loses all its bytes."""
         try:
             return self._batch(texts)
         except (KeyboardInterrupt, SystemExit):

@@ -106,7 +106,7 @@ def evaluate(
 
 
 def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """Bits per byte of compressed held-out text, one stream a domain: {"gzip -9": {domain: …, TOTAL: …}, "xz -9": …}."""
+    """Bits per byte of compressed held-out text, a stream a domain: {"gzip -9": {domain: …, TOTAL: …}, "xz -9": …}."""
     by_domain: dict[str, list[bytes]] = {}
     for domain, text in texts:
         by_domain.setdefault(domain, []).append(text.encode())

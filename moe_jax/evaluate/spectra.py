@@ -27,7 +27,7 @@ KINDS = (
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of a parameter's matrices: `attention q` for `layers/attention/w_q`. Raises ValueError without a rule."""
+    """The kind of a parameter's matrices: `attention q` for `layers/attention/w_q`. Raises ValueError for no match."""
     for pattern, kind in KINDS:
         if found := re.search(pattern, name):
             return kind and found.expand(kind)

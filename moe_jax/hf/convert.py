@@ -1,4 +1,4 @@
-"""A model's files → a run directory of weights, and back: tensor by tensor, all or nothing."""
+"""Converts a model's files to a run directory of weights, and back, one tensor at a time."""
 
 import dataclasses
 import json
@@ -29,13 +29,13 @@ from moe_jax.train.state import abstract_weights
 from moe_jax.tree import flatten
 
 TOKENIZER_FILES = TRAVELS
-HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # of a tied model
-IGNORED = ".rotary_emb.inv_freq"  # of old Llama files: follows from the configuration
-SEQ_LEN = 2048  # of the run's configuration, if the model is good for it
+HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # equal in a tied model
+IGNORED = ".rotary_emb.inv_freq"  # tensors of old Llama files, which follow from the configuration
+SEQ_LEN = 2048  # largest default of data.seq_len
 
 
 def whole_mesh() -> Mesh:
-    """All devices, weights split over them."""
+    """A mesh of all devices with the weights split over them."""
     return sharding.make_mesh((1, jax.device_count(), 1))
 
 
@@ -48,9 +48,9 @@ def import_model(
 ) -> RunConfig:  # fmt: skip
     """Makes a run directory of the model in `source`: a directory with config.json and safetensors, or a GGUF file.
 
-    seq_len: of the run's configuration; 0: what the model is good for, at most `SEQ_LEN`. mesh: where the weights are
-        on their way, by default spread over all devices; the result does not depend on it.
-    Raises FormatError, ConfigError or CheckpointError in one line, and then `workdir` is as it was.
+    seq_len: data.seq_len of the run; 0: the model's number of positions, at most `SEQ_LEN`.
+    mesh: the devices that hold the weights meanwhile, by default all; the result does not depend on it.
+    Raises FormatError, ConfigError or CheckpointError in one line, and then there is no `workdir`.
     """
     source, workdir, mesh = Path(source).expanduser(), Path(workdir).expanduser(), mesh or whole_mesh()
     weights.check_free(workdir)
@@ -82,7 +82,7 @@ def import_model(
         say(line)
     cfg = _run_config(model, tokenizer, seq_len)
     for tensor in skipped:
-        say(f"{tensor}: not needed")
+        say(f"{tensor} is not needed")
 
     trees = [Assembly(tree) for tree in abstract]
     owner = {path: tree for tree, a in zip(trees, abstract, strict=True) for path in flatten(a)}
@@ -98,27 +98,33 @@ def import_model(
     total = sum(math.prod(shape) for path, shape in shapes.items() if not path.endswith("router_bias"))
     say(f"{name}: {total:,} parameters in {len(wanted):,} tensors, {model.param_dtype}, → {workdir}")
     if "tokenizer.json" not in files and "tokenizer.model" not in files:
-        say(f"no tokenizer came with it: put its tokenizer.json into {workdir}")
+        say(f"the model has no tokenizer files: put its tokenizer.json into {workdir}")
     return cfg
 
 
 def _in_dtype(model: ModelConfig, entries: dict[str, Any]) -> ModelConfig:
-    """Weights are kept in bfloat16 if nothing is lost by it. (What is float32 here in any case may be in either.)"""
+    """The model with param_dtype bfloat16 if that loses nothing, else float32.
+
+    The dtype of tensors that are always float32 here does not matter.
+    """
     always = ("gate.weight", "e_score_correction_bias")
     lossless = all(e.dtype.name == "bfloat16" or name.endswith(always) for name, e in entries.items())
     return dataclasses.replace(model, param_dtype="bfloat16" if lossless else "float32")
 
 
 def check_size(source: Path, model: ModelConfig, tensors: int) -> None:
-    """That a model has about as many tensors as its config.json says, before a list is made of them."""
+    """Raises FormatError if a model has far fewer tensors than its config.json implies.
+
+    Without this check a wrong config.json could ask for a huge list of names.
+    """
     experts = model.num_moe_layers * model.moe.num_experts
     if max(model.num_layers, experts) > tensors:
         rule = f"has {tensors:,} tensors, too few for {model.num_layers:,} layers with {experts:,} experts in all"
-        raise FormatError(f"{source}: {rule}, as its config.json says")
+        raise FormatError(f"{source}: {rule}, which its config.json asks for")
 
 
 def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, Any], tied: bool) -> list[str]:
-    """That the files have these tensors, of these shapes, and no others. Returns the names of those not needed."""
+    """The names of unneeded tensors. Raises FormatError unless the files have the others, in these shapes."""
     names = {tensor.name for tensor in wanted}
     for tensor in wanted:
         if tensor.name not in entries:
@@ -130,16 +136,16 @@ def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, An
     for name in entries:
         if tied and name in HEADS and HEADS[name] in names:
             if not np.array_equal(entries[name].read(), entries[HEADS[name]].read()):
-                raise FormatError(f"{source}: {name} is not {HEADS[name]}, though config.json ties them")
+                raise FormatError(f"{source}: {name} differs from {HEADS[name]}, though config.json ties them")
             skipped.append(name)
     if unknown := [name for name in entries if name not in names and name not in skipped]:
-        rule = f"has {unknown[0]}, for which there is no rule ({len(unknown)} such); nothing is dropped silently"
+        rule = f"has {unknown[0]}, for which there is no rule ({len(unknown)} such tensors); none is dropped silently"
         raise FormatError(f"{source}: {rule}")
     return skipped
 
 
 def _run_config(model: ModelConfig, tokenizer: dict[str, str], seq_len: int) -> RunConfig:
-    """The configuration of the new run directory: the model's, with its tokenizer; the rest as by default."""
+    """The configuration of the new run directory: the model and its tokenizer, and defaults for the rest."""
     length = seq_len or min(model.max_seq_len, SEQ_LEN)
     return config.build(
         {
@@ -159,9 +165,10 @@ def export_run(
 ) -> str:  # fmt: skip
     """Writes a run's weights as a directory that transformers' `from_pretrained` loads. Returns the architecture.
 
-    at: a checkpoint; by default the newest. dtype: of the files, by default that of the parameters. max_file: bytes.
-    Raises FormatError if no architecture that is known here computes the run's model, or if a weight is not finite in
-    `dtype`; nothing is written then.
+    at: a checkpoint; by default the newest. dtype: dtype of the files, by default that of the parameters. max_file:
+        largest number of bytes of a file.
+    Raises FormatError if no supported architecture computes the run's model, or if a weight is not finite in `dtype`.
+    Nothing is written then.
     """
     target, workdir = weights.check_free(target), Path(workdir).expanduser()
     cfg = load_config(workdir)
@@ -188,7 +195,7 @@ def export_run(
             yield tensor.join(parts, kind(tensor))
 
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # an earlier attempt that was killed
     try:
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

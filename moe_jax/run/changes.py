@@ -22,14 +22,14 @@ CHANGES = (
     Change(
         1,
         lambda cfg: cfg.optim.name == "muon",
-        "Muon's update does not depend on the gradient's scale any more (it did through an epsilon), and a matrix without "
-        "a gradient (an expert without tokens) gets no update",
+        "Muon's update does not depend on the gradient's scale any more (it did through an epsilon), and a matrix "
+        "without a gradient (an expert without tokens) gets no update",
     ),
     Change(
         1,
         lambda cfg: cfg.optim.schedule != "constant",
-        "the learning rate falls from the warm-up's last step on and reaches final_lr_fraction in the last step; before, "
-        "both came one step later",
+        "the learning rate falls from the warm-up's last step on and reaches final_lr_fraction in the last step; "
+        "before, both came one step later",
     ),
     Change(
         1,

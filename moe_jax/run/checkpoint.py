@@ -3,7 +3,8 @@
 A checkpoint is `<workdir>/checkpoints/<step>/`. It is complete or absent, and holds exactly two items:
 
 - `state`: every leaf of `TrainState` (step, parameters, router bias, optimizer state), each a named array in its own
-  dtype. The names are the paths through the pytree, so reading a checkpoint needs no class of the version that wrote it.
+  dtype. The names are the paths through the pytree, so reading a checkpoint needs no class of the version that wrote
+  it.
 - `data`: the iterator state of the input pipeline as JSON, with one entry for each process if they differ.
 
 Beside them are the checksums of all files, which are compared before anything is read (moe_jax/run/checksums.py).
@@ -37,8 +38,8 @@ from moe_jax.run import checksums, retention
 from moe_jax.tree import flatten
 
 PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
-# Orbax lists folders with a glob of their full path (etils' epath), and treats "gs:/" in it as a scheme. With such a path
-# it would silently find nothing, or the files of another run, so it is given a link instead.
+# Orbax lists folders with a glob of their full path (etils' epath), and treats "gs:/" in it as a scheme. With such a
+# path it would silently find nothing, or the files of another run, so it is given a link instead.
 _TAKEN_FOR_A_PATTERN = re.compile(r"[*?\[\\]|:/")
 
 
@@ -66,7 +67,7 @@ def check_fits(abstract_state: Any, saved: Any, where: str) -> None:
     extra = [name for name in have if name not in want]
     if extra:
         raise CheckpointError(
-            f"{where} has {extra[0]}, which this model does not have ({len(extra)} such leaves); none is dropped silently"
+            f"{where} has {extra[0]}, which this model does not have ({len(extra)} such); nothing is dropped silently"
         )
 
 
@@ -112,8 +113,8 @@ class Checkpoints:
         write to it: nothing is created, cleaned or deleted.
     keep_every: checkpoints of steps that this number divides are kept too; 0: none.
     keep_best: number of checkpoints with the lowest score that are kept too.
-    host_bytes: approximate limit of the state's bytes on the host while it is saved, at least one array's part. None: no
-        limit, which delays training the least.
+    host_bytes: approximate limit of the state's bytes on the host while it is saved, at least one array's part. None:
+        no limit, which delays training the least.
     """
 
     def __init__(

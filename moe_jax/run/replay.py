@@ -34,7 +34,7 @@ def dump(
 ) -> Path:
     """Writes the dump of a skipped step and returns its folder. Every process writes its own rows.
 
-    state: the state after the step, of which a skipped step changes only the count. rows: the batch's rows of this process.
+    state: the state after the step, of which a skipped step changes only the count. rows: the rows of this process.
     """
     folder = _free(Path(workdir) / "dumps" / str(skip.step), cfg)
     config_file.save_config(folder, cfg)

@@ -71,7 +71,7 @@ class RunLock:
 
 
 class Preemption:
-    """Ends a run after a step on SIGTERM, Ctrl-C, a closed terminal, or a maintenance notice to JAX's preemption service.
+    """Ends a run after a step on SIGTERM, Ctrl-C, a closed terminal, or a notice to JAX's preemption service.
 
     Before the first step a signal ends the program at once, with exit status 0. During training it is noted, and
     `reached(n)` reports it after the step, the same step on every process. After Ctrl-C the program ends as killed by

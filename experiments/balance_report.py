@@ -1,4 +1,4 @@
-"""The comparison of `experiments/balance_scope.py`: finished runs → tables, numbers and figures.
+"""Makes tables, numbers and figures from the finished runs of `experiments/balance_scope.py`.
 
 A finished run is a run directory of train.py with eval.json. Letters: L MoE layers, G domains, E experts.
 """

@@ -1,12 +1,12 @@
-"""A corpus of twelve domains, as one Parquet file each: what `configs/balance_scope.py` reads.
+"""Makes the corpus that `configs/balance_scope.py` reads: one Parquet file for each of twelve domains.
 
     python -m experiments.multi_domain_text data/domains --local=FOLDER
 
-Eight domains are made of Debian 12 packages (`PACKAGES`), fetched with `apt-get download`, so this half needs Debian or
-Ubuntu, dpkg-deb and groff. Four are files that are put into FOLDER by hand (`LOCAL`); a missing one is left out, and
-said. A document is something whole: a source file, a manual page, a problem, a poem, an article, or a run of dictionary
-entries or speeches. Exact duplicates are dropped; of a large domain the `LIMIT` bytes with the smallest hashes are
-kept, so that the choice is random and always the same. `sources.json` records package versions and sizes.
+Eight domains are made of Debian 12 packages (`PACKAGES`), fetched with `apt-get download`, so they need Debian or
+Ubuntu, dpkg-deb and groff. Four are files that you put into FOLDER (`LOCAL`). A missing file is left out with a
+message. A document is a source file, a manual page, a problem, a poem, an article, or several dictionary entries or
+speeches. Exact duplicates are dropped. Of a large domain the documents with the smallest hashes are kept, `LIMIT` bytes
+in all, so that the choice is random but always the same. `sources.json` records package versions and sizes.
 """
 
 import argparse

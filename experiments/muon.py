@@ -1,22 +1,22 @@
-"""AdamW against Muon on one model and one corpus: learning rates, tokens needed, update scale, weight decay, spectra.
+"""Compares AdamW and Muon on one model and corpus: learning rates, tokens needed, update scale, weight decay, spectra.
 
     python -m experiments.multi_domain_text data/domains --local=FOLDER
     python -m experiments.muon --data=data/domains --out=runs/muon --part=a,b,c,d
 
-Every run is `configs/balance_scope.py` with the optimizer's fields changed; runs that share a seed share initial
-weights and every batch. First the learning rates are swept for both optimizers; where the best one is at an end of the
-sweep, the sweep goes on. At the best rates:
+Every run is `configs/balance_scope.py` with the optimizer's fields changed. Runs with the same seed have the same
+initial weights and batches. First the learning rates of both optimizers are swept; a sweep is extended while its best
+rate is at an end. At the best rates the parts are:
 
-    a   three seeds of both; Muon on 50 %, 35 % and 25 % of the tokens, each with a whole schedule of its own
+    a   three seeds of both; Muon on 50 %, 35 % and 25 % of the tokens, each with a complete schedule
     b   Muon's update RMS from 0.05 to 0.8
     c   both without weight decay; update and weight RMS of every kind of matrix
-    d   SVD entropy of every matrix: no further run
+    d   SVD entropy of every matrix, which needs no further run
 
-Each GPU trains `--per_gpu` runs at a time. Run again to go on: finished runs are kept, the others start from their last
-checkpoint. With `--known=FILE`, a results.json (docs/muon_runs.json has the published runs), its runs are not run again
-and are compared with the others. `--plan` says how many runs there are and what they take; `--only` picks some by name,
-such as `muon_lr0.002*,*/seed0`. The comparison is OUT/table.md, OUT/results.json and OUT/*.png; `--report_only` writes
-these.
+Each GPU trains `--per_gpu` runs at a time. Run the same command to resume: finished runs are kept, and the others start
+from their last checkpoint. `--known=FILE` names a results.json (docs/muon_runs.json has the published runs), whose runs
+are compared with the others and not run again. `--plan` prints the number of runs and their time. `--only` selects runs
+by name, such as `muon_lr0.002*,*/seed0`. The comparison is OUT/table.md, OUT/results.json and OUT/*.png.
+`--report_only` writes only these.
 """
 
 import argparse

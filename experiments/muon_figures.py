@@ -1,4 +1,4 @@
-"""The figures of `experiments/muon_report.py`."""
+"""Draws the figures of `experiments/muon_report.py`."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The comparison of `experiments/muon.py`: finished runs → tables, numbers and figures.
+"""Makes tables, numbers and figures from the finished runs of `experiments/muon.py`.
 
-A finished run is a run directory of train.py with eval.json, anywhere in OUT/*/seed*; what it is, its config says. Or
-it is an entry of a results.json, which holds all that is compared of its runs.
+A finished run is a run directory of train.py with eval.json, anywhere in OUT/*/seed*; its config tells which run it is.
+Or it is an entry of a results.json, which holds all numbers that are compared.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What experiments share: a config with fields changed, text tokenised once, and processes spread over the GPUs.
+"""Runs the processes of an experiment on all GPUs: configs with fields changed, on text that is tokenised once.
 
-An experiment is a list of `Run`s of train.py, which becomes a list of `Job`s; `run_all` works them off.
+An experiment is a list of `Run`s of train.py, which becomes a list of `Job`s. `run_all` runs the jobs.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""A finished run of `experiments/upcycling.py`: held-out loss before its first step, similarity of its experts.
+"""Measures a finished run of `experiments/upcycling.py`: held-out loss before its first step, similarity of experts.
 
     python -m experiments.upcycling_measure RUN_DIRECTORY [--keep]
 
-Writes measures.json into the run directory, and then deletes its checkpoints unless told to keep them.
+It writes measures.json into the run directory, and then deletes the run's checkpoints unless `--keep` is set.
 """
 
 import json

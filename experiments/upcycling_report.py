@@ -1,6 +1,6 @@
-"""The comparison of `experiments/upcycling.py`: finished runs → table, numbers and figures.
+"""Makes a table, numbers and figures from the finished runs of `experiments/upcycling.py`.
 
-A finished run is a run directory of train.py with eval.json, OUT/<arm>/seed<n>; one without measures.json has no loss
+A finished run is a run directory OUT/<arm>/seed<n> of train.py with eval.json. Without measures.json it has no loss
 before training and no similarity.
 """
 

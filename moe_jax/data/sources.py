@@ -231,7 +231,8 @@ def check_sources(cfg: DataConfig, workdir: str | Path | None = None) -> None:
 
 
 def _check_no_text_is_on_both_sides(sources: Sequence[FilesSource]) -> None:
-    """Raises ConfigError if a file of two sources is split differently: one would train on text that the other holds out."""
+    """Raises ConfigError if two sources split the same file differently, since one would train on the other's held-out
+    text."""
     seen: dict[str, FilesSource] = {}
     for source in sources:
         for path in map(os.path.realpath, source.files):

@@ -120,7 +120,7 @@ def _config(folder: Path) -> RunConfig:
 
 
 def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> RunConfig:
-    """The source's configuration with the new model. A tokenizer file of the source is that in `workdir` from now on."""
+    """The source's configuration with the new model. The path of a tokenizer file is that of its copy in `workdir`."""
     tokenizer = cfg.data.tokenizer
     if own := tokenizers.own_file(tokenizer, source):
         tokenizer = dataclasses.replace(tokenizer, path=str(workdir / own.name))

@@ -38,7 +38,7 @@ def main(argv):
     cli.keep_compiled(data.cache_folder() / "compiled")  # a run directory may not name a folder of code
     if DISTRIBUTED.value:
         cli.join_processes()
-    say = print if jax.process_index() == 0 else lambda *_: None
+    echo = print if jax.process_index() == 0 else lambda *_: None
 
     # --- the run: its checkpoint is restored onto the mesh of this machine, whatever mesh wrote it --------------------
     cfg, shape = config.for_evaluation(cfg, jax.device_count())
@@ -55,8 +55,8 @@ def main(argv):
     params, bias, _ = weights.load_weights(workdir, *abstract, step=number)
     earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value)[:2]
     for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
-        say(line)
-    say(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
+        echo(line)
+    echo(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
 
     # --- numbers ------------------------------------------------------------------------------------------------------
     result = held_out.evaluate(
@@ -96,17 +96,17 @@ def main(argv):
             figure.savefig(workdir / "figures" / f"{name}.png", dpi=160)
 
     # --- what is printed ----------------------------------------------------------------------------------------------
-    say("\nbits per byte of the held-out text: the model and general-purpose compressors")
-    say(held_out.table(result, baselines))
+    echo("\nbits per byte of the held-out text: the model and general-purpose compressors")
+    echo(held_out.table(result, baselines))
     if found is not None:
-        say("\nthe router on the same text")
-        say(analysis.layer_table(found))
+        echo("\nthe router on the same text")
+        echo(analysis.layer_table(found))
     for text in texts:
-        say(f"\nsample\n{text}")
+        echo(f"\nsample\n{text}")
     files = ", ".join(dict.fromkeys(written))
-    say(f"\nwritten in {workdir}: {files}, figures/: {', '.join(name for name, _ in drawn) or 'none'}")
+    echo(f"\nwritten in {workdir}: {files}, figures/: {', '.join(name for name, _ in drawn) or 'none'}")
     if suffix:
-        say(f"eval.json is reserved for all held-out text at the newest checkpoint, {steps[-1]}")
+        echo(f"eval.json is reserved for all held-out text at the newest checkpoint, {steps[-1]}")
 
 
 if __name__ == "__main__":

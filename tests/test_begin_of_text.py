@@ -271,7 +271,7 @@ def test_the_loss_of_a_document_is_transformers_own(tmp_path):
     there.save_pretrained(tmp_path / "in")
     folder_of(tmp_path / "in", byte_level(front=["<s>"]), tokenizer_class="PreTrainedTokenizerFast")
     said = []
-    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh_of(1, 1, 1), say=said.append)
+    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh_of(1, 1, 1), echo=said.append)
     assert "documents begin with '<s>', id 256: tokenizer.json puts it in front" in said
     assert cfg.data.tokenizer.begin_of_text == "<s>"
     (tmp_path / "a.jsonl").write_text(

@@ -190,7 +190,7 @@ def test_broken_input_is_one_line_and_leaves_nothing(tmp_path, what):
     make(tmp_path / "in")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(FormatError, match=message) as error:
-        import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
+        import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), echo=lambda line: None)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert sorted(tmp_path.iterdir()) == before
 
@@ -232,7 +232,7 @@ def test_command_line(tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
     write(tmp_path / "in")
-    import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
+    import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), echo=lambda line: None)
     for call in (
         lambda: import_model(tmp_path / "in", tmp_path / "run", mesh=mesh()),
         lambda: export_run(tmp_path / "run", tmp_path / "in", mesh=mesh()),
@@ -249,10 +249,10 @@ def test_tokenizer_files_travel(tmp_path):
         ("x.py", "1"),
     ):
         (tmp_path / "in" / name).write_text(text, encoding="utf-8")
-    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
+    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), echo=lambda line: None)
     assert cfg.data.tokenizer.kind == "huggingface" and cfg.data.tokenizer.end_of_text == "</s>"
     assert cfg.data.tokenizer.path == str(tmp_path / "run" / "tokenizer.json")
-    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), say=lambda line: None)
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), echo=lambda line: None)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
     ]  # fmt: skip
@@ -261,7 +261,7 @@ def test_tokenizer_files_travel(tmp_path):
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     write(tmp_path / "in")
-    import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=lambda line: None)
+    import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), echo=lambda line: None)
     monkeypatch.setattr("moe_jax.hf.convert.fetch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_run(tmp_path / "run", tmp_path / "out", mesh=mesh())

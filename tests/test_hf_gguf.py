@@ -142,7 +142,7 @@ def test_small_gguf(tmp_path):
         import_model(small_gguf(tmp_path / "c.gguf", tensors={"blk.0.attn_q": (8, 9)}), tmp_path / "run", mesh=mesh())
     file = small_gguf(tmp_path / "d.gguf")
     said = []
-    cfg = import_model(file, tmp_path / "run", mesh=mesh(), say=said.append)
+    cfg = import_model(file, tmp_path / "run", mesh=mesh(), echo=said.append)
     assert cfg.model.tie_embeddings and cfg.model.head_dim == 4 and cfg.model.max_seq_len == 32
     assert "no tokenizer came with it" in said[-1]
     params, _, _ = weights.load_weights(tmp_path / "run", *abstract_weights(cfg.model, mesh()))
@@ -205,5 +205,5 @@ def test_keys_of_the_file(tmp_path, keys, refused):
         with pytest.raises(FormatError, match=refused.replace(".", r"\.")):
             import_model(file, tmp_path / "run", mesh=mesh())
     else:
-        import_model(file, tmp_path / "run", mesh=mesh(), say=said.append)
+        import_model(file, tmp_path / "run", mesh=mesh(), echo=said.append)
         assert any("llama.strange=7.0 in the file is not known here" in line for line in said) == ("strange" in keys)

@@ -44,7 +44,7 @@ def whole_mesh() -> Mesh:
 
 def import_model(
     source: str | os.PathLike, workdir: str | os.PathLike, *, seq_len: int = 0, mesh: Mesh | None = None,
-    say: Callable[[str], Any] = print,
+    echo: Callable[[str], Any] = print,
 ) -> RunConfig:  # fmt: skip
     """Makes a run directory of the model in `source`: a directory with config.json and safetensors, or a GGUF file.
 
@@ -67,10 +67,10 @@ def import_model(
         table = ""
     name, model, lines = read_config(hf, str(source))
     for line in lines:
-        say(line)
+        echo(line)
     if not table:
         needed = lambda tensor: not (tensor.endswith(IGNORED) or (tensor in HEADS and model.tie_embeddings))
-        entries = safetensors.open_model(source, needed, say)
+        entries = safetensors.open_model(source, needed, echo)
     model = _in_dtype(model, entries)
     check_size(source, model, len(entries))
     abstract = abstract_weights(model, mesh)
@@ -79,10 +79,10 @@ def import_model(
     skipped = check_names(source, wanted, entries, model.tie_embeddings)
     tokenizer, files, said = imported(files, Path(workdir), model.vocab_size)
     for line in said:
-        say(line)
+        echo(line)
     cfg = _run_config(model, tokenizer, seq_len)
     for tensor in skipped:
-        say(f"{tensor} is not needed")
+        echo(f"{tensor} is not needed")
 
     trees = [Assembly(tree) for tree in abstract]
     owner = {path: tree for tree, a in zip(trees, abstract, strict=True) for path in flatten(a)}
@@ -96,9 +96,9 @@ def import_model(
     origin = {"event": "import", "from": str(source), "architecture": name, "config": kept}
     weights.save_weights(workdir, cfg, params, bias, [origin], files)
     total = sum(math.prod(shape) for path, shape in shapes.items() if not path.endswith("router_bias"))
-    say(f"{name}: {total:,} parameters in {len(wanted):,} tensors, {model.param_dtype}, → {workdir}")
+    echo(f"{name}: {total:,} parameters in {len(wanted):,} tensors, {model.param_dtype}, → {workdir}")
     if "tokenizer.json" not in files and "tokenizer.model" not in files:
-        say(f"the model has no tokenizer files: put its tokenizer.json into {workdir}")
+        echo(f"the model has no tokenizer files: put its tokenizer.json into {workdir}")
     return cfg
 
 
@@ -161,7 +161,7 @@ def _run_config(model: ModelConfig, tokenizer: dict[str, str], seq_len: int) -> 
 
 def export_run(
     workdir: str | os.PathLike, target: str | os.PathLike, *, at: int | None = None, dtype: str = "",
-    mesh: Mesh | None = None, max_file: int = 5_000_000_000, say: Callable[[str], Any] = print,
+    mesh: Mesh | None = None, max_file: int = 5_000_000_000, echo: Callable[[str], Any] = print,
 ) -> str:  # fmt: skip
     """Writes a run's weights as a directory that transformers' `from_pretrained` loads. Returns the architecture.
 
@@ -177,7 +177,7 @@ def export_run(
     source = next((event for event in origin if event.get("event") == "import"), {})
     name, hf = write_config(cfg.model, cfg.data.seq_len, source.get("architecture", ""))
     hf |= source.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}
-    hf, files = exported(Path(workdir), hf, {event.get("event") for event in origin}, say)
+    hf, files = exported(Path(workdir), hf, {event.get("event") for event in origin}, echo)
     leaves = flatten(params) | flatten(bias)
     found = tables.tensors(name, cfg.model, {path: leaf.shape for path, leaf in leaves.items()})
     kind = lambda t: np.dtype("float32") if t.targets[0].path.endswith("router_bias") else dtype
@@ -207,7 +207,7 @@ def export_run(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    say(f"{name}: {len(found):,} tensors, {dtype.name}, {sum(s.size for s in specs):,} bytes, → {target}")
+    echo(f"{name}: {len(found):,} tensors, {dtype.name}, {sum(s.size for s in specs):,} bytes, → {target}")
     return name
 
 

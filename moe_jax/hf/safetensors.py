@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_model(
-    folder: Path, needed: Callable[[str], bool] = lambda name: True, say: Callable[[str], Any] = lambda line: None
+    folder: Path, needed: Callable[[str], bool] = lambda name: True, echo: Callable[[str], Any] = lambda line: None
 ) -> dict[str, Entry]:
     """All tensors of a model's files, by name: those of one file, or else those of the shards in an index.
 
@@ -95,10 +95,10 @@ def open_model(
         raise FormatError(f"{folder}: no such directory")
     if (folder / SINGLE).is_file():  # transformers has the same order: saving a model again may leave an old index
         if (folder / INDEX).exists():
-            say(f"{INDEX} is not read, because there is {SINGLE}, which transformers prefers too")
+            echo(f"{INDEX} is not read, because there is {SINGLE}, which transformers prefers too")
         return read_header(folder / SINGLE)
     if (folder / INDEX).exists():
-        return _open_shards(folder, needed, say)
+        return _open_shards(folder, needed, echo)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
         rule = f"{pickles[0]} is a pickle, which can run code when it is loaded, so it is never opened"
@@ -106,7 +106,7 @@ def open_model(
     raise FormatError(f"{folder}: has neither {SINGLE} nor {INDEX}")
 
 
-def _open_shards(folder: Path, needed: Callable[[str], bool], say: Callable[[str], Any]) -> dict[str, Entry]:
+def _open_shards(folder: Path, needed: Callable[[str], bool], echo: Callable[[str], Any]) -> dict[str, Entry]:
     where = folder / INDEX
     owners = read_json(where).get("weight_map")
     if not (isinstance(owners, dict) and owners and all(isinstance(f, str) for f in owners.values())):
@@ -129,7 +129,7 @@ def _open_shards(folder: Path, needed: Callable[[str], bool], say: Callable[[str
     if wanted := next(filter(needed, missing), None):
         raise FormatError(f"{folder / owners[wanted]}: has no {wanted}, which {INDEX} lists in it")
     for tensor in missing:
-        say(f"{tensor} is listed in {INDEX} but missing; it is not needed")
+        echo(f"{tensor} is listed in {INDEX} but missing; it is not needed")
     return found
 
 

@@ -64,7 +64,7 @@ def _check_vocabulary(data: bytes, vocab_size: int) -> None:
 
 
 def exported(
-    workdir: Path, hf: dict[str, Any], events: set[str], say: Callable[[str], Any]
+    workdir: Path, hf: dict[str, Any], events: set[str], echo: Callable[[str], Any]
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """config.json with the special tokens of a run's tokenizer, and the files that are copied with the weights.
 
@@ -79,18 +79,20 @@ def exported(
     came, trained = "import" in events, "train" in events
     end = tokenizer.end_of_text
     ours = {"bos_token_id": end if tokenizer.begin_of_text is None else tokenizer.begin_of_text, "eos_token_id": end}
-    hf = (hf if came else {"pad_token_id": None} | hf) | _differing(hf, ours, trained or not came, say)
+    hf = (hf if came else {"pad_token_id": None} | hf) | _differing(hf, ours, trained or not came, echo)
     if "generation_config.json" not in files:
         files["generation_config.json"] = _json({k: hf[k] for k in (*ours, "pad_token_id") if hf.get(k) is not None})
     elif trained:
         generation = _read(files, "generation_config.json")
-        files["generation_config.json"] = _json(generation | _differing(generation, ours, True, say))
+        files["generation_config.json"] = _json(generation | _differing(generation, ours, True, echo))
     if tokenizer.files:
         _settle(files, tokenizer, 0 if came else hf["max_position_embeddings"], trained or not came)
     return hf, files
 
 
-def _differing(values: dict[str, Any], ours: dict[str, int], always: bool, say: Callable[[str], Any]) -> dict[str, int]:
+def _differing(
+    values: dict[str, Any], ours: dict[str, int], always: bool, echo: Callable[[str], Any]
+) -> dict[str, int]:
     """The special-token ids of `ours` that the values lack, or, with `always`, that are not among theirs."""
     made = {}
     for key, value in ours.items():
@@ -98,7 +100,7 @@ def _differing(values: dict[str, Any], ours: dict[str, int], always: bool, say: 
         if key not in values or (always and value not in (theirs if isinstance(theirs, list) else [theirs])):
             made[key] = value
             if theirs is not None:
-                say(f"{key}={theirs!r} of the imported model becomes {value}, which training used")
+                echo(f"{key}={theirs!r} of the imported model becomes {value}, which training used")
     return made
 
 

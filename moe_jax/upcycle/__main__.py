@@ -108,9 +108,9 @@ def main(argv):
                 raise UserError(f"--{option.name}={option.value}: has no effect without {need}")
     if DISTRIBUTED.value:
         cli.join_processes()
-    say = print if jax.process_index() == 0 else lambda *_: None
+    echo = print if jax.process_index() == 0 else lambda *_: None
     try:
-        convert(FROM.value, WORKDIR.value, chain_of_flags(), seed=SEED.value, check=CHECK.value, say=say)
+        convert(FROM.value, WORKDIR.value, chain_of_flags(), seed=SEED.value, check=CHECK.value, echo=echo)
     except ConfigError as e:
         name = e.name.removeprefix("upcycle.")
         if name == e.name:

@@ -55,7 +55,7 @@ def convert(
     *,
     seed: int = 0,
     check: bool = True,
-    say: Callable[[str], Any] = print,
+    echo: Callable[[str], Any] = print,
 ) -> Report:
     """Makes the run directory of weights `workdir` from other run directories. After a failure there is no `workdir`.
 
@@ -78,7 +78,7 @@ def convert(
     cfg = _new_config(configs[0], after, runs[0][0], Path(workdir))
 
     mesh = mesh_for(after.moe.num_experts if after.num_moe_layers else jax.device_count())
-    say(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
+    echo(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
     origins: list[list[dict]] = []
 
     def load(run):
@@ -91,25 +91,25 @@ def convert(
     with jax.set_mesh(mesh):
         params = load(runs[0]) if len(runs) == 1 else average(map(load, runs), len(runs))
         for line in explain(chain, before):
-            say(line)
+            echo(line)
         _, made = apply(chain, before, params, seed)
-    say(f"now {_size(after)}")
+    echo(f"now {_size(after)}")
     error, deviation = None, {}
     if check:
         error = logits_error((before, params), (after, made), mesh)
         deviation = _deviation(chain, (before, params), (after, made), mesh)
     same = "changed: " + "; ".join(changes) if changes else "the same as that of the dense model"
-    say(f"function: {same}")
+    echo(f"function: {same}")
     if error is not None:
-        say(f"relative error of the logits on random tokens: {error:.2g}")
+        echo(f"relative error of the logits on random tokens: {error:.2g}")
     for std, value in deviation.items():
-        say(f"  with router_std={std:g}: {value:.2g}")
+        echo(f"  with router_std={std:g}: {value:.2g}")
 
     zeros = jax.tree.map(_zeros, abstract_weights(after, mesh)[1])
     own = {"event": "upcycle", "from": list(sources), "seed": seed, "chain": describe(chain)}
     earlier = origins[0] if len(runs) == 1 else [{"event": "average", "origins": origins}]
     weights.save_weights(workdir, cfg, made, zeros, [*earlier, own], _tokenizer_files(runs[0][0]))
-    say(f"written to {workdir}: weights and their origin; training starts with a fresh optimizer state")
+    echo(f"written to {workdir}: weights and their origin; training starts with a fresh optimizer state")
     return Report(cfg, "; ".join(changes), error, deviation)
 
 

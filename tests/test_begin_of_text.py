@@ -160,9 +160,11 @@ def test_a_run_keeps_its_choice(tmp_path):
     path.write_text(json.dumps(old), encoding="utf-8")
     kept = tokenizers.load_or_make(cfg, tmp_path / "run", None)
     assert kept.begin_of_text is None and kept.fingerprint == plain.fingerprint
-    assert kept.lines == ("documents do not begin with '<s>', though the tokenizer says so: this run began without it",)
+    assert kept.lines == (
+        "documents do not begin with '<s>', though the tokenizer's files ask for it: this run began without it",
+    )
     path.write_text(json.dumps(old | {"fingerprint": made.fingerprint}), encoding="utf-8")
-    with pytest.raises(FileError, match=r"tokenizer\.json: is not the tokenizer that this run was made with"):
+    with pytest.raises(FileError, match=r"tokenizer\.json: is not the tokenizer with which this run was made"):
         data.load_tokenizer(tmp_path / "run")
 
 

@@ -117,7 +117,7 @@ def test_sentencepiece_and_the_run_directory(tmp_path):
         kept = data.load_tokenizer(workdir)
         assert (kept.fingerprint, kept.end_of_text) == (made.fingerprint, made.end_of_text)
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match="no SentencePiece model"):
+    with pytest.raises(ConfigError, match="not a SentencePiece model"):
         tokenizers.load_or_make(dataclasses.replace(cfg, path=str(tmp_path / "bad.model")), tmp_path / "other", None)
 
 

@@ -314,8 +314,8 @@ def test_what_is_missing_is_said():
     assert read_config(hf, "here")[2] == []
     del hf["sliding_window"], hf["head_dim"], hf["vocab_size"]
     window, line = read_config(hf, "here")[2]
-    assert "sliding_window=4096: good for up to 4096 positions" in window
+    assert "sliding_window=4096: the model is used for up to 4096 positions" in window
     assert line == (
-        "config.json does not say vocab_size, sliding_window; as in transformers' mistral: "
+        "config.json has no vocab_size, sliding_window; defaults of transformers' mistral: "
         "vocab_size=32000, sliding_window=4096"
     )

@@ -57,9 +57,12 @@ def beside_old_index(folder):
 FOUND = {
     "one file": (write, ""),
     "shards": (shards, ""),
-    "an old index and its shards": (beside_old_shards, f"{files.INDEX} is not read: {files.SINGLE} is there too"),
-    "an old index": (beside_old_index, f"{files.INDEX} is not read: {files.SINGLE} is there too"),
-    "a head that is only in the index": (without_head, f"{HEAD}: is in {files.INDEX} only, and not needed"),
+    "an old index and its shards": (beside_old_shards, f"{files.INDEX} is not read, because there is {files.SINGLE}"),
+    "an old index": (beside_old_index, f"{files.INDEX} is not read, because there is {files.SINGLE}"),
+    "a head that is only in the index": (
+        without_head,
+        f"{HEAD} is listed in {files.INDEX} but missing; it is not needed",
+    ),
     "a tensor that is not in the index": (lambda f: edit_index(shards(f), lambda owners: owners.pop(HEAD)), ""),
 }
 

@@ -57,7 +57,7 @@ def changed(path: str = "", value=None) -> dict:
         ),
         (changed("tales/train", {"content": "x", "documents": 9, "tokens": 99, "files": 2000}),
          ["data.sources.tales: 1 files then, 2,000 now; train: "]),
-        (changed("tokenizer", "json"), ["the tokenizer of the run directory is another one"]),
+        (changed("tokenizer", "json"), ["the tokenizer of the run directory has changed"]),
     ],
 )  # fmt: skip
 def test_changes_are_one_line_a_source(now, says):

@@ -82,7 +82,7 @@ MISTAKES = {
     "--method=cluster --num_experts=5": ["--num_experts=5: must divide the dense d_ff=32", "nearest valid: 4"],
     "--method=cluster --num_experts=4 --top_k=9": ["--top_k=9: must be ≤ num_experts=4", "nearest valid: 4"],
     # layers
-    "--dense_layers=2": ["--dense_layers=2: must be in [0, 1]", "first so many of 2 layers", "nearest valid: 1"],
+    "--dense_layers=2": ["--dense_layers=2: must be in [0, 1]", "of the 2 layers that stay dense", "nearest valid: 1"],
     "--dense_layers=-1": ["--dense_layers=-1: must be in [0, 1]", "nearest valid: 0"],
     "--depth=1": ["--depth=1: must be ≥ num_layers=2", "nearest valid: 2"],
     "--width=40": ["--width=40: must be a multiple of d_model=16", "nearest valid: 32"],
@@ -111,7 +111,7 @@ MISTAKES = {
     "--from=@/dense,@/other": ["another model", "config.model.d_ff: 16", "32 now"],
     "--from=@/trained@15": ["has no step 15; it has 10, 20"],
     "--from=@/other": ["has no complete checkpoint"],
-    "--from=@/latent --width=32": ["--width=32: is not for a model with latent attention"],
+    "--from=@/latent --width=32": ["--width=32: is not available for a model with latent attention"],
     "--from=": ["--from=: must name a run directory"],
     "--workdir=@/dense": ["@/dense is not empty"],
 }
@@ -152,7 +152,7 @@ def test_command(server, root):
     assert status == 0, stderr
     assert "2 MoE of 2 layers with 8 experts of width 16, 4 a token" in stdout
     assert "κ = 2: w_up × 1.414, w_down × 1.414" in stdout
-    assert "function: that of the model it came from\nrelative error of the logits on random tokens: " in stdout
+    assert "function: the same as that of the dense model\nrelative error of the logits on random tokens: " in stdout
     cfg, params, bias, origin = load(folder)
     got = upcycle.logits(cfg.model, params, TOKENS, mesh_of(1, 1, 1))
     assert np.abs(got - dense_logits()).max() < 1e-5 * np.abs(dense_logits()).max()
@@ -190,7 +190,7 @@ def test_call(root, tmp_path):
     lines = []
     report = upcycle.convert([str(root / "dense")], tmp_path / "a", [VirtualGroups(4, 2, 4, **SOFTMAX_TOPK)],
                              echo=lines.append)  # fmt: skip
-    assert "another sum" in report.changes and report.error > 1e-3
+    assert "a different sum" in report.changes and report.error > 1e-3
     errors = list(report.deviation.values())
     assert list(report.deviation) == [0.0, 0.0002, 0.002, 0.02] and errors == sorted(errors)
     assert errors[0] < 1e-5 and errors[-1] == report.error

@@ -78,7 +78,7 @@ DEFAULTS = {
 
 
 def weights_of(name: str, seed: int, run: Path, out: Path) -> Path:
-    """The run directory that an arm starts from, or the folder that is to hold it."""
+    """The run directory from which an arm starts, which may not exist yet."""
     made = "_".join((*(ARMS[name].options or ()), f"seed{seed}")).replace("--", "")
     return run if ARMS[name].options is None else out / "weights" / made
 
@@ -101,7 +101,7 @@ def is_measured(run: Finished | None) -> bool:
 
 
 def jobs(runs: list[Run], dense: Path, data: str, out: Path, keep: bool) -> list[Job]:
-    """What can be done by now, run after run. Measurements come first: checkpoints are large."""
+    """The jobs that can be run now. Measurements come first, since their checkpoints are large."""
     measure, rest = [], []
     for run in runs:
         options, source = ARMS[run.arm].options, weights_of(run.arm, run.seed, dense, out)

@@ -7,9 +7,9 @@ import jax
 
 
 def path_of(path: tuple) -> str:
-    """`layers/moe/w_gate` for a key path of jax.tree_util: the name of a parameter.
+    """The name of a parameter, such as `layers/moe/w_gate`, from a key path of jax.tree_util.
 
-    An attribute, a dictionary key and an index are written alike, since Orbax stores records as dicts.
+    Attributes, dictionary keys and indices have the same spelling, since Orbax stores records as dicts.
     """
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 

@@ -249,7 +249,7 @@ OVERRIDES = {
     # the data
     "data.sources.text.path={d}/nothing/*.txt": ["config.data.sources.text.path='", "matches no file; nearest valid"],
     "data.sources.text.path={d}/text": ["config.data.sources.text.path='", "is a folder; nearest valid", "*.txt"],
-    "data.sources.text.path={d}/notes.md": ["config.data.sources.text.path='", "none of .txt .jsonl .csv .parquet"],
+    "data.sources.text.path={d}/notes.md": ["config.data.sources.text.path='", "not one of .txt .jsonl .csv .parquet"],
     "data.sources.text.path={d}/rows.jsonl": ["text.text_field='text': is not a field of rows.jsonl", "'txt'"],
     "data.sources.text.path={d}/broken.jsonl": ["config.data.sources.text.path='", "cannot be read"],
     "data.sources.text.domain_field=lang": ["config.data.sources.text.domain_field='lang'", "set domain instead"],
@@ -261,7 +261,7 @@ OVERRIDES = {
         "config.data.tokenizer.path='", "is not a file; nearest valid: '", "/tokenizer.json'",
     ],
     "data.tokenizer.kind=huggingface data.tokenizer.path={d}/bad_tokenizer.json": [
-        "config.data.tokenizer.path='", "is no tokenizer.json",
+        "config.data.tokenizer.path='", "is not a tokenizer.json",
     ],
     "data.tokenizer.kind=huggingface data.tokenizer.path={d}/tokenizer.json": [
         "config.model.vocab_size=512: must hold the tokenizer's 600 tokens; nearest valid: 600",
@@ -269,7 +269,7 @@ OVERRIDES = {
     "data.cache_dir={d}/a_file": ["config.data.cache_dir='", "(is a file)", "set $MOE_JAX_CACHE or"],
     "train.wandb_project=x": ["config.train.wandb_project='x': needs Weights & Biases, which is not", "pip install"],
     "loss.more_load_balance.micro.coef=0.1": ["a config file makes a new entry", "config.load_balance("],
-    "data.sources.more.path=x": ["more: is not a field; nearest valid name: text; a new", "config.source(kind='files'"],
+    "data.sources.more.path=x": ["more: is not a field; nearest valid name: text; a config file", "config.source(kind='files'"],
     "data.seq_len=1000000": ["config.data.seq_len=1000000: must be ≤ ", "data.sources.text", "nearest valid: "],
 }  # fmt: skip
 
@@ -301,10 +301,10 @@ OTHER = {
     # config files
     "train.py --config={d}/configs/godo.py --workdir={d}/runs/x": ["godo.py: no such file; nearest", "/good.py"],
     "train.py --config=nowhere/debgu.py --workdir={d}/runs/x": ["nowhere/debgu.py: no such", "configs/debug.py"],
-    "train.py --config={d}/configs --workdir={d}/runs/x": ["/configs: is not a file; nearest valid: ", "/configs/"],
-    "train.py --config= --workdir={d}/runs/x": ["--config=: is not a file; nearest valid: configs/"],
+    "train.py --config={d}/configs --workdir={d}/runs/x": ["/configs: is a folder, not a file; nearest valid: ", "/configs/"],
+    "train.py --config= --workdir={d}/runs/x": ["--config=: is a folder, not a file; nearest valid: configs/"],
     "train.py --config={d}/configs/syntax.py --workdir={d}/runs/x": ["/syntax.py: line 2, `return (1,`: "],
-    "train.py --config={d}/configs/no_function.py --workdir={d}/runs/x": ["/no_function.py: defines no function get_config()"],
+    "train.py --config={d}/configs/no_function.py --workdir={d}/runs/x": ["/no_function.py: defines no function get"],
     "train.py --config={d}/configs/returns_none.py --workdir={d}/runs/x": ["must return a ConfigDict, not NoneType"],
     "train.py --config={d}/configs/missing_import.py --workdir={d}/runs/x": ["line 1", "no_such_package"],
     "train.py --config={d}/configs/bug.py --workdir={d}/runs/x": ["line 11, `config.optim.lr = 1 / 0`: ZeroDivision"],
@@ -337,7 +337,7 @@ OTHER = {
     "train.py --config={d}/configs/good.py --workdir={d}/run": [
         "belongs to another configuration (config.model.moe.num_experts: 8 in the run, 4 now)", "another --workdir",
     ],
-    "train.py --config={d}/configs/good.py --workdir={d}/dangling": ["is a link to ", "/nowhere, which is not"],
+    "train.py --config={d}/configs/good.py --workdir={d}/dangling": ["is a link to ", "/nowhere, which does not exist"],
     "train.py --config={d}/configs/good.py --workdir=~nobody_here/a": ["~nobody_here/a: no home folder is known for"],
     "train.py --config={d}/configs/good.py --workdir={d}/a_file": ["/a_file: is a file", "directory"],
     "train.py --config={d}/configs/good.py --workdir={d}/a_file/run": ["/a_file/run: cannot be made"],

@@ -150,6 +150,7 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
 
     @property
     def num_moe_layers(self) -> int:
+        """Number of blocks with experts."""
         return self.num_layers - self.num_dense_layers
 
     @property

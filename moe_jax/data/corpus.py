@@ -201,7 +201,7 @@ class _Encode:
         self._tokenizer = tokenizer
 
     def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray | None, int, dict[str, str]]]:
-        """(ids, bytes lost, document) of each document. A blank document has None for ids; it is left out later."""
+        """A list of (ids, bytes lost, document). A blank document has None for ids, and is left out later."""
         kept = [d for d in documents if d["text"].strip()]
         made = self._tokenizer.encode_and_count([d["text"] for d in kept])
         full = [(ids, lost, d) for (ids, lost), d in zip(made, kept, strict=True)]

@@ -38,6 +38,7 @@ class Account:
         self._found.setdefault(what, [0, place])[0] += times
 
     def lines(self) -> list[str]:
+        """A line for each kind of change, with its number and first place."""
         return [f"{what}: {count:,}, the first at {place}" for what, (count, place) in self._found.items()]
 
 

@@ -212,6 +212,7 @@ class TrainIterator:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, int]:
+        """The state as JSON values."""
         return {"batches": self._count}
 
     def set_state(self, state: dict[str, int]) -> None:

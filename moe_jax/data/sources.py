@@ -29,9 +29,13 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 @runtime_checkable
 class Source(Protocol):
-    def identity(self, split: Split) -> dict: ...
+    """The interface of a source."""
 
-    def documents(self, split: Split) -> Sequence[dict[str, str]]: ...
+    def identity(self, split: Split) -> dict:
+        """A description of what would be read, as JSON values. Equal descriptions mean equal documents."""
+
+    def documents(self, split: Split) -> Sequence[dict[str, str]]:
+        """The documents of a split."""
 
     def listing(self, split: Split) -> list[list]:
         """A list of [name, size] of what is read: files and bytes, or a split of a data set and its examples."""

@@ -50,7 +50,7 @@ def dump(
 
 
 def _free(folder: Path, cfg: RunConfig) -> Path:
-    """`folder`, or a new one beside it if an earlier start with another configuration has left its dump there."""
+    """The folder of a dump: `folder`, or a new one beside it if that has a dump of a start with another config."""
     names = itertools.chain([folder], (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(2)))
     other = lambda name: (name / config_file.NAME).exists() and config_file.differences(name, cfg)
     return next(name for name in names if not other(name))

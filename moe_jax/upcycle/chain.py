@@ -183,7 +183,7 @@ def _forward(cfg: ModelConfig) -> Callable[..., Array]:
 
 
 def logits(cfg: ModelConfig, params: dict, tokens: Int[np.ndarray, "B S"], mesh: Mesh) -> Float[Array, "B S V"]:
-    """Of a model in float32, with selection biases of zero. B is a multiple of the devices."""
+    """The logits of a model in float32, with selection biases of zero. B must be a multiple of the devices."""
     cfg = dataclasses.replace(cfg, compute_dtype="float32", attention="xla", remat="none")
     with jax.set_mesh(mesh):
         bias = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_weights(cfg, mesh)[1])

@@ -88,7 +88,7 @@ def main(argv):
 
     # --- figures ------------------------------------------------------------------------------------------------------
     if jax.process_index() == 0:
-        drawn = [(f"{name}{suffix}", figure) for name, figure in (figures.every(found) if found else ())]
+        drawn = [(f"{name}{suffix}", figure) for name, figure in (figures.all_figures(found) if found else ())]
         if (workdir / "metrics.jsonl").exists():
             drawn.append(("loss", figures.training(workdir)))
         (workdir / "figures").mkdir(exist_ok=True)

@@ -18,11 +18,11 @@ PALE = 0.45  # opacity of training loss beside held-out loss
 
 
 def write(out: Path, c: Comparison) -> None:
-    for name, figure in every(c):
+    for name, figure in all_figures(c):
         figure.savefig(out / f"{name}.png", dpi=160)
 
 
-def every(c: Comparison) -> Iterator[tuple[str, Figure]]:
+def all_figures(c: Comparison) -> Iterator[tuple[str, Figure]]:
     """Yields (name, figure) of all figures for which there are runs."""
     yield "loss", loss(c)
     if any(len(runs) > 1 for runs in c.sweep.values()):

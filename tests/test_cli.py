@@ -269,7 +269,7 @@ OVERRIDES = {
     "data.cache_dir={d}/a_file": ["config.data.cache_dir='", "(is a file)", "set $MOE_JAX_CACHE or"],
     "train.wandb_project=x": ["config.train.wandb_project='x': needs Weights & Biases, which is not", "pip install"],
     "loss.more_load_balance.micro.coef=0.1": ["a config file makes a new entry", "config.load_balance("],
-    "data.sources.more.path=x": ["more: is not a field; nearest valid name: text; a config file", "config.source(kind='files'"],
+    "data.sources.more.path=x": ["more: is not a field; nearest valid name: text; a ", "config.source(kind='files'"],
     "data.seq_len=1000000": ["config.data.seq_len=1000000: must be ≤ ", "data.sources.text", "nearest valid: "],
 }  # fmt: skip
 
@@ -301,7 +301,7 @@ OTHER = {
     # config files
     "train.py --config={d}/configs/godo.py --workdir={d}/runs/x": ["godo.py: no such file; nearest", "/good.py"],
     "train.py --config=nowhere/debgu.py --workdir={d}/runs/x": ["nowhere/debgu.py: no such", "configs/debug.py"],
-    "train.py --config={d}/configs --workdir={d}/runs/x": ["/configs: is a folder, not a file; nearest valid: ", "/configs/"],
+    "train.py --config={d}/configs --workdir={d}/runs/x": ["/configs: is a folder, not a file; nearest", "/configs/"],
     "train.py --config= --workdir={d}/runs/x": ["--config=: is a folder, not a file; nearest valid: configs/"],
     "train.py --config={d}/configs/syntax.py --workdir={d}/runs/x": ["/syntax.py: line 2, `return (1,`: "],
     "train.py --config={d}/configs/no_function.py --workdir={d}/runs/x": ["/no_function.py: defines no function get"],

@@ -16,7 +16,7 @@ FIELD = "data.tokenizer.begin_of_text"
 _REBUILT = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")  # transformers 5 ignores the post-processor of their files
 
 
-class Begin(NamedTuple):
+class BeginOfText(NamedTuple):
     """The token that documents begin with, and a line about it. "", None: only the end-of-text token precedes them."""
 
     word: str
@@ -79,7 +79,9 @@ def of_settings(settings: dict[str, Any], else_why: str, usual: str = "") -> tup
     return [], else_why
 
 
-def choose(asked: str, own: tuple[list[str], str], lookup: Callable[[str], int | None], end_of_text: str) -> Begin:
+def choose(
+    asked: str, own: tuple[list[str], str], lookup: Callable[[str], int | None], end_of_text: str
+) -> BeginOfText:
     """Chooses the token that documents begin with.
 
     asked: `data.tokenizer.begin_of_text`; "": none, and no line about it. own: the tokens that the tokenizer's files
@@ -87,7 +89,7 @@ def choose(asked: str, own: tuple[list[str], str], lookup: Callable[[str], int |
     Raises: ConfigError for a token that is not in the vocabulary, and for more than one token.
     """
     if not asked:
-        return Begin("", None, "")
+        return BeginOfText("", None, "")
     (front, why), hint = own, f"{AUTO!r} follows the tokenizer, {NONE!r} is none"
     if asked in (NONE, *front[:1]) and len(front) == (asked != NONE):
         pass  # the tokenizer's files agree
@@ -104,6 +106,8 @@ def choose(asked: str, own: tuple[list[str], str], lookup: Callable[[str], int |
     elif front and lookup(front[0]) is None:
         front, why = [], f"{why}, but the vocabulary has no {front[0]!r}"
     if front and front[0] != end_of_text:
-        return Begin(front[0], lookup(front[0]), f"documents begin with {front[0]!r}, id {lookup(front[0])}: {why}")
+        return BeginOfText(
+            front[0], lookup(front[0]), f"documents begin with {front[0]!r}, id {lookup(front[0])}: {why}"
+        )
     line = f"documents begin with nothing but the end-of-text token {end_of_text!r} of the document before: {why}"
-    return Begin("", None, line)
+    return BeginOfText("", None, line)

@@ -184,13 +184,13 @@ def _publish(partial: Path, folder: Path) -> TokenStore:
         except ValueError:
             if not partial.exists():
                 raise
-        grave = tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-")
+        removed = tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-")
         try:
-            os.rename(folder, os.path.join(grave, folder.name))
+            os.rename(folder, os.path.join(removed, folder.name))
         except FileNotFoundError:
             pass
         finally:
-            shutil.rmtree(grave, ignore_errors=True)
+            shutil.rmtree(removed, ignore_errors=True)
     return TokenStore(folder)
 
 
@@ -215,7 +215,7 @@ def _write_store(
     lengths, domains, sizes = [], [], []
     numbers: dict[str, int] = {}
     least: dict[str, float] = {}
-    odd: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     lost: dict[str, int] = {}
     begin, end = tokenizer.begin_of_text, np.asarray([tokenizer.end_of_text], dtype)
     front, back = (end, end[:0]) if begin is None else (np.asarray([begin], dtype), end)
@@ -230,8 +230,8 @@ def _write_store(
             for batch in iterator:
                 for ids, dropped, document in batch:
                     text, domain = document["text"], document["domain"]
-                    odd[docs.BLANK] += ids is None
-                    odd[docs.REPLACED] += "replaced" in document
+                    counts[docs.BLANK] += ids is None
+                    counts[docs.REPLACED] += "replaced" in document
                     if ids is None:
                         continue
                     if np.isin(ids, [tokenizer.end_of_text, *front]).any():
@@ -263,7 +263,7 @@ def _write_store(
     meta |= {} if begin is None else {"begin_of_text": begin}
     meta |= {"lost_bytes": lost} if lost else {}
     meta["cut"] = getattr(documents, "cut", False)
-    meta["notes"] = [*getattr(documents, "notes", ()), *_account(description, odd)]
+    meta["notes"] = [*getattr(documents, "notes", ()), *_account(description, counts)]
     arrays = {name: path for name in _ARRAYS if (path := folder / f"{name}.npy").exists()}
     meta["checksums"] = {name: checksum(path) for name, path in arrays.items()}
     parts = [
@@ -285,5 +285,5 @@ def _as_array(folder: Path, name: str, dtype: Any, length: int) -> None:
     (folder / f"{name}.raw").unlink()
 
 
-def _account(description: str, odd: Counter[str]) -> list[str]:
-    return [f"{description}: {what}: {n:,}" for what, n in odd.items() if n]
+def _account(description: str, counts: Counter[str]) -> list[str]:
+    return [f"{description}: {what}: {n:,}" for what, n in counts.items() if n]

@@ -34,7 +34,7 @@ _FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepie
 _KINDS = {"bpe": JsonTokenizer, "huggingface": JsonTokenizer, "sentencepiece": SentencePieceTokenizer}
 # Files beside a tokenizer's file, about special tokens and chats.
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-TRAVELS = (  # files that are copied with the weights on import, training and export; none is code
+COMPANION_FILES = (  # files that are copied with the weights on import, training and export; none is code
     "tokenizer.json", "tokenizer.model", *BESIDE, "added_tokens.json", "vocab.json", "merges.txt",
     "generation_config.json",
 )  # fmt: skip
@@ -86,16 +86,16 @@ def read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: read_file(folder / name) for name in names if (folder / name).is_file()}
 
 
-def travelling(folder: Path) -> dict[str, bytes]:
+def companion_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder that are copied with its weights, by name. Raises FileError."""
     more = sorted((folder / MORE_TEMPLATES).glob("*.jinja")) if (folder / MORE_TEMPLATES).is_dir() else []
-    return read_files(folder, (*TRAVELS, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)))
+    return read_files(folder, (*COMPANION_FILES, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)))
 
 
 # --- the tokenizer of a run directory --------------------------------------------------------------------------------
 
 
-def _asked(cfg: TokenizerConfig) -> dict:
+def _defining_fields(cfg: TokenizerConfig) -> dict:
     """The fields that define a tokenizer of this kind."""
     names = {"bytes": (), "bpe": ("vocab_size", "train_bytes")}.get(cfg.kind, ("path", "end_of_text", "begin_of_text"))
     return {"kind": cfg.kind, **{n: v for n, v in dataclasses.asdict(cfg).items() if n in names}}
@@ -103,7 +103,7 @@ def _asked(cfg: TokenizerConfig) -> dict:
 
 def settings(tokenizer: Tokenizer, cfg: TokenizerConfig) -> bytes:
     """The content of `tokenizer_settings.json`, which a run directory keeps beside a tokenizer's files."""
-    made = _asked(cfg)
+    made = _defining_fields(cfg)
     if cfg.kind in ("huggingface", "sentencepiece"):
         begin, end = tokenizer.words
         made |= {"end_of_text": end, "begin_of_text": begin or NONE}
@@ -185,7 +185,7 @@ def check_same(cfg: TokenizerConfig, made: Tokenizer, kept: dict, where: str, wa
 
     made, kept: the tokenizer of the weights and its settings. where: the run that has it. way: the end of the hint.
     """
-    for name, value in _asked(cfg).items():
+    for name, value in _defining_fields(cfg).items():
         have = kept.get(name)
         same = value == have
         if name == "kind":  # a tokenizer trained here may be given as its file
@@ -235,7 +235,7 @@ def load_or_make(cfg: TokenizerConfig, workdir: str | Path | None, training_text
         made, its = of_run(init_from)
         if made is not None:
             check_same(cfg, made, its, f"the run of init_from, {init_from}", ", whose weights need it")
-            made.files = made.files | travelling(Path(init_from))
+            made.files = made.files | companion_files(Path(init_from))
         elif cfg.kind == "bpe":
             rule = f"a new tokenizer does not fit the weights of init_from={init_from!r}, which come without one"
             raise ConfigError("data.tokenizer.kind", cfg.kind, rule, "use 'huggingface' and the path of theirs")
@@ -263,15 +263,16 @@ def _make(cfg: TokenizerConfig, workdir: str | Path | None, training_text) -> To
 
 __all__ = [
     "AUTO",
+    "COMPANION_FILES",
     "END_OF_TEXT",
     "NONE",
     "SETTINGS",
-    "TRAVELS",
     "BytesTokenizer",
     "JsonTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
     "check_same",
+    "companion_files",
     "load",
     "load_or_make",
     "of_run",
@@ -281,5 +282,4 @@ __all__ = [
     "save",
     "settings",
     "train_bpe",
-    "travelling",
 ]

@@ -10,7 +10,7 @@ from typing import ClassVar, SupportsInt
 
 import numpy as np
 
-from moe_jax.data.begin_of_text import Begin, choose, of_json, of_settings, settings_of
+from moe_jax.data.begin_of_text import BeginOfText, choose, of_json, of_settings, settings_of
 from moe_jax.data.kept_text import Span, encode_without, keeps_everything, lost_bytes, size, with_unknown
 from moe_jax.errors import ConfigError
 
@@ -65,7 +65,7 @@ class _FileTokenizer:
 
     vocab_size: int
 
-    def _settle(self, name: str, data: bytes, files: dict[str, bytes] | None, end: tuple[str, int], begin: Begin):
+    def _settle(self, name: str, data: bytes, files: dict[str, bytes] | None, end: tuple[str, int], begin: BeginOfText):
         """Sets the attributes of `Tokenizer`. files: further files to keep beside the file `name`, by name."""
         self.files = {**(files or {}), name: data}
         self.words = (begin.word, end[0])

@@ -21,7 +21,7 @@ from moe_jax.run.log import read_metrics
 GRID = "#e8e9ee"
 
 
-def every(found: Analysis) -> Iterator[tuple[str, Figure]]:
+def all_figures(found: Analysis) -> Iterator[tuple[str, Figure]]:
     """Yields (name, figure) of all figures for which `found` has the numbers."""
     yield "expert_domain", expert_domain(found)
     yield "topk_score", topk_score(found)

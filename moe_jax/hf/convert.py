@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.data.tokenizers import TRAVELS, travelling
+from moe_jax.data.tokenizers import COMPANION_FILES, companion_files
 from moe_jax.errors import FormatError
 from moe_jax.hf import gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, read_config, write_config
@@ -28,7 +28,7 @@ from moe_jax.run.config_file import load_config
 from moe_jax.train.state import abstract_weights
 from moe_jax.tree import flatten
 
-TOKENIZER_FILES = TRAVELS
+TOKENIZER_FILES = COMPANION_FILES
 HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # equal in a tied model
 IGNORED = ".rotary_emb.inv_freq"  # tensors of old Llama files, which follow from the configuration
 SEQ_LEN = 2048  # largest default of data.seq_len
@@ -63,7 +63,7 @@ def import_model(
         if not source.is_dir():
             raise FormatError(f"{source}: no such directory")
         hf = safetensors.read_json(source / "config.json")
-        files = travelling(source)
+        files = companion_files(source)
         table = ""
     name, model, lines = read_config(hf, str(source))
     for line in lines:
@@ -77,8 +77,8 @@ def import_model(
     shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
     wanted = tables.tensors(table or name, model, shapes)
     skipped = check_names(source, wanted, entries, model.tie_embeddings)
-    tokenizer, files, said = imported(files, Path(workdir), model.vocab_size)
-    for line in said:
+    tokenizer, files, notes = imported(files, Path(workdir), model.vocab_size)
+    for line in notes:
         echo(line)
     cfg = _run_config(model, tokenizer, seq_len)
     for tensor in skipped:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_jax.config import TokenizerConfig
 from moe_jax.data.begin_of_text import AUTO, NONE, of_json, settings_of, token
-from moe_jax.data.tokenizers import SETTINGS, JsonTokenizer, SentencePieceTokenizer, of_run, settings, travelling
+from moe_jax.data.tokenizers import SETTINGS, JsonTokenizer, SentencePieceTokenizer, companion_files, of_run, settings
 from moe_jax.errors import ConfigError, FileError, FormatError
 
 PLAIN = "PreTrainedTokenizerFast"  # in transformers the class that takes a file as it is
@@ -70,7 +70,7 @@ def exported(
 
     events: the events that made the weights ("import", "train", …).
     """
-    files = travelling(workdir)
+    files = companion_files(workdir)
     tokenizer, _ = of_run(workdir)
     if tokenizer is None:
         return hf, files

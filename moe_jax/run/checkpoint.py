@@ -131,7 +131,7 @@ class Checkpoints:
         self._policy = ocp.training.preservation_policies.PreserveAll()
         if keep is not None:
             self._policy = retention.Keep(keep, keep_every, keep_best, self.scores)
-        self._sealer: checksums.Sealer | None = None
+        self._checksum_writer: checksums.ChecksumWriter | None = None
         self._response: Any = None  # Orbax's response for the save in progress
         self._saving: int | None = None
         self._expected: dict[str, tuple] = {}  # shapes and dtypes that the save in progress has to write
@@ -212,7 +212,7 @@ class Checkpoints:
             self._at = self._saving = step
             self._expected = {name: (leaf.shape, leaf.dtype) for name, leaf in flatten(state).items()}
             if jax.process_index() == 0:
-                self._sealer = checksums.Sealer(self.directory / str(step))
+                self._checksum_writer = checksums.ChecksumWriter(self.directory / str(step))
         if wait:
             self.wait()
 
@@ -321,12 +321,12 @@ class Checkpoints:
             self._unlink()
 
     def _settle(self, end: Callable[[], None]) -> None:
-        sealer, self._sealer = self._sealer, None
+        writer, self._checksum_writer = self._checksum_writer, None
         response, self._response = self._response, None
         expected, self._expected = self._expected, {}
         with self._named(self._saving), contextlib.ExitStack() as after:
-            if sealer is not None:
-                after.callback(sealer.finish)
+            if writer is not None:
+                after.callback(writer.finish)
             if response is not None:
                 after.callback(
                     response.result

@@ -67,7 +67,7 @@ def damage(folder: Path) -> str | None:
     return ""
 
 
-class Sealer:
+class ChecksumWriter:
     """Writes the checksums of a checkpoint in the background, as soon as it is complete."""
 
     def __init__(self, folder: Path):

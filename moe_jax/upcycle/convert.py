@@ -138,7 +138,7 @@ def _check_same_tokenizer(first: Path, other: Path) -> None:
 
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer files of a run of train.py or of an import."""
-    return tokenizers.travelling(folder) | tokenizers.read_files(folder, (tokenizers.SETTINGS,))
+    return tokenizers.companion_files(folder) | tokenizers.read_files(folder, (tokenizers.SETTINGS,))
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -110,9 +110,7 @@ class OptimConfig(Checked, resume=FIXED):
     # Polynomials of Muon's Newton–Schulz iteration. "deepseek_v4" has 10 steps, "jordan" any number of steps of one
     # polynomial, and the others 5 steps.
     coefficients: Literal["jordan", "you", "polar_express", "cans", "deepseek_v4"] = "jordan"
-    newton_schulz_steps: int = number(
-        5, 1, 20
-    )  # steps of the iteration; `coefficients` decides which numbers are valid
+    newton_schulz_steps: int = number(5, 1, 20)  # steps of the iteration; `coefficients` decides which are valid
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the iteration
     # Scale of Muon's update: "match_rms" multiplies it by update_rms · √max(in, out), "spectral" by √max(1, out/in).
     scale: Literal["match_rms", "spectral"] = "match_rms"

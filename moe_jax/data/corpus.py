@@ -160,9 +160,8 @@ def prepare_store(
             print(f"{description}: {folder} is damaged ({error}), so it is prepared again", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
-    partial = (
-        temporary / folder.name
-    )  # mkdtemp's folder ignores the umask and belongs to its owner alone, but a cache is shared
+    # Mkdtemp's folder ignores the umask and belongs to its owner alone, but a cache is shared.
+    partial = temporary / folder.name
     try:
         partial.mkdir()
         _write_store(partial, documents(), tokenizer, description, progress, keep_text)

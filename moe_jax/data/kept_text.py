@@ -96,9 +96,8 @@ def with_unknown(spec: dict, tokenizer):
 
     model = spec["model"]
     vocab, word = model.get("vocab"), model.get("unk_token")
-    made = tokenizers.Tokenizer.from_str(
-        json.dumps(spec | {"post_processor": None})
-    )  # the post-processor would trim spans
+    # The post-processor would trim spans.
+    made = tokenizers.Tokenizer.from_str(json.dumps(spec | {"post_processor": None}))
     made.no_truncation()
     made.no_padding()
     made.encode_special_tokens = True

@@ -93,7 +93,7 @@ class _FileTokenizer:
             return self._batch(texts)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # the libraries raise bare Exception, and PanicException, which is none
+        except BaseException:  # the libraries raise bare Exception, and PanicException, which is not an Exception
             if len(texts) > 1:
                 return [self._safely([text])[0] for text in texts]
             return [(np.zeros(0, np.int32), size(texts[0]))]
@@ -124,7 +124,9 @@ class JsonTokenizer(_FileTokenizer):
             spec = json.loads(data)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+        except (
+            BaseException
+        ) as error:  # the library raises bare Exception, and PanicException, which is not an Exception
             raise ConfigError("data.tokenizer.path", path, f"is not a tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -132,16 +134,15 @@ class JsonTokenizer(_FileTokenizer):
         special = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
         lookup = self._tokenizer.token_to_id
         end = _find_end_of_text(lookup, end_of_text, sorted(special))
-        self.vocab_size = (
-            max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        )  # not empty: it has end_of_text
+        # The vocabulary is not empty, since it has end_of_text.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         begin = choose(begin_of_text, of_json(spec, settings_of(files or {})), lookup, end[0])
         self._settle("tokenizer.json", data, files, end, begin)
         # A second tokenizer, with an unknown token, tells which characters are lost, if any can be.
         self._counting, self._unknown = self._tokenizer, None
         if not keeps_everything(spec):
             self._counting, self._unknown = with_unknown(spec, self._tokenizer)
-        self._drops = spec["model"].get("type") == "BPE"  # a BPE drops unknown characters
+        self._drops = spec["model"].get("type") == "BPE"  # without an unknown token a BPE drops characters
 
     def _batch(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
         ids_of = lambda encoded: [np.asarray(e.ids, np.int32) for e in encoded]

@@ -159,9 +159,8 @@ class Checkpoints:
 
     def _open(self) -> None:
         registry = ocp.handlers.local_registry()
-        registry.add(
-            ocp.handlers.JsonHandler, checkpointable_name="data"
-        )  # the default handler stores a dict of numbers as arrays
+        # The default handler stores a dict of numbers as arrays.
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.memory.transfer_concurrent_bytes = self._host_bytes
@@ -328,9 +327,8 @@ class Checkpoints:
             if writer is not None:
                 after.callback(writer.finish)
             if response is not None:
-                after.callback(
-                    response.result
-                )  # without this, Orbax's thread and event loop of the save would never end
+                # Without this, Orbax's thread and event loop of the save would never end.
+                after.callback(response.result)
             end()
         if expected:
             self._check_written(self._saving, expected)

@@ -144,8 +144,7 @@ def begin(workdir: str | os.PathLike, cfg: config.RunConfig, step: int) -> None:
     line = json.dumps({"from_step": step, "changed": changed}, ensure_ascii=False)
     history = path.with_name(HISTORY)
     text = history.read_text(encoding="utf-8") if history.exists() else ""
-    if (
-        line not in text.splitlines()[-1:]
-    ):  # the line exists already if an earlier start was killed between the two files
+    # The line exists already if an earlier start was killed between the two files.
+    if line not in text.splitlines()[-1:]:
         _write(history, f"{text}{line}\n")
     _write_config(path, cfg)

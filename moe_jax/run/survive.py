@@ -32,9 +32,8 @@ class RunLock:
         self._file, owner = None, ""
         if jax.process_index() == 0:
             self._file = open(Path(workdir) / "lock", "a+", encoding="utf-8")
-            os.register_at_fork(
-                after_in_child=self.close
-            )  # a reader process that outlives its parent must not hold the lock
+            # A reader process that outlives its parent must not hold the lock.
+            os.register_at_fork(after_in_child=self.close)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -160,7 +160,7 @@ def prepare_store(
             print(f"{description}: {folder} is damaged ({error}), so it is prepared again", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
-    # Mkdtemp's folder ignores the umask and belongs to its owner alone, but a cache is shared.
+    # The folder of mkdtemp ignores the umask and belongs to its owner alone, but a cache is shared.
     partial = temporary / folder.name
     try:
         partial.mkdir()

@@ -334,7 +334,7 @@ class Corpus:
         rows = _check_rows(rows, self._cfg.batch_size)
         total, length = self.num_validation_rows(), self.num_validation_batches(limit) * self._cfg.batch_size
         taken = min(total, length)
-        # All of them if taken == total.
+        # These are all rows if taken == total.
         chosen = (2 * np.arange(taken, dtype=np.int64) + 1) * total // (2 * max(taken, 1))
         padding = padding_row(self._cfg.seq_len, self.tokenizer.end_of_text)
         return self._validate(_ValidationRows(self._validation, chosen, length, padding), rows)

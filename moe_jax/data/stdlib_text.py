@@ -88,7 +88,7 @@ def split_docstrings(source: str) -> tuple[str, list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
         tree = ast.parse(source)
-    # Splitlines would also end a line at a form feed, but `ast` does not.
+    # `splitlines` would also end a line at a form feed, but `ast` does not.
     lines = [line + "\n" for line in source.split("\n")]
     cut: dict[int, tuple[int, str]] = {}  # first line → last line, replacement
     docstrings = []

@@ -93,7 +93,7 @@ class _FileTokenizer:
             return self._batch(texts)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # the libraries raise bare Exception, and PanicException, which is not an Exception
+        except BaseException:  # the libraries raise Exception, and PanicException, which is not one
             if len(texts) > 1:
                 return [self._safely([text])[0] for text in texts]
             return [(np.zeros(0, np.int32), size(texts[0]))]
@@ -124,9 +124,7 @@ class JsonTokenizer(_FileTokenizer):
             spec = json.loads(data)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except (
-            BaseException
-        ) as error:  # the library raises bare Exception, and PanicException, which is not an Exception
+        except BaseException as error:  # the library raises Exception, and PanicException, which is not one
             raise ConfigError("data.tokenizer.path", path, f"is not a tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -52,7 +52,7 @@ def _check_vocabulary(data: bytes, vocab_size: int) -> None:
         vocabulary = tokenizers.Tokenizer.from_str(data.decode("utf-8")).get_vocab(with_added_tokens=True)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:  # the library raises bare Exception, and PanicException, which is not an Exception
+    except BaseException as e:  # the library raises Exception, and PanicException, which is not one
         raise FormatError(f"tokenizer.json: is not a valid tokenizer: {e}") from None
     largest = max(vocabulary.values(), default=0)
     if largest >= vocab_size:

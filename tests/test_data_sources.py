@@ -97,7 +97,7 @@ def test_huggingface_without_end_of_text_lists_the_candidates():
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.end_of_text.*<pad>, <stop>"):
         tokenizers.JsonTokenizer(json_tokenizer("<stop>", "<pad>"), "", "")
     assert tokenizers.JsonTokenizer(json_tokenizer("<stop>"), "<stop>", "").decode([0]) != ""
-    with pytest.raises(ConfigError, match="is no tokenizer"):
+    with pytest.raises(ConfigError, match="is not a tokenizer"):
         tokenizers.JsonTokenizer(b"{}", "", "x.json")
 
 

@@ -154,7 +154,7 @@ def test_an_imported_model_comes_back_as_it_was_unless_trained(tmp_path):
     export_run(tmp_path / "more", tmp_path / "out2", mesh=mesh(), echo=lines.append)
     said = json.loads((tmp_path / "out2" / "config.json").read_text(encoding="utf-8"))
     assert (said["bos_token_id"], said["eos_token_id"]) == (256, 256)
-    assert "eos_token_id=[257, 5] of the imported model is 256 now" in lines[0]
+    assert "eos_token_id=[257, 5] of the imported model becomes 256" in lines[0]
 
 
 def _config(folder):

@@ -318,7 +318,7 @@ def test_an_equal_function_finds_its_architecture(what):
 
 def test_a_model_of_no_architecture_is_refused():
     for change, message in (
-        ({"moe": MoEConfig(score="sigmoid")}, "has another"),
+        ({"moe": MoEConfig(score="sigmoid")}, "differs in"),
         ({"num_dense_layers": 1}, "num_dense_layers"),
         ({"moe": MoEConfig(num_shared_experts=1, renormalize=True)}, "num_shared_experts"),
         ({"moe": MoEConfig(score_order="topk_score", routed_scaling=2.0)}, "routed_scaling"),

@@ -2,8 +2,8 @@
 
     python eval.py --workdir=runs/quickstart
 
-Writes eval.json, analysis.npz, figures/ and sample.txt into the run directory. These are of all held-out text and the
-newest checkpoint; with --batches, or another --step, the names say so: eval.200.8batches.json.
+Writes eval.json, analysis.npz, figures/ and sample.txt into the run directory. Files of these names cover all held-out
+text and the newest checkpoint. With --batches or another --step the names contain them: eval.200.8batches.json.
 """
 
 import sys
@@ -35,12 +35,12 @@ def main(argv):
         raise UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
     cfg = config_file.load_config(workdir)
     cli.check_writable(workdir)
-    cli.keep_compiled(data.cache_folder() / "compiled")  # code: never from where a run directory says
+    cli.keep_compiled(data.cache_folder() / "compiled")  # a run directory may not name a folder of code
     if DISTRIBUTED.value:
         cli.join_processes()
-    say = print if jax.process_index() == 0 else lambda *_: None
+    echo = print if jax.process_index() == 0 else lambda *_: None
 
-    # --- the run: any mesh will do, the checkpoint is restored onto this machine's ------------------------------------
+    # --- the run: its checkpoint is restored onto the mesh of this machine, whatever mesh wrote it --------------------
     cfg, shape = config.for_evaluation(cfg, jax.device_count())
     mesh = sharding.make_mesh(shape)
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
@@ -55,8 +55,8 @@ def main(argv):
     params, bias, _ = weights.load_weights(workdir, *abstract, step=number)
     earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value)[:2]
     for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
-        say(line)
-    say(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
+        echo(line)
+    echo(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
 
     # --- numbers ------------------------------------------------------------------------------------------------------
     result = held_out.evaluate(
@@ -66,7 +66,7 @@ def main(argv):
     suffix, written, drawn = held_out.suffix(result, number, steps[-1]), [], []
 
     def keep(file, write):
-        """Each result is in its file as soon as it is there, and all of them before any is printed, which may fail."""
+        """Writes a result to its file as soon as it exists. Printing comes last, since it may fail."""
         if jax.process_index() == 0:
             write(workdir / file)
             written.append(file)
@@ -82,31 +82,31 @@ def main(argv):
     texts = [generate.sample_text(cfg, mesh, params, bias, corpus.tokenizer, p) for p in prompts]
     keep(f"sample{suffix}.txt", lambda path: log.write_text(path, "\n\n".join(texts) + "\n"))
 
-    # --- beside compressors -------------------------------------------------------------------------------------------
+    # --- compressors, for comparison ----------------------------------------------------------------------------------
     baselines = held_out.compression_bits_per_byte(corpus.validation_texts())
     keep(f"eval{suffix}.json", lambda path: log.write_text(path, held_out.to_json(number, result, baselines)))
 
     # --- figures ------------------------------------------------------------------------------------------------------
     if jax.process_index() == 0:
-        drawn = [(f"{name}{suffix}", figure) for name, figure in (figures.every(found) if found else ())]
+        drawn = [(f"{name}{suffix}", figure) for name, figure in (figures.all_figures(found) if found else ())]
         if (workdir / "metrics.jsonl").exists():
             drawn.append(("loss", figures.training(workdir)))
         (workdir / "figures").mkdir(exist_ok=True)
         for name, figure in drawn:
             figure.savefig(workdir / "figures" / f"{name}.png", dpi=160)
 
-    # --- in words -----------------------------------------------------------------------------------------------------
-    say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
-    say(held_out.table(result, baselines))
+    # --- what is printed ----------------------------------------------------------------------------------------------
+    echo("\nbits per byte of the held-out text: the model and general-purpose compressors")
+    echo(held_out.table(result, baselines))
     if found is not None:
-        say("\nrouter, over the same text")
-        say(analysis.layer_table(found))
+        echo("\nthe router on the same text")
+        echo(analysis.layer_table(found))
     for text in texts:
-        say(f"\nsample\n{text}")
+        echo(f"\nsample\n{text}")
     files = ", ".join(dict.fromkeys(written))
-    say(f"\nwritten in {workdir}: {files}, figures/: {', '.join(name for name, _ in drawn) or 'none'}")
+    echo(f"\nwritten in {workdir}: {files}, figures/: {', '.join(name for name, _ in drawn) or 'none'}")
     if suffix:
-        say(f"eval.json is kept for all held-out text at the newest checkpoint, {steps[-1]}")
+        echo(f"eval.json is reserved for all held-out text at the newest checkpoint, {steps[-1]}")
 
 
 if __name__ == "__main__":

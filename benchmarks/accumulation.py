@@ -1,12 +1,12 @@
-"""How far the gradient of the load-balancing loss is from the exact one under gradient accumulation.
+"""Measures the error of the load-balancing loss' gradient under gradient accumulation.
 
     python -m benchmarks.accumulation
 
-The router's gradient of a batch in 2 to 16 micro-batches of 2,048 tokens, E = 64, K = 8, eight domains with
-vocabularies of their own. Sequences are of one domain; micro-batches draw theirs at random, or hold one domain each.
-Printed: cosine and norm ratio to the gradient of the whole batch in one piece, for exact accumulation, for "running"
-counts (Algorithm 1 of arXiv:2501.11873), and for a loss inside each micro-batch. One row a case; two minutes on two
-CPU cores.
+It computes the router's gradient of a batch in 2 to 16 micro-batches of 2,048 tokens, with E = 64, K = 8 and eight
+domains that each have a vocabulary of their own. A sequence is of one domain. Micro-batches draw sequences at random,
+or hold one domain each. It prints one row a case: cosine and norm ratio to the gradient of the undivided batch, for
+exact accumulation, for "running" counts (Algorithm 1 of arXiv:2501.11873), and for a loss inside each micro-batch. It
+takes two minutes on two CPU cores.
 """
 
 import jax

@@ -1,12 +1,13 @@
-"""Compile an optimizer update for TPU pod slices that are not here, and read what it does from the compiled program.
+"""Compiles an optimizer update for TPU pod slices without having them, and measures the compiled program.
 
     pip install "libtpu==0.0.42.*"    # the version that the installed jax asks for in its extra "tpu"
     JAX_PLATFORMS=cpu python -m benchmarks.aot_optimizer --config=configs/demons_43b.py --config.optim.name=muon \\
         --topology=v5p:2x4x8 --topology=v5p:4x8x8
 
-Needs no TPU. Prints, per chip: Newton–Schulz FLOPs of the plan, next to all matrices' FLOPs divided by the chips (1.00:
-no work is repeated and no chip idles) and to what XLA counts in the program (loops once, so a fifth of the iteration);
-bytes that collectives receive, next to the plan's; bytes of arguments and temporaries. Minutes to compile.
+It needs no TPU and takes minutes. For each chip it prints the Newton–Schulz FLOPs of the plan, beside all matrices'
+FLOPs divided by the chips (1.00: no work is repeated and no chip idles) and beside XLA's count (which counts a loop
+once, so a fifth of the iteration); the bytes that collectives receive, beside the plan's; and the bytes of arguments
+and temporaries.
 """
 
 import math

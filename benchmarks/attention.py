@@ -1,12 +1,13 @@
-"""Attention's back ends on the device at hand: against `xla` in float32, and timed, with and without segments.
+"""Compares attention's back ends on this device with `xla` in float32, and times them, with and without segments.
 
     python -m benchmarks.attention --backends=xla,cudnn
     python -m benchmarks.attention --backends=xla,splash --batch=2 --kv_heads=4
 
-Prints one row a back end and number of segments a row (0: no segments; several times `attend.PACKED` makes cuDNN take
-more than one call): milliseconds forward and backward; TFLOP/s by formula, 12·B·S²·N·H/2 for the causal half, which
-counts keys of other segments too; and the largest error of the result and of the gradients of q, k and v, relative to
-the largest entry. In bfloat16 0.01 is rounding. An error near 1, or NaN, is a wrong answer.
+It prints one row for each back end and number of segments a row (0: no segments; with several times `attend.PACKED`
+segments cuDNN needs more than one call). A row has milliseconds forward and backward; TFLOP/s by the formula
+12·B·S²·N·H/2 for the causal half, which counts keys of other segments too; and the largest error of the result and of
+the gradients of q, k and v, relative to the largest entry. In bfloat16 0.01 is rounding. An error near 1, or NaN, is a
+wrong result.
 """
 
 import functools

@@ -1,10 +1,11 @@
-"""What load balancing costs of a training step: variants of one config, timed in turns on one state.
+"""Measures the cost of load balancing in a training step: variants of one config, timed in turns on one state.
 
     python -m benchmarks.balance_cost --config=configs/olmoe_8l_bench.py --rounds=4 --steps=5
 
-At one micro-batch: no balancing (no statistics at all), statistics without a loss, and the global loss. At four
-micro-batches, each of the config's batch: no balancing, exact and running accumulation. The learning rate is 0, so that
-every variant meets the same router. One row a variant: median over rounds and the difference to no balancing.
+With one micro-batch the variants are no balancing (without statistics), statistics without a loss, and the global loss.
+With four micro-batches, each as large as the config's batch, they are no balancing, exact and running accumulation. The
+learning rate is 0, so every variant has the same router. It prints one row a variant: the median over rounds and the
+difference to no balancing.
 """
 
 import statistics as stats_lib

@@ -1,10 +1,11 @@
-"""How fast the input pipeline alone makes batches, against what a training step takes.
+"""Measures how fast the input pipeline makes batches, and compares it with the need of a training step.
 
     python -m benchmarks.data_pipeline --config=configs/quickstart.py
 
-Rows of the config's data, prepared first if they are not, and read as train.py reads them: by threads of this process
-and by reader processes, in turns. One row a number of reader processes: median and spread of rows/s and tokens/s, and
-how often over that covers --needed tokens/s; then the time to hand one batch to the device. Half a minute.
+It reads rows of the config's data as train.py does, by threads of this process and by reader processes, in turns, and
+prepares the data first if necessary. It prints one row for each number of reader processes: median and spread of rows/s
+and tokens/s, and their ratio to --needed tokens/s. Then it prints the time to copy one batch to the device. It takes
+half a minute.
 """
 
 import os

@@ -1,16 +1,17 @@
-"""Time expert parallelism at a config's shape: the exchanges and their chunks, beside `fsdp` and beside one device.
+"""Times expert parallelism at a config's shape: the exchanges and their chunks, beside `fsdp` and one device.
 
     python -m benchmarks.expert_parallel --config=configs/olmoe_8l_bench.py
     python -m benchmarks.expert_parallel --config=configs/olmoe_8l_bench.py --train --config.model.remat=full
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m benchmarks.expert_parallel --config=configs/debug.py \\
         --config.model.moe.num_experts=8 --steps=2
 
-Forward and backward of one MoE layer on random activations, or with --train a whole training step on random tokens; the
-router's own choices. Every device has the config's batch, whatever the mesh, so that one device is the ceiling; the
-variants take turns. One row each: median time and its range, tokens/s of a device, bytes that a device sends to the
-experts of others in one layer by the cost model (`moe_jax.exchange.bytes_sent`), temporaries by the compiler, maximum
-expert load and dropped share; and a value and a gradient norm, which tell whether meshes of the same size compute the
-same. `padded` is the all-to-all of whole blocks, which CPU always has, for comparison elsewhere.
+It times forward and backward of one MoE layer on random activations, or with --train a training step on random tokens.
+The router chooses freely. Every device has the config's batch on every mesh, so one device is the upper bound. The
+variants are timed in turns. Each has one row: median time and its range; tokens/s of a device; bytes that a device
+sends to experts of other devices in one layer, by the cost model (`moe_jax.moe.exchange.bytes_sent`); temporaries by
+the compiler; maximum expert load and dropped share; and a value and a gradient norm, which are equal on meshes of the
+same size if they compute the same. `padded` is the all-to-all of full blocks, which CPU always uses, for comparison on
+other devices.
 """
 
 import functools

@@ -1,13 +1,14 @@
-"""Time to the first step, compilation included: train.py itself, stopped after its first step, with a clock inside.
+"""Times train.py from its start to the end of its first step, compilation included.
 
     python -m benchmarks.first_step --config=configs/quickstart.py
     python -m benchmarks.first_step --config=configs/olmoe_8l_bench.py --rounds=2
 
 Each run is a process of its own with a new run directory. `nothing prepared`: the cache folder ($MOE_JAX_CACHE) is
-empty, too. `data prepared`: data sets and tokens are there, compiled programs are not. `all prepared`: as the second
-time that a user starts the command; the tokenizer belongs to the run directory and is trained again. One row a run:
-seconds of what follows each other, whose sum is the time from the start of the process to the end of the first step;
-and how long jax traced and compiled (or read compiled programs) in all of it, with hits and requests of its cache.
+empty too. `data prepared`: it has data sets and tokens, but no compiled programs. `all prepared`: it has all of them,
+as when a user starts the command for the second time; only the tokenizer, which belongs to the run directory, is
+trained again. It prints one row a run: the seconds of each phase, whose sum is the time from the start of the process
+to the end of the first step; and the time in which jax traced and compiled programs or read them from its cache, with
+the cache's hits and requests.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Grouped matmul back ends: first checked against float64, then timed on the shapes of MoE layers.
+"""Checks back ends of grouped matmul against float64, and then times them on the shapes of MoE layers.
 
     python -m benchmarks.grouped_matmul                        # what 'auto' chooses here
     python -m benchmarks.grouped_matmul --backends=reference --small
 
-Rows are split over experts by a Dirichlet(4) draw. One row a shape and back end, of the same draw: forward and
-forward+backward TFLOP/s; those of XLA's batched product of as many rows in groups of equal size, which is what uneven
-groups could reach; and how many of as many further calls of ours gave other values, rows split by that draw, all sent
-to one expert, or a part of them to few.
+A Dirichlet(4) draw splits rows over experts, and is the same for all back ends. It prints one row for each shape and
+back end: TFLOP/s forward, and forward with backward; those of XLA's batched product of the same number of rows in
+groups of equal size, an upper bound for uneven groups; and how many further calls of the back end gave other values,
+out of how many, with rows split by that draw, all sent to one expert, or some of them sent to few.
 """
 
 import functools

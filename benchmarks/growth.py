@@ -1,22 +1,24 @@
-"""How the cost of a training step grows: with experts, with their granularity, with the length of a sequence.
+"""Measures how the cost of a training step grows with experts, their granularity, and the length of a sequence.
 
     python -m benchmarks.growth --rows=runs/growth.jsonl --figure=runs/growth.png        # one GPU of 141 GB
     python -m benchmarks.growth --config=configs/quickstart.py --parts=experts --experts=8,16,32 --pieces
 
-    part     varies                            at the same
+    part     varies                            constant
     experts  E                                 K and F, so active parameters
-    top_k    K, with E/K and K·F as they are   active and total parameters
-    length   S, with B·S as it is              tokens of a step
+    top_k    K, with constant E/K and K·F      active and total parameters
+    length   S, with constant B·S              tokens of a step
 
-Whole steps on random tokens, at learning rate 0, so that every turn meets the router as it was drawn; values of a part
-take turns. The default config is a shape for one GPU (D=1024, 8 layers, E=64, K=4, F=512, bfloat16, 32,768 tokens,
-AdamW), on a CPU a toy. One row a value: median and range, tokens/s, model TFLOP of the step by formula, and two
-analytical times, both right at the first row by definition: `FLOPs`, at the first row's rate; and `and bytes`, where
-the step's traffic of parameters, gradients and optimizer states takes its time at the copy bandwidth measured here,
-and the FLOPs, Newton–Schulz included, the rest.
---pieces adds forward and backward alone. An estimated 4 minutes a part on one H200, most of it compilation.
+It times complete steps on random tokens. The learning rate is 0, so that every step has the router's initial weights.
+The values of a part are timed in turns. The default config is a shape for one GPU (D=1024, 8 layers, E=64, K=4, F=512,
+bfloat16, 32,768 tokens, AdamW), on a CPU a toy.
 
-Rows are appended to --rows, and --figure draws all that the file has; with --parts= nothing is timed.
+It prints one row a value: median and range, tokens/s, model TFLOP of the step by formula, and two analytical times,
+which equal the measured time in the first row by definition. `FLOPs` assumes the first row's rate. `and bytes` gives
+the traffic of parameters, gradients and optimizer states its time at the copy bandwidth measured here, and the FLOPs,
+Newton–Schulz included, the rest. --pieces adds forward and backward alone. A part takes an estimated 4 minutes on one
+H200, most of it compilation.
+
+Rows are appended to --rows, and --figure draws all rows of that file. With --parts= nothing is timed.
 """
 
 import gc

@@ -1,15 +1,16 @@
-"""Time one MoE layer (route → experts → combine), forward and backward, at the shapes of SonicMoE's figure.
+"""Times one MoE layer (route → experts → combine), forward and backward, at the shapes of SonicMoE's figure.
 
     python -m benchmarks.layer                       # one Hopper GPU, an estimated 5 minutes
     JAX_PLATFORMS=cpu python -m benchmarks.layer --small
 
 TFLOP/s are counted as in that figure (its repository's benchmarks/moe-cute.py): 6·T·K·D·F forward and 12·T·K·D·F
-backward for gate, up and down projections, nothing for the router; backward is the time of both less that of forward.
-As there, tokens are random, weights in the compute dtype (--masters: float32, cast in the layer, as in training) and
-scores a softmax over the chosen K; ours are float32, and the statistics of the balancing loss are computed, too.
+backward for gate, up and down projections, and nothing for the router. Backward is the time of both minus that of
+forward. As in the figure, tokens are random, weights are in the compute dtype (--masters: in float32 and cast in the
+layer, as in training), and scores are a softmax over the chosen K. Here scores are float32, and the statistics of the
+balancing loss are computed too.
 
-Loads: `own`, the router's choices as it was drawn; a number, those under selection biases that give one expert so many
-times the mean load and the others the same. They take turns. One row a shape and load.
+Loads: `own` are the choices of the router with its initial weights. A number adds selection biases that give one expert
+that multiple of the mean load, and the others equal loads. They are timed in turns, with one row a shape and load.
 """
 
 import statistics

@@ -1,16 +1,16 @@
-"""Time the optimizer alone, at a config's shape: AdamW, the Muon here, `optax.contrib.muon`, and the matmuls' ceiling.
+"""Times the optimizer alone, at a config's shape: AdamW, moe_jax's Muon, `optax.contrib.muon`, and plain matmuls.
 
     python -m benchmarks.optimizer --config=configs/olmoe_8l_bench.py
     python -m benchmarks.optimizer --config=configs/olmoe_8l_bench.py --devices=1     # of a machine with several
 
 Every variant updates the same parameters from the same random gradients, on a mesh of `fsdp` = devices (optax's Muon on
-one with Auto axes, as it fails on Explicit ones); parameters and states are donated, and the variants take turns. One
-row each: median time and its spread, memory by the compiler (state and temporaries), and norm and cosine to the
-gradient of the first update of Muon's matrices, which tell whether it is the same on other devices. Then: the
-Newton–Schulz iteration's TFLOP/s, from the time that five further steps of it take and by the formula 4m²n + 2m³ a step
-(m ≤ n), beside that of the same products as plain batched bf16 einsums; and the optimizer's share of a training step.
-That step is measured at the config's batch on each device; for other numbers of tokens the time of forward and backward
-is taken to be proportional to them.
+one with Auto axes, since it fails on Explicit ones). Parameters and states are donated, and the variants are timed in
+turns. Each has one row: median time and its spread; memory by the compiler (state and temporaries); and norm and cosine
+to the gradient of the first update of Muon's matrices, which should be the same on other devices. Then it prints the
+TFLOP/s of the Newton–Schulz iteration, from the time of five further steps and the formula 4m²n + 2m³ a step (m ≤ n),
+beside those of the same products as plain batched bf16 einsums; and the optimizer's share of a training step. That step
+is measured at the config's batch on each device. For other numbers of tokens the time of forward and backward is
+assumed to be proportional to them.
 """
 
 import dataclasses

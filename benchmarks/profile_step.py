@@ -1,11 +1,11 @@
-"""Where the time of a training step goes: every kernel of a profile, by part of the model and by kind of kernel.
+"""Profiles a training step: the time of all kernels, by part of the model and by kind of kernel.
 
     python -m benchmarks.profile_step --config=configs/olmoe_8l_bench.py
     python -m benchmarks.profile_step --config=configs/debug.py --config.model.num_layers=2 --steps=2       # on a CPU
 
-Runs a few steps under JAX's profiler and adds up what each kernel of the device took. A kernel belongs to the
-instruction of the compiled program that it is named after, and that to the `jax.named_scope` it was traced in: forward,
-recomputed, or backward if it came from differentiating. Two tables, in milliseconds a step, and the longest kernels.
+It runs a few steps under JAX's profiler and adds up the time of each kernel on the device. A kernel has the name of an
+instruction of the compiled program, which has the `jax.named_scope` in which it was traced; it is forward, recomputed,
+or backward if differentiation made it. It prints two tables, in milliseconds a step, and the longest kernels.
 """
 
 import collections

@@ -1,13 +1,14 @@
-"""Memory of a training step by what its backward pass computes again (`model.remat`), from the compiled program.
+"""Reads the memory of a training step from the compiled program, for each policy of recomputation (`model.remat`).
 
     python -m benchmarks.remat --config=configs/olmoe_8l_bench.py                        # for the devices at hand
     pip install "libtpu==0.0.42.*"    # the version that the installed jax asks for in its extra "tpu"
     JAX_PLATFORMS=cpu python -m benchmarks.remat --config=configs/olmoe_8l_bench.py --topology=v5p:2x2x1
 
-Nothing is run: a topology needs no TPU. Prints one row a policy. Of a device: bytes kept between the forward and the
-backward pass of a layer, a token; temporaries (activations, gradients and work space); arguments (state and batch) and
-how many of them are aliased, that is donated. FLOPs as XLA counts them: loops once, so only to compare policies.
-Attention kernels in the program, and its largest array with S twice among its dimensions, as `[B, N, S, S]` has.
+Nothing is run, so a topology needs no TPU. It prints one row a policy, for one device: bytes a token kept between the
+forward and the backward pass of a layer; bytes of temporaries (activations, gradients and work space), of arguments
+(state and batch) and of those arguments that are donated; FLOPs by XLA, which counts a loop once, so they can only
+compare policies; the number of attention kernels; and the largest array that has S twice among its dimensions, like
+`[B, N, S, S]`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What benchmarks share: batches, their clock, the step and the layer that they time, routers under a chosen load."""
+"""Shared parts of the benchmarks: batches, timing, the step and the layer that they time, routers with a given load."""
 
 import statistics
 import time

@@ -1,10 +1,11 @@
-"""Trains for so many minutes with a stop and a resume now and then, and watches what could leak.
+"""Trains for a given time with stops and resumes, and looks for leaks of memory and file descriptors.
 
     python -m benchmarks.soak --minutes=30 --lives=10 --root=/tmp/soak
 
-Of every life: resident memory and open descriptors of the process, least and most, in the middle and the last third of
-its time. Both go up and down with saves and evaluations: a leak is a least that rises from one third to the next. Of
-the run: the steps logged, which must be 1, 2, 3, … without a gap.
+For every process between a start and a stop it prints the least and the largest resident memory and number of open
+descriptors, in the middle and in the last third of its time. Both rise and fall with saves and evaluations, so a leak
+shows as a least value that is larger in the last third. For the run it checks that the logged steps are 1, 2, 3, …
+without a gap.
 """
 
 import argparse

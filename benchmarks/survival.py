@@ -1,12 +1,12 @@
-"""Kills a run again and again, and compares what it leaves with a run that nobody touched.
+"""Kills a run many times, and compares its results with those of a run without interruption.
 
     python -m benchmarks.survival --kills=50 --terms=0 --root=/tmp/kills
     python -m benchmarks.survival --kills=0 --terms=20 --root=/tmp/terms
 
-SIGKILL: a quarter while it starts, a quarter inside a save (when the folder of an incomplete checkpoint appears), the
-rest at a random moment between steps. SIGTERM: likewise, and every one must end with status 0 and have saved the last
-step that it logged. In the end every training and evaluation row (times aside), every parameter and optimizer moment,
-eval.json and sample.txt must be the same, bit for bit.
+A quarter of the SIGKILLs arrive during the start, a quarter inside a save (when the folder of an incomplete checkpoint
+appears), and the rest at a random moment. SIGTERMs arrive in the same way, and after each the run must end with status
+0 and have saved the last step that it logged. In the end every training and evaluation row (except times), every
+parameter and optimizer moment, eval.json and sample.txt must be the same, bit for bit.
 """
 
 import argparse

@@ -1,18 +1,19 @@
-"""Time one training step of a config on the devices at hand: random tokens or text, the router's own choices.
+"""Times one training step of a config on this machine's devices, on random tokens or text.
 
     python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py --steps=10
     python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py --text --settle=100
     python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py --loads=own,1,1.5,2,4
 
-With --text every step has its own batch of the config's training text, on the device before the clock starts;
---settle=N trains N steps on it first, since a router that was just drawn tells frequent tokens apart and little else.
---tokens_to keeps the first of these batches' tokens, for a peer.
+With --text every step has its own batch of the config's training text, which is on the device before the timing starts.
+--settle=N trains N steps on it first, since a router with initial weights distinguishes little more than frequent
+tokens. --tokens_to saves the tokens of the first batch, for a comparison with another framework.
 
-Prints one row: step time, tokens/s, model TFLOP/s by formula (6 per active matmul weight and token, plus causal
-attention), MFU against the datasheet, maximum expert load, dropped share, peak memory, and the versions.
+It prints one row: step time, tokens/s, model TFLOP/s by formula (6 per active matmul weight and token, plus causal
+attention), MFU against the data sheet, maximum expert load, dropped share, peak memory, and the versions.
 
-With --loads one row each, in turns, of one compiled step at learning rate 0: `own`, the choices of the router as it was
-drawn; a number, those under selection biases that give one expert of each layer so many times the mean load.
+With --loads it times one compiled step at learning rate 0 under several loads, in turns, with one row each. `own` are
+the choices of the router with its initial weights. A number adds selection biases that give one expert of each layer
+that multiple of the mean load.
 """
 
 import itertools

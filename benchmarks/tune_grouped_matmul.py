@@ -1,12 +1,13 @@
-"""Find the fastest tilings of the Hopper kernels for shapes of MoE layers: moe_jax/kernels/hopper_tilings.json.
+"""Finds the fastest tilings of the Hopper kernels for shapes of MoE layers: moe_jax/kernels/hopper_tilings.json.
 
     python -m benchmarks.tune_grouped_matmul
     python -m benchmarks.tune_grouped_matmul --shapes=64x2048x1024x131072 --out=/tmp/tilings.json
 
-A shape is experts × d_model × d_expert × rows. Each of a layer's products is run with every tiling that can do it, in
-turns: rows times weights both ways (into the experts and out of them, which are also each other's gradients), and the
-weight gradients. Every result is compared with the first tiling's. One row a product and tiling: TFLOP/s, best first.
-The table holds what beats the first, which the kernels take untold, by MARGIN: less is what cards and turns differ by.
+A shape is experts × d_model × d_expert × rows. Each product of a layer is run with every possible tiling, in turns:
+rows times weights into the experts and out of them (which are also each other's gradients), and the weight gradients.
+Every result is compared with that of the first tiling. It prints one row for each product and tiling: TFLOP/s, best
+first. The first tiling is the kernels' default. The table holds only tilings that beat it by MARGIN, since smaller
+differences occur between cards and between turns.
 """
 
 import json

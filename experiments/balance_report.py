@@ -1,4 +1,4 @@
-"""The comparison of `experiments/balance_scope.py`: finished runs → tables, numbers and figures.
+"""Makes tables, numbers and figures from the finished runs of `experiments/balance_scope.py`.
 
 A finished run is a run directory of train.py with eval.json. Letters: L MoE layers, G domains, E experts.
 """
@@ -49,7 +49,7 @@ of {pairs}. *tokens/s*: median over the run, of one process on its device.
 
 
 class Finished(NamedTuple):
-    """One run: `numbers` by the names of `COLUMNS`, perplexity by domain, selection frequency of each expert."""
+    """The results of one run: `numbers` by the names of `COLUMNS`, perplexity by domain, selection frequencies."""
 
     seed: int
     config: dict[str, Any]
@@ -115,7 +115,7 @@ def _scope(name: str, config: dict[str, Any]) -> int | None:
 
 
 def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Arm]:
-    """Finished runs of OUT/<arm>/seed<n>, in the order of `arms` ({name: (label, seeds)}), arms with none left out."""
+    """The finished runs of OUT/<arm>/seed<n>, in the order of `arms` ({name: (label, seeds)}), without empty arms."""
     found = {}
     for name, (label, seeds) in arms.items():
         folders = [out / name / f"seed{seed}" for seed in seeds]
@@ -139,7 +139,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _difference(arm: Arm, base: Arm | None) -> str:
-    """Perplexity against `base`, seed by seed: what differs between seeds alike in both does not count."""
+    """The difference of the perplexity to `base`, seed by seed, so that differences between seeds cancel."""
     seeds = arm.seeds & base.seeds if base and base is not arm else set()
     if not seeds:
         return ""
@@ -147,7 +147,7 @@ def _difference(arm: Arm, base: Arm | None) -> str:
 
 
 def table(arms: dict[str, Arm]) -> str:
-    """Markdown: one row an arm, then perplexity by domain with one column an arm."""
+    """A Markdown table with one row an arm, and a table of perplexity by domain with one column an arm."""
     rows = []
     for arm in arms.values():
         first, *rest = (cell(arm.values(name), form) for name, (_, form) in COLUMNS.items())
@@ -180,9 +180,9 @@ def as_json(arms: dict[str, Arm]) -> dict[str, Any]:
 
 
 def _labelled_lines(axis: Axes, lines: list[tuple[str, float, str]]) -> None:
-    """Horizontal dashed lines with their names at the right edge, moved apart where they would overlap.
+    """Draws horizontal dashed lines with names at the right edge, moved apart where they would overlap.
 
-    A line outside the axis' limits becomes its name and value alone.
+    Of a line outside the axis' limits only the name and the value are drawn.
     """
     low, high = axis.get_ylim()
     gap = 0.1 * (high - low)
@@ -201,9 +201,9 @@ def _labelled_lines(axis: Axes, lines: list[tuple[str, float, str]]) -> None:
 
 
 def plot_scope(arms: dict[str, Arm]) -> Figure:
-    """Perplexity and specialisation against the balance scope: a point a run, lines through the seeds of all arms.
+    """A figure of perplexity and specialisation against the balance scope, with a point for each run.
 
-    Seeds that only some arms have would bend the lines by the difference between seeds.
+    Lines go through means over the seeds that all arms have. Other seeds would add differences between seeds.
     """
     scoped = sorted((arm for arm in arms.values() if arm.scope), key=lambda arm: arm.scope)
     others = [arm for arm in arms.values() if not arm.scope]
@@ -240,7 +240,7 @@ def plot_scope(arms: dict[str, Arm]) -> Figure:
 
 
 def _heat(axis: Axes, frequency: np.ndarray, norm: colors.Normalize):
-    """Domains × experts, the experts in the order of the domain that prefers them most over the others."""
+    """Draws a map of domains × experts, with the experts in the order of the domain that prefers them most."""
     preference = frequency / np.maximum(frequency.mean(0), 1e-9)
     order = np.lexsort((-preference.max(0), preference.argmax(0)))
     domains, experts = frequency.shape
@@ -256,7 +256,7 @@ def _heat(axis: Axes, frequency: np.ndarray, norm: colors.Normalize):
 
 
 def plot_specialisation(left: Arm, right: Arm) -> Figure:
-    """Two heat maps on one colour scale: the layer where `right`'s first seed specialises most, in both arms."""
+    """A figure of two heat maps on one colour scale: the layer in which the first seed of `right` specialises most."""
     runs = [left.runs[0], right.runs[0]]
     layer = int(runs[1].bits.argmax())
     frequencies = [run.frequency[layer] for run in runs]
@@ -282,7 +282,7 @@ def plot_specialisation(left: Arm, right: Arm) -> Figure:
 
 
 def write(out: Path, arms: dict[str, Arm]) -> None:
-    """table.md, results.json and scope.png; specialisation.png if both ends of the comparison are there."""
+    """Writes table.md, results.json and scope.png, and specialisation.png if both ends of the comparison exist."""
     (out / "table.md").write_text(table(arms), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(as_json(arms), indent=1) + "\n", encoding="utf-8")
     if any(arm.scope for arm in arms.values()):

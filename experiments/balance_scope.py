@@ -1,12 +1,13 @@
-"""One model, one corpus, several scopes of the load-balancing loss: trains them all and compares them.
+"""Trains one model on one corpus with several scopes of the load-balancing loss, and compares them.
 
     python -m experiments.multi_domain_text data/domains --local=FOLDER
     python -m experiments.balance_scope --data=data/domains --out=runs/balance_scope
 
-Every arm is `configs/balance_scope.py` with the fields of `ARMS` changed; runs that share a seed share initial weights
-and every batch. The text is tokenised once, then each GPU trains `--per_gpu` runs at a time (without a GPU: one after
-the other). Run again to go on: finished runs are kept, the others start from their last checkpoint. The comparison is
-OUT/table.md, OUT/results.json, OUT/scope.png and OUT/specialisation.png; `--report_only` writes just these.
+Every arm is `configs/balance_scope.py` with the fields of `ARMS` changed. Runs with the same seed have the same initial
+weights and batches. The text is tokenised once, and then each GPU trains `--per_gpu` runs at a time; without a GPU they
+run one after the other. Run the same command to resume: finished runs are kept, and the others start from their last
+checkpoint. The comparison is OUT/table.md, OUT/results.json, OUT/scope.png and OUT/specialisation.png. `--report_only`
+writes only these.
 """
 
 import argparse
@@ -65,7 +66,7 @@ ARMS = {
 
 
 def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
-    """Every arm with its first seed, then the other seeds: whatever is finished can be compared."""
+    """Every arm with its first seed, then the other seeds, so that the finished runs can be compared at any time."""
     pairs = sorted(((seed, name) for name in names for seed in ARMS[name].seeds), key=lambda pair: pair[0])
     return [
         Run(name, seed, out / name / f"seed{seed}", extra | ARMS[name].overrides | {"seed": seed})

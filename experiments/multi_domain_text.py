@@ -1,12 +1,12 @@
-"""A corpus of twelve domains, as one Parquet file each: what `configs/balance_scope.py` reads.
+"""Makes the corpus that `configs/balance_scope.py` reads: one Parquet file for each of twelve domains.
 
     python -m experiments.multi_domain_text data/domains --local=FOLDER
 
-Eight domains are made of Debian 12 packages (`PACKAGES`), fetched with `apt-get download`, so this half needs Debian or
-Ubuntu, dpkg-deb and groff. Four are files that are put into FOLDER by hand (`LOCAL`); a missing one is left out, and
-said. A document is something whole: a source file, a manual page, a problem, a poem, an article, or a run of dictionary
-entries or speeches. Exact duplicates are dropped; of a large domain the `LIMIT` bytes with the smallest hashes are
-kept, so that the choice is random and always the same. `sources.json` records package versions and sizes.
+Eight domains are made of Debian 12 packages (`PACKAGES`), fetched with `apt-get download`, so they need Debian or
+Ubuntu, dpkg-deb and groff. Four are files that you put into FOLDER (`LOCAL`). A missing file is left out with a
+message. A document is a source file, a manual page, a problem, a poem, an article, or several dictionary entries or
+speeches. Exact duplicates are dropped. Of a large domain the documents with the smallest hashes are kept, `LIMIT` bytes
+in all, so that the choice is random but always the same. `sources.json` records package versions and sizes.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def plain(text: str) -> Texts:
 
 
 def manual_page(source: str) -> Texts:
-    """A page as a reader sees it: no hyphenation, no justification. Pages that only name another are left out."""
+    """The text of a manual page without hyphenation and justification; nothing for a page that only names another."""
     if source.startswith(".so "):
         return []
     command = "groff -Kutf8 -Tutf8 -t -man -P-cbou -rLL=100n -rHY=0".split()
@@ -55,7 +55,7 @@ def manual_page(source: str) -> Texts:
 
 
 def grouped(text: str) -> Iterator[str]:
-    """Paragraphs that begin at the margin, in runs of about `GROUP` characters."""
+    """Groups of paragraphs that begin at the margin, of about `GROUP` characters each."""
     run, size = [], 0
     for part in re.split(r"\n\n+(?=\S)", text):
         run.append(part)
@@ -68,7 +68,7 @@ def grouped(text: str) -> Iterator[str]:
 
 
 def articles(text: str) -> Texts:
-    """WikiText: a title is a line ` = Title = `."""
+    """The articles of a file in WikiText format, where a title is a line ` = Title = `."""
     return re.split(r"(?m)^(?= = [^=\n]+ = *$)", text)
 
 
@@ -77,7 +77,7 @@ def problems(text: str) -> Texts:
 
 
 def poems(text: str) -> Texts:
-    """Columns: title, dynasty, author, text."""
+    """The poems of a file with the columns title, dynasty, author, text."""
     return ["\n".join((title, author, body)) for title, _, author, body in list(csv.reader(io.StringIO(text)))[1:]]
 
 
@@ -103,7 +103,7 @@ LOCAL: dict[str, tuple[str, str, Callable[[str], Texts]]] = {
 
 
 def package_files(package: Path, pattern: str) -> Iterator[str]:
-    """Texts of a .deb's files whose path matches; files that are not UTF-8 are left out."""
+    """The texts of those files in a .deb whose path matches. Files that are not UTF-8 are left out."""
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as unpack:
         with tarfile.open(fileobj=unpack.stdout, mode="r|") as archive:
             for member in archive:
@@ -116,7 +116,7 @@ def package_files(package: Path, pattern: str) -> Iterator[str]:
 
 
 def chosen(documents: Texts) -> list[str]:
-    """Distinct documents in the order of their hashes, up to `LIMIT` bytes."""
+    """The distinct documents in the order of their hashes, up to `LIMIT` bytes."""
     by_hash = {hashlib.blake2b(d.encode(), digest_size=16).digest(): d for d in documents if len(d) >= SMALLEST}
     out, left = [], LIMIT
     for _, document in sorted(by_hash.items()):
@@ -128,7 +128,7 @@ def chosen(documents: Texts) -> list[str]:
 
 
 def write(path: Path, documents: list[str]) -> int:
-    """One row group and large pages: zstd sees all of it at once. Returns the bytes of text."""
+    """Writes a Parquet file of one row group with large pages, which zstd compresses best. Returns the text's bytes."""
     table = pa.table({"text": documents})
     options = {"compression": "zstd", "compression_level": 19, "use_dictionary": False, "data_page_size": 1 << 26}
     pq.write_table(table, path, row_group_size=len(documents), **options)
@@ -136,7 +136,7 @@ def write(path: Path, documents: list[str]) -> int:
 
 
 def build(out: Path, local: Path | None) -> dict[str, dict]:
-    """Writes out/<domain>.parquet; gives {domain: from, documents, bytes}."""
+    """Writes out/<domain>.parquet. Returns {domain: from, documents, bytes}."""
     out.mkdir(parents=True, exist_ok=True)
     made = {}
 

@@ -1,22 +1,22 @@
-"""AdamW against Muon on one model and one corpus: learning rates, tokens needed, update scale, weight decay, spectra.
+"""Compares AdamW and Muon on one model and corpus: learning rates, tokens needed, update scale, weight decay, spectra.
 
     python -m experiments.multi_domain_text data/domains --local=FOLDER
     python -m experiments.muon --data=data/domains --out=runs/muon --part=a,b,c,d
 
-Every run is `configs/balance_scope.py` with the optimizer's fields changed; runs that share a seed share initial
-weights and every batch. First the learning rates are swept for both optimizers; where the best one is at an end of the
-sweep, the sweep goes on. At the best rates:
+Every run is `configs/balance_scope.py` with the optimizer's fields changed. Runs with the same seed have the same
+initial weights and batches. First the learning rates of both optimizers are swept; a sweep is extended while its best
+rate is at an end. At the best rates the parts are:
 
-    a   three seeds of both; Muon on 50 %, 35 % and 25 % of the tokens, each with a whole schedule of its own
+    a   three seeds of both; Muon on 50 %, 35 % and 25 % of the tokens, each with a complete schedule
     b   Muon's update RMS from 0.05 to 0.8
     c   both without weight decay; update and weight RMS of every kind of matrix
-    d   SVD entropy of every matrix: no further run
+    d   SVD entropy of every matrix, which needs no further run
 
-Each GPU trains `--per_gpu` runs at a time. Run again to go on: finished runs are kept, the others start from their last
-checkpoint. With `--known=FILE`, a results.json (docs/muon_runs.json has the published runs), its runs are not run again
-and are compared with the others. `--plan` says how many runs there are and what they take; `--only` picks some by name,
-such as `muon_lr0.002*,*/seed0`. The comparison is OUT/table.md, OUT/results.json and OUT/*.png; `--report_only` writes
-these.
+Each GPU trains `--per_gpu` runs at a time. Run the same command to resume: finished runs are kept, and the others start
+from their last checkpoint. `--known=FILE` names a results.json (docs/muon_runs.json has the published runs), whose runs
+are compared with the others and not run again. `--plan` prints the number of runs and their time. `--only` selects runs
+by name, such as `muon_lr0.002*,*/seed0`. The comparison is OUT/table.md, OUT/results.json and OUT/*.png.
+`--report_only` writes only these.
 """
 
 import argparse
@@ -67,7 +67,7 @@ Best = Callable[[str, list[float]], float | None]  # (optimizer, its rates) → 
 
 
 def sweep(optimizer: str, best: Best) -> tuple[list[float], float | None]:
-    """The rates to try, and the best of them once all have been tried."""
+    """The learning rates to try, and the best of them after all have been tried."""
     rates = sorted(LRS)
     for _ in range(EXTENSIONS):
         found = best(optimizer, rates)
@@ -81,9 +81,9 @@ def sweep(optimizer: str, best: Best) -> tuple[list[float], float | None]:
 
 
 def planned(parts: list[str], best: Best) -> tuple[list[tuple[str, Arm, int]], set[Arm]]:
-    """(part, arm, seed) of the runs known by now, in their order, and the arms whose matrices are to be measured.
+    """(part, arm, seed) of the runs known so far, in order, and the arms whose matrices must be measured.
 
-    The sweeps come first, as everything else hangs on them, and the short runs last, to fill the gaps.
+    The sweeps come first, since everything else depends on them, and the short runs last, to use idle GPUs.
     """
     swept = {name: sweep(name, best) for name in ("adamw", "muon")}
     longest = max(len(rates) for rates, _ in swept.values())
@@ -129,7 +129,7 @@ def make_run(out: Path, arm: Arm, seed: int, steps: int, extra: dict[str, Any]) 
 
 
 class Done:
-    """Which runs need not be run: those in OUT, and those known from elsewhere."""
+    """Tells which runs are done: those in OUT, and those known from a results.json."""
 
     def __init__(self, out: Path, known: list[Finished], steps: int):
         self.out, self.known, self.steps = out, {run.key: run for run in known}, steps
@@ -139,14 +139,14 @@ class Done:
         return self.known.get((arm.optimizer, arm.lr, arm.update_rms, arm.weight_decay, own, seed))
 
     def __call__(self, arm: Arm, seed: int, measured: set[Arm]) -> bool:
-        """A known run whose matrices are still to be measured has to be run."""
+        """Whether a run is done. A known run whose matrices must be measured is not."""
         if (self.out / arm.name / f"seed{seed}" / "eval.json").is_file():
             return True
         run = self.get(arm, seed)
         return run is not None and (seed != 0 or arm not in measured or run.matrices is not None)
 
     def best(self, optimizer: str, rates: list[float]) -> float | None:
-        """By the held-out loss of seed 0."""
+        """The rate with the lowest held-out loss of seed 0; None if a run is missing."""
 
         def loss(rate: float) -> float | None:
             arm = Arm(optimizer, rate)
@@ -163,7 +163,7 @@ class Done:
 
 
 def estimate(parts: list[str], done: Done, only: list[str], gpus: int) -> str:
-    """Runs and GPU minutes by part; unknown best rates are taken to be inside the sweep."""
+    """Number of runs and GPU minutes by part, on the assumption that unknown best rates are inside the sweep."""
     runs, measured = planned(parts, lambda name, rates: done.best(name, rates) or rates[1])
     lines, total = [], 0.0
     for part in ("sweep", *parts):
@@ -229,7 +229,7 @@ def main() -> int:
         pool.prepare(base["base"], out)
 
         def jobs() -> list[Job]:
-            """Measurements come before further runs: checkpoints are large, and may not outlast the machine."""
+            """The next jobs. Measurements come before further runs, since their checkpoints are large."""
             triples, measured = planned(parts, done.best)
             chosen = [(arm, make(arm, seed)) for _, arm, seed in triples if wanted(arm, seed, only)]
             runs = [(arm, run) for arm, run in chosen if run.done or not done(arm, run.seed, measured)]

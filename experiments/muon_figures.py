@@ -1,4 +1,4 @@
-"""The figures of `experiments/muon_report.py`."""
+"""Draws the figures of `experiments/muon_report.py`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +18,12 @@ PALE = 0.45  # opacity of training loss beside held-out loss
 
 
 def write(out: Path, c: Comparison) -> None:
-    for name, figure in every(c):
+    for name, figure in all_figures(c):
         figure.savefig(out / f"{name}.png", dpi=160)
 
 
-def every(c: Comparison) -> Iterator[tuple[str, Figure]]:
-    """All figures that there are runs for, with their names."""
+def all_figures(c: Comparison) -> Iterator[tuple[str, Figure]]:
+    """Yields (name, figure) of all figures for which there are runs."""
     yield "loss", loss(c)
     if any(len(runs) > 1 for runs in c.sweep.values()):
         yield "learning_rate", learning_rate(c)
@@ -48,15 +48,15 @@ def _log_ticks(axis: Axes, values: list[float]) -> None:
 
 
 def _name(axis: Axes, x: float, y: float, text: str, colour: str, below: bool = False) -> None:
-    """A line's name at one of its points."""
+    """Writes the name of a line at one of its points."""
     place = {"xytext": (0, -6 if below else 6), "textcoords": "offset points", "va": "top" if below else "bottom"}
     axis.annotate(text, (x, y), ha="right", fontsize=8, color=colour, **place)
 
 
 def loss(c: Comparison) -> Figure:
-    """Held-out (dots) and training loss of the best runs against tokens and time, from a third of the training on.
+    """A figure of held-out (dots) and training loss of the best runs, against tokens and time, after a third of them.
 
-    Diamonds: the ends of Muon's runs on fewer tokens.
+    Diamonds are the ends of Muon's runs on fewer tokens.
     """
     figure = Figure((11, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -103,15 +103,15 @@ def _values_above(axis: Axes, x: list[float], losses: list[float], colour: str) 
 
 
 def _limits(axis: Axes, losses: list[float]) -> None:
-    """A run that diverged would flatten the others: what is far beyond the median only shows its value, at the top."""
+    """Sets the limits of an axis so that a diverged run does not flatten the others; its value is at the top."""
     finite = np.array([x for x in losses if np.isfinite(x)])
-    best, room = finite.min(), max(6 * (np.median(finite) - finite.min()), 1e-3)
-    top = max(min(finite.max(), best + room), best + 1e-3)
+    best, span = finite.min(), max(6 * (np.median(finite) - finite.min()), 1e-3)
+    top = max(min(finite.max(), best + span), best + 1e-3)
     axis.set_ylim(best - 0.1 * (top - best), top + 0.14 * (top - best))
 
 
 def learning_rate(c: Comparison) -> Figure:
-    """Final held-out loss against the learning rate: a line through seed 0, a dot every seed of the best rate."""
+    """A figure of final held-out loss against the learning rate: a line for seed 0, dots for seeds of the best rate."""
     figure = Figure((6.4, 3.8), layout="constrained")
     axis = figure.subplots()
     losses = []
@@ -132,7 +132,7 @@ def learning_rate(c: Comparison) -> Figure:
 
 
 def update_rms(c: Comparison) -> Figure:
-    """Final losses against Muon's update RMS, at the best learning rate; dashed: AdamW."""
+    """A figure of final losses against Muon's update RMS, at the best learning rate. The dashed line is AdamW."""
     figure = Figure((10, 3.8), layout="constrained")
     base = c.best.get("adamw")
     for axis, i, title in zip(figure.subplots(1, 2), (1, 0), ("held-out loss", "training loss"), strict=True):
@@ -155,7 +155,7 @@ def update_rms(c: Comparison) -> Figure:
 
 
 def svd_entropy(c: Comparison) -> Figure:
-    """One panel a kind of matrix, by layer; of experts the mean and the range over a layer's experts."""
+    """A figure of SVD entropy by layer, one panel for each kind of matrix; of experts the mean and range in a layer."""
     runs = measured(c)
     found = {n: {k: np.array(v, float) for k, v in run.matrices["svd_entropy"].items()} for n, run in runs.items()}
     kinds = [k for group in GROUPS for k in in_order(next(iter(found.values()))) if k.startswith(group)]

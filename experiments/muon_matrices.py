@@ -1,9 +1,10 @@
-"""The matrices of a finished run: weight RMS, update RMS and SVD entropy of every kind, by layer.
+"""Measures the matrices of a finished run: weight RMS, update RMS and SVD entropy of every kind, by layer.
 
     python -m experiments.muon_matrices RUN_DIRECTORY
 
-Restores the newest checkpoint and takes one more training step on the next batch. Its update, (old − new) / η without
-the decay's λ·W, is what the optimizer adds for a learning rate of 1. Writes matrices.json into the run directory.
+It restores the newest checkpoint and takes one more training step on the next batch. The update of that step,
+(old − new) / η without the decay's λ·W, is what the optimizer subtracts at a learning rate of 1. It writes
+matrices.json into the run directory.
 """
 
 import json

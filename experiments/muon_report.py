@@ -1,7 +1,7 @@
-"""The comparison of `experiments/muon.py`: finished runs → tables, numbers and figures.
+"""Makes tables, numbers and figures from the finished runs of `experiments/muon.py`.
 
-A finished run is a run directory of train.py with eval.json, anywhere in OUT/*/seed*; what it is, its config says. Or
-it is an entry of a results.json, which holds all that is compared of its runs.
+A finished run is a run directory of train.py with eval.json, anywhere in OUT/*/seed*; its config tells which run it is.
+Or it is an entry of a results.json, which holds all numbers that are compared.
 """
 
 import json
@@ -23,7 +23,7 @@ ORDER = ("embedding", "head", "q", "k", "v", "o", "gate", "up", "down", "router"
 
 
 class Curve(NamedTuple):
-    """One loss over a run; seconds are of training alone, without compilation, evaluation and saving."""
+    """A loss over a run. Its seconds are of training only, without compilation, evaluation and saving."""
 
     tokens: Float[np.ndarray, " n"]
     seconds: Float[np.ndarray, " n"]
@@ -46,12 +46,12 @@ class Finished(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """What tells it from the others."""
+        """The settings that distinguish the run from others."""
         return self.optimizer, self.lr, self.update_rms, self.weight_decay, self.steps, self.seed
 
     @property
     def losses(self) -> tuple[float, float]:
-        """Of training and of held-out text, at the end."""
+        """The final losses of training and of held-out text."""
         return float(self.train.loss[-1]), float(self.held_out.loss[-1])
 
 
@@ -63,7 +63,7 @@ def _number(value: float | None) -> float:
 
 
 def trailing(loss: np.ndarray, step: np.ndarray, window: float) -> np.ndarray:
-    """Mean over the rows of the last `window` steps, at every row."""
+    """The mean over the rows of the last `window` steps, at every row."""
     return np.array([loss[(step > s - window) & (step <= s)].mean() for s in step])
 
 
@@ -103,12 +103,12 @@ def read(file: Path) -> list[Finished]:
 
 
 def merge(known: Iterable[Finished], new: Iterable[Finished]) -> list[Finished]:
-    """Each run once: as it is in `new` if it is there."""
+    """The runs of both, each once. A run in `new` replaces the same run in the other."""
     return list(({run.key: run for run in known} | {run.key: run for run in new}).values())
 
 
 class Comparison:
-    """The runs by what they are for. `best`: the rate of a sweep with the lowest held-out loss of seed 0."""
+    """The runs by their purpose. `best`: the run of a sweep's learning rate with the lowest held-out loss of seed 0."""
 
     def __init__(self, runs: list[Finished]):
         self.runs, self.most = runs, max(run.steps for run in runs)
@@ -143,9 +143,9 @@ class Comparison:
 
 
 def crossing(tokens: np.ndarray, loss: np.ndarray, target: float) -> float:
-    """Tokens at which the loss first reaches the target, linear in log tokens between points.
+    """Number of tokens at which the loss first reaches the target, interpolated linearly in log tokens.
 
-    −inf if the first point is below already, inf if none is.
+    −inf if the first point is already below it, inf if no point is.
     """
     below = np.flatnonzero(loss <= target)
     if not len(below):
@@ -158,7 +158,7 @@ def crossing(tokens: np.ndarray, loss: np.ndarray, target: float) -> float:
 
 
 def tokens_needed(c: Comparison) -> dict[str, list[float]]:
-    """Muon's tokens over AdamW's to AdamW's final loss, one value a seed of AdamW; {} without the runs for it."""
+    """The ratio of Muon's tokens to AdamW's at AdamW's final loss, for each seed of AdamW; {} without these runs."""
     if len(c.best) < 2:
         return {}
     out, one = {}, c.best["muon"]
@@ -174,7 +174,7 @@ def tokens_needed(c: Comparison) -> dict[str, list[float]]:
 
 
 def _share(values: list[float], least: float) -> str:
-    """Mean and spread; outside what was run, only a bound."""
+    """Mean and spread as text; only a bound if the value is outside the range of the runs."""
     if all(math.isfinite(v) for v in values):
         return cell(np.array(values), "{:.1%}")
     if any(v == math.inf for v in values):
@@ -263,13 +263,13 @@ def _decay_table(c: Comparison) -> str:
 
 
 def _entropies(run: Finished, start: str) -> dict[str, Float[np.ndarray, " L"]]:
-    """Mean over a layer's matrices, of the kinds that begin with `start`."""
+    """SVD entropies of the kinds that begin with `start`, as means over a layer's matrices."""
     found = {k: np.array(v, float) for k, v in run.matrices["svd_entropy"].items() if k.startswith(start)}
     return {kind: np.nanmean(v.reshape(len(v), -1), axis=1) for kind, v in found.items()}
 
 
 def measured(c: Comparison) -> dict[str, Finished]:
-    """Both optimizers' best runs, if their matrices have been measured."""
+    """The best runs of both optimizers, if their matrices have been measured."""
     return {name: run for name, run in c.best.items() if run.matrices}
 
 
@@ -325,7 +325,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null."""
+    """The value with None for infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -334,6 +334,6 @@ def _finite(value: Any) -> Any:
 
 
 def write(out: Path, c: Comparison) -> None:
-    """table.md and results.json."""
+    """Writes table.md and results.json."""
     (out / "table.md").write_text(table(c), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(_finite(as_json(c)), allow_nan=False) + "\n", encoding="utf-8")

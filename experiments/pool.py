@@ -1,6 +1,6 @@
-"""What experiments share: a config with fields changed, text tokenised once, and processes spread over the GPUs.
+"""Runs the processes of an experiment on all GPUs: configs with fields changed, on text that is tokenised once.
 
-An experiment is a list of `Run`s of train.py, which becomes a list of `Job`s; `run_all` works them off.
+An experiment is a list of `Run`s of train.py, which becomes a list of `Job`s. `run_all` runs the jobs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 class Run(NamedTuple):
-    """One run of train.py: its run directory, and the config's fields that it changes."""
+    """A run of train.py: its run directory, and the fields of the config that it changes."""
 
     arm: str
     seed: int
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A Python command, done when `folder` holds `product`. Its output goes to output.txt there."""
+    """A Python command, which is done when `folder` holds `product`. Its output goes to output.txt there."""
 
     name: str
     folder: Path
@@ -54,7 +54,7 @@ class Job(NamedTuple):
 
 
 def training(run: Run, config: str, folder: str) -> Job:
-    """The job of a run; config: a file in the repository, folder: what stands after its colon."""
+    """The job of a run. config: a file in the repository; folder: the argument after its colon."""
     command = ["train.py", f"--config={config}:{folder}", f"--workdir={run.folder}"]
     command += [f"--config.{name}={value}" for name, value in run.overrides.items()]
     return Job(f"{run.arm}, seed {run.seed}", run.folder, command)
@@ -71,7 +71,7 @@ def config_module(config: str) -> types.ModuleType:
 
 
 def load_config(config: str, folder: str, overrides: dict[str, Any]) -> config_lib.RunConfig:
-    """What train.py makes of `--config=config:folder --config.name=value …`. Raises ValueError."""
+    """The configuration that train.py makes of `--config=config:folder --config.name=value …`. Raises ValueError."""
     made = config_module(config).get_config(folder)
     for name, value in overrides.items():
         *groups, field = name.split(".")
@@ -84,13 +84,13 @@ def load_config(config: str, folder: str, overrides: dict[str, Any]) -> config_l
 
 
 def prepare(cfg: config_lib.RunConfig, out: Path) -> None:
-    """The tokenizer, in OUT/prepare, and the token stores."""
+    """Prepares the tokenizer, in OUT/prepare, and the token stores."""
     corpus = data.prepare(cfg.data, workdir=out / "prepare", seed=0, progress=sys.stderr.isatty())
     print(corpus.table(), flush=True)
 
 
 def give_tokenizer(out: Path, runs: Iterable[Run]) -> None:
-    """Each run directory gets the tokenizer, by which it finds the token stores."""
+    """Copies the tokenizer into each run directory, which then finds the token stores."""
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
         for file in (out / "prepare").glob("tokenizer*"):
@@ -102,7 +102,7 @@ def give_tokenizer(out: Path, runs: Iterable[Run]) -> None:
 
 
 def count_gpus() -> int:
-    """GPUs of this machine, without touching one: JAX would take their memory."""
+    """Number of this machine's GPUs. It does not ask JAX, which would take their memory."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d])
     try:
@@ -113,13 +113,13 @@ def count_gpus() -> int:
 
 
 def devices(gpus: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES is for each GPU used."""
+    """The value of CUDA_VISIBLE_DEVICES for each GPU used."""
     seen = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
     return seen[:gpus] or [str(i) for i in range(gpus)]
 
 
 def execute(job: Job, device: str | None, share: float) -> int:
-    """One job on one device; the exit status."""
+    """Runs one job on one device and returns its exit status."""
     env = dict(os.environ)
     if device is not None:
         env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the same by its old name: JAX refuses both
@@ -131,9 +131,9 @@ def execute(job: Job, device: str | None, share: float) -> int:
 
 
 def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> list[Job]:
-    """Does what is not done yet, the first of the plan first; gives the jobs that failed.
+    """Runs the jobs that are not done, in the order of the plan. Returns those that failed.
 
-    plan: asked anew whenever a device is free, so that finished jobs can decide what follows.
+    plan: returns the jobs. It is called whenever a device is free, so that finished jobs can decide what follows.
     """
     gpus = count_gpus() if gpus is None else gpus
     slots: queue.Queue[str | None] = queue.Queue()
@@ -175,7 +175,7 @@ def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> li
 
 
 def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
-    """The flags of every experiment."""
+    """Adds the flags that every experiment has."""
     parser.add_argument("--data", type=os.path.expanduser, default="data/domains", help="folder of domains")
     parser.add_argument("--out", type=expanded, default=Path(out), help="folder of the runs")
     parser.add_argument("--gpus", type=int, default=None, help="GPUs to use; default: all; 0: the CPU")
@@ -185,14 +185,14 @@ def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def extra_fields(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, str]:
-    """What --set says."""
+    """The fields that --set changes."""
     if bad := [pair for pair in arguments.set if "=" not in pair]:
         parser.error(f"--set {bad[0]}: must be NAME=VALUE")
     return dict(pair.split("=", 1) for pair in arguments.set)
 
 
 def checked_configs(config: str, folder: str, runs: list[Run]) -> dict[str, config_lib.RunConfig] | None:
-    """The config of every arm, so that mistakes show before any run; None after printing one."""
+    """The config of every arm, made before any run to find mistakes. None after printing a mistake."""
     try:
         return {run.arm: load_config(config, folder, run.overrides) for run in runs}
     except ValueError as error:

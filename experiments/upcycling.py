@@ -1,17 +1,17 @@
-"""One dense model, several ways to go on with it: as it is, or upcycled, on the same text for as many tokens.
+"""Continues the training of one dense model in several ways, dense or upcycled, on the same text and tokens.
 
     python -m moe_jax.hf import --from=SmolLM2-135M.gguf --workdir=runs/dense
     python -m experiments.multi_domain_text data/domains --local=FOLDER
     python -m experiments.upcycling --run=runs/dense --data=data/domains --out=runs/upcycling
 
-Every arm of `ARMS` is made by `python -m moe_jax.upcycle` with its options, then trained by `configs/continued.py` with
-its fields changed: same text, and the same batches for runs that share a seed, which new routers are drawn by, too.
-Held-out loss before the first step, against tokens and against FLOPs, and how alike the experts of a layer are over
-time: OUT/table.md, OUT/results.json, OUT/loss.png and OUT/similarity.png. Run again to go on; `--report_only` just
-compares. With `--known=FILE`, a results.json (docs/upcycling_runs.json has the published runs), its runs are compared
-with the others, and those whose experts were measured are not run again: the same `--set` is needed. A run's
-checkpoints are deleted once its experts are measured, which `--keep` prevents: an arm of 64 experts has 8 GB a
-checkpoint.
+Every arm of `ARMS` is made by `python -m moe_jax.upcycle` with its options, and then trained by `configs/continued.py`
+with its fields changed. Runs with the same seed have the same batches; the seed also decides the new routers. The
+comparison shows held-out loss before the first step, against tokens and against FLOPs, and the similarity of a layer's
+experts over time: OUT/table.md, OUT/results.json, OUT/loss.png and OUT/similarity.png. Run the same command to resume.
+`--report_only` writes only the comparison. `--known=FILE` names a results.json (docs/upcycling_runs.json has the
+published runs), whose runs are compared with the others. Those whose experts were measured are not run again, so use
+the same `--set`. A run's checkpoints are deleted after its experts are measured, unless you set `--keep`: an arm of 64
+experts has 8 GB a checkpoint.
 """
 
 import argparse
@@ -78,7 +78,7 @@ DEFAULTS = {
 
 
 def weights_of(name: str, seed: int, run: Path, out: Path) -> Path:
-    """The run directory that an arm starts from, or the folder that is to hold it."""
+    """The run directory from which an arm starts, which may not exist yet."""
     made = "_".join((*(ARMS[name].options or ()), f"seed{seed}")).replace("--", "")
     return run if ARMS[name].options is None else out / "weights" / made
 
@@ -91,7 +91,7 @@ def make_run(name: str, seed: int, out: Path, extra: dict[str, str]) -> Run:
 
 
 def planned(names: list[str], out: Path, extra: dict[str, str]) -> list[Run]:
-    """Every arm with its first seed, then the other seeds: whatever is finished can be compared."""
+    """Every arm with its first seed, then the other seeds, so that the finished runs can be compared at any time."""
     pairs = sorted(((seed, name) for name in names for seed in ARMS[name].seeds), key=lambda pair: pair[0])
     return [make_run(name, seed, out, extra) for seed, name in pairs]
 
@@ -101,7 +101,7 @@ def is_measured(run: Finished | None) -> bool:
 
 
 def jobs(runs: list[Run], dense: Path, data: str, out: Path, keep: bool) -> list[Job]:
-    """What can be done by now, run after run. Measurements come first: checkpoints are large."""
+    """The jobs that can be run now. Measurements come first, since their checkpoints are large."""
     measure, rest = [], []
     for run in runs:
         options, source = ARMS[run.arm].options, weights_of(run.arm, run.seed, dense, out)

@@ -1,8 +1,8 @@
-"""A finished run of `experiments/upcycling.py`: held-out loss before its first step, similarity of its experts.
+"""Measures a finished run of `experiments/upcycling.py`: held-out loss before its first step, similarity of experts.
 
     python -m experiments.upcycling_measure RUN_DIRECTORY [--keep]
 
-Writes measures.json into the run directory, and then deletes its checkpoints unless told to keep them.
+It writes measures.json into the run directory, and then deletes the run's checkpoints unless `--keep` is set.
 """
 
 import json
@@ -22,13 +22,13 @@ from moe_jax.train.state import abstract_weights
 
 
 def granularity(origin: list[dict]) -> int:
-    """G of the virtual groups that the weights were made with, 1 without any."""
+    """The granularity G of the virtual groups with which the weights were made; 1 without any."""
     chains = [event["chain"] for event in origin if event.get("event") == "upcycle"]
     return next((t["granularity"] for chain in chains for t in chain if t["transform"] == "VirtualGroups"), 1)
 
 
 def similarity(params: dict, origin: list[dict]) -> dict[str, list[float]]:
-    """`{"expert gate": by layer, …}`, {} for a dense model."""
+    """The similarity of experts, `{"expert gate": by layer, …}`; {} for a dense model."""
     g = granularity(origin)
     found = {kind: x for kind, x in spectra.matrices(params).items() if kind.startswith("expert ")}
     return {kind: spectra.expert_similarity(x, g).tolist() for kind, x in found.items()}

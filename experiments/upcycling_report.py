@@ -1,6 +1,6 @@
-"""The comparison of `experiments/upcycling.py`: finished runs → table, numbers and figures.
+"""Makes a table, numbers and figures from the finished runs of `experiments/upcycling.py`.
 
-A finished run is a run directory of train.py with eval.json, OUT/<arm>/seed<n>; one without measures.json has no loss
+A finished run is a run directory OUT/<arm>/seed<n> of train.py with eval.json. Without measures.json it has no loss
 before training and no similarity.
 """
 
@@ -69,7 +69,7 @@ class Arm(NamedTuple):
         return cell(values[np.isfinite(values)], form) if np.isfinite(values).any() else ""
 
     def against(self, base: "Arm") -> str:
-        """Perplexity against `base`, seed by seed: what differs between seeds alike in both does not count."""
+        """The difference of the perplexity to `base`, seed by seed, so that differences between seeds cancel."""
         theirs = {run.seed: run.perplexity for run in base.runs}
         shares = [run.perplexity / theirs[run.seed] - 1 for run in self.runs if run.seed in theirs]
         return cell(np.array(shares), "{:+.2%}") if shares else ""
@@ -78,19 +78,19 @@ class Arm(NamedTuple):
         return np.stack([run.loss for run in self.runs])
 
     def apart(self) -> list[dict[int, float]]:
-        """How far apart experts are at the checkpoints of every run that has it."""
+        """The distances of experts by step, of every run that has them."""
         return [found for run in self.runs if (found := run.apart())]
 
 
 def costs(cfg: config.RunConfig) -> dict:
-    """What a model needs: FLOPs of a training token, parameters in all and active."""
+    """The costs of a model: FLOPs of a training token, total and active parameters."""
     counts = model.count_parameters(cfg.model)
     return {"flops_per_token": model.flops_per_token(cfg.model, cfg.data.seq_len),
             "parameters": [counts.total, counts.active]}  # fmt: skip
 
 
 def total(by_domain: dict[str, float]) -> dict[str, float]:
-    """Numbers by domain, the last that of all domains together; earlier versions called these "all"."""
+    """The numbers by domain with the entry TOTAL, which earlier versions named "all"."""
     if TOTAL in by_domain:
         return by_domain
     return {name: x for name, x in by_domain.items() if name != "all"} | {TOTAL: by_domain.get("all", math.nan)}
@@ -138,7 +138,7 @@ def read(file: Path) -> Runs:
 
 
 def arms_of(runs: Runs, labels: dict[str, str]) -> dict[str, Arm]:
-    """Arms with finished runs, in the order of `labels`, {arm: label}."""
+    """The arms with finished runs, in the order of `labels`, {arm: label}."""
     of = lambda name: [runs[key] for key in sorted(runs) if key[0] == name]
     return {name: Arm(label, of(name)) for name, label in labels.items() if of(name)}
 
@@ -188,7 +188,7 @@ def write(out: Path, arms: dict[str, Arm]) -> None:
 
 
 def colours(arms: dict[str, Arm]) -> dict[str, str]:
-    """One each."""
+    """A colour for each arm."""
     rest = ["#2e8b6f", "#8a5fb5", "#c9a227", "#d1498b", "#6b7280", "#17a2b8", "#7a3e2b", "#86b049", "#e08b8b",
             "#9ecae1"]  # fmt: skip
     own = {"dense": INK, "exact": ORANGE, "copy": BLUE}
@@ -204,14 +204,14 @@ def _style(axis: Axes, x: str, y: str) -> None:
 
 
 def _line(axis: Axes, x: np.ndarray, y: Float[np.ndarray, "seeds n"], **style) -> None:
-    """Mean over seeds, and their range, where all are known."""
+    """Draws the mean over seeds and their range, where all seeds have values."""
     axis.plot(x, y.mean(0), marker="o", ms=2.5, lw=1.3, **style)
     if len(y) > 1:
         axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2, lw=0)
 
 
 def loss(arms: dict[str, Arm]) -> Figure:
-    """Held-out loss against tokens and against FLOPs, dense models dashed."""
+    """A figure of held-out loss against tokens and against FLOPs, with dashed lines for dense models."""
     figure = Figure((12, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for name, colour in colours(arms).items():
@@ -230,7 +230,7 @@ def loss(arms: dict[str, Arm]) -> Figure:
 
 
 def similarity(arms: dict[str, Arm]) -> Figure:
-    """How far apart two experts made of the same shard are, over the training."""
+    """A figure of the distance of two experts that were made of the same shard, over the training."""
     figure = Figure((7.5, 3.8), layout="constrained")
     axis = figure.subplots()
     for name, colour in colours(arms).items():

@@ -12,11 +12,11 @@ import numpy as np
 
 
 class Chip(NamedTuple):
-    """A chip that programs are compiled for though it is not here. Its peak of FLOPs is that of `peak_flops`."""
+    """A chip for which programs are compiled without having one. `peak_flops` gives its peak FLOP/s."""
 
     memory: float  # bytes
     memory_rate: float  # bytes/s
-    link_rate: float  # bytes/s that its links send
+    link_rate: float  # bytes/s that its links to other chips send
     network_rate: float  # bytes/s to the data-centre network
 
 
@@ -33,11 +33,12 @@ HOPPER = ("H100", "H200", "H800", "GH200")
 
 
 def is_hopper(device_kind: str) -> bool:
+    """Whether the device is an NVIDIA Hopper GPU."""
     return any(name in device_kind for name in HOPPER)
 
 
 def has_ragged_exchange(device_kind: str) -> bool:
-    """Whether XLA compiles a ragged all-to-all for it: not for TPU v5e ("limited ICI routing"), libtpu 0.0.42."""
+    """Whether XLA compiles a ragged all-to-all for the device. libtpu 0.0.42 refuses TPU v5e: "limited ICI routing"."""
     return device_kind not in ("TPU v5 lite", "TPU v5e")
 
 
@@ -62,7 +63,7 @@ _PEAKS = (
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
-    """Peak FLOP/s of one device and where the number is from: "datasheet", or "measured" for a device not listed.
+    """Peak FLOP/s of one device and the source of the number: "datasheet", or "measured" for a device not listed.
 
     A slice of a GPU (MIG) is measured, since the data sheet describes the whole.
     """
@@ -75,9 +76,9 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
 
 @functools.cache
 def _measured_flops(device: jax.Device, seconds: float = 0.2) -> float:
-    """The best rate of a square matmul (float32 on a CPU, else bf16), in less than half a second."""
+    """FLOP/s of the fastest of several square matmuls (float32 on a CPU, else bf16), found in less than 0.5 s."""
     n, dtype = (1024, jnp.float32) if device.platform == "cpu" else (4096, jnp.bfloat16)
-    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("x",))):  # whatever mesh the caller has set
+    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("x",))):  # instead of the mesh that the caller has set
         x = jax.device_put(np.ones((n, n), dtype), device)
         matmul = jax.jit(lambda a: a @ a)
         matmul(x).block_until_ready()

@@ -1,4 +1,4 @@
-"""What train.py and eval.py share on the command line: user mistakes are one line and exit status 2, no traceback."""
+"""The command line of all programs: a mistake of the user is printed as one line, without traceback; exit status 2."""
 
 import difflib
 import errno
@@ -20,36 +20,37 @@ from ml_collections.config_flags import config_path
 from moe_jax import terminal
 from moe_jax.errors import ONE_LINE, ConfigError, UserError
 
-# What a value on the command line becomes, by the type of the field it replaces.
+# Parsers of a value on the command line, by the type of the field that it replaces.
 _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
 
-# Groups of the user's own entries: how a config file makes one.
+# Groups whose entries the user names, and how a config file makes an entry.
 _ENTRIES = {
     "data.sources": "config.source(kind='files', path='…')",
     "loss.more_load_balance": "config.load_balance(coef=0.01, balance_batch=1)",
 }
 
-HEARTBEAT = 20  # seconds; several processes
-GPU_SHARE = 0.9  # of a GPU's memory for JAX, whose default is 0.75; the rest is for CUDA's and NCCL's own
+HEARTBEAT = 20  # seconds after which a process that does not answer counts as dead
+GPU_SHARE = 0.9  # share of a GPU's memory for JAX (JAX's default: 0.75); CUDA and NCCL need the rest
 
 
-flags.disclaim_key_flags()  # those that are defined here are the program's, whose --help lists them
+flags.disclaim_key_flags()  # --help of a program lists the flags defined here as its own
 
 
 # --- the config file and its overrides -------------------------------------------------------------------------------
 
 
 def define_config() -> flags.FlagHolder:
+    """Defines --config, whose value is the ConfigDict of a config file, and the overrides --config.FIELD=VALUE."""
     try:
         text = (
             "config file, e.g. configs/quickstart.py; --config.FIELD=VALUE after it sets a field, e.g. "
             "--config.train.steps=200. All fields, their ranges and defaults: docs/config.md"
         )
         holder = config_flags.DEFINE_config_file("config", help_string=text)
-    except flags.Error as e:  # it looks at the command line already
+    except flags.Error as e:  # DEFINE_config_file already reads the command line
         _stop(str(e).removeprefix("ERROR:: "))
     flags.FLAGS["config"].parser = _ConfigParser()
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # which --help lists
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # so that --help lists it
     return holder
 
 
@@ -70,19 +71,19 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def _load(file: str, argument: list[str]) -> ml_collections.ConfigDict:
-    """What get_config() of a file returns. Raises UserError."""
+    """The ConfigDict that get_config() of a file returns. Raises UserError."""
     path = Path(file)
     if not path.is_file():
         folder = next((p for p in (path, path.parent, Path("configs")) if p.is_dir() and p != Path()), Path())
         close = difflib.get_close_matches(file, [p.as_posix() for p in sorted(folder.glob("*.py"))], 1, 0.0)
-        rule = "is not a file" if path.is_dir() else "no such file"
+        rule = "is a folder, not a file" if path.is_dir() else "no such file"
         raise UserError(f"--config={file}: {rule}; nearest valid: {close[0] if close else 'configs/quickstart.py'}")
     module = sys.modules["config_file"] = types.ModuleType("config_file")
     module.__file__ = file
     try:
         exec(compile(path.read_bytes(), file, "exec"), module.__dict__)
         if not hasattr(module, "get_config"):
-            raise UserError(f"--config={file}: has no get_config(); see configs/debug.py")
+            raise UserError(f"--config={file}: defines no function get_config(); see configs/debug.py")
         config = module.get_config(*argument)
     except SyntaxError as e:
         text = (e.text or "").strip()
@@ -92,7 +93,7 @@ def _load(file: str, argument: list[str]) -> ml_collections.ConfigDict:
     except ConfigError as e:
         raise UserError(f"--config={file}: {_line_of(file, e)}{e}") from e
     except Exception as e:
-        raise UserError(f"--config={file}: {_line_of(file, e)}{_say(e)}") from e
+        raise UserError(f"--config={file}: {_line_of(file, e)}{_describe(e)}") from e
     if not isinstance(config, ml_collections.ConfigDict):
         rule = f"get_config() must return a ConfigDict, not {type(config).__name__}"
         raise UserError(f"--config={file}: {rule}; start from config.default_config()")
@@ -100,13 +101,13 @@ def _load(file: str, argument: list[str]) -> ml_collections.ConfigDict:
 
 
 def _line_of(file: str, error: Exception) -> str:
-    """Where in the config file an exception comes from: its line number and source."""
+    """Line number and source of the line of the config file that raised an exception; "" if none did."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     return f"line {frames[-1].lineno}, `{frames[-1].line}`: " if frames else ""
 
 
-def _say(error: Exception) -> str:
-    """An exception of a config file in words; ml_collections refuses a misspelt or ill-typed assignment at length."""
+def _describe(error: Exception) -> str:
+    """A short message for an exception of a config file. For a misspelt field it names the nearest valid one."""
     text = str(error.args[0]) if error.args else str(error)
     name = re.search(r"[\"'](\w+)\\*[\"']", text)
     if isinstance(error, AttributeError | KeyError) and name:
@@ -118,7 +119,10 @@ def _say(error: Exception) -> str:
 
 
 def _check_override(config: ml_collections.ConfigDict, name: str, value: str | list[str] | None) -> None:
-    """`--config.name=value`: the name is a field, the value has its type. value: a list if it is the next argument."""
+    """Raises UserError unless `name` of `--config.name=value` is a field and the value has its type.
+
+    value: a list with the next argument if there is no `=`.
+    """
     try:
         parts = config_path.split(name)
     except ValueError:
@@ -132,7 +136,7 @@ def _check_override(config: ml_collections.ConfigDict, name: str, value: str | l
         if part not in held:
             hints = [f"nearest valid name: {_nearest(config, held, str(part))}"] if len(held) else []
             if made := _ENTRIES.get(here.removeprefix("config.")):
-                hints.append(f"a new one is made in the config file: {here} = {{'{part}': {made}}}")
+                hints.append(f"a config file makes a new entry: {here} = {{'{part}': {made}}}")
             raise UserError("; ".join([f"{here}.{part}: is not a field", *hints]))
         kind, held = held.get_type(part), held[part]
     if isinstance(held, ml_collections.ConfigDict) and not str(value).startswith("{"):  # a dict literal may replace it
@@ -147,7 +151,7 @@ def _check_override(config: ml_collections.ConfigDict, name: str, value: str | l
 
 
 def _nearest(config: ml_collections.ConfigDict, holder: ml_collections.ConfigDict, name: str) -> str:
-    """The field of `holder` most like `name`; failing a good match, the same name in another group, with its path."""
+    """The field of `holder` most similar to `name`. Without a good match, the path of that name in another group."""
     close = difflib.get_close_matches(name, list(holder), 1)
     if not close:
         close = [path for path in _paths(config) if path.rsplit(".")[-1] == name]
@@ -167,20 +171,20 @@ def _paths(config: ml_collections.ConfigDict, prefix: str = "config") -> list[st
 
 
 def expanded(path: str) -> Path:
-    """A path; `~` at its start is the home folder, which no shell puts in the middle of `--workdir=~/a`."""
+    """A path with the home folder in place of `~` at its start, which shells do not replace in `--workdir=~/a`."""
     return Path(_expanded(path))
 
 
 def _expanded(path: str) -> str:
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise UserError(f"{path}: there is no home folder that {path.split('/')[0]} stands for; name the whole path")
+        raise UserError(f"{path}: no home folder is known for {path.split('/')[0]}; write the full path")
     return found
 
 
 class _PathParser(flags.ArgumentParser):
     def parse(self, path: str) -> str:
-        if not path:  # `--workdir=$FOLDER` where FOLDER is not set; as a path it would be the folder one stands in
+        if not path:  # `--workdir=$FOLDER` where FOLDER is not set; an empty path would be the current folder
             raise ValueError("is empty; name a path")
         return _expanded(path)
 
@@ -191,12 +195,12 @@ class _PathsParser(flags.ListParser):
 
 
 def define_path(name: str, default: str | None, text: str, required: bool = False) -> flags.FlagHolder:
-    """A flag that is a path."""
+    """Defines a flag whose value is a path."""
     return flags.DEFINE(_PathParser(), name, default, text, serializer=flags.ArgumentSerializer(), required=required)
 
 
 def define_paths(name: str, default: list[str] | None, text: str, required: bool = False) -> flags.FlagHolder:
-    """A flag that is several paths, with commas between them."""
+    """Defines a flag whose value is a list of paths, separated by commas."""
     serializer = flags.CsvListSerializer(",")
     return flags.DEFINE(_PathsParser(), name, default, text, serializer=serializer, required=required)
 
@@ -205,13 +209,13 @@ def define_paths(name: str, default: list[str] | None, text: str, required: bool
 
 
 def check_writable(workdir: str | os.PathLike) -> Path:
-    """Makes the run directory; a UserError if that or writing into it is impossible."""
+    """Makes the run directory. Raises UserError if it cannot be made or written to."""
     path = Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         if path.is_symlink():
-            raise UserError(f"--workdir={path}: is a link to {os.readlink(path)}, which is not there") from None
+            raise UserError(f"--workdir={path}: is a link to {os.readlink(path)}, which does not exist") from None
         raise UserError(f"--workdir={path}: is a file; name a new directory or one of an earlier run") from None
     except OSError as e:
         raise UserError(f"--workdir={path}: cannot be made ({e.strerror})") from None
@@ -221,7 +225,7 @@ def check_writable(workdir: str | os.PathLike) -> Path:
 
 
 def check_earlier(earlier: int | None, step: int | None, steps: list[int]) -> None:
-    """eval.py's --earlier is one of the run's checkpoints, before the one under evaluation; else a UserError."""
+    """Raises UserError unless eval.py's --earlier is a checkpoint of the run before the one that is evaluated."""
     before = [s for s in steps if s < (steps[-1] if step is None else step)] if steps else []
     if earlier is None or earlier in before:
         return
@@ -235,13 +239,13 @@ def check_earlier(earlier: int | None, step: int | None, steps: list[int]) -> No
 
 def _stop(message: object) -> None:
     text = " ".join(str(message).split())
-    text = text if len(text) <= 2000 else f"{text[:2000]}…"  # of a name or a value that is someone's joke
+    text = text if len(text) <= 2000 else f"{text[:2000]}…"  # a name or a value may have any length
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser with its errors (and those of the config file it loads) as one line."""
+    """The arguments that are left after absl's parser. Errors, those of the config file included, become one line."""
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as e:
@@ -254,38 +258,38 @@ def _parse(argv: list[str]) -> list[str]:
         _stop(f"--{needed[1]} is needed, for example --{needed[1]}=runs/a" if needed else e)
     except (ConfigError, UserError) as e:
         _stop(e)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:  # what ml_collections refuses by itself
+    except (AttributeError, KeyError, TypeError, ValueError) as e:  # raised by ml_collections
         names = [a.split("=")[0].removeprefix("--") for a in argv[1:] if re.match(r"--config\.", a)]
         where = f" (from {', '.join(names)})" if names else ""
         _stop(f"{type(e).__name__} in the config{where}: {str(e.args[0]) if e.args else e}")
 
 
 def keep_compiled(folder: Path) -> None:
-    """Compiled programs are kept in `folder`, so that the same run starts faster the next time.
+    """Makes JAX keep compiled programs in `folder`, so that the same run starts faster the next time.
 
-    To be called before anything is compiled. $JAX_COMPILATION_CACHE_DIR names another folder, and
+    Call it before anything is compiled. $JAX_COMPILATION_CACHE_DIR names another folder, and
     JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Small programs, too: initialisation compiles little else.
+        # Programs that compile fast are kept too: initialisation consists of many of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def use_whole_gpus() -> None:
-    """JAX may take `GPU_SHARE` of each GPU's memory. To be called before devices are asked for.
+    """Lets JAX use the share `GPU_SHARE` of each GPU's memory. Call it before the first use of a device.
 
-    $XLA_CLIENT_MEM_FRACTION, or the name that it had before, is another share.
+    $XLA_CLIENT_MEM_FRACTION, or its former name $XLA_PYTHON_CLIENT_MEM_FRACTION, sets another share.
     """
     if not any(map(os.environ.get, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"))):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
 
 def join_processes() -> None:
-    """`jax.distributed.initialize()`, which finds its peers by itself on TPU pods and under SLURM.
+    """Joins the processes of a run with `jax.distributed.initialize()`. Raises UserError.
 
-    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. A process that is
-    not heard of for HEARTBEAT seconds ends the others.
+    On TPU pods and under SLURM JAX finds the other processes by itself. Elsewhere set JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. If a process does not answer for HEARTBEAT seconds, the others end.
     """
     count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
@@ -300,32 +304,38 @@ def join_processes() -> None:
 
 
 def _end_with_the_others(error: Exception) -> None:
-    """One of several processes whose computation failed, most often since another one has died. There is nobody left to
-    wait for, so it ends without the usual goodbyes."""
+    """Ends this process at once, after a computation over all processes failed, most often because one has died.
+
+    A normal exit would wait at the shutdown barrier for the dead process.
+    """
     traceback.print_exception(error)
     line = " ".join(str(error).split())[:300]
     who = f"process {jax.process_index()} of {jax.process_count()}"
     why = f"another process has died, or a computation over all of them failed ({line})"
-    print(f"error: {who} ends: {why}; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+    print(
+        f"error: {who} ends: {why}; run the same command to resume from the newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(3)
 
 
 def _out_of_memory(error: Exception) -> str:
-    """In the order of `compile_only.suggestions`, which knows what a program needs, as nobody does here."""
+    """The message for an out-of-memory error. Its suggestions have a fixed order: the memory needed is unknown here."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    room = f", of which JAX may take {limit / 2**30:.1f} GiB a device" if limit else ""
+    allowed = f", of which JAX may use {limit / 2**30:.1f} GiB a device" if limit else ""
     line = " ".join(str(error).split()).removeprefix("RESOURCE_EXHAUSTED: ")[:200]
     return (
-        f"not enough memory on {device.device_kind}{room} ({line}); saved checkpoints are intact. Training "
+        f"not enough memory on {device.device_kind}{allowed} ({line}); saved checkpoints are intact. Training "
         "needs less with, the cheapest first: --config.model.remat=selective, --config.train.micro_batches=N, "
         "--config.model.remat=full, more devices on --config.mesh.fsdp, --config.model.param_dtype=bfloat16; "
-        "train.py --compile_only says before a run what fits"
+        "train.py --compile_only tells before a run whether it fits"
     )
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """`app.run` for a main whose one-line errors are the user's to mend."""
+    """Runs `main` with absl's `app.run`, and prints errors that the user can mend as one line."""
 
     def guarded(argv):
         try:
@@ -338,24 +348,26 @@ def run(main: Callable[[list[str]], None]) -> None:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = f" ({e.filename})" if e.filename else ""
-            _stop(f"no space left on the device{where}; the newest checkpoint is intact: make room and run it again")
+            _stop(
+                f"no space left on the device{where}; the newest checkpoint is intact: free some space and run it again"
+            )
         except jax.errors.JaxRuntimeError as e:
             if jax.process_count() > 1:
                 _end_with_the_others(e)
             if not str(e).startswith("RESOURCE_EXHAUSTED"):
                 raise
             _stop(_out_of_memory(e))
-        except (RuntimeError, AssertionError) as e:  # the second: of a platform that JAX knows and cannot start
+        except (RuntimeError, AssertionError) as e:  # JAX raises AssertionError for a platform that it cannot start
             if not traceback.extract_tb(e.__traceback__)[-1].filename.endswith("xla_bridge.py"):
                 raise
-            asked = f"JAX_PLATFORMS={jax.config.jax_platforms!r}: JAX has no such device here"
-            _stop(f"{asked}{f' ({e})' if str(e) else ''}; nearest valid: 'cpu', or unset for the best there is")
+            rule = f"JAX_PLATFORMS={jax.config.jax_platforms!r}: JAX finds no such device here"
+            _stop(f"{rule}{f' ({e})' if str(e) else ''}; nearest valid: 'cpu', or unset it to use the fastest device")
 
     if jax.config.jax_enable_x64:
-        print("JAX_ENABLE_X64 is switched off: all of this computes in float32 and bfloat16", file=sys.stderr)
+        print("JAX_ENABLE_X64 is switched off: moe_jax computes in float32 and bfloat16 only", file=sys.stderr)
         jax.config.update("jax_enable_x64", False)
     terminal.outlive_readers()
     terminal.replace_unprintable()
     use_whole_gpus()
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates at INFO
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every action at INFO
     app.run(guarded, flags_parser=_parse)

@@ -15,31 +15,32 @@ class ConfigError(ValueError):
         super().__init__(f"config.{name}={shown(value)}: {rule}" + (f"; {hint}" if hint else ""))
 
     def inside(self, prefix: str) -> "ConfigError":
+        """The same error with the name of the group that holds the field in front of the field's name."""
         return ConfigError(f"{prefix}.{self.name}", self.value, self.rule, self.hint)
 
 
 class FileError(ValueError):
-    """A file that is not what it should be."""
+    """A file whose content is not valid."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint, or a run directory, that cannot be written or read as asked."""
+    """A checkpoint or run directory that cannot be written or read in the way that was asked for."""
 
 
 class FormatError(CheckpointError):
-    """A model's files from elsewhere that are not what they should be."""
+    """Files of an imported model whose content is not valid, or is not supported here."""
 
 
 class BadNumbers(RuntimeError):
-    """A run that cannot go on, since its losses or gradients are not finite."""
+    """A run that cannot continue, because its losses or gradients are not finite."""
 
 
 class Busy(RuntimeError):
-    """A run directory that another process is training in."""
+    """A run directory in which another process is training."""
 
 
 class Stopped(SystemExit):
-    """Ends the program with exit status 0: it was told to stop, and nothing is lost."""
+    """Ends the program with exit status 0 after a signal asked it to stop. No work is lost."""
 
     def __init__(self):
         super().__init__(0)
@@ -49,6 +50,6 @@ ONE_LINE = (UserError, ConfigError, FileError, CheckpointError, BadNumbers, Busy
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """repr of a value, cut short."""
+    """The repr of a value, cut after `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"

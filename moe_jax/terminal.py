@@ -1,4 +1,4 @@
-"""What a program prints to: its reader may end first, and its encoding may lack a character."""
+"""Keeps a program alive when its output cannot be written: the reader has ended, or the encoding lacks a character."""
 
 import errno
 import io
@@ -7,7 +7,7 @@ import sys
 
 
 class _Outliving(io.FileIO):
-    """A file descriptor that turns into /dev/null when the pipe or terminal behind it is gone."""
+    """A file that writes to /dev/null from the moment that its pipe or terminal is closed at the other end."""
 
     def write(self, data) -> int:
         try:
@@ -22,16 +22,19 @@ class _Outliving(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """What reads stdout and stderr may end before the run (`| head`, a closed terminal): the rest goes nowhere."""
+    """Lets the run continue when the reader of stdout or stderr ends before it (`| head`, a closed terminal).
+
+    Later output is discarded.
+    """
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
-        if old is getattr(sys, f"__{name}__") and old is not None:  # else somebody's own, such as a notebook's
+        if old is getattr(sys, f"__{name}__") and old is not None:  # a notebook's stdout is left alone
             raw = io.BufferedWriter(_Outliving(old.fileno(), "w", closefd=False))
-            how = {"line_buffering": old.line_buffering, "write_through": old.write_through}
-            setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, **how))
+            options = {"line_buffering": old.line_buffering, "write_through": old.write_through}
+            setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, **options))
 
 
 def replace_unprintable() -> None:
-    """From now on stdout writes ? for a character that its encoding does not have, instead of ending the program."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none, and needs none
+    """Makes stdout write ? for a character that is not in its encoding, instead of raising an exception."""
+    if hasattr(sys.stdout, "reconfigure"):  # the stdout of a notebook has no such method, and does not need it
         sys.stdout.reconfigure(errors="replace")

@@ -7,20 +7,20 @@ import jax
 
 
 def path_of(path: tuple) -> str:
-    """`layers/moe/w_gate` for a key path of jax.tree_util: the name of a parameter.
+    """The name of a parameter, such as `layers/moe/w_gate`, from a key path of jax.tree_util.
 
-    An attribute, a dictionary key and an index are written alike, since Orbax stores records as dicts.
+    Attributes, dictionary keys and indices have the same spelling, since Orbax stores records as dicts.
     """
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path, such as `layers/moe/w_gate`."""
+    """A dict of the leaves of a tree by path, such as `layers/moe/w_gate`."""
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts from leaves by path: the inverse of `flatten`."""
+    """The nested dicts of a dict of leaves by path: the inverse of `flatten`."""
     out: dict = {}
     for path, value in flat.items():
         *folders, name = path.split("/")
@@ -29,7 +29,7 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten_config(values: Any, name: str = "") -> dict[str, Any]:
-    """Values by dotted name, such as `model.moe.top_k`, from nested dicts."""
+    """A dict of the values of nested dicts by dotted name, such as `model.moe.top_k`."""
     if not isinstance(values, dict):
         return {name: values}
     join = lambda key: f"{name}.{key}" if name else key

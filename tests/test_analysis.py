@@ -252,7 +252,7 @@ def made_up(layers: int, domains: int, experts: int, top_k: int, earlier: int | 
 @pytest.mark.filterwarnings("error")
 def test_figures_of_any_shape(shape, tmp_path):
     found = made_up(*shape)
-    names = dict(figures.every(found))
+    names = dict(figures.all_figures(found))
     assert {"expert_domain", "topk_score", "saturation"} <= set(names)
     assert ("coactivation" in names) == (shape[3] > 1) and ("overlap" in names) == (shape[1] > 2)
     drawn = {**names, "compare": figures.compare({"one": found, "two": found}, shape[0] - 1)}
@@ -263,7 +263,7 @@ def test_figures_of_any_shape(shape, tmp_path):
 def test_names_from_outside_are_drawn_as_they_are():
     """A pair of dollar signs is a formula to matplotlib, and one that it cannot read ends the whole figure."""
     found = made_up(2, 3, 4, 2)._replace(domains=("$x^$", r"$\frac$", "$y_$"))
-    for name, figure in [*figures.every(found), ("compare", figures.compare({"$y^$": found}, 0))]:
+    for name, figure in [*figures.all_figures(found), ("compare", figures.compare({"$y^$": found}, 0))]:
         figure.savefig(io.BytesIO(), dpi=40)
         drawn = {text.get_text() for text in figure.findobj(Text)}
         assert name == "coactivation" or any("$" in text for text in drawn)
@@ -278,4 +278,4 @@ def test_arrays_come_back(tmp_path):
             assert (a is None) == (b is None), name
             if b is not None:
                 np.testing.assert_array_equal(a, b, err_msg=name)
-        assert "saturation" not in dict(figures.every(again)) or found.saturation is not None
+        assert "saturation" not in dict(figures.all_figures(again)) or found.saturation is not None

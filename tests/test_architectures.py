@@ -138,7 +138,7 @@ def test_counts_and_flops_by_hand():
 
 def test_refusals():
     for change, message in (
-        ({"qk_norm": True}, r"model\.qk_norm=True: is not for mla"),
+        ({"qk_norm": True}, r"model\.qk_norm=True: is not available with mla"),
         ({"num_kv_heads": 2}, r"num_kv_heads=2: must be num_heads=4"),
         ({"head_dim": 4}, r"head_dim=4: must be > mla\.rope_dim=4"),
         ({"attention": "cudnn"}, r"attention='cudnn': takes heads of one size"),
@@ -147,7 +147,7 @@ def test_refusals():
     ):
         with pytest.raises(ConfigError, match=message):
             config.build_model(config.to_dict(LATENT) | change)
-    with pytest.raises(ConfigError, match=r"optim\.per_head=True: is not for model\.mla"):
+    with pytest.raises(ConfigError, match=r"optim\.per_head=True: is not available with model\.mla"):
         dataclasses.replace(run_config(), model=LATENT, optim=config.OptimConfig(per_head=True))
 
 

@@ -160,9 +160,11 @@ def test_a_run_keeps_its_choice(tmp_path):
     path.write_text(json.dumps(old), encoding="utf-8")
     kept = tokenizers.load_or_make(cfg, tmp_path / "run", None)
     assert kept.begin_of_text is None and kept.fingerprint == plain.fingerprint
-    assert kept.lines == ("documents do not begin with '<s>', though the tokenizer says so: this run began without it",)
+    assert kept.lines == (
+        "documents do not begin with '<s>', though the tokenizer's files ask for it: this run began without it",
+    )
     path.write_text(json.dumps(old | {"fingerprint": made.fingerprint}), encoding="utf-8")
-    with pytest.raises(FileError, match=r"tokenizer\.json: is not the tokenizer that this run was made with"):
+    with pytest.raises(FileError, match=r"tokenizer\.json: is not the tokenizer with which this run was made"):
         data.load_tokenizer(tmp_path / "run")
 
 
@@ -271,7 +273,7 @@ def test_the_loss_of_a_document_is_transformers_own(tmp_path):
     there.save_pretrained(tmp_path / "in")
     folder_of(tmp_path / "in", byte_level(front=["<s>"]), tokenizer_class="PreTrainedTokenizerFast")
     said = []
-    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh_of(1, 1, 1), say=said.append)
+    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh_of(1, 1, 1), echo=said.append)
     assert "documents begin with '<s>', id 256: tokenizer.json puts it in front" in said
     assert cfg.data.tokenizer.begin_of_text == "<s>"
     (tmp_path / "a.jsonl").write_text(

@@ -138,7 +138,7 @@ def test_mismatches_name_the_parameter(saved):
             good, "embed", leaf((16, 8), jnp.float32)
         ),
         r"has no params/head, which this model has": with_leaf(good, "head", embed),
-        r"has params/layers/norm, which this model has not \(2 such\)": fewer,
+        r"has params/layers/norm, which this model does not have \(2 such\)": fewer,
         r"params/embed has no sharding": with_leaf(good, "embed", jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)),
     }
     with Checkpoints(saved) as checkpoints:
@@ -196,10 +196,10 @@ def test_the_past_is_not_rewritten(tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(5, state, {"n": 1})
         checkpoints.save(5, state, {"n": 1}, wait=True)  # the last step of a run that also was a periodic one
-        with pytest.raises(CheckpointError, match="has step 5 already; step 4"):
+        with pytest.raises(CheckpointError, match="already has step 5; an earlier step 4"):
             checkpoints.save(4, other, {"n": 2})
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        with pytest.raises(CheckpointError, match="has step 5 already; step 5"):
+        with pytest.raises(CheckpointError, match="already has step 5; an earlier step 5"):
             checkpoints.save(5, other, {"n": 2})
         assert checkpoints.restore(abstract(state, mesh_of(8, 1, 1)))[1] == {"n": 1}
 

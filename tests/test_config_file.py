@@ -163,7 +163,7 @@ def test_what_a_run_did_before_a_field_existed_stays(tmp_path, newer, recorded):
     command = having(train__steps=2000)
     cfg, lines = resume(tmp_path, command)
     assert cfg == dataclasses.replace(old, train=command.train)
-    why = "as the run began; it is newer than the run, or its default has changed"
+    why = "the value of the run; the field is newer than the run, or its default has changed"
     assert lines[:2] == [f"config.optim.nesterov stays false, {why}",
                          f"config.data.sources.stdlib.weight stays 3.0, {why}"]  # fmt: skip
     assert len(lines) == 2 + (not recorded)
@@ -221,6 +221,6 @@ def test_checkpoints_without_their_configuration_are_refused(tmp_path):
     assert config_file.resume(tmp_path, RunConfig())[1] == []
     (tmp_path / "checkpoints" / "6").mkdir()
     with pytest.raises(
-        CheckpointError, match=r"config\.json does not exist, and checkpoint 6 is of a run that had one"
+        CheckpointError, match=r"config\.json does not exist, but checkpoint 6 is of a run that had one"
     ):
         config_file.resume(tmp_path, RunConfig())

@@ -97,7 +97,7 @@ def test_huggingface_without_end_of_text_lists_the_candidates():
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.end_of_text.*<pad>, <stop>"):
         tokenizers.JsonTokenizer(json_tokenizer("<stop>", "<pad>"), "", "")
     assert tokenizers.JsonTokenizer(json_tokenizer("<stop>"), "<stop>", "").decode([0]) != ""
-    with pytest.raises(ConfigError, match="is no tokenizer"):
+    with pytest.raises(ConfigError, match="is not a tokenizer"):
         tokenizers.JsonTokenizer(b"{}", "", "x.json")
 
 
@@ -117,7 +117,7 @@ def test_sentencepiece_and_the_run_directory(tmp_path):
         kept = data.load_tokenizer(workdir)
         assert (kept.fingerprint, kept.end_of_text) == (made.fingerprint, made.end_of_text)
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match="no SentencePiece model"):
+    with pytest.raises(ConfigError, match="not a SentencePiece model"):
         tokenizers.load_or_make(dataclasses.replace(cfg, path=str(tmp_path / "bad.model")), tmp_path / "other", None)
 
 

@@ -320,12 +320,12 @@ def test_absurd_sizes(tmp_path, monkeypatch):
     with open(tmp_path / "model.safetensors", "wb") as f:
         f.write((10**11).to_bytes(8, "little"))
         f.truncate(10**12)
-    with pytest.raises(CheckpointError, match=r"a header of 100,000,000,000 bytes cannot be"):
+    with pytest.raises(CheckpointError, match=r"its header has 100,000,000,000 bytes"):
         safetensors.open_model(tmp_path)
     write_gguf(tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes().replace((2).to_bytes(8, "little"), (2**60).to_bytes(8, "little"))
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(CheckpointError, match="cannot be"):
+    with pytest.raises(CheckpointError, match="is impossible"):
         gguf._check_lengths(tmp_path / "m.gguf")
     assert config.nearest_divisor(2**61 - 1, 10**17) == 1
 

@@ -136,7 +136,7 @@ def test_three_in_a_row_stop_and_the_dump_replays(run, tmp_path, shape):
     folder = tmp_path / "dumps" / "4"
     mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])
     said = replay.replay(run.cfg, mesh, folder).splitlines()
-    assert said[0] == "step 4 again; it was skipped as not finite: loss nan, gradient norm nan"
+    assert said[0] == "step 4 repeated; it was skipped: not finite: loss nan, gradient norm nan"
     assert said[3] == "  reproduced" and "  batch weights: 1 of 128 not finite, in sequences [5]" in said
     assert any(line.startswith("  gradient/") for line in said)
     assert not any(line.startswith("  params/") for line in said)

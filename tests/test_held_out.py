@@ -34,7 +34,7 @@ def test_the_split_is_disjoint_stable_and_of_the_right_size(tmp_path):
     ("fields", "says"),
     [
         ({}, None),
-        ({"validation_fraction": 0.0}, r"b.validation_fraction=0.0: is not that of data.sources.a, .*: 0.05"),
+        ({"validation_fraction": 0.0}, r"b.validation_fraction=0.0: differs from that of data.sources.a, .*: 0.05"),
         ({"validation_fraction": 0.0, "weight": 0.0}, None),
         ({"documents": "blank_lines"}, "b.documents='blank_lines': cuts .*one.txt in other places than data.sources.a"),
         ({"path": "{}/*.txt"}, "b.documents='auto': cuts .*one.txt in other places than .*nearest valid: 'file'"),

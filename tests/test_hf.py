@@ -45,7 +45,7 @@ def mesh_of(*shape):
 def imported(name, shape=(1, 1, 1)):
     """The run directory of a model, and its configuration in float32."""
     workdir = Path(tempfile.mkdtemp(prefix=f"run-{name}-")) / "run"
-    cfg = import_model(saved(name), workdir, mesh=mesh_of(*shape), say=QUIET)
+    cfg = import_model(saved(name), workdir, mesh=mesh_of(*shape), echo=QUIET)
     return workdir, dataclasses.replace(cfg.model, compute_dtype="float32")
 
 
@@ -111,7 +111,7 @@ def tensors(folder):
 def test_export_is_bit_identical_and_loads(name, tmp_path):
     workdir, _ = imported(name)
     mesh = mesh_of(2, 2, 2) if name == "moonlight" else mesh_of(1, 1, 1)
-    architecture = export_run(workdir, tmp_path / "out", mesh=mesh, max_file=60_000, say=QUIET)
+    architecture = export_run(workdir, tmp_path / "out", mesh=mesh, max_file=60_000, echo=QUIET)
     assert architecture == f"{MODELS[name][0]}ForCausalLM"
     got, want = tensors(tmp_path / "out"), tensors(saved(name))
     assert set(got) == set(want) and (tmp_path / "out" / files.INDEX).exists()
@@ -151,9 +151,9 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     there = build("qwen3_moe").to(torch.bfloat16)
     there.save_pretrained(tmp_path / "in")
     there.to(torch.float32)  # rounded from here on: the models are shared
-    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh_of(1, 1, 1), say=QUIET)
+    cfg = import_model(tmp_path / "in", tmp_path / "run", mesh=mesh_of(1, 1, 1), echo=QUIET)
     assert cfg.model.param_dtype == "bfloat16"
-    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh_of(1, 1, 1), say=QUIET)
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh_of(1, 1, 1), echo=QUIET)
     got, want = tensors(tmp_path / "out"), tensors(tmp_path / "in")
     assert set(got) == set(want) and {x.dtype.name for x in got.values()} == {"bfloat16"}
     for name in want:
@@ -167,9 +167,9 @@ def test_an_upcycled_model_is_exported_and_computes_the_same(name, architecture,
     """Softmax over the chosen, as upcycling has it by default, is what these renormalise to. Experts are disturbed."""
     source, _ = imported(name)
     chain = [VirtualGroups(expansion=3, granularity=2, top_k=4), Noise(0.2)]
-    made = convert([str(source)], tmp_path / "run", chain, check=False, say=QUIET)
+    made = convert([str(source)], tmp_path / "run", chain, check=False, echo=QUIET)
     cfg = dataclasses.replace(made.cfg.model, compute_dtype="float32")
-    assert export_run(tmp_path / "run", tmp_path / "out", mesh=mesh_of(1, 1, 1), say=QUIET) == architecture
+    assert export_run(tmp_path / "run", tmp_path / "out", mesh=mesh_of(1, 1, 1), echo=QUIET) == architecture
     there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     params, bias, _ = weights.load_weights(tmp_path / "run", *abstract_weights(cfg, mesh_of(1, 1, 1)))
     got, experts = logits_of(cfg, params, bias, TOKENS)
@@ -314,8 +314,8 @@ def test_what_is_missing_is_said():
     assert read_config(hf, "here")[2] == []
     del hf["sliding_window"], hf["head_dim"], hf["vocab_size"]
     window, line = read_config(hf, "here")[2]
-    assert "sliding_window=4096: good for up to 4096 positions" in window
+    assert "sliding_window=4096: the model is used for up to 4096 positions" in window
     assert line == (
-        "config.json does not say vocab_size, sliding_window; as in transformers' mistral: "
+        "config.json has no vocab_size, sliding_window; defaults of transformers' mistral: "
         "vocab_size=32000, sliding_window=4096"
     )

@@ -82,7 +82,7 @@ def test_two_processes_import_what_one_does(tmp_path):
 from moe_jax.hf import import_model
 import_model({str(tmp_path / "in")!r}, {str(tmp_path / "two")!r})
 """)
-    cfg = import_model(tmp_path / "in", tmp_path / "one", say=lambda line: None)
+    cfg = import_model(tmp_path / "in", tmp_path / "one", echo=lambda line: None)
     abstract = abstract_weights(cfg.model, whole_mesh())
     one, two = (weights.load_weights(tmp_path / name, *abstract) for name in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one[:2], two[:2])

@@ -80,7 +80,7 @@ slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 @pytest.mark.parametrize("model", [MODEL, slow(OLMOE), slow(QWEN)], ids=["mixtral", "olmoe", "qwen3_moe"])
 def test_a_run_of_a_trained_tokenizer_ends_its_texts(tmp_path, model):
     ours = trained(tmp_path / "run", BPE, model, seq_len=24)
-    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), say=QUIET)
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), echo=QUIET)
     theirs, said = check_agrees(tmp_path / "out", ours)
     assert theirs.model_max_length == said["max_position_embeddings"] == 24
     assert said["pad_token_id"] is None and theirs.eos_token == "<|endoftext|>"
@@ -106,7 +106,7 @@ def test_documents_begin_there_as_they_did_in_training(tmp_path, front, asked):
     cfg = dataclasses.replace(cfg, begin_of_text=asked)
     ours = trained(tmp_path / "run", cfg, seq_len=24)
     shutil.rmtree(tmp_path / "t")
-    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), say=QUIET)
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), echo=QUIET)
     theirs, _ = check_agrees(tmp_path / "out", ours)
     assert theirs.chat_template == "{{ messages }}" and theirs.model_max_length == 24
     assert ours.begin_of_text == (256 if asked == "<s>" or (asked == "auto" and front) else None)
@@ -116,7 +116,7 @@ def test_documents_begin_there_as_they_did_in_training(tmp_path, front, asked):
 def test_a_sentencepiece_run(tmp_path, sentencepiece_model, begin):
     cfg = TokenizerConfig(kind="sentencepiece", path=str(sentencepiece_model), end_of_text="</s>", begin_of_text=begin)
     ours = trained(tmp_path / "run", cfg, seq_len=24)
-    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), say=QUIET)
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), echo=QUIET)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     first = 1 if begin == "<s>" else 2
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (first, 2, ours.vocab_size)
@@ -132,8 +132,8 @@ def test_an_imported_model_comes_back_as_it_was_unless_trained(tmp_path):
     (tmp_path / "in" / "generation_config.json").write_text('{"eos_token_id": [257, 5], "top_k": 7}', encoding="utf-8")
     (tmp_path / "in" / "additional_chat_templates").mkdir()
     (tmp_path / "in" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}", encoding="utf-8")
-    import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), say=QUIET)
-    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), say=QUIET)
+    import_model(tmp_path / "in", tmp_path / "run", mesh=mesh(), echo=QUIET)
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), echo=QUIET)
     for name in ("tokenizer.json", "generation_config.json", "additional_chat_templates/tools.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
     said = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
@@ -151,10 +151,10 @@ def test_an_imported_model_comes_back_as_it_was_unless_trained(tmp_path):
     weights.save_weights(tmp_path / "more", cfg, *loaded[:2], events)
     tokenizers.save(tokenizers.BytesTokenizer(), cfg.data.tokenizer, tmp_path / "more")
     lines = []
-    export_run(tmp_path / "more", tmp_path / "out2", mesh=mesh(), say=lines.append)
+    export_run(tmp_path / "more", tmp_path / "out2", mesh=mesh(), echo=lines.append)
     said = json.loads((tmp_path / "out2" / "config.json").read_text(encoding="utf-8"))
     assert (said["bos_token_id"], said["eos_token_id"]) == (256, 256)
-    assert "eos_token_id=[257, 5] of the imported model is 256 now" in lines[0]
+    assert "eos_token_id=[257, 5] of the imported model becomes 256" in lines[0]
 
 
 def _config(folder):
@@ -167,7 +167,7 @@ def test_a_tokenizer_larger_than_the_model_is_not_exported(tmp_path):
     cfg = folder_of(tmp_path / "t", made)
     tokenizers.save(tokenizers.load_or_make(cfg, tmp_path / "u", None), cfg, tmp_path / "run")
     with pytest.raises(FormatError, match=r"its tokenizer has 267 tokens, its model 264"):
-        export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), say=QUIET)
+        export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), echo=QUIET)
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,7 @@ HEAD, SECOND = "lm_head.weight", "model-00002-of-00002.safetensors"
 def imported(folder, workdir):
     """Embedding and head as imported, and what was printed."""
     said = []
-    cfg = import_model(folder, workdir, mesh=mesh(), say=said.append)
+    cfg = import_model(folder, workdir, mesh=mesh(), echo=said.append)
     params, _, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh()))
     return np.asarray(params["embed"]), np.asarray(params.get("head", params["embed"])), "\n".join(said)
 
@@ -57,9 +57,12 @@ def beside_old_index(folder):
 FOUND = {
     "one file": (write, ""),
     "shards": (shards, ""),
-    "an old index and its shards": (beside_old_shards, f"{files.INDEX} is not read: {files.SINGLE} is there too"),
-    "an old index": (beside_old_index, f"{files.INDEX} is not read: {files.SINGLE} is there too"),
-    "a head that is only in the index": (without_head, f"{HEAD}: is in {files.INDEX} only, and not needed"),
+    "an old index and its shards": (beside_old_shards, f"{files.INDEX} is not read, because there is {files.SINGLE}"),
+    "an old index": (beside_old_index, f"{files.INDEX} is not read, because there is {files.SINGLE}"),
+    "a head that is only in the index": (
+        without_head,
+        f"{HEAD} is listed in {files.INDEX} but missing; it is not needed",
+    ),
     "a tensor that is not in the index": (lambda f: edit_index(shards(f), lambda owners: owners.pop(HEAD)), ""),
 }
 
@@ -112,7 +115,7 @@ def test_an_export_that_overflows_is_refused_before_anything_is_written(tmp_path
     for value, name in ((65_519.0, "fits"), (65_520.0, "large")):
         write(tmp_path / "in" / name, lambda numbers, value=value: numbers[EMBED].__setitem__((7, 1), -value))
         imported(tmp_path / "in" / name, tmp_path / name)
-    export_run(tmp_path / "fits", tmp_path / "out", dtype="float16", mesh=mesh(), say=lambda line: None)
+    export_run(tmp_path / "fits", tmp_path / "out", dtype="float16", mesh=mesh(), echo=lambda line: None)
     numbers = {name: entry.read() for name, entry in files.open_model(tmp_path / "out").items()}
     assert numbers[EMBED][7, 1] == -65_504 and all(np.isfinite(x).all() for x in numbers.values())
     before = sorted(tmp_path.iterdir())
@@ -133,11 +136,11 @@ def test_into_links_and_home(tmp_path, monkeypatch):
     (tmp_path / "full").symlink_to(tmp_path / "disk" / "empty")
     (tmp_path / "dangling").symlink_to(tmp_path / "disk" / "new")
     imported("~/in", tmp_path / "full")
-    export_run(tmp_path / "full", tmp_path / "dangling", mesh=mesh(), say=lambda line: None)
+    export_run(tmp_path / "full", tmp_path / "dangling", mesh=mesh(), echo=lambda line: None)
     assert sorted(p.name for p in (tmp_path / "disk" / "new").iterdir()) == ["config.json", files.SINGLE]
-    cfg = import_model(tmp_path / "dangling", "~/run", mesh=mesh(), say=lambda line: None)
+    cfg = import_model(tmp_path / "dangling", "~/run", mesh=mesh(), echo=lambda line: None)
     assert cfg.data.tokenizer.path == str(tmp_path / "home" / "run" / "tokenizer.json")
-    export_run("~/run", "~/out", mesh=mesh(), say=lambda line: None)
+    export_run("~/run", "~/out", mesh=mesh(), echo=lambda line: None)
     assert sorted(p.name for p in (tmp_path / "home").iterdir()) == ["in", "out", "run"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "disk", "full", "home"]
 

@@ -122,7 +122,7 @@ def test_rows_without_text_or_domain(tmp_path, file):
     assert counts(corpus) == {"src": 30, "web": 20}
     notes = corpus.notes()
     assert [note.split(", the first")[0] for note in notes] == [
-        "data.sources.src: documents without 'kind', now of the domain 'src': 30",
+        "data.sources.src: documents without 'kind', assigned to the domain 'src': 30",
         "data.sources.src: rows without text, left out: 10",
     ]
     assert notes[1].endswith(first[0]) and notes[0].endswith(first[1])
@@ -191,8 +191,8 @@ def test_many_text_files_are_documents(tmp_path):
         ({"documents": 0}, "documents", "must be ≥ 1 or a word"),
         ({"documents": "separator"}, "separator", "is needed for documents='separator'"),
         ({"separator": "x"}, "separator", "has no effect without documents='separator'"),
-        ({"documents": "blank_lines", "kind": "tfds", "name": "x"}, "documents", "is about .txt files"),
-        ({"documents": "blank_lines", "glob": "*.jsonl"}, "documents", "is about .txt files, and a.jsonl is none"),
+        ({"documents": "blank_lines", "kind": "tfds", "name": "x"}, "documents", "is for .txt files only"),
+        ({"documents": "blank_lines", "glob": "*.jsonl"}, "documents", "has an effect on .txt files only; in a.jsonl"),
     ],
 )
 def test_settings_of_documents_that_cannot_be(tmp_path, fields, name, says):

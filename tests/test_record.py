@@ -57,7 +57,7 @@ def changed(path: str = "", value=None) -> dict:
         ),
         (changed("tales/train", {"content": "x", "documents": 9, "tokens": 99, "files": 2000}),
          ["data.sources.tales: 1 files then, 2,000 now; train: "]),
-        (changed("tokenizer", "json"), ["the tokenizer of the run directory is another one"]),
+        (changed("tokenizer", "json"), ["the tokenizer of the run directory has changed"]),
     ],
 )  # fmt: skip
 def test_changes_are_one_line_a_source(now, says):
@@ -93,7 +93,7 @@ def test_checkpoints_that_say_nothing_of_their_text():
 def test_processes_must_read_the_same_text_wherever_it_lies():
     elsewhere = changed("web/train/files", [["mnt/a", 5], ["mnt/b", 7]])
     assert data.record.resume(STATE, [RECORD, elsewhere], False) == (RECORD, [])
-    with pytest.raises(FileError, match=r"process 1 reads other text than process 0 .*data\.sources\.tales"):
+    with pytest.raises(FileError, match=r"process 1 \('now'\) reads other text than process 0 .*data\.sources\.tales"):
         data.record.resume(STATE, [RECORD, changed("tales/train/content", "x")], True)
 
 

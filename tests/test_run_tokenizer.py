@@ -86,11 +86,13 @@ def test_weights_without_a_tokenizer(tmp_path):
     body = config.to_dict(RunConfig())
     body["data"]["tokenizer"] |= {"kind": "huggingface", "path": str(tmp_path / "run" / "tokenizer.json")}
     config_file.save_config(tmp_path / "run", config.build(body))
-    with pytest.raises(ConfigError, match=r"tokenizer\.kind='bpe': a new one does not fit the weights of init_from"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer\.kind='bpe': a new tokenizer does not fit the weights of init_from"
+    ):
         tokenizers.load_or_make(BPE, tmp_path / "new", FAIL, str(tmp_path / "run"))
     cfg = folder_of(tmp_path / "t", byte_level())
     made = tokenizers.load_or_make(cfg, tmp_path / "new", FAIL, str(tmp_path / "run"))
-    assert made.lines[-1].startswith(f"{tmp_path / 'run'} has no tokenizer: whether its weights")
+    assert made.lines[-1].startswith(f"{tmp_path / 'run'} has no tokenizer, so whether its weights")
     # Put there by hand, it is the one.
     byte_level().save(str(tmp_path / "run" / "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"path=.*differs from the run of init_from"):
@@ -104,5 +106,5 @@ def test_upcycling_keeps_one_tokenizer(run, tmp_path):
     assert set(files) == {"tokenizer.json", "chat_template.jinja", "tokenizer_settings.json"}
     _check_same_tokenizer(run, run)
     tokenizers.load_or_make(folder_of(tmp_path / "t", byte_level()), tmp_path / "b", FAIL)
-    with pytest.raises(CheckpointError, match=r"b: its tokenizer \(huggingface\) is another than that of"):
+    with pytest.raises(CheckpointError, match=r"b: its tokenizer \(huggingface\) differs from that of"):
         _check_same_tokenizer(run, tmp_path / "b")

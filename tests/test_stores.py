@@ -75,7 +75,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
         return original(path, wanted)
 
     monkeypatch.setattr(files.readers, "open_rows", slow)
-    with pytest.raises(ConfigError, match=r"data\.sources\.src\.path=.*a\.jsonl has changed while it was read"):
+    with pytest.raises(ConfigError, match=r"data\.sources\.src\.path=.*a\.jsonl changed while it was read"):
         prepare(tmp_path)
 
 
@@ -110,7 +110,9 @@ def test_a_damaged_store_is_named_and_prepared_again(tmp_path, monkeypatch, caps
     spoil(store.folder, what)
     again = prepare(tmp_path, domain_field="kind").stores["src", "validation"]
     said = capsys.readouterr().err
-    assert said.startswith(f"src/validation: {store.folder} is damaged (") and said.endswith("); prepared again\n")
+    assert said.startswith(f"src/validation: {store.folder} is damaged (") and said.endswith(
+        "), so it is prepared again\n"
+    )
     assert said.count("\n") == 1 and again.content == store.content and again.end_of_text == 256
     assert {name: (again.folder / f"{name}.npy").read_bytes() for name in again.checksums} == whole
     prepare(tmp_path, domain_field="kind")

@@ -16,9 +16,9 @@ def test_no_home_folder(monkeypatch):
     """A process without HOME and without an entry in the password file, as in some containers."""
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.delenv("MOE_JAX_CACHE", raising=False)
-    with pytest.raises(ConfigError, match=r"data\.cache_dir='': there is no home folder for ~.*; set \$MOE_JAX_CACHE"):
+    with pytest.raises(ConfigError, match=r"data\.cache_dir='': no home folder is known for ~.*; set \$MOE_JAX_CACHE"):
         data.cache_folder(DataConfig())
-    with pytest.raises(UserError, match=r"^~/a: there is no home folder that ~ stands for"):
+    with pytest.raises(UserError, match=r"^~/a: no home folder is known for ~"):
         cli.expanded("~/a")
     monkeypatch.setenv("MOE_JAX_CACHE", "/somewhere")
     assert str(data.cache_folder(DataConfig())) == "/somewhere" and str(cli.expanded("a/~b")) == "a/~b"
@@ -44,7 +44,9 @@ def test_readers_without_shared_memory(tmp_path, monkeypatch):
     free(6 * 2**20)
     pipeline._check_shared_memory(2, 2**20)
     free(6 * 2**20 - 1)
-    with pytest.raises(ConfigError, match=r"num_workers=2: readers need up to 6.0 MiB in .*; nearest valid: 0"):
+    with pytest.raises(
+        ConfigError, match=r"num_workers=2: reader processes need up to 6.0 MiB in .*; nearest valid: 0"
+    ):
         pipeline._check_shared_memory(2, 2**20)
     monkeypatch.setattr(pipeline.tempfile, "TemporaryFile", lambda **_: os.open(tmp_path / "no" / "file", os.O_RDONLY))
     with pytest.raises(ConfigError, match=r"cannot be written \(No such file or directory\); nearest valid: 0"):

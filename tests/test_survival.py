@@ -87,7 +87,7 @@ def test_every_damage_to_every_file_is_named(saved, tmp_path):
 
 
 def re_line(text: str, name: str) -> bool:
-    return f"3 is damaged: {name} " in text and "--resume_step=2 goes on" in text and "\n" not in text
+    return f"3 is damaged: {name} " in text and "--resume_step=2 resumes" in text and "\n" not in text
 
 
 def test_the_one_before_is_used_on_request(saved, tmp_path):
@@ -116,7 +116,7 @@ def test_without_checksums_it_is_read_and_said(saved, tmp_path, capfd):
     (tmp_path / "run" / "checkpoints" / "3" / checksums.NAME).unlink()
     with Checkpoints(tmp_path / "run") as checkpoints:
         checkpoints.restore(target())
-        assert "3 has no checksums; read unverified" in capfd.readouterr().err
+        assert "3 has no checksums, so it is read without verification" in capfd.readouterr().err
         checkpoints.restore(target(), 2)
         assert capfd.readouterr().err == ""
 
@@ -400,7 +400,7 @@ def test_readers_that_are_killed_are_started_again(monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "_batches", readers)
     batches = pipeline.TrainIterator(None, 2, [0], num_workers=1)
     assert [int(next(batches)["number"][0]) for _ in range(5)] == [0, 1, 2, 3, 4] and begun == [0, 2, 4]
-    assert capsys.readouterr().err.count("exit code -9.); new ones begin with batch") == 2
+    assert capsys.readouterr().err.count("exit code -9.); new ones start at batch") == 2
     deliveries = 0
     next(batches)
     with pytest.raises(RuntimeError, match="exit code -9"):

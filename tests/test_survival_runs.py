@@ -124,7 +124,7 @@ def test_a_poisoned_batch_is_skipped_and_three_stop_the_run_with_a_dump(root):
     assert last.startswith("error: step 9: 3 steps in a row were skipped") and f"--replay={root}/stops/dumps/9" in last
     assert sorted(p.name for p in (root / "stops" / "checkpoints").iterdir()) == ["5"]
     said = finish(root, "again", start(root, "again", f"--replay={root}/stops/dumps/9"))
-    assert "step 9 again; it was skipped as not finite: loss nan" in said and "\n  reproduced\n" in said
+    assert "step 9 repeated; it was skipped: not finite: loss nan" in said and "\n  reproduced\n" in said
     assert "in sequences [0, 1, 2, 3, 4, 5, 6, 7]" in said and not (root / "again").exists()
 
 

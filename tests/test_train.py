@@ -129,7 +129,7 @@ def check_evaluation(root: Path, devices: int) -> None:
 
     before = {name: (root / "run" / name).read_bytes() for name in ("eval.json", "analysis.npz", "sample.txt")}
     done = run(root, "eval.py", "--step=4", "--batches=1", devices=devices)
-    assert "eval.json is kept for all held-out text at the newest checkpoint, 6" in done.stdout
+    assert "eval.json is reserved for all held-out text at the newest checkpoint, 6" in done.stdout
     assert before == {name: (root / "run" / name).read_bytes() for name in before}
     part = json.loads((root / "run" / "eval.4.1batches.json").read_text(encoding="utf-8"))
     assert (part["step"], part["limit"], part["rows"], part["of_rows"]) == (4, 1, 16, body["rows"])

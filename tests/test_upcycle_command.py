@@ -82,7 +82,7 @@ MISTAKES = {
     "--method=cluster --num_experts=5": ["--num_experts=5: must divide the dense d_ff=32", "nearest valid: 4"],
     "--method=cluster --num_experts=4 --top_k=9": ["--top_k=9: must be ≤ num_experts=4", "nearest valid: 4"],
     # layers
-    "--dense_layers=2": ["--dense_layers=2: must be in [0, 1]", "first so many of 2 layers", "nearest valid: 1"],
+    "--dense_layers=2": ["--dense_layers=2: must be in [0, 1]", "of the 2 layers that stay dense", "nearest valid: 1"],
     "--dense_layers=-1": ["--dense_layers=-1: must be in [0, 1]", "nearest valid: 0"],
     "--depth=1": ["--depth=1: must be ≥ num_layers=2", "nearest valid: 2"],
     "--width=40": ["--width=40: must be a multiple of d_model=16", "nearest valid: 32"],
@@ -111,7 +111,7 @@ MISTAKES = {
     "--from=@/dense,@/other": ["another model", "config.model.d_ff: 16", "32 now"],
     "--from=@/trained@15": ["has no step 15; it has 10, 20"],
     "--from=@/other": ["has no complete checkpoint"],
-    "--from=@/latent --width=32": ["--width=32: is not for a model with latent attention"],
+    "--from=@/latent --width=32": ["--width=32: is not available for a model with latent attention"],
     "--from=": ["--from=: must name a run directory"],
     "--workdir=@/dense": ["@/dense is not empty"],
 }
@@ -152,7 +152,7 @@ def test_command(server, root):
     assert status == 0, stderr
     assert "2 MoE of 2 layers with 8 experts of width 16, 4 a token" in stdout
     assert "κ = 2: w_up × 1.414, w_down × 1.414" in stdout
-    assert "function: that of the model it came from\nrelative error of the logits on random tokens: " in stdout
+    assert "function: the same as that of the dense model\nrelative error of the logits on random tokens: " in stdout
     cfg, params, bias, origin = load(folder)
     got = upcycle.logits(cfg.model, params, TOKENS, mesh_of(1, 1, 1))
     assert np.abs(got - dense_logits()).max() < 1e-5 * np.abs(dense_logits()).max()
@@ -189,14 +189,14 @@ def test_call(root, tmp_path):
     """No flags needed. Softmax over all experts: how far off, by the router's scale."""
     lines = []
     report = upcycle.convert([str(root / "dense")], tmp_path / "a", [VirtualGroups(4, 2, 4, **SOFTMAX_TOPK)],
-                             say=lines.append)  # fmt: skip
-    assert "another sum" in report.changes and report.error > 1e-3
+                             echo=lines.append)  # fmt: skip
+    assert "a different sum" in report.changes and report.error > 1e-3
     errors = list(report.deviation.values())
     assert list(report.deviation) == [0.0, 0.0002, 0.002, 0.02] and errors == sorted(errors)
     assert errors[0] < 1e-5 and errors[-1] == report.error
     assert any("router_std=0.002:" in line for line in lines)
     quiet = upcycle.convert([str(root / "dense")], tmp_path / "b", [Depth(3), Drop(0.0)][:1], check=False,
-                            say=lambda _: None)  # fmt: skip
+                            echo=lambda _: None)  # fmt: skip
     assert quiet.error is None and load(tmp_path / "b")[0].model.num_layers == 3
 
 
@@ -206,7 +206,7 @@ def test_a_failure_leaves_nothing(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        upcycle.convert([str(root / "dense")], tmp_path / "a", [VirtualGroups(2)], check=False, say=lambda _: None)
+        upcycle.convert([str(root / "dense")], tmp_path / "a", [VirtualGroups(2)], check=False, echo=lambda _: None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -241,8 +241,8 @@ def test_transformers_computes_the_dense_function(root):
     cfg, params = dense(qk_norm=False)
     weights.save_weights(root / "plain", dataclasses.replace(RUN, model=cfg), params, {}, ORIGIN)
     chain = [VirtualGroups(4, 2, 4, score_order="score_topk", renormalize=True, router_std=STD)]
-    upcycle.convert([str(root / "plain")], root / "mixtral", chain, check=False, say=lambda _: None)
-    export_run(root / "mixtral", root / "hf", say=lambda _: None)
+    upcycle.convert([str(root / "plain")], root / "mixtral", chain, check=False, echo=lambda _: None)
+    export_run(root / "mixtral", root / "hf", echo=lambda _: None)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(root / "hf")
     assert type(loaded).__name__ == "MixtralForCausalLM"
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_two_processes(root):
     """The command's work in two processes of four devices: the weights that one process makes."""
     alone, both = root / "alone", root / "both"
     chain = [VirtualGroups(4, 4, 8), Drop(0.5)]
-    upcycle.convert([str(root / "dense")], alone, chain, say=lambda _: None)
+    upcycle.convert([str(root / "dense")], alone, chain, echo=lambda _: None)
     two_processes.run(f"""
 from moe_jax import upcycle
 from moe_jax.upcycle import Drop, VirtualGroups

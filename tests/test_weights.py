@@ -84,7 +84,7 @@ def test_another_model_is_refused(saved):
     for change, message in (
         ({"qk_norm": True}, "has no params/layers/attention/k_norm"),
         ({"d_model": 8}, r"has shape \(264, 16\), this model needs \(264, 8\)"),
-        ({"tie_embeddings": True}, "has params/head, which this model has not"),
+        ({"tie_embeddings": True}, "has params/head, which this model does not have"),
     ):
         with pytest.raises(CheckpointError, match=message):
             weights.load_weights(saved, *abstract_weights(dataclasses.replace(MODEL, **change), mesh), cast=True)

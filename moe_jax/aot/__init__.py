@@ -1,1 +1,1 @@
-"""Programs compiled for machines that are not here."""
+"""Compiles programs for machines that are not present."""

@@ -1,9 +1,9 @@
-"""The train step compiled for chips that are not here: does it fit, what does it send, how long may it take.
+"""Compiles the train step for chips that are not present, and reports memory, communication and an estimate of time.
 
-`train.py --compile_only=v5p:4x4x4` on any machine with the package libtpu, `--compile_only=h100:8` on any with JAX's
-plugin for CUDA. Nothing is run, read or written. That it fits is the TPU compiler's word, for GPUs a comparison. Bytes
-sent are from the compiled program, a ragged exchange's at uniform routing; FLOPs by formula; times from both and the
-data sheet.
+`train.py --compile_only=v5p:4x4x4` needs the package libtpu, `--compile_only=h100:8` needs JAX's plugin for CUDA.
+Nothing is run, read or written. For TPUs the compiler decides whether the step fits; for GPUs its memory is compared
+with that of the chip. Bytes sent come from the compiled program, those of a ragged exchange at uniform routing. FLOPs
+come from a formula, and times from both and the data sheet.
 """
 
 import math
@@ -25,7 +25,7 @@ from moe_jax.parallel import sharding
 from moe_jax.train import step
 from moe_jax.train.state import Batch, abstract_state, choose_program
 
-# What JAX asks of the machine that it traces on, by its words.
+# Messages of JAX about the machine on which it traces, and what to do about them.
 REFUSALS = {
     "cuDNN not found": "attention needs cuDNN: pip install nvidia-cudnn-cu13, or --config.model.attention=xla",
     "at least Hopper": "JAX traces cuDNN's attention to packed segments on a machine with a Hopper GPU only; "
@@ -34,20 +34,20 @@ REFUSALS = {
 
 
 class Report(NamedTuple):
-    """Of one chip, in bytes; a chip's memory holds arguments and temporaries."""
+    """The results for one chip, in bytes. Its memory holds arguments and temporaries."""
 
     topology: str
     mesh: dict[str, int]
     fits: bool
-    memory: dict[str, float]  # by kind; the last is what is left of the total
-    capacity: float  # what a program may ask for
-    seconds: float  # to compile
+    memory: dict[str, float]  # by kind; the last is the rest of the total
+    capacity: float  # memory that a program may use
+    seconds: float  # time of compilation
     sent: list[hlo.Collective]
     text: str  # the program, "" if it does not fit
 
 
 def mesh_of(cfg: config.RunConfig, chips: list[jax.Device]) -> jax.sharding.Mesh:
-    """Raises ConfigError where the config does not suit these chips."""
+    """The mesh of a config on these chips. Raises ConfigError if the config does not fit them."""
     shape = config.check_devices(cfg, len(chips), chips[0].platform, chips[0].device_kind)
     return sharding.make_mesh(shape, chips)
 
@@ -56,11 +56,11 @@ def mesh_of(cfg: config.RunConfig, chips: list[jax.Device]) -> jax.sharding.Mesh
 
 
 def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-    """The train step for a mesh of any devices, from shapes alone."""
+    """The compiled train step for a mesh of any devices, made from shapes alone."""
     shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
     dtypes = [jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields]
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for dtype in dtypes))
-    # Which of its own kernels is fastest XLA finds out by running them, which needs a GPU.
+    # XLA's autotuning runs kernels to find the fastest, which needs a GPU.
     absent = mesh.devices.flat[0].platform == "gpu" and jax.default_backend() != "gpu"
     options = {"xla_gpu_autotune_level": 0} if absent else None
     with jax.set_mesh(mesh):
@@ -68,35 +68,35 @@ def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.C
 
 
 def bytes_of_device(tree: Any) -> int:
-    """Of abstract arrays with shardings: what one device holds."""
+    """Bytes of abstract arrays with shardings on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def memory_needed(m: Any) -> float:
-    """Bytes of a chip, by XLA's analysis of a program. Its peak holds arguments and results, too.
+    """Bytes of a chip's memory that a program needs, from XLA's analysis: its peak, arguments and results included.
 
-    Without one a bound: temporaries do not all live at a time; their sum may exceed the chip in a program that fits.
+    Without a peak it is an upper bound, since temporaries do not all exist at the same time.
     """
     ends = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return (m.peak_memory_in_bytes or ends + m.temp_size_in_bytes) + m.generated_code_size_in_bytes
 
 
 def memory_wanted(message: str, state: float) -> tuple[float, float] | None:
-    """Bytes that a program needs and that a chip has, by the compiler's refusal; None if it refuses something else.
+    """Bytes that a program needs and that a chip has, from the compiler's error message; None for another error.
 
-    state: bytes of parameters and moments, which the second of its wordings leaves out.
+    state: bytes of parameters and moments, which one form of the message leaves out.
     """
     number = r"([\d.]+)([KMG]?)"
-    whole = re.search(rf"Used {number} of {number} hbm", message)
+    complete = re.search(rf"Used {number} of {number} hbm", message)
     rest = re.search(rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)", message)
-    if (found := whole or rest) is None:
+    if (found := complete or rest) is None:
         return None
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-    return float(found[1]) * unit[found[2]] + (0 if whole else state), float(found[3]) * unit[found[4]]
+    return float(found[1]) * unit[found[2]] + (0 if complete else state), float(found[3]) * unit[found[4]]
 
 
 def compile_report(cfg: config.RunConfig, topology: str) -> Report:
-    """Compiles, which takes minutes. Raises UserError and ConfigError."""
+    """The report for a config on a machine. Compilation takes minutes. Raises UserError and ConfigError."""
     mesh, began = mesh_of(cfg, machines.devices(topology)), time.perf_counter()
     state = abstract_state(cfg, mesh)
     memory = {"parameters": bytes_of_device((state.params, state.router_bias)),
@@ -105,31 +105,31 @@ def compile_report(cfg: config.RunConfig, topology: str) -> Report:
     sent, text = [], ""
     try:
         compiled = compile_step(cfg, mesh)
-    except RuntimeError as e:  # of JAX or of XLA
+    except RuntimeError as e:  # raised by JAX or XLA
         for words, rule in REFUSALS.items():
             if words in str(e):
                 raise UserError(f"--compile_only={topology}: {rule}") from None
         wanted = memory_wanted(str(e), sum(memory.values()))
         if wanted is None:
-            raise UserError(f"--compile_only={topology}: XLA refuses it: {str(e)[:300]}") from None
+            raise UserError(f"--compile_only={topology}: XLA cannot compile it: {str(e)[:300]}") from None
         total, capacity = wanted
     else:
         total, text = memory_needed(compiled.memory_analysis()), compiled.as_text()
         sizes = dict(mesh.shape) | {"data": mesh.shape["data"] // sharding.count_slices(mesh.devices.flat)}
         sent = hlo.collectives(text, sizes)
     memory["gradients, activations and work space"] = total - sum(memory.values())
-    # Nothing refuses a program that is too large for a GPU before it runs.
+    # XLA compiles programs that are too large for a GPU without an error.
     fits = bool(text) and (total <= capacity or not machines.is_gpu(topology))
     return Report(topology, dict(mesh.shape), fits, memory, capacity, time.perf_counter() - began, sent, text)
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------
+# --- the report ------------------------------------------------------------------------------------------------------
 
 
 def bytes_sent(cfg: config.RunConfig, report: Report) -> dict[tuple[str, str], tuple[int, float]]:
-    """(kind, mesh axes) → times and bytes that a chip sends in a step; the most first.
+    """Number and bytes of a chip's messages in a step, by (kind, mesh axes), the largest first.
 
-    The room of a ragged exchange is for the worst case; it is counted as used at uniform routing.
+    The buffer of a ragged exchange has the size of the worst case. Its bytes are counted at uniform routing.
     """
     peers, out = report.mesh["expert"], {}
     used = exchange.devices_per_token(cfg.model.moe, peers) / peers if cfg.model.num_moe_layers else 1
@@ -141,11 +141,11 @@ def bytes_sent(cfg: config.RunConfig, report: Report) -> dict[tuple[str, str], t
 
 
 def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
-    """Seconds a step that each part of a chip needs at its data sheet's rate; the first is of arithmetic.
+    """Seconds a step that arithmetic, memory, links and network of a chip need at the rates of its data sheet.
 
-    FLOPs: of the model, and again of the forward passes that `remat="full"` and exact accumulation repeat, and Muon's.
-    Memory: state read and written, gradients written and read (and again by each micro-batch), gathered weights in
-    the compute dtype written and read in each pass; activations are left out, so this is a lower bound.
+    FLOPs are those of the model, of the forward passes that `remat="full"` and exact accumulation repeat, and of Muon.
+    Memory traffic is state read and written, gradients written and read in each micro-batch, and gathered weights in
+    the compute dtype written and read in each pass. It leaves out activations, so it is a lower bound.
     """
     _, memory_rate, link_rate, network_rate = machines.chip(report.topology)
     m, a, chips = cfg.model, cfg.train.micro_batches, math.prod(report.mesh.values())
@@ -166,14 +166,14 @@ def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
 
 
 def suggestions(cfg: config.RunConfig, report: Report) -> str:
-    """The smallest change that should make it fit: by proportion, not compiled."""
+    """The smallest change that should make the step fit, estimated in proportion and not compiled."""
     state, total, chips = report.memory["parameters"] * 2 + report.memory["moments"], sum(report.memory.values()), 0
     chips, a = math.prod(report.mesh.values()), cfg.train.micro_batches
-    rows, room = cfg.data.batch_size // chips, report.capacity - state
-    if room > 0.1 * report.capacity:  # the state fits
+    rows, free = cfg.data.batch_size // chips, report.capacity - state
+    if free > 0.1 * report.capacity:  # the state fits
         if cfg.model.remat == "none":
             return "--config.model.remat=selective"
-        need = (total - state) / room * a
+        need = (total - state) / free * a
         choices = [n for n in range(a + 1, rows + 1) if rows % n == 0]
         if choices:
             n = next((n for n in choices if n >= need), choices[-1])
@@ -189,36 +189,36 @@ def suggestions(cfg: config.RunConfig, report: Report) -> str:
 
 
 def lines(cfg: config.RunConfig, report: Report) -> Iterator[str]:
-    """The report in words."""
+    """Yields the lines of the report."""
     gb = lambda n: f"{n / 1e9:,.2f} GB" if n >= 1e7 else f"{n / 1e6:,.3f} MB"
     m, tokens, total = cfg.model, cfg.data.batch_size * cfg.data.seq_len, sum(report.memory.values())
     chips = math.prod(report.mesh.values())
     per_pass = cfg.data.batch_size // (chips * cfg.train.micro_batches)
     yield (f"{report.topology}: {chips} chips, mesh {report.mesh}; {cfg.data.batch_size} x {cfg.data.seq_len} tokens, "
            f"{cfg.train.micro_batches} micro-batches of {per_pass} sequences a chip, remat {m.remat}")  # fmt: skip
-    word = "as XLA plans its buffers" if machines.is_gpu(report.topology) else "by the TPU compiler"
+    source = "by XLA's buffer assignment" if machines.is_gpu(report.topology) else "by the TPU compiler"
     verdict = "fits" if report.fits else "DOES NOT FIT"
-    yield f"{verdict}: {gb(total)} of {gb(report.capacity)} a chip, {word}, in {report.seconds:.0f} s"
+    yield f"{verdict}: {gb(total)} of {gb(report.capacity)} a chip, {source}; compiled in {report.seconds:.0f} s"
     yield "memory: " + ", ".join(f"{name} {gb(n)}" for name, n in report.memory.items())
     flops = model.flops_per_token(m, cfg.data.seq_len) * tokens
     yield f"FLOPs by formula: {flops / 1e12:,.2f} TFLOP a step, {flops / chips / 1e12:,.2f} TFLOP a chip"
     if not report.fits:
-        yield f"the smallest change that should fit, by proportion and not compiled: {suggestions(cfg, report)}"
+        yield f"the smallest change that should make it fit (estimated, not compiled): {suggestions(cfg, report)}"
         return
-    yield "sent by a chip in a step (loops followed; ragged exchanges at uniform routing):"
+    yield "sent by a chip in a step, every turn of a loop counted, ragged exchanges at uniform routing:"
     for (kind, axes), (times, size) in bytes_sent(cfg, report).items():
         yield f"  {kind:18} {axes:20} {times:6,} times {gb(size):>12}"
     times = estimate(cfg, report)
     low, high = max(times.values()), sum(times.values())
     parts = ", ".join(f"{name} {t:.3g} s" for name, t in times.items())
     yield f"estimate from the data sheet, not measured: {parts}"
-    yield (f"estimate: {low:.3g} s a step if all overlaps, {high:.3g} s if nothing does: "
+    yield (f"estimate: {low:.3g} s a step if these overlap completely, {high:.3g} s if not at all: "
            f"{tokens / high:,.0f} to {tokens / low:,.0f} tokens/s")  # fmt: skip
 
 
 def main(cfg: config.RunConfig, topology: str) -> None:
-    """Prints all of it. Raises UserError and ConfigError."""
-    jax.config.update("jax_platforms", "cpu")  # whatever is here stays unused
+    """Prints the report. Raises UserError and ConfigError."""
+    jax.config.update("jax_platforms", "cpu")  # the devices present are not used
     chips = machines.devices(topology)
     print(choose_program(cfg, mesh_of(cfg, chips)).why, flush=True)
     if optim.owners(cfg.optim)["matrix"] == "muon":
@@ -226,6 +226,6 @@ def main(cfg: config.RunConfig, topology: str) -> None:
             cfg.optim, model.abstract(cfg.model), dict(mesh_of(cfg, chips).shape), cfg.model.head_dim
         )
         print(plan, flush=True)
-    print("compiling; minutes for large models", flush=True)
+    print("compiling, which takes minutes for large models", flush=True)
     for line in lines(cfg, compile_report(cfg, topology)):
         print(line, flush=True)

@@ -1,6 +1,6 @@
-"""What a compiled program sends: the collectives in XLA's text of it, by kind, mesh axis, bytes and how often they run.
+"""Reads from XLA's text of a compiled program what it sends: its collectives, by kind, mesh axis, bytes and number.
 
-The text is of one device. Loops are followed: what is in the body of a loop of n turns counts n times.
+The text is of one device. A collective in the body of a loop of n turns counts n times.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 KINDS = ("ragged-all-to-all", "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"f64": 8, "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1}  # else 4
-NETWORK = "network"  # the kind of what leaves a TPU slice: XLA hands it to the host
+NETWORK = "network"  # kind of a transfer out of a TPU slice, which XLA passes to the host
 
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -24,24 +24,26 @@ _CALLS = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computat
 
 
 class Collective(NamedTuple):
+    """A collective operation of a compiled program."""
+
     kind: str
-    shapes: list[tuple[int, ...]]  # of the results on one device
+    shapes: list[tuple[int, ...]]  # shapes of the results on one device
     size: int  # bytes of the results
-    axes: tuple[str, ...]  # of the mesh, along which the devices lie that take part
-    peers: int  # devices that take part
-    times: int  # a run of the program
-    name: str  # JAX's, by the source
+    axes: tuple[str, ...]  # mesh axes over which it communicates
+    peers: int  # number of devices that communicate
+    times: int  # executions in a run of the program
+    name: str  # JAX's name, from the source
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a run of the program, around a ring; a ragged one's as if its room were full."""
+        """Bytes that a device sends in a run of the program, around a ring, and with full buffers if it is ragged."""
         p = self.peers
         share = {"all-reduce": 2 * (p - 1) / p, "reduce-scatter": p - 1, "collective-permute": 1, NETWORK: 1}
         return self.times * self.size * share.get(self.kind, (p - 1) / p)
 
 
 def collectives(text: str, sizes: dict[str, int]) -> list[Collective]:
-    """All that are in a compiled module's text. sizes: of the mesh's axes (of one slice, where there are several)."""
+    """All collectives in a compiled module's text. sizes: those of the mesh's axes (in one slice of several)."""
     bodies, entry = _computations(text)
     times = _times(bodies, entry)
     out = []
@@ -67,7 +69,7 @@ def _collective(line: str, computation: str, sizes: dict[str, int]) -> Collectiv
         shapes = shapes[len(shapes) // 2 :]
     axes, peers = _axes(line, sizes)
     size = sum(_bytes(*s) for s in shapes)
-    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a fusion that keeps its own part
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a fusion keeps this device's part
         kind, size = "reduce-scatter", size // peers
     return Collective(kind, [_dims(dims) for _, dims in shapes], size, axes, peers, 1, name)
 
@@ -81,7 +83,7 @@ def _bytes(kind: str, dims: str) -> int:
 
 
 def _axes(line: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes along which the first group of devices lies, and how many it has."""
+    """The mesh axes over which the first group of devices extends, and the size of the group."""
     count = math.prod(sizes.values())
     group = np.arange(count)
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
@@ -100,7 +102,7 @@ def _axes(line: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
 
 
 def _along(mesh: str, dims: str | None, turn: str | None, names: str) -> np.ndarray:
-    """The first group of devices along axes of XLA's own mesh; `'a':(2)4` is a part of an axis, after 2 others."""
+    """The first group of devices along axes of XLA's own mesh. `'a':(2)4`: a factor 4 of an axis, after a factor 2."""
     axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(axes.values()))
     if dims:
@@ -114,11 +116,11 @@ def _along(mesh: str, dims: str | None, turn: str | None, names: str) -> np.ndar
     return ids.reshape(shape)[tuple(pick)].reshape(-1)
 
 
-# --- how often -------------------------------------------------------------------------------------------------------
+# --- number of executions --------------------------------------------------------------------------------------------
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation of a module, and the name of the first to run."""
+    """The lines of every computation of a module, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -132,7 +134,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs. A conditional counts as if all its branches ran."""
+    """The number of times that each computation runs. A conditional counts as if all its branches ran."""
     callers: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
     for name, lines in bodies.items():
         for line in lines:
@@ -145,7 +147,7 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
     def of(name: str) -> int:
         if name not in times:
-            times[name] = 0  # nothing calls itself
+            times[name] = 0  # HLO has no recursion
             times[name] = sum(of(caller) * turns for caller, turns in callers[name])
         return times[name]
 
@@ -153,7 +155,7 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _turns(line: str, bodies: dict[str, list[str]]) -> int:
-    """Turns of a loop: what XLA says, else the bound that its condition compares with; 1 if there is neither."""
+    """Turns of a loop: the trip count that XLA gives, else the constant in its condition; 1 if there is neither."""
     if known := re.search(r'known_trip_count"?[:=]\{"n":"(\d+)"\}', line):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)

@@ -1,6 +1,7 @@
-"""Machines that are not here, for which XLA compiles all the same: slices of TPUs, hosts of GPUs.
+"""Machines for which XLA can compile without having them: slices of TPUs, hosts of GPUs.
 
-`v5p:4x4x4` is a slice of 64 chips, `2xv5p:4x4x4` are two, joined by the data-centre network; `h100:8` is a host of 8.
+`v5p:4x4x4` is a slice of 64 chips. `2xv5p:4x4x4` is two slices, connected by the data-centre network. `h100:8` is a
+host with 8 GPUs.
 """
 
 import importlib.metadata
@@ -15,12 +16,12 @@ from moe_jax.chips import GPUS, TPUS, Chip
 from moe_jax.errors import UserError
 
 CHIPS = TPUS | GPUS
-MOST_TPUS, MOST_GPUS = 256, 8  # of a slice; of a host
+MOST_TPUS, MOST_GPUS = 256, 8  # in a slice; in a host
 QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",
          "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
          "TPU_STDERR_LOG_LEVEL": "3", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
          "TF_CPP_MIN_LOG_LEVEL": "2"}  # fmt: skip
-# What the compiler knows of a GPU: the fields of XLA's GpuTargetConfigProto. Those of Hopper are the same but for two.
+# XLA's description of a GPU, a GpuTargetConfigProto. The Hopper GPUs differ in bandwidth, memory and name only.
 HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -38,10 +39,12 @@ device_description_str: "NVIDIA {name}"
 
 
 def chip(machine: str) -> Chip:
+    """The chip of a machine such as `v5p:4x4x4`."""
     return CHIPS[next(name for name in CHIPS if name in machine)]
 
 
 def is_gpu(machine: str) -> bool:
+    """Whether a machine consists of GPUs."""
     return any(name in machine for name in GPUS)
 
 
@@ -60,7 +63,7 @@ def devices(machine: str) -> list[jax.Device]:
         return _gpus(machine, gpus[1], gpus[2]) if gpus else _tpus(machine, int(found[1] or 1))
     except UserError:
         raise
-    except Exception as e:  # libtpu and the CUDA plugin have no type of their own for what they refuse
+    except Exception as e:  # libtpu and the CUDA plugin raise various exceptions
         rule = f"the compiler refuses it ({str(e).splitlines()[0][:120]})"
         raise UserError(f"--compile_only={machine}: {rule}; nearest valid: {_nearest(machine)}") from None
 

@@ -1,4 +1,4 @@
-"""What a field's metadata says, by the field's name in a config, such as "data.sources.stdlib.path"."""
+"""The metadata of a field, found by the field's name in a config, such as "data.sources.stdlib.path"."""
 
 import dataclasses
 import typing
@@ -10,7 +10,10 @@ from moe_jax.config.schema import RunConfig
 
 
 def _find(name: str, root: type) -> tuple[type, str] | None:
-    """The component and its field of a dotted name; for an entry of a dict the field that holds the dict."""
+    """The component that holds the field of a dotted name, and the field's own name in it.
+
+    An entry of a dict is found as the field that holds the dict. None for a name that is not a field.
+    """
     component, found, parts = root, None, name.split(".")
     while parts:
         hint = typing.get_type_hints(component).get(parts[0])
@@ -26,19 +29,19 @@ def _find(name: str, root: type) -> tuple[type, str] | None:
 
 
 def may_change(name: str, root: type = RunConfig) -> bool:
-    """Whether a run may go on with another value of the field. False for what is no field."""
+    """Whether a run may be resumed with another value of the field. False for a name that is not a field."""
     found = _find(name, root)
     return found is not None and found[0].class_of(found[1], "resume") == MAY_CHANGE
 
 
 def is_machine(name: str, root: type = RunConfig) -> bool:
-    """Whether the weights compute the same function with another value of the field."""
+    """Whether the weights compute the same function when the field has another value."""
     found = _find(name, root)
     return found is not None and found[0].class_of(found[1], "weights") == MACHINE
 
 
 def fields(root: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:
-    """(name, component, field) of every field that is no group of fields; "*" stands for the entries of a dict."""
+    """Yields (name, component, field) of every field that is not a group; "*" stands for the entries of a dict."""
     hints = typing.get_type_hints(root)
     for f in dataclasses.fields(root):
         hint, name = hints[f.name], f"{prefix}{f.name}"
@@ -51,9 +54,9 @@ def fields(root: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, type
 
 
 def complete(values: Any, root: type = RunConfig) -> Any:
-    """The values of an earlier version's run with those of the fields that it lacks.
+    """The values of a run of an earlier version, with values for the fields that the run lacks.
 
-    A field has the value `was` that its metadata gives, else its default. What is no group of fields stays as it is.
+    A missing field takes the value `was` of its metadata, where it has one. Other values stay unchanged.
     """
     if not isinstance(values, dict):
         return values
@@ -71,7 +74,7 @@ def complete(values: Any, root: type = RunConfig) -> Any:
 
 
 def is_new_default(name: str, old: Any, new: Any) -> bool:
-    """Whether a field's value in a run is the one that `was`, and the other the default of today."""
+    """Whether `old` is what earlier versions did without the field, its `was`, and `new` is the default now."""
     found = _find(name, RunConfig)
     f = found and found[0].__dataclass_fields__[found[1]]
     return bool(f) and "was" in f.metadata and (old, new) == (f.metadata["was"], f.default)

@@ -15,7 +15,7 @@ from moe_jax.errors import ConfigError
 
 
 def _build(cls: type, values: Any):
-    """A dataclass from a mapping, with unknown names, wrong types and broken rules refused."""
+    """A dataclass made from a mapping. Raises ConfigError for unknown names, wrong types and broken rules."""
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     for name in values:
@@ -70,7 +70,7 @@ def _convert(hint: Any, value: Any, name: str):
         )
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        require(abs(value) < 2**1023, name, value, "must be of a float's size")
+        require(abs(value) < 2**1023, name, value, "must fit into a float")
         return float(value)
     ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     require(ok, name, value, f"must be of type {hint.__name__}, not {type(value).__name__}")
@@ -78,43 +78,43 @@ def _convert(hint: Any, value: Any, name: str):
 
 
 def build(config: ml_collections.ConfigDict | dict) -> RunConfig:
-    """The validated dataclasses of a ConfigDict. Raises ConfigError."""
+    """The validated configuration of a ConfigDict. Raises ConfigError."""
     if not hasattr(config, "items"):
         raise ConfigError("*", config, "must be a group of RunConfig fields")
     return _build(RunConfig, dict(config.items()))
 
 
 def build_model(values: dict) -> ModelConfig:
-    """The validated dataclasses of the model alone, for weights without a run. Raises ConfigError."""
+    """The validated configuration of a model alone, for weights without a run. Raises ConfigError."""
     return _build_inside(ModelConfig, values, "model")
 
 
 def to_dict(cfg: Any) -> dict:
-    """Plain nested dict, JSON-ready; `build(to_dict(cfg)) == cfg`."""
+    """Nested dicts of values that JSON can hold; `build(to_dict(cfg)) == cfg`."""
     return _plain(dataclasses.asdict(cfg))
 
 
 def _plain(values: dict) -> dict:
-    """What is a number or a word is text in a ConfigDict, so that the command line can make it either."""
+    """The values, with text for a field that takes a number or a word, so that the command line may set either."""
     made = {k: _plain(v) if isinstance(v, dict) else v for k, v in values.items()}
     both = ("balance_batch", "documents")
     return {k: str(v) if k in both and isinstance(v, int) else v for k, v in made.items()}
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every field with its default, locked: a misspelt name in a config file raises at once."""
+    """A locked ConfigDict of every field with its default. Assigning to a misspelt name raises an exception."""
     config = ml_collections.ConfigDict(to_dict(RunConfig()))
     config.lock()
     return config
 
 
 def source(**fields) -> ml_collections.ConfigDict:
-    """A source for `config.data.sources`, all fields present so that the command line can override each."""
+    """A source for `config.data.sources`. It has every field, so that the command line can override each."""
     return _locked(SourceConfig, fields)
 
 
 def load_balance(**fields) -> ml_collections.ConfigDict:
-    """A loss for `config.loss.more_load_balance`, all fields present so that the command line can override each."""
+    """A loss for `config.loss.more_load_balance`. It has every field, so that the command line can override each."""
     return _locked(LoadBalanceConfig, fields)
 
 

@@ -1,8 +1,8 @@
-"""docs/config.md, made from the schema: every field, its values, its default, its meaning and what a change of it does.
+"""Prints docs/config.md from the schema: each field's values, default and meaning, and what a change does on resume.
 
     python -m moe_jax.config.document > docs/config.md
 
-The meaning of a field is the comment beside it or above it; every field has one.
+The meaning of a field is the comment beside it or above it. A field without a comment is an error.
 """
 
 import ast
@@ -35,9 +35,9 @@ python train.py --config=configs/quickstart.py --workdir=runs/mine --config.mode
 A value outside its range, of another type or against a rule between fields is refused in one line, before anything is
 compiled. The line names the field, the rule and the nearest valid value.
 
-**On resume** says what happens if the command of a run that was begun has another value. The run goes on with it
-(*may change*), or the command is refused (*fixed*): with another value it would be another run, in another directory.
-*fixed; free with `init_from`* means that such a new run may still start from the weights of the old one.
+**On resume** says what happens when you resume a run with another value. The run continues with it (*may change*), or
+the command is refused (*fixed*): use another `--workdir` then, which is a new run. *fixed; free with `init_from`* means
+that the new run may still start from the weights of the old one.
 """
 
 RESUME = {
@@ -85,7 +85,7 @@ def _row(component: type[Checked], f: dataclasses.Field, hint: Any, comment: str
 
 
 def _linked(text: str) -> str:
-    """Names of pages, such as docs/muon.md, as links."""
+    """The text with the names of pages, such as docs/muon.md, made links."""
     return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text)
 
 
@@ -95,7 +95,7 @@ def _code(value: Any, quotes: str = '"') -> str:
 
 
 def _values(f: dataclasses.Field, hint: Any) -> str:
-    """What a field may be: its type with its range, or its choices."""
+    """The valid values of a field: its type with its range, or its choices."""
     if typing.get_origin(hint) is Literal:
         return ", ".join(map(_code, typing.get_args(hint)))
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -110,7 +110,7 @@ def _values(f: dataclasses.Field, hint: Any) -> str:
 
 
 def comments_of(component: type) -> dict[str, str]:
-    """The comment of each field of a dataclass: the lines above it and what follows it on its own lines."""
+    """The comment of each field of a dataclass: the comment lines above it, and the comments on its own lines."""
     source = textwrap.dedent(inspect.getsource(component))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {

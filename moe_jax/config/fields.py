@@ -1,14 +1,14 @@
-"""What every component of the configuration is made of: its errors, and fields with their ranges and classes.
+"""Fields of the configuration, with their ranges and classes, and the base class of its components.
 
-Two classes say what a change of a field means, here and nowhere else. Resuming, `init_from` and export ask for them
-through `config.may_change` and `config.is_machine`.
+Every field has two classes. Resuming, `init_from` and export read them through `config.may_change` and
+`config.is_machine`.
 
-- `resume`: a FIXED field makes another run, and a run directory refuses to go on with another value. A field that
-  MAY_CHANGE says where and how the same thing is computed, for how long, and how it is watched.
-- `weights`, of the model's fields: a FUNCTION field decides which function the weights have. A MACHINE field says how
-  that is computed, in which numbers, or how the weights began.
+- `resume`: another value of a FIXED field is another run, so a run directory refuses it. A field that MAY_CHANGE sets
+  where and how the same thing is computed, for how long, and what is logged.
+- `weights`, for fields of the model only: a FUNCTION field decides which function the weights compute. A MACHINE field
+  sets how that function is computed, in which dtype, or how the weights are initialised.
 
-A component names the classes of its fields, and a field that differs from the others says so: `machine(…)`,
+A component names the classes of its fields. A field of another class is declared with `machine(…)` or
 `changeable(…)`.
 """
 
@@ -24,18 +24,22 @@ FUNCTION, MACHINE = "function", "machine"
 
 
 def require(ok: bool, name: str, value: Any, rule: str, hint: str = "") -> None:
+    """Raises ConfigError unless `ok`."""
     if not ok:
         raise ConfigError(name, value, rule, hint)
 
 
-def nearest_divisor(of: int, near: int) -> int:
-    """The divisor of `of` nearest to `near`, the smaller of two; a near one where both are beyond all use."""
-    near = min(max(near, 1), of)
-    for off in range(100_000):
-        for d in (near - off, near + off):
-            if 0 < d <= of and of % d == 0:
+def nearest_divisor(number: int, target: int) -> int:
+    """The divisor of `number` nearest to `target`, the smaller of two.
+
+    The search ends after 100,000 steps in each direction; beyond them the greatest common divisor is returned.
+    """
+    target = min(max(target, 1), number)
+    for distance in range(100_000):
+        for d in (target - distance, target + distance):
+            if 0 < d <= number and number % d == 0:
                 return d
-    return math.gcd(of, near)
+    return math.gcd(number, target)
 
 
 def _bounds(low: float, high: float = float("inf")) -> dict:
@@ -43,7 +47,7 @@ def _bounds(low: float, high: float = float("inf")) -> dict:
 
 
 def number(default, low, high=float("inf")):
-    """A numeric field with its closed range; the range is checked for every dataclass in `Checked`."""
+    """A numeric field with its closed range, which `Checked` enforces."""
     return field(default=default, metadata=_bounds(low, high))
 
 
@@ -53,24 +57,24 @@ def _marked(default: Any, **marks: Any) -> Any:
 
 
 def machine(default, resume: str = MAY_CHANGE):
-    """A field of how the function of the weights is computed. FIXED where that changes more than its rounding."""
+    """A field that sets how the function of the weights is computed. resume: FIXED if it changes more than rounding."""
     return _marked(default, weights=MACHINE, resume=resume)
 
 
 def changeable(default):
-    """A field that may have another value when a run goes on."""
+    """A field that may have another value when a run is resumed."""
     return _marked(default, resume=MAY_CHANGE)
 
 
 def newer(default, was):
-    """A field that earlier versions did not have. They did what the value `was` does, so their runs go on with it."""
+    """A field that earlier versions did not have. They did what the value `was` does, so their runs resume with it."""
     return _marked(default, was=was)
 
 
 class Checked:
-    """A component: `class XConfig(Checked, resume=…, weights=…)`, with the classes of the fields that say no other.
+    """The base class of a component, `class XConfig(Checked, resume=…, weights=…)`.
 
-    weights: for components of the model only.
+    resume, weights: the classes of its fields that declare no other. weights is for components of the model only.
     """
 
     def __init_subclass__(cls, *, resume: str, weights: str | None = None):
@@ -84,7 +88,7 @@ class Checked:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, str):  # an argument of bytes that are not UTF-8, which no config.json can hold
+            if isinstance(value, str):  # a command line may hold bytes that are not UTF-8, but config.json cannot
                 plain = value.encode("utf-8", "replace").decode()
                 require(plain == value, f.name, value, "holds bytes that are not UTF-8", f"nearest valid: {plain!r}")
             if "low" in f.metadata and isinstance(value, int | float):
@@ -97,4 +101,4 @@ class Checked:
         self.check()
 
     def check(self) -> None:
-        """Rules between fields of this dataclass."""
+        """Raises ConfigError if the fields of this dataclass break a rule between them."""

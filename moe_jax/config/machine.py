@@ -1,4 +1,4 @@
-"""Rules that need more than the config: the devices that are here, the tokenizer that was built."""
+"""Rules that need more than the config: the devices present, the tokenizer, the steps that a run has taken."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from moe_jax.config.schema import RunConfig
 
 
 def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: str = "") -> tuple[int, int, int]:
-    """The mesh's final shape, or a ConfigError: everything that can be wrong between a config and a machine."""
+    """The shape of the mesh on this machine. Raises ConfigError for a config that the machine cannot run."""
     shape = _mesh_shape(cfg, num_devices)
     moe, b, a = cfg.model.moe, cfg.data.batch_size, cfg.train.micro_batches
     require(
@@ -67,8 +67,8 @@ def _check_attention(cfg: RunConfig, platform: str, here: str) -> None:
     if name == "cudnn":
         rule = "must be 'bfloat16' for model.attention='cudnn'"
         require(model.compute_dtype == "bfloat16", "model.compute_dtype", model.compute_dtype, rule, "use 'auto'")
-        rule, near = "must be a multiple of 8 for model.attention='cudnn'", -(-model.head_dim // 8) * 8
-        require(model.head_dim % 8 == 0, "model.head_dim", model.head_dim, rule, f"nearest valid: {near}")
+        rule, valid = "must be a multiple of 8 for model.attention='cudnn'", -(-model.head_dim // 8) * 8
+        require(model.head_dim % 8 == 0, "model.head_dim", model.head_dim, rule, f"nearest valid: {valid}")
     if name == "splash":
         rule = "must be a multiple of 128 for model.attention='splash'"
         require(s % 128 == 0, "data.seq_len", s, rule, f"nearest valid: {max(128, round(s / 128) * 128)}")
@@ -94,17 +94,22 @@ def _mesh_shape(cfg: RunConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def check_vocabulary(cfg: RunConfig, tokens: int) -> None:
+    """Raises ConfigError if the model has fewer rows of embedding than the tokenizer has tokens."""
     require(cfg.model.vocab_size >= tokens, "model.vocab_size", cfg.model.vocab_size,
              f"must hold the tokenizer's {tokens} tokens", f"nearest valid: {tokens}")  # fmt: skip
 
 
 def check_steps(cfg: RunConfig, done: int) -> None:
-    rule = f"the run has {done} steps behind it already"
+    """Raises ConfigError if train.steps is less than the number of steps already taken."""
+    rule = f"the run has already taken {done} steps"
     require(cfg.train.steps >= done, "train.steps", cfg.train.steps, rule, f"nearest valid: {done}")
 
 
 def for_evaluation(cfg: RunConfig, num_devices: int) -> tuple[RunConfig, tuple[int, int, int]]:
-    """A run's config on whatever devices are here: a mesh of data × expert, the batch rounded up to the devices."""
+    """A run's config for evaluation on the devices present, and the shape of the mesh: data × 1 × expert.
+
+    The batch is rounded up to a multiple of the number of devices.
+    """
     expert = math.gcd(cfg.model.moe.num_experts, num_devices)
     b = -(-cfg.data.batch_size // num_devices) * num_devices
     data = dataclasses.replace(cfg.data, batch_size=b)

@@ -1,4 +1,4 @@
-"""What the model is: routing and experts, attention, the decoder around them."""
+"""Fields of the model: routing and experts, attention, and the decoder around them."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +15,7 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     d_expert: int = number(256, 1)  # hidden width of one expert (F)
     # Experts that every token uses. They are computed as one feed-forward layer of width num_shared_experts · d_expert.
     num_shared_experts: int = number(0, 0)
-    # How a router logit becomes a score: a softmax over experts, or the sigmoid of each logit alone.
+    # Function that makes scores of router logits: a softmax over the experts, or the sigmoid of each logit.
     score: Literal["softmax", "sigmoid"] = "softmax"
     # "score_topk" takes the softmax of all logits and then chooses K experts. "topk_score" chooses K logits and takes
     # the softmax over those.
@@ -56,9 +56,9 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
             "exchange_chunks", self.exchange_chunks, "would change which rows compute='capacity' drops",
             "nearest valid: 1",
         )  # fmt: skip
-        room = self.top_groups * (e // g)
+        most = self.top_groups * (e // g)
         require(
-            k <= room, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {room}", f"nearest valid: {room}"
+            k <= most, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {most}", f"nearest valid: {most}"
         )
         require(
             not (self.score == "sigmoid" and self.score_order == "topk_score"),
@@ -82,14 +82,17 @@ class MLAConfig(Checked, resume=FIXED, weights=FUNCTION):
     v_dim: int = number(128, 1)  # size of a head's values
 
     def check(self):
-        near = f"nearest valid: {self.rope_dim + 1}"
-        require(self.rope_dim % 2 == 0, "rope_dim", self.rope_dim, "must be even (RoPE rotates pairs)", near)
+        hint = f"nearest valid: {self.rope_dim + 1}"
+        require(self.rope_dim % 2 == 0, "rope_dim", self.rope_dim, "must be even (RoPE rotates pairs)", hint)
         require(self.kv_rank or not self.q_rank, "q_rank", self.q_rank, "needs kv_rank > 0", "nearest valid: 0")
 
 
 @dataclass(frozen=True)
 class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
-    """RoPE of Llama 3.1 for longer contexts: slow frequencies divided by `factor`, fast ones kept, a ramp between."""
+    """RoPE of Llama 3.1 for longer contexts: it divides slow frequencies by `factor` and keeps fast ones.
+
+    Between the two the divisor goes from one to the other.
+    """
 
     factor: float = number(1.0, 1.0)  # divisor of slow frequencies; 1: off
     low_freq_factor: float = number(1.0, 0.0)  # a frequency is slow if it makes fewer turns in original_length
@@ -147,6 +150,7 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
 
     @property
     def num_moe_layers(self) -> int:
+        """Number of blocks with experts."""
         return self.num_layers - self.num_dense_layers
 
     @property
@@ -167,11 +171,11 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             self._check_mla()
 
     def _check_mla(self):
-        rope, near = self.mla.rope_dim, f"nearest valid: {self.mla.rope_dim + 2}"
-        require(self.head_dim > rope, "head_dim", self.head_dim, f"must be > mla.rope_dim={rope}", near)
+        rope, hint = self.mla.rope_dim, f"nearest valid: {self.mla.rope_dim + 2}"
+        require(self.head_dim > rope, "head_dim", self.head_dim, f"must be > mla.rope_dim={rope}", hint)
         n, m = self.num_heads, self.num_kv_heads
         require(m == n, "num_kv_heads", m, f"must be num_heads={n} with mla.kv_rank > 0", f"nearest valid: {n}")
-        require(not self.qk_norm, "qk_norm", True, "is not for mla.kv_rank > 0, which norms its latents",
+        require(not self.qk_norm, "qk_norm", True, "is not available with mla.kv_rank > 0, which norms its latents",
                 "nearest valid: False")  # fmt: skip
         backend, rule = self.attention, "takes heads of one size: with mla.kv_rank > 0 it must be 'auto' or 'xla'"
         require(backend in ("auto", "xla"), "attention", backend, rule, "nearest valid: 'auto'")

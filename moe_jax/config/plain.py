@@ -1,4 +1,4 @@
-"""Which models are the same function of the same weights, though their fields differ."""
+"""A canonical form of a model's fields: models that are the same function of the same weights have the same form."""
 
 import dataclasses
 
@@ -6,9 +6,9 @@ from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingC
 
 
 def plain(model: ModelConfig) -> ModelConfig:
-    """A model of the same parameters and the same function of them, in the plainest fields that say it.
+    """The canonical form of a model: the same parameters and the same function, with unused fields at their defaults.
 
-    Two models are the same function if these are equal, apart from fields that say how it is computed.
+    Two models are the same function if their forms are equal, apart from fields of the class MACHINE.
     """
     changes: dict = {}
     if not model.num_dense_layers:
@@ -24,24 +24,24 @@ def plain(model: ModelConfig) -> ModelConfig:
 
 
 def plain_routing(moe: MoEConfig) -> MoEConfig:
-    """The same of the routing. Softmax over the chosen is the softmax over all, renormalised over the chosen.
+    """The canonical form of the routing. A softmax over the chosen experts is the renormalised softmax over all.
 
-    Scores of both kinds order experts alike, but rounding makes large sigmoids equal: the kind counts.
+    Softmax and sigmoid order experts alike, but rounding makes large sigmoids equal, so the two are kept apart.
     """
     changes: dict = {}
-    every = moe.top_k == moe.num_experts
+    all_chosen = moe.top_k == moe.num_experts
     any_group = moe.top_groups == moe.num_groups
     if any_group:
         changes |= {"num_groups": 1, "top_groups": 1}
     if moe.score_order == "topk_score":
-        changes["renormalize"] = False  # the weights sum to 1 as they are
-        # A bias, and sums of a group's scores, rank logits otherwise than their softmax.
-        if every or (any_group and not moe.selection_bias):
+        changes["renormalize"] = False  # the weights sum to 1 already
+        # With a bias or with groups, ranking logits differs from ranking their softmax.
+        if all_chosen or (any_group and not moe.selection_bias):
             changes |= {"score_order": "score_topk", "renormalize": moe.combine == "score"}
-    elif every and moe.score == "softmax" and moe.combine == "score":
+    elif all_chosen and moe.score == "softmax" and moe.combine == "score":
         changes["renormalize"] = True
-    if moe.combine == "one" and moe.top_k == 1:  # the one weight is 1 in either way
+    if moe.combine == "one" and moe.top_k == 1:  # the only weight is 1 in both cases
         changes |= {"combine": "score", "renormalize": changes.get("score_order", moe.score_order) == "score_topk"}
-    if every and (moe.combine == "one" or (moe.top_k == 1 and moe.renormalize)):
+    if all_chosen and (moe.combine == "one" or (moe.top_k == 1 and moe.renormalize)):
         changes["score"] = "softmax"
     return dataclasses.replace(moe, **changes)

@@ -1,4 +1,4 @@
-"""The schema: one frozen dataclass per component, with its ranges and rules; the model's are in model.py."""
+"""The fields of a configuration: one frozen dataclass per component, with ranges and rules. model.py has the model."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,13 +12,14 @@ Scope = int | Literal["global"]  # sequences that are balanced together; "global
 
 @dataclass(frozen=True)
 class LoadBalanceConfig(Checked, resume=FIXED):
-    """A further load-balancing loss, by a name of yours, with its own weight, scope and steps.
+    """A further load-balancing loss with its own weight, scope and steps. The config file chooses its name.
 
-    It is logged as `load_balance/<name>`.
+    The loss is logged as `load_balance/<name>`.
     """
 
     coef: float = number(0.0, 0.0)  # weight of this loss
-    # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
+    # Sequences over which expert frequencies are computed: 1, any divisor of the batch, or "global" (the optimizer
+    # batch).
     balance_batch: Scope = "global"
     start_step: int = number(0, 0)  # the last step without this loss; steps count from 1, as in metrics.jsonl
     stop_step: int = number(0, 0)  # the last step with this loss; 0: the run's last step
@@ -30,17 +31,18 @@ class LoadBalanceConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class LossConfig(Checked, resume=FIXED):
-    """Router losses. docs/balancing.md has the definitions and what other frameworks' coefficients are here."""
+    """Router losses. docs/balancing.md defines them and converts other frameworks' coefficients."""
 
     load_balance_coef: float = number(0.01, 0.0)  # weight of the load-balancing loss; 0: off
-    # Sequences over which expert frequencies are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
+    # Sequences over which expert frequencies are computed: 1, any divisor of the batch, or "global" (the optimizer
+    # batch).
     balance_batch: Scope = "global"
     # The last step with this loss, to switch the scope during a run; 0: the run's last step.
     load_balance_stop: int = number(0, 0)
     # A config file makes entries, with `load_balance` of moe_jax.config:
     # `config.loss.more_load_balance = {"micro": load_balance(coef=0.01, balance_batch=1)}`.
     more_load_balance: dict[str, LoadBalanceConfig] = field(default_factory=dict)
-    # Ablation (arXiv:2501.11873, §5): tokens are dealt at random to groups as large as balance_batch sequences.
+    # Ablation (arXiv:2501.11873, §5): tokens are assigned at random to groups as large as balance_batch sequences.
     shuffle_tokens: bool = False
     # "exact": any number of micro-batches gives the loss of the optimizer batch. "running": a micro-batch sees the
     # expert counts so far (arXiv:2501.11873, algorithm 1), an approximation that saves a forward pass.
@@ -52,7 +54,7 @@ class LossConfig(Checked, resume=FIXED):
     # the mean of the signs (Moonlight).
     bias_update: Literal["sign", "centred"] = "sign"
     bias_update_rate: float = number(0.001, 0.0)  # rate in the update of the selection bias
-    bias_target: tuple[float, ...] = ()  # relative target load of each expert, for the selection bias; (): all alike
+    bias_target: tuple[float, ...] = ()  # relative target load of each expert, for the selection bias; (): equal loads
 
     def check(self):
         _check_scope(self.balance_batch)
@@ -64,13 +66,13 @@ class LossConfig(Checked, resume=FIXED):
 
     @property
     def load_balance(self) -> dict[str, LoadBalanceConfig]:
-        """All load-balancing losses by the name they are logged under."""
+        """A dict of all load-balancing losses by the name under which they are logged."""
         main = LoadBalanceConfig(self.load_balance_coef, self.balance_batch, 0, self.load_balance_stop)
         return {"load_balance": main} | {f"load_balance/{name}": more for name, more in self.more_load_balance.items()}
 
     @property
     def balance_unit(self) -> int:
-        """Sequences of the finest balance group, of which every loss' groups are made up; 0: the optimizer batch."""
+        """Sequences of the finest balance group, of which every loss' groups consist; 0: the optimizer batch."""
         return math.gcd(*(b.balance_batch for b in self.load_balance.values() if b.balance_batch != "global"))
 
 
@@ -88,31 +90,32 @@ def _check_steps(start: int, stop: int, name: str) -> None:
 class OptimConfig(Checked, resume=FIXED):
     """The optimizer and its learning rate. docs/muon.md has Muon's formulas."""
 
-    # "muon" takes the weight matrices; embedding, output matrix and norms are AdamW's even then.
+    # "muon" updates weight matrices with Muon, and embedding, output matrix and norms with AdamW.
     name: Literal["muon", "adamw"] = "muon"
-    lr: float = number(1e-3, 0.0)  # highest learning rate, of Muon and AdamW alike
-    # Learning rate after the warm-up: down by a cosine, down by a line, constant and then down ("wsd"), or constant.
+    lr: float = number(1e-3, 0.0)  # highest learning rate, of both Muon and AdamW
+    # Learning rate after the warm-up. It decreases along a cosine or a line, is constant and then decreases linearly
+    # ("wsd"), or stays constant.
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_steps: int = number(0, 0)  # steps in which the learning rate rises to lr; fewer than train.steps
-    decay_fraction: float = number(0.2, 0.0, 1.0)  # share of the steps after the warm-up in which "wsd" goes down
-    final_lr_fraction: float = number(0.1, 0.0, 1.0)  # rate of the last step as a share of lr, but for "constant"
+    decay_fraction: float = number(0.2, 0.0, 1.0)  # share of the steps after the warm-up in which "wsd" decreases
+    final_lr_fraction: float = number(0.1, 0.0, 1.0)  # learning rate of the last step / lr; not for "constant"
     # Decoupled weight decay, multiplied by the learning rate. Every parameter decays, norms included.
     weight_decay: float = number(0.1, 0.0)
-    clip_norm: float = number(1.0, 0.0)  # largest global norm of the gradient, which is scaled down to it; 0: off
+    clip_norm: float = number(1.0, 0.0)  # a gradient with a larger global norm is scaled down to this norm; 0: off
     beta1: float = number(0.9, 0.0, 1.0)  # AdamW's decay of the first moment
     beta2: float = number(0.95, 0.0, 1.0)  # AdamW's decay of the second moment
     eps: float = number(1e-8, 0.0)  # AdamW's epsilon
     momentum: float = number(0.95, 0.0, 1.0)  # Muon's momentum μ
     nesterov: bool = True  # Muon orthogonalises G + μ·M; False: M
-    # Polynomials of Muon's Newton–Schulz iteration. "deepseek_v4" has 10 steps, the others 5; "jordan" repeats one
-    # polynomial, any number of times.
+    # Polynomials of Muon's Newton–Schulz iteration. "deepseek_v4" has 10 steps, "jordan" any number of steps of one
+    # polynomial, and the others 5 steps.
     coefficients: Literal["jordan", "you", "polar_express", "cans", "deepseek_v4"] = "jordan"
-    newton_schulz_steps: int = number(5, 1, 20)  # steps of the iteration, see `coefficients`
+    newton_schulz_steps: int = number(5, 1, 20)  # steps of the iteration; `coefficients` decides which are valid
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the iteration
     # Scale of Muon's update: "match_rms" multiplies it by update_rms · √max(in, out), "spectral" by √max(1, out/in).
     scale: Literal["match_rms", "spectral"] = "match_rms"
     update_rms: float = number(0.2, 0.0)  # RMS of Muon's update before the learning rate, with scale="match_rms"
-    per_head: bool = False  # each head of w_q, w_k, w_v and w_o is a matrix of its own
+    per_head: bool = False  # orthogonalise each head of w_q, w_k, w_v and w_o as a separate matrix
     # Muon decays only those entries of a matrix that the update shrinks too (arXiv:2510.12402).
     cautious_decay: bool = False
     router: Literal["muon", "adamw"] = "muon"  # optimizer of the router, when name="muon"
@@ -129,16 +132,16 @@ class OptimConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class SourceConfig(Checked, resume=FIXED):
-    """A source of documents, by a name of yours."""
+    """A source of documents. The config file chooses its name."""
 
     kind: Literal["tfds", "files"] = "tfds"  # a TFDS data set, or files on this machine
     name: str = ""  # with kind="tfds": "stdlib_text", or any TFDS name such as "c4/en:3.0.1"
     data_dir: str = ""  # with kind="tfds": folder of the prepared data set; "": tfds in data.cache_dir
     path: str = ""  # with kind="files": a path or glob of .txt, .jsonl, .parquet or .csv files, also with .gz
-    # One document of a .txt file. "file": the whole file; a large one is cut into pieces of 20,000 characters.
-    # "auto": of fewer than 20 text files, about a hundredth of the source, cut at blank lines; else "file".
-    # "blank_lines": the text between blank lines. "separator": the text between separators. A number: about that many
-    # characters.
+    # What is one document of a .txt file. "file": the complete file; a large one is cut into pieces of about 20,000
+    # characters. "auto": with fewer than 20 text files, pieces of about 1 % of the source, cut at blank lines; else
+    # like "file". "blank_lines": the text between blank lines. "separator": the text between separators. A number:
+    # pieces of about that number of characters.
     documents: int | Literal["auto", "file", "blank_lines", "separator"] = newer("auto", was="file")
     separator: str = ""  # text between two documents, for documents="separator" only
     text_field: str = "text"  # field or column that has the text
@@ -155,7 +158,7 @@ class SourceConfig(Checked, resume=FIXED):
         require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
         how, cuts = self.documents, self.documents == "separator"
         require(isinstance(how, str) or how >= 1, "documents", how, "must be ≥ 1 or a word", "nearest valid: 1")
-        require(self.kind == "files" or how in ("auto", "file"), "documents", how, "is about .txt files",
+        require(self.kind == "files" or how in ("auto", "file"), "documents", how, "is for .txt files only",
                 "nearest valid: 'auto'")  # fmt: skip
         rule = "is needed for documents='separator'" if cuts else "has no effect without documents='separator'"
         require(bool(self.separator) == cuts, "separator", self.separator, rule, "for example '<|endoftext|>'")
@@ -190,7 +193,7 @@ def _default_sources():
 
 @dataclass(frozen=True)
 class DataConfig(Checked, resume=FIXED):
-    """Batches, and the text that they are made of."""
+    """Batches and the text in them."""
 
     batch_size: int = number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
     seq_len: int = number(256, 2)  # tokens of a sequence (S)
@@ -211,15 +214,15 @@ class DataConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class MeshConfig(Checked, resume=MAY_CHANGE):
-    """Sizes of the mesh axes (docs/scaling.md). −1, at most once, takes the devices that are left."""
+    """Sizes of the mesh axes (docs/scaling.md). One of them may be −1, which takes all remaining devices."""
 
-    data: int = number(-1, -1)  # copies of the parameters, each on its own sequences
-    fsdp: int = number(1, -1)  # devices that parameters, gradients and optimizer states are spread over
-    expert: int = number(1, -1)  # devices that the experts are spread over; divides model.moe.num_experts
+    data: int = number(-1, -1)  # number of copies of the parameters, each of which computes its own sequences
+    fsdp: int = number(1, -1)  # number of devices that share parameters, gradients and optimizer states
+    expert: int = number(1, -1)  # number of devices that share the experts; divides model.moe.num_experts
 
     def check(self):
         for name in ("data", "fsdp", "expert"):
-            require(getattr(self, name) != 0, name, 0, "must be ≥ 1, or −1 for the devices that are left",
+            require(getattr(self, name) != 0, name, 0, "must be ≥ 1, or −1 for the remaining devices",
                     "nearest valid: 1")  # fmt: skip
         sizes = (self.data, self.fsdp, self.expert)
         require(sizes.count(-1) <= 1, "data", self.data, f"only one of data, fsdp, expert={sizes} may be −1", "use 1")
@@ -227,9 +230,9 @@ class MeshConfig(Checked, resume=MAY_CHANGE):
 
 @dataclass(frozen=True)
 class TrainConfig(Checked, resume=MAY_CHANGE):
-    """Length of a run, its records, and what it does about bad numbers (docs/survival.md)."""
+    """Length of a run, its logs and checkpoints, and the treatment of bad steps (docs/survival.md)."""
 
-    # Optimizer steps of the run. Another number on resume stretches or shortens the schedule of the learning rate.
+    # Optimizer steps of the run. If you change it on resume, the schedule of the learning rate follows.
     steps: int = number(1000, 1)
     # Parts in which the batch is computed, to save memory; divides data.batch_size. The objective stays the same
     # (docs/exact.md).
@@ -238,9 +241,10 @@ class TrainConfig(Checked, resume=MAY_CHANGE):
     eval_every: int = number(0, 0)  # steps from one held-out evaluation to the next; 0: only at the end
     eval_batches: int = number(0, 0)  # held-out batches of an evaluation; 0: the whole held-out split
     checkpoint_every: int = number(200, 1)  # steps from one checkpoint to the next
-    keep_checkpoints: int = number(2, 1)  # newest checkpoints that are kept
+    keep_checkpoints: int = number(2, 1)  # number of newest checkpoints that are kept
     keep_every: int = number(0, 0)  # checkpoints of steps that this number divides are kept too; 0: none
-    # Checkpoints with the lowest held-out loss that are kept too. Needs an eval_every that divides checkpoint_every.
+    # Number of checkpoints with the lowest held-out loss that are kept too. It needs an eval_every that divides
+    # checkpoint_every.
     keep_best: int = number(0, 0)
     skip_nonfinite: bool = True  # a step whose loss or gradient is not finite changes nothing
     # Also skip a step whose loss or gradient norm is this many median deviations above the median; 0: off.
@@ -253,9 +257,9 @@ class TrainConfig(Checked, resume=MAY_CHANGE):
     def check(self):
         require(self.skip_nonfinite or not self.spike, "spike", self.spike, "needs skip_nonfinite=True",
                 "nearest valid: 0.0")  # fmt: skip
-        told = self.eval_every > 0 and self.checkpoint_every % self.eval_every == 0
-        rule = f"needs an eval_every that divides checkpoint_every={self.checkpoint_every}, to tell the best"
-        require(told or not self.keep_best, "keep_best", self.keep_best, rule, "nearest valid: 0")
+        scored = self.eval_every > 0 and self.checkpoint_every % self.eval_every == 0
+        rule = f"needs an eval_every that divides checkpoint_every={self.checkpoint_every}, to know which is the best"
+        require(scored or not self.keep_best, "keep_best", self.keep_best, rule, "nearest valid: 0")
 
 
 @dataclass(frozen=True)
@@ -298,7 +302,8 @@ class RunConfig(Checked, resume=FIXED):
                  "nearest valid: 0.0")  # fmt: skip
 
         require(not (self.optim.per_head and self.model.mla.kv_rank), "optim.per_head", True,
-                "is not for model.mla.kv_rank > 0, whose heads have several sizes", "nearest valid: False")  # fmt: skip
+                "is not available with model.mla.kv_rank > 0, whose heads have several sizes",
+                "nearest valid: False")  # fmt: skip
         longest = self.model.max_seq_len
         require(self.data.seq_len <= (longest or self.data.seq_len), "data.seq_len", self.data.seq_len,
                 f"must be ≤ model.max_seq_len={longest}", f"nearest valid: {longest}")  # fmt: skip
@@ -307,10 +312,10 @@ class RunConfig(Checked, resume=FIXED):
         more = self.loss.more_load_balance.items()
         scopes = {"": self.loss.balance_batch} | {f"more_load_balance.{n}.": m.balance_batch for n, m in more}
         for prefix, g in scopes.items():
-            near = nearest_divisor(b, g) if g != "global" else g
+            nearest = nearest_divisor(b, g) if g != "global" else g
             rule = f"must divide data.batch_size={b} or be 'global'"
             name = f"loss.{prefix}balance_batch"
-            require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {near}")
+            require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {nearest}")
         e, target = self.model.moe.num_experts, self.loss.bias_target
         require(not target or self.model.moe.selection_bias, "loss.bias_target", target,
                  "needs model.moe.selection_bias=True", "nearest valid: ()")  # fmt: skip
@@ -324,5 +329,5 @@ class RunConfig(Checked, resume=FIXED):
 
     @property
     def balance_groups(self) -> int:
-        """G: how many of the finest balance groups an optimizer batch has."""
+        """G: number of the finest balance groups in an optimizer batch."""
         return self.data.batch_size // self.balance_unit

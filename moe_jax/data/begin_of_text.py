@@ -1,8 +1,8 @@
-"""Which token a document begins with, by what the tokenizer's own files say; as transformers 5 reads them.
+"""Finds the token that documents begin with, from the tokenizer's own files, read as transformers 5 reads them.
 
-`tokenizer.json` decides by its post-processor, where it puts a token in front. Failing that, `add_bos_token` of
-`tokenizer_config.json` does: transformers reads it only beside a SentencePiece model, but its older versions and
-llama.cpp always, and a model whose files say so was trained so.
+If the post-processor of `tokenizer.json` puts a token in front of a text, it is that one. Otherwise `add_bos_token` of
+`tokenizer_config.json` decides. transformers 5 reads that setting for SentencePiece models only; its older versions and
+llama.cpp always read it, and a model whose files have it was trained with it.
 """
 
 import json
@@ -13,11 +13,11 @@ from moe_jax.errors import ConfigError, FileError
 
 AUTO, NONE = "auto", "none"
 FIELD = "data.tokenizer.begin_of_text"
-_REBUILT = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")  # in transformers 5 without the file's post-processor
+_REBUILT = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")  # transformers 5 ignores the post-processor of their files
 
 
-class Begin(NamedTuple):
-    """The token that documents begin with ("", None: the end-of-text token before them alone), and a line about it."""
+class BeginOfText(NamedTuple):
+    """The token that documents begin with, and a line about it. "", None: only the end-of-text token precedes them."""
 
     word: str
     id: int | None
@@ -25,7 +25,7 @@ class Begin(NamedTuple):
 
 
 def settings_of(files: dict[str, bytes]) -> dict[str, Any]:
-    """`tokenizer_config.json`, and what only `special_tokens_map.json` says. Raises FileError."""
+    """The settings in `tokenizer_config.json`, and those that only `special_tokens_map.json` has. Raises FileError."""
     made: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
@@ -37,7 +37,7 @@ def settings_of(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def token(settings: dict[str, Any], name: str) -> str:
-    """A special token by the name of its setting; "" if there is none."""
+    """The special token of a setting, such as `bos_token`; "" if there is none."""
     value = settings.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
@@ -60,33 +60,39 @@ def in_front(processor: Any) -> list[str]:
 
 
 def of_json(spec: dict[str, Any], settings: dict[str, Any]) -> tuple[list[str], str]:
-    """What a `tokenizer.json` puts in front of a text, and where that is said."""
+    """The tokens that a `tokenizer.json` puts in front of a text, and the reason."""
     front = [] if settings.get("tokenizer_class") in _REBUILT else in_front(spec.get("post_processor"))
     if front:
-        against = " (add_bos_token=false in tokenizer_config.json has no effect, nor has it in transformers)"
-        return front, f"tokenizer.json puts it in front{against if settings.get('add_bos_token') is False else ''}"
+        ignored = " (add_bos_token=false in tokenizer_config.json has no effect, as in transformers)"
+        return front, f"tokenizer.json puts it in front{ignored if settings.get('add_bos_token') is False else ''}"
     return of_settings(settings, "tokenizer.json puts none in front")
 
 
 def of_settings(settings: dict[str, Any], else_why: str, usual: str = "") -> tuple[list[str], str]:
-    """What `add_bos_token` asks for; usual: the vocabulary's own, if `bos_token` is not said."""
+    """The token that `add_bos_token` asks for, and the reason.
+
+    else_why: the reason if it asks for none. usual: the vocabulary's own token, used if `bos_token` is not set.
+    """
     word = token(settings, "bos_token") or usual
     if settings.get("add_bos_token") is True and word:
         return [word], "add_bos_token=true in tokenizer_config.json"
     return [], else_why
 
 
-def choose(asked: str, own: tuple[list[str], str], lookup: Callable[[str], int | None], end_of_text: str) -> Begin:
-    """The token that documents begin with.
+def choose(
+    asked: str, own: tuple[list[str], str], lookup: Callable[[str], int | None], end_of_text: str
+) -> BeginOfText:
+    """Chooses the token that documents begin with.
 
-    asked: `data.tokenizer.begin_of_text`; "": none, and no line. own: what the tokenizer's files put in front, and why.
-    Raises: ConfigError for a token that is not in the vocabulary, and for more than one.
+    asked: `data.tokenizer.begin_of_text`; "": none, and no line about it. own: the tokens that the tokenizer's files
+        put in front, and the reason.
+    Raises: ConfigError for a token that is not in the vocabulary, and for more than one token.
     """
     if not asked:
-        return Begin("", None, "")
+        return BeginOfText("", None, "")
     (front, why), hint = own, f"{AUTO!r} follows the tokenizer, {NONE!r} is none"
     if asked in (NONE, *front[:1]) and len(front) == (asked != NONE):
-        pass  # as the tokenizer says, too
+        pass  # the tokenizer's files agree
     elif asked == NONE:
         front, why = [], f"{FIELD}={NONE!r}"
     elif asked != AUTO:
@@ -100,6 +106,8 @@ def choose(asked: str, own: tuple[list[str], str], lookup: Callable[[str], int |
     elif front and lookup(front[0]) is None:
         front, why = [], f"{why}, but the vocabulary has no {front[0]!r}"
     if front and front[0] != end_of_text:
-        return Begin(front[0], lookup(front[0]), f"documents begin with {front[0]!r}, id {lookup(front[0])}: {why}")
-    line = f"documents begin with the end-of-text token {end_of_text!r} alone, that ends the one before: {why}"
-    return Begin("", None, line)
+        return BeginOfText(
+            front[0], lookup(front[0]), f"documents begin with {front[0]!r}, id {lookup(front[0])}: {why}"
+        )
+    line = f"documents begin with nothing but the end-of-text token {end_of_text!r} of the document before: {why}"
+    return BeginOfText("", None, line)

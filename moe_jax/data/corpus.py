@@ -1,10 +1,10 @@
-"""Token stores on disk: what preparing a split of a source leaves behind.
+"""Token stores on disk: the tokens of one split of one source, made once and read by every run.
 
-A store holds one split of one source: every document once, as `[end_of_text, tokens…]`, and one more `end_of_text` at
-the end; with a tokenizer that has a `begin_of_text`, as `[begin_of_text, tokens…, end_of_text]`, and one more
-`begin_of_text`. It is written to a temporary folder that is renamed when complete, so a killed run leaves no half store
-behind and processes that prepare the same one at once all end well. Its checksums are compared when a run opens it; a
-damaged one is written again.
+A store holds every document once, as `[end_of_text, tokens…]`, and one more `end_of_text` at the end. With a tokenizer
+that has a `begin_of_text` it holds `[begin_of_text, tokens…, end_of_text]`, and one more `begin_of_text`. A store is
+written to a temporary folder, which is renamed when complete. So a killed run leaves no incomplete store, and several
+processes may prepare the same store at the same time. A run that opens a store compares its checksums; a damaged store
+is written again.
 """
 
 import hashlib
@@ -29,23 +29,25 @@ from moe_jax.data.digests import Remembered, checksum, content_hash
 from moe_jax.data.tokenizers import Tokenizer
 
 _VERSION = 2
-# What numpy raises, besides ValueError, for a header that it reads as a literal, and for absurd numbers in it.
+# Exceptions of numpy, besides ValueError, for a damaged header: numpy parses it as a Python literal.
 BAD_HEADER = (SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 _BATCH = 64  # documents tokenised together
-_LARGE = 4 * 2**30  # bytes: a larger store is read whole only if the file system says that it has changed
+_LARGE = 4 * 2**30  # bytes: the checksums of a larger store are compared only if the file system reports a change
 _ARRAYS = ("tokens", "offsets", "domains", "bytes", "text")
 
 
 class TokenStore:
-    """A prepared split: memory-mapped arrays, `D` documents and `N` tokens.
+    """A prepared split: memory-mapped arrays of `D` documents and `N` tokens.
 
-    tokens [N] uint16 or uint32; offsets [D+1] int64, where each document begins (the last: where the closing
-    token is); document_domains [D] int32, indices into `domains`; document_bytes [D] int64, UTF-8 bytes of the
-    text; lost_bytes, how many of them no token stands for, by domain, where there are any; held-out splits: text
-    [Σ document_bytes] uint8, the documents one after another.
-    content: a hash of all of it. notes: what the reader left out, one line each. least_fractions: by domain, the least
-    `validation_fraction` that would hold out one of these documents. cut: whether any were cut out of text files.
-    Pickles as its path. Raises: ValueError if the folder is no complete store.
+    tokens: [N] uint16 or uint32.
+    offsets: [D+1] int64, the first token of each document; the last entry is the closing token's.
+    document_domains: [D] int32, indices into `domains`. document_bytes: [D] int64, UTF-8 bytes of the text.
+    lost_bytes: for each domain, the number of bytes that no token represents, if any.
+    text: held-out splits only, [Σ document_bytes] uint8, the documents one after another.
+    content: a hash of all arrays. notes: lines about what the reader left out.
+    least_fractions: for each domain, the least `validation_fraction` that would hold out one of these documents.
+    cut: whether documents were cut out of text files.
+    A store pickles as its path. Raises: ValueError if the folder is not a complete store.
     """
 
     def __init__(self, folder: str | Path):
@@ -83,17 +85,20 @@ class TokenStore:
         return array
 
     def _check(self) -> None:
-        """That what points into another array stays inside it."""
+        """Raises ValueError for an index outside its array."""
         ends, inside = (0, len(self.tokens) - 1), self.document_domains
-        whole = all(a.dtype.kind in "iu" for a in (self.tokens, self.offsets, inside, self.document_bytes))
-        ordered = whole and tuple(self.offsets[[0, -1]]) == ends and bool((np.diff(self.offsets) > 0).all())
+        integers = all(a.dtype.kind in "iu" for a in (self.tokens, self.offsets, inside, self.document_bytes))
+        ordered = integers and tuple(self.offsets[[0, -1]]) == ends and bool((np.diff(self.offsets) > 0).all())
         outside = len(inside) and not 0 <= inside.min() <= inside.max() < len(self.domains)
         if not ordered or outside or not 0 <= self.end_of_text < 2**31:
-            raise ValueError("its numbers are no token store's")
+            raise ValueError("offsets or domain ids are inconsistent")
 
     def verify(self) -> None:
-        """Compares the checksums, at about a second a GB; a large store's only if its files have changed since the last
-        time. Raises: ValueError naming the first array that differs."""
+        """Compares the checksums, which takes about a second a GB.
+
+        A large store is read only if its files have changed since the last time. Raises: ValueError naming the first
+        array that differs.
+        """
         paths = [self.folder / f"{name}.npy" for name in self.checksums]
         large = sum(path.stat().st_size for path in paths) > _LARGE
         sums = Remembered(checksum, self.folder.parent / "verified.json" if large else None)(paths)
@@ -105,11 +110,11 @@ class TokenStore:
         return TokenStore, (self.folder,)
 
     def targets_per_document(self) -> np.ndarray:
-        """[D] int64: predicted tokens of each document, the end_of_text after it included."""
+        """Number of predicted tokens of each document, [D] int64, the end_of_text after it included."""
         return np.diff(self.offsets) - (self.begin_of_text is not None)
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """(domain, text) of every document of a held-out split."""
+        """Yields (domain, text) of every document of a held-out split."""
         ends = np.cumsum(self.document_bytes)
         for which, begin, end in zip(self.document_domains, ends - self.document_bytes, ends, strict=True):
             yield self.domains[which], self.text[begin:end].tobytes().decode("utf-8")
@@ -120,13 +125,13 @@ def _sum_of(meta: dict[str, Any]) -> int:
 
 
 def store_folder(cache: Path, identity: dict, tokenizer: Tokenizer) -> Path:
-    """Where the store of a source's split lives: any change of data, fields or tokenizer is another folder."""
+    """The folder of a store. Any change of the data, the source's fields or the tokenizer gives another folder."""
     key = json.dumps([_VERSION, identity, tokenizer.fingerprint], sort_keys=True)
     return cache / "tokens" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
 
 def _opened(folder: Path) -> TokenStore:
-    """The store in `folder`, compared with its checksums. Raises ValueError."""
+    """The store in `folder`, after a comparison of its checksums. Raises ValueError."""
     store = TokenStore(folder)
     try:
         store.verify()
@@ -143,19 +148,20 @@ def prepare_store(
     progress: bool = False,
     keep_text: bool = False,
 ) -> TokenStore:
-    """The store in `folder`, written first if it is not there, or damaged, which is said on stderr.
+    """The store in `folder`. A missing or damaged store is written first; damage is reported on stderr.
 
-    documents: called for the sequence of `{"text", "domain"}`, only if the store must be written.
+    documents: returns the sequence of `{"text", "domain"}`; called only if the store must be written.
     keep_text: whether the store also holds the text.
     """
     try:
         return _opened(folder)
     except ValueError as error:
         if folder.exists():
-            print(f"{description}: {folder} is damaged ({error}); prepared again", file=sys.stderr, flush=True)
+            print(f"{description}: {folder} is damaged ({error}), so it is prepared again", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
-    partial = temporary / folder.name  # mkdtemp's own is for its owner only, whatever the umask, and a cache is shared
+    # The folder of mkdtemp ignores the umask and belongs to its owner alone, but a cache is shared.
+    partial = temporary / folder.name
     try:
         partial.mkdir()
         _write_store(partial, documents(), tokenizer, description, progress, keep_text)
@@ -165,8 +171,8 @@ def prepare_store(
 
 
 def _publish(partial: Path, folder: Path) -> TokenStore:
-    """Renames a complete store to its place, unless another process was faster; a damaged one there is moved away."""
-    for _ in range(10):  # others may do the same to the same folder at this moment
+    """The store after the rename to its place. A store of another process there is kept; a damaged one is removed."""
+    for _ in range(10):  # other processes may do the same to this folder at the same time
         try:
             os.rename(partial, folder)
         except OSError:
@@ -177,24 +183,24 @@ def _publish(partial: Path, folder: Path) -> TokenStore:
         except ValueError:
             if not partial.exists():
                 raise
-        grave = tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-")
+        removed = tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-")
         try:
-            os.rename(folder, os.path.join(grave, folder.name))
+            os.rename(folder, os.path.join(removed, folder.name))
         except FileNotFoundError:
             pass
         finally:
-            shutil.rmtree(grave, ignore_errors=True)
+            shutil.rmtree(removed, ignore_errors=True)
     return TokenStore(folder)
 
 
 class _Encode:
-    """Documents → (ids, bytes lost, document)."""
+    """Turns a batch of documents into (ids, bytes lost, document) of each."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
     def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray | None, int, dict[str, str]]]:
-        """A blank document has no ids, and is left out."""
+        """A list of (ids, bytes lost, document). A blank document has None for ids, and is left out later."""
         kept = [d for d in documents if d["text"].strip()]
         made = self._tokenizer.encode_and_count([d["text"] for d in kept])
         full = [(ids, lost, d) for (ids, lost), d in zip(made, kept, strict=True)]
@@ -208,7 +214,7 @@ def _write_store(
     lengths, domains, sizes = [], [], []
     numbers: dict[str, int] = {}
     least: dict[str, float] = {}
-    odd: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     lost: dict[str, int] = {}
     begin, end = tokenizer.begin_of_text, np.asarray([tokenizer.end_of_text], dtype)
     front, back = (end, end[:0]) if begin is None else (np.asarray([begin], dtype), end)
@@ -223,20 +229,20 @@ def _write_store(
             for batch in iterator:
                 for ids, dropped, document in batch:
                     text, domain = document["text"], document["domain"]
-                    odd[docs.BLANK] += ids is None
-                    odd[docs.REPLACED] += "replaced" in document
+                    counts[docs.BLANK] += ids is None
+                    counts[docs.REPLACED] += "replaced" in document
                     if ids is None:
                         continue
                     if np.isin(ids, [tokenizer.end_of_text, *front]).any():
                         raise RuntimeError(f"{description}: the tokenizer made a special token from text")
                     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                         raise RuntimeError(f"{description}: the tokenizer made ids beyond its vocabulary")
-                    whole = np.concatenate([front, ids.astype(dtype), back])
-                    whole.tofile(file)
+                    marked = np.concatenate([front, ids.astype(dtype), back])
+                    marked.tofile(file)
                     raw = text.encode("utf-8")
                     if keep_text:
                         text_file.write(raw)
-                    lengths.append(len(whole))
+                    lengths.append(len(marked))
                     domains.append(numbers.setdefault(domain, len(numbers)))
                     sizes.append(len(raw))
                     if dropped:
@@ -256,7 +262,7 @@ def _write_store(
     meta |= {} if begin is None else {"begin_of_text": begin}
     meta |= {"lost_bytes": lost} if lost else {}
     meta["cut"] = getattr(documents, "cut", False)
-    meta["notes"] = [*getattr(documents, "notes", ()), *_account(description, odd)]
+    meta["notes"] = [*getattr(documents, "notes", ()), *_account(description, counts)]
     arrays = {name: path for name in _ARRAYS if (path := folder / f"{name}.npy").exists()}
     meta["checksums"] = {name: checksum(path) for name, path in arrays.items()}
     parts = [
@@ -270,7 +276,7 @@ def _write_store(
 
 
 def _as_array(folder: Path, name: str, dtype: Any, length: int) -> None:
-    """Makes `<name>.npy` of `<name>.raw`."""
+    """Turns `<name>.raw` into `<name>.npy`."""
     with open(folder / f"{name}.npy", "wb") as file, open(folder / f"{name}.raw", "rb") as raw:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -278,5 +284,5 @@ def _as_array(folder: Path, name: str, dtype: Any, length: int) -> None:
     (folder / f"{name}.raw").unlink()
 
 
-def _account(description: str, odd: Counter[str]) -> list[str]:
-    return [f"{description}: {what}: {n:,}" for what, n in odd.items() if n]
+def _account(description: str, counts: Counter[str]) -> list[str]:
+    return [f"{description}: {what}: {n:,}" for what, n in counts.items() if n]

@@ -1,7 +1,7 @@
-"""Sums over files' contents, remembered so that an unchanged file is not read again at each start.
+"""Hashes and checksums of files, cached so that an unchanged file is not read again at each start.
 
-Remembered by path, size, inode and the times of change of the content and of the file's entry. Nobody can set the last
-one, so a file that was replaced by another of the same size and time is seen.
+The cache knows a file by its path, size, inode, and the times of change of its content (mtime) and of its entry
+(ctime). Programs cannot set ctime, so a file that was replaced by another of the same size and mtime counts as changed.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_SETTLED = 2.0  # seconds: what changed later than this ago may change again within one tick of the file system's clock
+_SETTLED = 2.0  # seconds: a file that changed more recently may change again within one tick of the file system's clock
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -25,7 +25,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def content_hash(path: Path) -> str:
-    """Tells any two contents apart."""
+    """A hash of a file's content that differs for any two contents."""
     digest = hashlib.blake2b(digest_size=16)
     for block in _blocks(path):
         digest.update(block)
@@ -33,7 +33,7 @@ def content_hash(path: Path) -> str:
 
 
 def checksum(path: Path) -> str:
-    """Tells damage; several times as fast as `content_hash`."""
+    """A CRC of a file's content, which detects damage. It is several times as fast as `content_hash`."""
     crc = 0
     for block in _blocks(path):
         crc = zlib.crc32(block, crc)
@@ -41,19 +41,22 @@ def checksum(path: Path) -> str:
 
 
 def stamp(path: Path) -> list[int]:
-    """What the file system says of a file; any change of its content changes it."""
+    """Size, mtime, ctime and inode of a file. Any change of its content changes them."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 class Remembered:
-    """`compute(path)` of files. memory: a JSON file that keeps the results; None: every file is read every time."""
+    """A cache of `compute(path)` for files.
+
+    memory: a JSON file that keeps the results; None: every file is read every time.
+    """
 
     def __init__(self, compute: Callable[[Path], str], memory: Path | None):
         self._compute, self._memory = compute, memory
 
     def __call__(self, paths: Sequence[Path]) -> list[str]:
-        """The result for each file, in their order."""
+        """The result for each file, in the order of `paths`."""
         known, found, new = self._read(), {}, {}
         before = {path: stamp(path) for path in paths}
         for path, now in before.items():
@@ -78,8 +81,8 @@ class Remembered:
         return {}
 
     def _write(self, memory: Path, new: dict) -> None:
-        """Adds to the memory. What another process adds at the same time may be lost, and is then computed again."""
-        with contextlib.suppress(OSError):  # a cache that cannot be written is named where the stores are written
+        """Adds results to the memory. Results that another process adds at the same time may be lost."""
+        with contextlib.suppress(OSError):  # preparing the stores reports a cache that cannot be written
             memory.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=memory.parent, prefix=f".{memory.name}-")
             with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Documents: texts with a domain. How a text file becomes several, which are held out, what a reader left out."""
+"""Documents, which are texts with a domain: cuts them out of text files, holds some out, counts what is left out."""
 
 import hashlib
 import re
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 LARGEST = 1_000_000  # bytes: a larger text file is never one document
-PIECE = 20_000  # characters, about: documents cut out of a larger one
-SHORTEST = 2_000  # characters, about: those cut out of a source of little text
-FEW = 20  # text files: with fewer, each is cut, so that the source has documents to hold out
+PIECE = 20_000  # approximate characters of a document cut out of a larger text
+SHORTEST = 2_000  # approximate characters of a document cut out of a source with little text
+FEW = 20  # with fewer text files each is cut, so that the source has documents to hold out
 
 
 class Documents(Sequence):
-    """Documents held in memory.
+    """Documents in memory.
 
-    notes: what their reader left out, changed or decided, one line each. cut: whether any were cut out of text files.
+    notes: lines about what their reader left out, changed or decided. cut: whether any were cut out of text files.
     """
 
     def __init__(self, items: list[dict[str, str]], notes: Sequence[str] = (), cut: bool = False):
@@ -28,16 +28,17 @@ class Documents(Sequence):
 
 
 class Account:
-    """Counts what a reader left out or changed, and keeps where that happened first."""
+    """Counts what a reader left out or changed, and keeps the first place of each."""
 
     def __init__(self):
         self._found: dict[str, list] = {}
 
     def add(self, what: str, place: str, times: int = 1) -> None:
-        """what: a plural, such as "rows without text, left out"."""
+        """Counts `what`, a plural such as "rows without text, left out"."""
         self._found.setdefault(what, [0, place])[0] += times
 
     def lines(self) -> list[str]:
+        """A line for each kind of change, with its number and first place."""
         return [f"{what}: {count:,}, the first at {place}" for what, (count, place) in self._found.items()]
 
 
@@ -47,7 +48,7 @@ BLANK = "blank documents, left out"
 
 
 def decoded(value: Any) -> tuple[str, bool]:
-    """A value as text that can be encoded again, and whether something in it had to be replaced."""
+    """A value as text that UTF-8 can encode, and whether something in it had to be replaced."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8"), False
@@ -61,12 +62,12 @@ def decoded(value: Any) -> tuple[str, bool]:
 
 
 def as_text(value: Any) -> str:
-    """str of a text or bytes value; what is not valid UTF-8 is replaced, so that every text can be encoded again."""
+    """The text of a text or bytes value. Parts that are not valid UTF-8 are replaced, so that UTF-8 can encode it."""
     return decoded(value)[0]
 
 
 def domain_of(value: Any, default: str) -> str:
-    """The domain that a row names; `default` if it names none (null, missing or blank)."""
+    """The domain that a row names; `default` if the value is null, missing or blank."""
     text = "" if value is None else as_text(value)
     return text if text.strip() else default
 
@@ -79,12 +80,12 @@ def _number(text: str) -> int:
 
 
 def held_out(text: str, fraction: float) -> bool:
-    """Whether a document is in the validation split: by the hash of its text, so no change to other files moves it."""
+    """Whether a document is in the validation split. The hash of its text decides, so other documents do not matter."""
     return _number(text) < fraction * 2**64
 
 
 def least_fraction(text: str) -> float:
-    """The fraction above which a document is held out."""
+    """The `validation_fraction` above which a document is held out."""
     return _number(text) / 2**64
 
 
@@ -92,9 +93,9 @@ def least_fraction(text: str) -> float:
 
 
 def split_text(text: str, piece: int = PIECE) -> list[str]:
-    """A text cut at blank lines into documents of about `piece` characters; joined they are the text again.
+    """Documents of about `piece` characters, made by cutting a text at blank lines. Joined they are the text again.
 
-    A stretch without a blank line is cut at line ends, and a line longer than two pieces anywhere.
+    Text without a blank line is cut at line ends, and a line longer than two pieces at any character.
     """
     for unit in (r"(?<=\n)(?=\n)", r"(?<=\n)"):
         parts = [part for part in re.split(unit, text) if part]
@@ -114,14 +115,14 @@ def split_text(text: str, piece: int = PIECE) -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """What stands between blank lines."""
+    """The paragraphs of a text, which blank lines separate."""
     return re.split(r"\n(?:[^\S\n]*\n)+", text.strip("\n"))
 
 
 def cut(text: str, how: int | str, separator: str, files: int) -> list[str]:
-    """The documents of a text file, as `SourceConfig.documents` says; blank ones are left out.
+    """The documents of a text file, cut by the rule of `SourceConfig.documents`. Blank ones are left out.
 
-    files: text files of the source. Nothing but separators, blank lines and blank documents is lost.
+    files: number of text files of the source. Only separators, blank lines and blank documents are lost.
     """
     if how == "separator":
         pieces = text.split(separator)
@@ -137,15 +138,15 @@ def cut(text: str, how: int | str, separator: str, files: int) -> list[str]:
 
 
 def describe(how: int | str, files: int, documents: int) -> str:
-    """How the text files of a source became documents, in words."""
+    """A line that tells how the text files of a source became documents."""
     few = how == "auto" and files < FEW
-    ways = {
+    methods = {
         "separator": "cut at each separator",
         "blank_lines": "cut at every blank line",
         "auto": "cut at blank lines" if few else "each one document",
         "file": "each one document",
     }
-    way = ways.get(how) or f"cut at blank lines about every {how:,} characters"
+    method = methods.get(how) or f"cut at blank lines about every {how:,} characters"
     if how == "file" or (how == "auto" and not few):
-        way += f" (but for those above {LARGEST:,} bytes)"
-    return f"{files:,} text file{'s' * (files != 1)}, {way}: {documents:,} documents (documents={how!r})"
+        method += f" (files above {LARGEST:,} bytes are cut)"
+    return f"{files:,} text file{'s' * (files != 1)}, {method}: {documents:,} documents (documents={how!r})"

@@ -20,14 +20,15 @@ Document = tuple[str, str]  # text, domain
 
 
 def nearest(value: str, choices: Sequence[str]) -> str:
+    """The hint of an error message that names the choice most similar to `value`."""
     close = difflib.get_close_matches(str(value), list(choices), 1, 0.0)
     return f"nearest valid: {close[0]!r}" if close else "there is no valid choice"
 
 
 class FilesSource:
-    """.txt, .jsonl and .csv files, also with .gz, and .parquet files, by path or glob.
+    """A source of .txt, .jsonl and .csv files, also with .gz, and of .parquet files, given by path or glob.
 
-    What it is, is the content of its files, in their order: names and times do not matter.
+    The contents of its files and their order identify it. File names and times do not matter.
     """
 
     def __init__(self, name: str, cfg: SourceConfig, cache: Path | None = None):
@@ -51,7 +52,7 @@ class FilesSource:
         if os.path.isdir(pattern):
             raise self._error("path", "is a folder", f"nearest valid: {os.path.join(self.cfg.path, '**/*.txt')!r}")
         folder = Path(pattern).parent
-        while not folder.is_dir():  # up out of a glob's folders; what is left is a name, even if it has brackets
+        while not folder.is_dir():  # the first parent that exists; a folder's own name may contain brackets
             folder = folder.parent
         if os.path.isfile(pattern):
             found = [Path(pattern)]
@@ -60,11 +61,11 @@ class FilesSource:
             found = sorted(folder / p for p in glob.glob(inside, root_dir=folder, recursive=True))
             found = [path for path in found if path.is_file()]
         if not found:
-            near = [p.as_posix() for p in folder.iterdir() if p.is_dir() or extension(p) in EXTENSIONS]
-            raise self._error("path", "matches no file", nearest(pattern, near))
+            candidates = [p.as_posix() for p in folder.iterdir() if p.is_dir() or extension(p) in EXTENSIONS]
+            raise self._error("path", "matches no file", nearest(pattern, candidates))
         for path in found:
             if extension(path) not in EXTENSIONS or path.name.endswith(".parquet.gz"):
-                rule = f"matches {path.name}, which is none of {' '.join(EXTENSIONS)} (.gz may follow but for .parquet)"
+                rule = f"matches {path.name}, not one of {' '.join(EXTENSIONS)} (.gz may follow all but .parquet)"
                 raise self._error("path", rule, nearest(extension(path), EXTENSIONS))
             if self.cfg.domain_field and extension(path) == ".txt":
                 raise self._error("domain_field", f"is set, but {path.name} has no fields", "set domain instead")
@@ -72,25 +73,25 @@ class FilesSource:
 
     def _check_documents(self) -> None:
         if self.cfg.documents not in ("auto", "file") and not self._texts:
-            rule = f"is about .txt files, and {self.files[0].name} is none: each of its rows is a document"
+            rule = f"has an effect on .txt files only; in {self.files[0].name} each row is a document"
             raise self._error("documents", rule, "nearest valid: 'auto'")
 
     def cutting(self, path: str) -> tuple:
-        """What decides which documents come out of a file; "auto" goes by all files of a source."""
+        """The settings that decide which documents a file gives. With "auto" all files of the source belong to them."""
         if extension(Path(path)) != ".txt":
             return (self.cfg.text_field,)
         auto = sorted(map(os.path.realpath, self.files)) if self.cfg.documents == "auto" else []
         return self.cfg.documents, self.cfg.separator, *auto
 
     def contents(self) -> list[str]:
-        """The hash of every file."""
+        """The content hash of every file."""
         if not self._contents:
             self._stamps = [stamp(path) for path in self.files]
             self._contents = self._hashes(self.files)
         return self._contents
 
     def listing(self, split: str) -> list[list]:
-        """[path, bytes] of every file."""
+        """A list of [path, bytes] of every file."""
         self.contents()
         return [[str(path), size] for path, (size, *_) in zip(self.files, self._stamps, strict=True)]
 
@@ -107,9 +108,12 @@ class FilesSource:
     # --- reading ---
 
     def documents(self, split: str) -> Documents:
-        """All documents of a split, in the order of the files. Raises: ConfigError (missing field, unreadable file)."""
+        """All documents of a split, in the order of the files.
+
+        Raises: ConfigError for a missing field, an unreadable file, or a file that changes while it is read.
+        """
         if not self._splits:
-            self.contents()  # before anything is read, so that a change meanwhile is seen
+            self.contents()  # hashes the files first, so that a later change is noticed
             train, validation, pieces = [], [], 0
             for path in self.files:
                 for text, domain in self._read(path):
@@ -118,7 +122,7 @@ class FilesSource:
                     pieces += extension(path) == ".txt"
             for path, before in zip(self.files, self._stamps, strict=True):
                 if stamp(path) != before:
-                    raise self._error("path", f"{path} has changed while it was read", "start again")
+                    raise self._error("path", f"{path} changed while it was read", "run the same command again")
             lines = self._account.lines()
             if self._texts:
                 lines = [documents.describe(self.cfg.documents, self._texts, pieces), *lines]
@@ -152,7 +156,7 @@ class FilesSource:
             self._check_fields(path, needed, names)
         found, first = set(), None
         for number, row in rows:
-            if names is None:  # each row of a .jsonl has its own fields; those that none has are a mistake
+            if names is None:  # each row of a .jsonl has its own fields; a field that no row has is a mistake
                 first = row if first is None else first
                 found.update(field for field, name in needed.items() if name in row)
             yield from self._document(row, place(path, number), domain)
@@ -180,5 +184,5 @@ class FilesSource:
             domain = documents.domain_of(row.get(domain_field), "")
             if not domain:
                 domain = self.name
-                self._account.add(f"documents without {domain_field!r}, now of the domain {domain!r}", where)
+                self._account.add(f"documents without {domain_field!r}, assigned to the domain {domain!r}", where)
         yield text, domain

@@ -1,4 +1,4 @@
-"""Domains that have no held-out text, and what a user can do about it."""
+"""Finds domains without held-out text, and advises what to do about them."""
 
 import math
 from collections import Counter
@@ -12,7 +12,7 @@ _LARGEST = 0.9  # the largest `validation_fraction`
 
 
 def _domains(stores: Iterable[TokenStore]) -> Counter[str]:
-    """Documents of each domain."""
+    """The number of documents of each domain."""
     found: Counter[str] = Counter()
     for store in stores:
         for i, domain in enumerate(store.domains):
@@ -21,7 +21,7 @@ def _domains(stores: Iterable[TokenStore]) -> Counter[str]:
 
 
 class NotHeldOut(NamedTuple):
-    """A domain that is trained on and not evaluated, and what would change that."""
+    """A domain that is trained on but not evaluated, and advice how to change that."""
 
     domain: str
     source: str
@@ -46,11 +46,14 @@ def not_held_out(cfg: DataConfig, stores: Mapping[tuple[str, str], TokenStore]) 
 
 
 def _advice(name: str, source: SourceConfig, documents: int, least: float, cut: bool) -> str:
-    """documents: how many there are for training. least: the fraction above which the first of them is held out. cut:
-    whether they come from text files."""
+    """Advice how to get held-out text for a domain.
+
+    documents: number of its training documents. least: the fraction above which the first of them is held out.
+    cut: whether they were cut out of text files.
+    """
     field = f"data.sources.{name}"
     if source.kind == "tfds":
-        return f"set {field}.validation_split to a split that has it"
+        return f"set {field}.validation_split to a split that has this domain"
     enough = max(math.floor(least * 1000 + 1) / 1000, 0.05)
     if documents > 1 and enough <= _LARGEST:
         return f"{field}.validation_fraction={enough:g} holds out one document or more"

@@ -1,7 +1,8 @@
-"""What of a text its tokens stand for: the bytes that a tokenizer drops, and the marks that text must not make.
+"""Counts the bytes of a text that its tokens do not represent, and keeps text from producing special tokens.
 
-A tokenizer drops a character that its vocabulary lacks (or has only the unknown token for), and what its normaliser or
-its splitting throws away. Bits per byte counts these bytes as if they had been predicted, so they are counted and said.
+A tokenizer loses characters that its vocabulary lacks, those with the unknown token only, and what its normaliser or
+pre-tokenizer removes. Bits per byte divides by all bytes, lost ones included, so their number is reported.
+A mark is a special token between documents (`end_of_text`, `begin_of_text`).
 """
 
 import copy
@@ -15,12 +16,12 @@ _KEEPS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel", "Di
 
 
 def size(text: str) -> int:
-    """Bytes of UTF-8."""
+    """Number of UTF-8 bytes of a text."""
     return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
 def lost_bytes(text: str, spans: Iterable[Span]) -> int:
-    """Bytes of a text outside the spans that its tokens cover."""
+    """Number of bytes of a text outside the spans that its tokens cover."""
     covered = np.zeros(len(text), bool)
     for begin, end in spans:
         covered[begin:end] = True
@@ -30,9 +31,9 @@ def lost_bytes(text: str, spans: Iterable[Span]) -> int:
 def encode_without(
     text: str, spans_of: Callable[[str], Sequence[Span]], encode: Callable[[str], np.ndarray]
 ) -> tuple[np.ndarray, int]:
-    """ids of a text that makes a mark, and bytes lost: it is cut inside every place that makes one.
+    """ids of a text that would produce marks, and bytes lost. The text is cut inside every place that produces one.
 
-    spans_of: the places of marks in a text, in order. A single character that makes a mark is left out.
+    spans_of: returns the places of marks in a text, in order. A single character that produces a mark is left out.
     """
     parts, todo, lost = [], [text], 0
     while todo:
@@ -43,7 +44,7 @@ def encode_without(
             continue
         at, cut = 0, []
         for begin, end in spans:
-            while end - begin > 1 and part[begin].isspace():  # a mark may take the spaces around it
+            while end - begin > 1 and part[begin].isspace():  # the span of a mark may include the spaces around it
                 begin += 1
             while end - begin > 1 and part[end - 1].isspace():
                 end -= 1
@@ -61,7 +62,7 @@ def encode_without(
 
 
 def _steps(part: dict | None) -> list[dict]:
-    """The parts of a normaliser or a splitting, Sequences opened."""
+    """The list of the steps of a normaliser or pre-tokenizer, with those inside a Sequence in its place."""
     if not isinstance(part, dict):
         return []
     inner = part.get("normalizers") or part.get("pretokenizers") if part.get("type") == "Sequence" else None
@@ -69,7 +70,7 @@ def _steps(part: dict | None) -> list[dict]:
 
 
 def keeps_everything(spec: dict) -> bool:
-    """Whether no byte of any text can be lost: every byte has a token, and nothing is removed before."""
+    """Whether the tokenizer loses no byte of any text: every byte has a token, and no step before removes any."""
     model, steps = spec["model"], [*_steps(spec.get("normalizer")), *_steps(spec.get("pre_tokenizer"))]
     for step in steps:
         kind = step.get("type")
@@ -87,15 +88,16 @@ def keeps_everything(spec: dict) -> bool:
 
 
 def with_unknown(spec: dict, tokenizer):
-    """The tokenizer with a token for what its vocabulary lacks, and that token's id (None: its model has no such).
+    """The tokenizer with an unknown token, added if it has none, and the id of that token.
 
-    A BPE without one drops such characters in silence, other models refuse the whole text.
+    Without an unknown token a BPE drops characters that its vocabulary lacks, and other models refuse the text.
     """
     import tokenizers
 
     model = spec["model"]
     vocab, word = model.get("vocab"), model.get("unk_token")
-    made = tokenizers.Tokenizer.from_str(json.dumps(spec | {"post_processor": None}))  # it would trim spans
+    # The post-processor would trim spans.
+    made = tokenizers.Tokenizer.from_str(json.dumps(spec | {"post_processor": None}))
     made.no_truncation()
     made.no_padding()
     made.encode_special_tokens = True

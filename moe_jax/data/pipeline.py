@@ -1,12 +1,12 @@
-"""From a `DataConfig` to batches: prepared stores, one Grain pipeline, an iterator whose state is a count.
+"""Turns a `DataConfig` into batches: prepared stores, one Grain pipeline, and an iterator whose state is a count.
 
-Batch s of the optimizer consists of elements s·B … s·B+B−1 of one infinite sequence that depends on (config, seed)
-alone: per source the rows of `rows.PackedRows`, shuffled anew each epoch, mixed by weight, in random order within a
-batch. A process asks for its
-`rows` of each batch and reads only these; neither this split nor `num_workers` changes what a batch holds.
+Batch s of the optimizer consists of the elements s·B … s·B+B−1 of one infinite sequence, which depends on (config,
+seed) alone. The sequence has the rows of `rows.PackedRows` of each source, shuffled anew each epoch, mixed by weight,
+and in random order within a batch. A process asks for its `rows` of each batch and reads only these. Neither that split
+nor `num_workers` changes the content of a batch.
 
 A batch is the dict of `PackedRows`, stacked to [n, S], and `sequence_ids` [n] int32, the index of each row in the
-optimizer batch; `n` rows of this process, `S` tokens of a row.
+optimizer batch. `n`: rows of this process; `S`: tokens of a row.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ BUFFERED = 2  # batches that each reader process has ready
 def prepare(
     cfg: DataConfig, *, workdir: str | Path | None, seed: int, progress: bool = True, init_from: str = ""
 ) -> "Corpus":
-    """Builds, or finds prepared, the data sets, the tokenizer (kept in `workdir`) and the token stores.
+    """The corpus of a run. Prepares data sets, tokenizer and token stores first where they do not exist yet.
 
-    workdir: None for a run that has not begun, so that one that fails leaves nothing; see `Corpus.keep_tokenizer`.
-    seed: decides the order of the training data; the prepared data does not depend on it.
+    workdir: the directory that keeps the tokenizer; None for a run that has not begun (`Corpus.keep_tokenizer`).
+    seed: decides the order of the training data. The prepared data does not depend on it.
     init_from: the run directory whose weights, and so whose tokenizer, a new run starts with.
-    Raises: ConfigError for a user's mistake.
+    Raises: ConfigError for a mistake in the configuration.
     """
     cache = check_cache(cfg)
     sources = {name: open_source(name, source, cache, progress) for name, source in cfg.sources.items()}
@@ -63,7 +63,7 @@ def prepare(
 
 def _check_some_text_is_kept(cfg: DataConfig, name: str, store: TokenStore) -> None:
     size = int(store.document_bytes.sum())
-    if size and store.targets_per_document().sum() == store.num_documents:  # the ends of documents, and no token else
+    if size and store.targets_per_document().sum() == store.num_documents:  # the only targets are the ends of documents
         rule = f"has a token for none of the {size:,} bytes of data.sources.{name}"
         raise ConfigError("data.tokenizer.path", cfg.tokenizer.path, rule, "use a tokenizer of such text")
 
@@ -76,8 +76,10 @@ def _is_read(cfg: DataConfig, name: str, split: Split) -> bool:
 
 
 def _training_text(cfg: DataConfig, sources: dict[str, Source]) -> Iterator[str]:
-    """Training documents for the tokenizer: whole ones in a fixed random order, sources in proportion to their weights,
-    `train_bytes` of UTF-8 in all. What a small source does not use is left to the ones after it."""
+    """Yields documents to train the tokenizer on, `train_bytes` of UTF-8 in all, in a fixed random order.
+
+    Each source has a share in proportion to its weight. The sources after a small one share what it does not use.
+    """
     left, weight_left = cfg.tokenizer.train_bytes, sum(s.weight for s in cfg.sources.values())
     for name, source in cfg.sources.items():
         if source.weight == 0:
@@ -97,7 +99,7 @@ def _training_text(cfg: DataConfig, sources: dict[str, Source]) -> Iterator[str]
 
 
 class _Share(grain.MapDataset):
-    """Element k is row `rows[k mod n]` of batch `first + k div n`: what one process reads, one row at a time."""
+    """The rows that one process reads: element k is row `rows[k mod n]` of batch `first + k div n`."""
 
     def __init__(self, elements: grain.MapDataset, batch_size: int, rows: tuple[int, ...], first: int):
         super().__init__(elements)
@@ -116,7 +118,7 @@ class _Share(grain.MapDataset):
 
 
 class _ValidationRows:
-    """Chosen rows of all sources' validation splits, followed by rows of padding up to whole batches."""
+    """Chosen rows of all sources' validation splits, followed by rows of padding that fill the last batch."""
 
     def __init__(self, parts: Sequence[PackedRows], chosen: np.ndarray, length: int, padding: Batch):
         self._parts, self._chosen, self._length, self._padding = parts, chosen, length, padding
@@ -145,19 +147,19 @@ def _check_rows(rows: Sequence[int], batch_size: int) -> tuple[int, ...]:
 
 
 def _check_shared_memory(num_workers: int, batch_bytes: int) -> None:
-    """That reader processes can hand over their batches. Raises ConfigError."""
+    """Raises ConfigError if there is too little shared memory for the batches of reader processes."""
     need = num_workers * (BUFFERED + 1) * batch_bytes
-    if not SHARED_MEMORY.is_dir():  # of systems that keep it elsewhere
+    if not SHARED_MEMORY.is_dir():  # some systems have shared memory elsewhere
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
     try:
         with tempfile.TemporaryFile(dir=SHARED_MEMORY):
             pass
     except OSError as error:
-        rule = f"readers hand over batches in {SHARED_MEMORY}, which cannot be written ({error.strerror})"
+        rule = f"reader processes pass batches through {SHARED_MEMORY}, which cannot be written ({error.strerror})"
         raise ConfigError("data.num_workers", num_workers, rule, "nearest valid: 0") from None
     if free < need:
-        rule = f"readers need up to {need / 2**20:,.1f} MiB in {SHARED_MEMORY}, where {free / 2**20:,.1f} are free"
+        rule = f"reader processes need up to {need / 2**20:,.1f} MiB in {SHARED_MEMORY}; {free / 2**20:,.1f} are free"
         raise ConfigError("data.num_workers", num_workers, rule, "nearest valid: 0")
 
 
@@ -168,14 +170,17 @@ def _batches(
     threads = 1 if num_workers else 4
     made = share.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own flags, for which the defaults will do
+        if not flags.FLAGS.is_parsed():  # in a notebook; Grain needs the defaults of its own flags
             flags.FLAGS.mark_as_parsed()
         made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BUFFERED))
     return made
 
 
 class TrainIterator:
-    """Endless training batches of one process. The state is the number of batches delivered: it fits any `rows`."""
+    """An endless iterator over the training batches of one process.
+
+    Its state is the number of batches delivered, so a process with other `rows` can continue from it.
+    """
 
     def __init__(self, elements, batch_size: int, rows: Sequence[int], num_workers: int):
         self._elements, self._batch_size, self._num_workers = elements, batch_size, num_workers
@@ -189,15 +194,15 @@ class TrainIterator:
     def __next__(self) -> Batch:
         try:
             batch = self._read()
-        except RuntimeError as error:  # a reader process that was killed
+        except RuntimeError as error:  # a reader process was killed
             if self._count == self._begun:
                 raise
-            line = f"reader processes ended ({str(error).splitlines()[0]}); new ones begin with batch {self._count}"
+            line = f"reader processes ended ({str(error).splitlines()[0]}); new ones start at batch {self._count}"
             print(line, file=sys.stderr, flush=True)
             self.close()
             batch = self._read()
         self._count += 1
-        # A reader process hands over shared memory, which would have to outlive every use of the batch.
+        # The arrays of a reader process lie in shared memory, which it may reuse while the batch is in use: copy them.
         return {k: np.array(v) for k, v in batch.items()} if self._num_workers else batch
 
     def _read(self) -> Batch:
@@ -207,15 +212,16 @@ class TrainIterator:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, int]:
+        """The state as JSON values."""
         return {"batches": self._count}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues after `state["batches"]` batches, at once: nothing is replayed."""
+        """Continues after `state["batches"]` batches, without reading those before."""
         self.close()
         self._count = int(state["batches"])
 
     def close(self) -> None:
-        """Ends reader threads and processes; the next batch starts new ones."""
+        """Ends reader threads and processes. The next batch starts new ones."""
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
@@ -225,11 +231,11 @@ class TrainIterator:
 
 
 class Corpus:
-    """Prepared data of a run.
+    """The prepared data of a run.
 
-    domains: names over all sources and splits, sorted; `domain_ids` of batches index it.
-    bytes_per_token: [domains] float64, UTF-8 bytes per predicted token of the validation split (of the training split
-        for a domain without validation documents): bits per byte = nats per token / ln 2 / bytes_per_token.
+    domains: names of the domains of all sources and splits, sorted; `domain_ids` of batches are indices into it.
+    bytes_per_token: [domains] float64, UTF-8 bytes per predicted token of the validation split, or of the training
+        split for a domain without validation documents. Bits per byte = nats per token / ln 2 / bytes_per_token.
     """
 
     def __init__(self, cfg: DataConfig, sources: dict[str, Source], tokenizer, stores: dict, seed: int):
@@ -246,7 +252,7 @@ class Corpus:
         self.bytes_per_token = self._bytes_per_token()
 
     def keep_tokenizer(self, workdir: str | Path) -> None:
-        """Puts the tokenizer into the directory of a run that begins, which needs no other file of it from then on."""
+        """Saves the tokenizer in the directory of a new run, which then needs no other file of it."""
         tokenizers.save(self.tokenizer, self._cfg.tokenizer, workdir)
 
     def _rows(self, name: str, split: Split) -> PackedRows:
@@ -269,7 +275,7 @@ class Corpus:
         return size / tokens
 
     def stats(self) -> list[dict]:
-        """One dict a (source, split, domain): documents, bytes of UTF-8 text, tokens (predicted in one epoch)."""
+        """A dict for each (source, split, domain): documents, bytes of UTF-8 text, tokens (predicted in one epoch)."""
         out = []
         for (name, split), store in self.stores.items():
             which, targets = store.document_domains, store.targets_per_document()
@@ -281,7 +287,7 @@ class Corpus:
         return sorted(out, key=lambda row: (row["source"], row["split"], row["domain"]))
 
     def table(self) -> str:
-        """`stats` as text, one line a row."""
+        """The rows of `stats` as a table of text."""
         rows = self.stats()
         width = [max(len(c), *(len(r[c]) for r in rows), 1) for c in ("source", "split", "domain")]
         line = "  ".join([f"{{:<{w}}}" for w in width] + ["{:>9}", "{:>13}", "{:>13}"])
@@ -291,7 +297,7 @@ class Corpus:
         return "\n".join([head, *body])
 
     def train_iterator(self, rows: Sequence[int]) -> TrainIterator:
-        """Endless batches. rows: sorted indices in range(batch_size) that this process produces.
+        """An endless iterator over training batches. rows: sorted indices in range(batch_size) of this process.
 
         Raises: ConfigError if there is too little shared memory for `num_workers` readers.
         """
@@ -302,34 +308,34 @@ class Corpus:
             mixed.append(grain.MapDataset.source(packed).shuffle(seed=_key("rows", self._seed, name)).repeat())
         elements = mixed[0]
         if len(mixed) > 1:
-            # `mix` deals sources out in turn, so any few neighbours would be a fair sample of the mixture: neither what
-            # training on shuffled documents meets, nor what a load-balancing loss over few sequences should see.
-            every = grain.MapDataset.mix(mixed, self._weights)
+            # `mix` takes sources in turn, so a few neighbours would always have all sources in proportion. Training on
+            # shuffled documents does not have that, and a load-balancing loss over few sequences should not see it.
+            in_turn = grain.MapDataset.mix(mixed, self._weights)
             elements = grain.experimental.WindowShuffleMapDataset(
-                every, window_size=self._cfg.batch_size, seed=_key("batch", self._seed)
+                in_turn, window_size=self._cfg.batch_size, seed=_key("batch", self._seed)
             )
         return TrainIterator(elements, self._cfg.batch_size, rows, self._cfg.num_workers)
 
     def num_validation_batches(self, limit: int = 0) -> int:
+        """Number of batches of held-out text, at most `limit`; 0: all."""
         batches = -(-self.num_validation_rows() // self._cfg.batch_size)
         return min(batches, limit) if limit else batches
 
     def num_validation_rows(self, limit: int = 0) -> int:
-        """Rows of held-out text in so many batches, or in all of them, without the padding in the last."""
+        """Number of rows of held-out text in `limit` batches, or in all (0), without the padding in the last."""
         total = sum(len(part) for part in self._validation)
         return min(total, limit * self._cfg.batch_size) if limit else total
 
     def validation_batches(self, rows: Sequence[int], limit: int = 0) -> Iterator[Batch]:
-        """The held-out split once, sources one after another; every batch is full, the last filled with padding rows.
+        """Batches of the held-out split, read once, one source after another. Padding rows fill the last batch.
 
-        limit: at most this many batches, of rows spread evenly over the whole split; 0: all.
+        limit: maximum number of batches, whose rows are spread evenly over the split; 0: all.
         """
         rows = _check_rows(rows, self._cfg.batch_size)
         total, length = self.num_validation_rows(), self.num_validation_batches(limit) * self._cfg.batch_size
         taken = min(total, length)
-        chosen = (
-            (2 * np.arange(taken, dtype=np.int64) + 1) * total // (2 * max(taken, 1))
-        )  # all of them if taken == total
+        # These are all rows if taken == total.
+        chosen = (2 * np.arange(taken, dtype=np.int64) + 1) * total // (2 * max(taken, 1))
         padding = padding_row(self._cfg.seq_len, self.tokenizer.end_of_text)
         return self._validate(_ValidationRows(self._validation, chosen, length, padding), rows)
 
@@ -340,33 +346,33 @@ class Corpus:
             iterator.close()
 
     def validation_texts(self) -> Iterator[tuple[str, str]]:
-        """(domain, text) of every held-out document, in the order of the validation batches."""
+        """Yields (domain, text) of every held-out document, in the order of the validation batches."""
         for (_, split), store in self.stores.items():
             if split == "validation":
                 yield from store.texts()
 
     def notes(self) -> list[str]:
-        """What a user should know of the data, one line each: how documents begin, what readers and the tokenizer left
-        out, domains without held-out text."""
+        """Lines for the user: how documents begin, what readers and the tokenizer left out, domains without held-out
+        text."""
         read = [line for store in self.stores.values() for line in store.notes]
         return [*self.tokenizer.lines, *dict.fromkeys(read), *self._lost(), *map(str, self.not_held_out())]
 
     def _lost(self) -> Iterator[str]:
-        """A line for each store of whose text the tokenizer dropped something."""
+        """Yields a line for each store from whose text the tokenizer dropped something."""
         for (name, split), store in self.stores.items():
             if lost := store.lost_bytes:
                 total, size = sum(lost.values()), int(store.document_bytes.sum())
                 where = ", ".join(f"{domain} {count:,}" for domain, count in sorted(lost.items()))
                 share = f"{total:,} of {size:,} bytes ({100 * total / size:.2g} %)"
-                rule = "the tokenizer has no token for them, and bits per byte counts them all the same"
+                rule = "the tokenizer has no token for them, but bits per byte counts them"
                 yield f"{name}/{split}: {share} of text are lost ({where}): {rule}"
 
     def not_held_out(self) -> list[NotHeldOut]:
-        """The domains that are trained on and not evaluated."""
+        """The domains that are trained on but not evaluated."""
         return not_held_out(self._cfg, self.stores)
 
     def record(self) -> dict[str, Any]:
-        """What was read, as JSON."""
+        """The record of what was read, as JSON values."""
         return record.record(self._sources, self.tokenizer.fingerprint, self.stores)
 
 

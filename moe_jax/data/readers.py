@@ -1,4 +1,4 @@
-"""Rows and texts out of local files. What cannot be read is refused with the file and the line; nothing is skipped."""
+"""Reads rows and texts from local files. Anything unreadable raises an error with file and line; nothing is skipped."""
 
 import csv
 import gzip
@@ -12,34 +12,38 @@ EXTENSIONS = (".txt", ".jsonl", ".csv", ".parquet")
 
 
 class Unreadable(ValueError):
-    """A file, or a row of it, that is not what it should be, in one line that names it."""
+    """A file, or a row of it, that cannot be read. The message is one line that names the place."""
 
 
 class Rows(NamedTuple):
-    """names: the fields of every row, if the file says them at its head. rows: (number, fields); see `place`."""
+    """The rows of a file.
+
+    names: the fields of every row, if the file has a header. rows: (number, fields); `place` explains the number.
+    """
 
     names: list[str] | None
     rows: Iterator[tuple[int, dict[str, Any]]]
 
 
 def extension(path: Path) -> str:
+    """The extension of a file's name, without a .gz after it."""
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def place(path: Path, number: int) -> str:
-    """Where a row is: its line, or in a file without lines its number, from 1."""
+    """The place of a row for messages: its line, or in a file without lines its number, from 1."""
     return f"{path}, row {number}" if extension(path) == ".parquet" else f"{path}:{number}"
 
 
 def _open(path: Path):
-    """Text in which a byte that is not UTF-8 is half a surrogate pair, so that its line is known."""
+    """The file opened as text. A byte that is not UTF-8 becomes half a surrogate pair, which tells its line."""
     opener = gzip.open if path.suffix == ".gz" else open
     newline = "" if extension(path) == ".csv" else None
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _checked(lines, path: Path) -> Iterator[str]:
-    """The lines, each of which is UTF-8."""
+    """Yields the lines. Raises Unreadable for a line that is not UTF-8."""
     for number, line in enumerate(lines, 1):
         if not line.isascii():
             try:
@@ -51,13 +55,13 @@ def _checked(lines, path: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """A text file; every kind of line end becomes a newline."""
+    """The text of a file. Every kind of line end becomes a newline."""
     with _open(path) as file:
         return "".join(_checked(file, path))
 
 
 def open_rows(path: Path, wanted: Sequence[str]) -> Rows:
-    """The rows of a .jsonl, .csv or .parquet file. wanted: the fields that will be looked at."""
+    """The rows of a .jsonl, .csv or .parquet file. wanted: the fields that the caller reads."""
     return {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[extension(path)](path, wanted)
 
 
@@ -65,7 +69,7 @@ def open_rows(path: Path, wanted: Sequence[str]) -> Rows:
 
 
 class _Repeating(dict):
-    """An object that names a field twice; json would keep the last without a word."""
+    """A JSON object that names a field twice, of which `json` keeps the last silently."""
 
     repeated: frozenset[str] = frozenset()
 
@@ -118,7 +122,10 @@ def _check_unique(path: Path, names: Sequence[str], wanted: Sequence[str]) -> No
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line that the row begins at, its fields). Strict: quotes that do not match would swallow all rows between."""
+    """Yields (line where the row begins, its fields).
+
+    The reader is strict, since with unmatched quotes all rows between two of them would become one.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path) as file:
         reader = csv.reader(_checked(file, path), strict=True)
@@ -139,7 +146,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_records(path: Path, names: list[str], rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, dict]]:
-    """Rows as dicts. A short one lacks its last fields; a longer one than the header would lose text."""
+    """Yields rows as dicts. A short row lacks its last fields. A row longer than the header raises Unreadable."""
     for begin, row in rows:
         if len(row) > len(names) and any(row[len(names) :]):
             rule = f"has {len(row)} fields, the header {len(names)}; a text with commas needs quotes around it"

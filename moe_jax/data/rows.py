@@ -1,4 +1,4 @@
-"""Fixed-length rows packed from the documents of a token store. Letters: `S` tokens of a row."""
+"""Rows of fixed length, packed from the documents of a token store. `S`: tokens of a row."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from moe_jax.data.corpus import TokenStore
 
 
 def permutation(n: int, *key: object) -> np.ndarray:
-    """A permutation of range(n) decided by `key` alone, on every machine and NumPy version."""
+    """A permutation of range(n) that depends on `key` alone: the same on every machine and with every NumPy version."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     raw = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(n)
     return np.argsort(raw, kind="stable")
@@ -31,10 +31,10 @@ class PackedRows:
         weights          float32: 1, or 0 for padding and for a begin_of_text, which nothing before it predicts
         segment_ids      int32: from 1 within the row, a new one at each document's first token; 0 is padding
         positions        int32: from 0 at each segment's start
-        domain_ids       int32: of the target's document; the end_of_text after a document belongs to it
+        domain_ids       int32: domain of the target's document; the end_of_text after a document belongs to it
 
-    seed: documents in a permutation decided by (seed, name); None: in stored order.
-    partial: whether the last incomplete row is kept, padded (validation), or dropped (training).
+    seed: the documents are in a permutation that depends on (seed, name); None: in stored order.
+    partial: True keeps the last incomplete row and pads it (validation); False drops it (training).
     domain_ids: global index of each of the store's domains; None: the store's own numbers.
     """
 
@@ -65,7 +65,7 @@ class PackedRows:
         return self._length
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """Raises: IndexError outside range(len(self))."""
+        """The arrays of a row. Raises: IndexError outside range(len(self))."""
         if not 0 <= row < self._length:
             raise IndexError(f"row {row} of {self._length}")
         store, s = self.store, self.seq_len

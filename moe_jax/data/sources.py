@@ -1,9 +1,9 @@
-"""Sources of documents: TFDS datasets and local files behind one small interface.
+"""Sources of documents: TFDS data sets and local files behind one interface.
 
-`open_source(name, cfg, cache)` gives an object with `identity(split)`, a JSON-ready description of exactly what would
-be read, and `documents(split)`, a random-access sequence of `{"text": str, "domain": str}`, with `replaced` if
-something in the text was no Unicode; split is "train" or "validation". Opening reads no document; a TFDS dataset that
-is missing is prepared on first use.
+`open_source(name, cfg, cache)` returns a `Source`. Its `identity(split)` is a description, as JSON values, of exactly
+what would be read. Its `documents(split)` is a random-access sequence of `{"text": str, "domain": str}`, with a key
+`replaced` if parts of the text were not Unicode. A split is "train" or "validation". Opening reads no document. A
+missing TFDS data set is prepared on first use.
 """
 
 import contextlib
@@ -29,26 +29,30 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 @runtime_checkable
 class Source(Protocol):
-    def identity(self, split: Split) -> dict: ...
+    """The interface of a source."""
 
-    def documents(self, split: Split) -> Sequence[dict[str, str]]: ...
+    def identity(self, split: Split) -> dict:
+        """A description of what would be read, as JSON values. Equal descriptions mean equal documents."""
+
+    def documents(self, split: Split) -> Sequence[dict[str, str]]:
+        """The documents of a split."""
 
     def listing(self, split: Split) -> list[list]:
-        """[name, size] of what is read: files and bytes, or a part of a data set and its examples."""
+        """A list of [name, size] of what is read: files and bytes, or a split of a data set and its examples."""
 
 
 def cache_folder(cfg: DataConfig | None = None) -> Path:
-    """Where prepared data lives: `cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
+    """The folder of prepared data: `cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
     named = (cfg and cfg.cache_dir) or os.environ.get("MOE_JAX_CACHE")
     path = os.path.expanduser(named or "~/.cache/moe_jax")
     if path.startswith("~"):
         hint = "set $MOE_JAX_CACHE or data.cache_dir to a folder"
-        raise ConfigError("data.cache_dir", cfg.cache_dir if cfg else "", f"there is no home folder for {path}", hint)
+        raise ConfigError("data.cache_dir", cfg.cache_dir if cfg else "", f"no home folder is known for {path}", hint)
     return Path(path)
 
 
 def check_cache(cfg: DataConfig) -> Path:
-    """`cache_folder`, made if missing. Raises ConfigError if nothing can be written there."""
+    """The folder of `cache_folder`, made if missing. Raises ConfigError if it cannot be written to."""
     path, why = cache_folder(cfg), ""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ def check_cache(cfg: DataConfig) -> Path:
 
 
 def open_source(name: str, cfg: SourceConfig, cache: Path, progress: bool = False) -> Source:
-    """The source of a config entry, checked as far as that is cheap. Raises: ConfigError `data.sources.<name>.…`."""
+    """The source of a config entry, after checks that read no document. Raises: ConfigError `data.sources.<name>.…`."""
     if cfg.kind == "files":
         return FilesSource(name, cfg, cache)
     return TfdsSource(name, cfg, cache, progress)
@@ -73,7 +77,7 @@ def open_source(name: str, cfg: SourceConfig, cache: Path, progress: bool = Fals
 
 
 class TfdsDocuments(Sequence):
-    """Documents of one split of a prepared TFDS dataset; every access reads and decodes one record."""
+    """The documents of one split of a prepared TFDS data set. Every access reads and decodes one record."""
 
     def __init__(self, records: Sequence[dict], cfg: SourceConfig, name: str, labels: Any):
         self._records, self._cfg, self._name, self._labels = records, cfg, name, labels
@@ -97,7 +101,7 @@ class TfdsDocuments(Sequence):
 
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
-    """TFDS warns of a folder without data, which is what there is before the first run."""
+    """Hides warnings: TFDS warns of a folder without data, and there is no data before the first run."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -107,7 +111,7 @@ def _errors_only() -> Iterator[None]:
 
 
 class TfdsSource:
-    """ "stdlib_text", or any dataset TFDS knows by name, read as ArrayRecord."""
+    """The source "stdlib_text", or any data set that TFDS knows by name, read as ArrayRecord."""
 
     def __init__(self, name: str, cfg: SourceConfig, cache: Path, progress: bool = False):
         self.name, self.cfg, self.progress = name, cfg, progress
@@ -118,11 +122,11 @@ class TfdsSource:
         return ConfigError(f"data.sources.{self.name}.{field}", getattr(self.cfg, field), rule, hint)
 
     def _resolve(self):
-        """The TFDS builder; nothing is downloaded or generated yet."""
+        """The TFDS builder. Nothing is downloaded or generated here."""
         import tensorflow_datasets as tfds
 
         if ":" in self.cfg.name.split("/")[0]:
-            rule = "names a community's data set, whose builder is code from elsewhere, and is not opened"
+            rule = "names a community data set, whose builder is code of others; it is not run"
             raise self._error("name", rule, "nearest valid: 'stdlib_text', or files of text")
         if self.cfg.name == "stdlib_text":
             from moe_jax.data.stdlib_text import StdlibText
@@ -139,7 +143,7 @@ class TfdsSource:
             raise self._error("name", f"cannot be opened by TFDS: {_line(error)}", "try 'stdlib_text'") from error
 
     def _prepared(self):
-        """The builder with its data on disk. Raises: ConfigError with the reason if it cannot be prepared."""
+        """The builder, after its data is on disk. Raises: ConfigError with the reason if it cannot be prepared."""
         with _errors_only():
             if self._builder.is_prepared():
                 return self._builder
@@ -151,7 +155,7 @@ class TfdsSource:
             config = tfds.download.DownloadConfig(try_download_gcs=False)
             if self.progress:
                 print(f"preparing {self.cfg.name} in {self.folder}", file=sys.stderr, flush=True)
-            # TFDS prints its own account of sizes it does not know.
+            # TFDS prints sizes, most of them unknown.
             with contextlib.redirect_stdout(io.StringIO()):
                 self._builder.download_and_prepare(file_format="array_record", download_config=config)
         except Exception as error:
@@ -172,7 +176,7 @@ class TfdsSource:
         try:
             return splits[self._split(split)]
         except Exception:  # TFDS raises KeyError, ValueError and its own errors for a bad split expression
-            hint = f"nearest valid: {next(iter(splits), '')!r}, or a part such as 'train[:95%]' and 'train[95%:]'"
+            hint = f"nearest valid: {next(iter(splits), '')!r}, or a slice such as 'train[:95%]' and 'train[95%:]'"
             raise self._error(field, f"is not among the splits {', '.join(splits)}", hint) from None
 
     def identity(self, split: Split) -> dict:
@@ -215,10 +219,9 @@ def _line(error: Exception) -> str:
 
 
 def check_sources(cfg: DataConfig, workdir: str | Path | None = None) -> None:
-    """Finds user mistakes without reading a document: paths, extensions, dataset names, the tokenizer's file.
+    """Raises ConfigError for a wrong path, extension, data set or tokenizer file, without reading a document.
 
-    workdir: of a run that has begun, which may have its own copy of the tokenizer's file.
-    Raises: ConfigError naming the field and the nearest valid choice.
+    workdir: the directory of a run that has begun, which may have its own copy of the tokenizer's file.
     """
     check_cache(cfg)
     sources = {name: open_source(name, source, cache_folder(cfg)) for name, source in cfg.sources.items()}
@@ -232,7 +235,8 @@ def check_sources(cfg: DataConfig, workdir: str | Path | None = None) -> None:
 
 
 def _check_no_text_is_on_both_sides(sources: Sequence[FilesSource]) -> None:
-    """What one source holds out, another may not train on: a file of both has to be split alike in both."""
+    """Raises ConfigError if two sources split the same file differently, since one would train on the other's held-out
+    text."""
     seen: dict[str, FilesSource] = {}
     for source in sources:
         for path in map(os.path.realpath, source.files):
@@ -243,7 +247,7 @@ def _check_no_text_is_on_both_sides(sources: Sequence[FilesSource]) -> None:
             field, cfg, where = f"data.sources.{source.name}", source.cfg, f"data.sources.{other.name}"
             why = "held-out text would be trained on"
             if cfg.validation_fraction != other.cfg.validation_fraction:
-                rule = f"is not that of {where}, though both read {path}: {why}"
+                rule = f"differs from that of {where}, though both read {path}: {why}"
                 hint = f"nearest valid: {other.cfg.validation_fraction}"
                 raise ConfigError(f"{field}.validation_fraction", cfg.validation_fraction, rule, hint)
             if source.cutting(path) != other.cutting(path):

@@ -1,8 +1,8 @@
-"""Tokenizers: text → token ids and back, with one `<|endoftext|>` between documents, behind one small interface.
+"""Tokenizers: text → token ids and back, with one `<|endoftext|>` between documents, behind one interface.
 
-Text never produces `end_of_text`, nor `begin_of_text`, even if it spells it. `fingerprint` changes whenever ids could:
-it is part of the key of prepared token stores. A run directory keeps its tokenizer (`save`, `load`), so that evaluation
-reads what training wrote, and weights are started from with the tokenizer that they were made with (`of_run`).
+Text never produces `end_of_text` or `begin_of_text`, even where it spells them. `fingerprint` changes whenever ids
+could change, and is part of the key of prepared token stores. A run directory keeps its tokenizer (`save`, `load`), so
+that evaluation uses that of training. A run that starts from weights uses the tokenizer of these weights (`of_run`).
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from moe_jax.errors import ConfigError, FileError, shown
 
 _USUAL_NAMES = vocabularies.USUAL_NAMES
 SETTINGS = "tokenizer_settings.json"
-_MOST = 200_000_000  # bytes of a tokenizer file; the largest in use have a tenth
+_MOST = 200_000_000  # bytes of a tokenizer file; the largest in use have a tenth of that
 _FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 _KINDS = {"bpe": JsonTokenizer, "huggingface": JsonTokenizer, "sentencepiece": SentencePieceTokenizer}
-# Beside a tokenizer's file: what it says of special tokens and of chats.
+# Files beside a tokenizer's file, about special tokens and chats.
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-TRAVELS = (  # all that goes from model to run to model; none is code
+COMPANION_FILES = (  # files that are copied with the weights on import, training and export; none is code
     "tokenizer.json", "tokenizer.model", *BESIDE, "added_tokens.json", "vocab.json", "merges.txt",
     "generation_config.json",
 )  # fmt: skip
@@ -43,10 +43,11 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """ids are int32 arrays of shape [tokens]; `vocab_size` counts the special ones too.
+    """The interface of a tokenizer. ids are int32 arrays of shape [tokens]; `vocab_size` counts special tokens too.
 
-    begin_of_text: the token in front of every document; None: the `end_of_text` before it alone. words: of the two as
-    the vocabulary spells them ("" without). files: what a run keeps of it, by name. lines: what the user should know.
+    begin_of_text: the token in front of every document; None: only the `end_of_text` of the document before.
+    words: begin_of_text and end_of_text in the vocabulary's spelling; "" for none.
+    files: the files that a run keeps, by name. lines: messages for the user.
     """
 
     vocab_size: int
@@ -58,19 +59,19 @@ class Tokenizer(Protocol):
     lines: tuple[str, ...]
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """ids of texts, without any special token. No text stops the others."""
+        """ids of each text, without any special token. A text that cannot be encoded has none."""
 
     def encode_and_count(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
-        """… and of each text the bytes that no token stands for."""
+        """ids of each text, and the number of its bytes that no token represents."""
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of ids; `begin_of_text` and `end_of_text` are left out."""
+        """The text of ids, without `begin_of_text` and `end_of_text`."""
 
     def save(self, folder: str | Path) -> None: ...
 
 
 def read_file(path: Path, most: int = _MOST) -> bytes:
-    """A file of at most `most` bytes. Raises FileError."""
+    """The content of a file of at most `most` bytes. Raises FileError."""
     try:
         size = path.stat().st_size
         if size > most:
@@ -81,28 +82,28 @@ def read_file(path: Path, most: int = _MOST) -> bytes:
 
 
 def read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Those of the files that are there, by name. Raises FileError."""
+    """The contents of those files that exist, by name. Raises FileError."""
     return {name: read_file(folder / name) for name in names if (folder / name).is_file()}
 
 
-def travelling(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that go with its weights wherever they go, by name. Raises FileError."""
+def companion_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that are copied with its weights, by name. Raises FileError."""
     more = sorted((folder / MORE_TEMPLATES).glob("*.jinja")) if (folder / MORE_TEMPLATES).is_dir() else []
-    return read_files(folder, (*TRAVELS, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)))
+    return read_files(folder, (*COMPANION_FILES, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)))
 
 
 # --- the tokenizer of a run directory --------------------------------------------------------------------------------
 
 
-def _asked(cfg: TokenizerConfig) -> dict:
-    """The fields that decide what this kind of tokenizer is."""
+def _defining_fields(cfg: TokenizerConfig) -> dict:
+    """The fields that define a tokenizer of this kind."""
     names = {"bytes": (), "bpe": ("vocab_size", "train_bytes")}.get(cfg.kind, ("path", "end_of_text", "begin_of_text"))
     return {"kind": cfg.kind, **{n: v for n, v in dataclasses.asdict(cfg).items() if n in names}}
 
 
 def settings(tokenizer: Tokenizer, cfg: TokenizerConfig) -> bytes:
-    """What a run directory keeps of a tokenizer beside its files: `tokenizer_settings.json`."""
-    made = _asked(cfg)
+    """The content of `tokenizer_settings.json`, which a run directory keeps beside a tokenizer's files."""
+    made = _defining_fields(cfg)
     if cfg.kind in ("huggingface", "sentencepiece"):
         begin, end = tokenizer.words
         made |= {"end_of_text": end, "begin_of_text": begin or NONE}
@@ -110,15 +111,15 @@ def settings(tokenizer: Tokenizer, cfg: TokenizerConfig) -> bytes:
 
 
 def save(tokenizer: Tokenizer, cfg: TokenizerConfig, workdir: str | Path) -> None:
-    """Keeps a tokenizer and its settings in a run directory."""
+    """Writes a tokenizer and its settings into a run directory."""
     tokenizer.save(workdir)
     write(Path(workdir) / SETTINGS, settings(tokenizer, cfg))
 
 
 def load(workdir: str | Path) -> Tokenizer | None:
-    """The tokenizer of a run directory, whatever it was made of; None if there is none.
+    """The tokenizer of a run directory; None if it has none.
 
-    Raises: FileError for a file that is another than the one that the run was made with.
+    Raises: FileError for a file that differs from the one with which the run was made.
     """
     path = Path(workdir) / SETTINGS
     if not path.is_file():
@@ -127,12 +128,15 @@ def load(workdir: str | Path) -> Tokenizer | None:
     made = _open(workdir, kept["kind"], kept.get("end_of_text") or "", kept.get("begin_of_text", ""))
     if made is not None and kept.get("fingerprint", made.fingerprint) != made.fingerprint:
         file = Path(workdir) / _FILES[kept["kind"]]
-        raise FileError(f"{file}: is not the tokenizer that this run was made with; put that one there")
+        raise FileError(f"{file}: is not the tokenizer with which this run was made; restore that file")
     return made
 
 
 def _open(folder: str | Path, kind: str, end_of_text: str, begin_of_text: str) -> Tokenizer | None:
-    """The tokenizer in a folder, which had another begin_of_text before there was a choice (""): that is kept."""
+    """The tokenizer in a folder. None if its file is missing.
+
+    begin_of_text: "" for a run made before this setting existed, whose documents begin without such a token.
+    """
     if kind == "bytes":
         return BytesTokenizer()
     file = Path(folder) / _FILES[kind]
@@ -142,7 +146,9 @@ def _open(folder: str | Path, kind: str, end_of_text: str, begin_of_text: str) -
     make = lambda begin: _KINDS[kind](read_file(file), end_of_text, str(file), begin, files)
     made = make(begin_of_text)
     if not begin_of_text and kind != "bpe" and (word := make(AUTO).words[0]):
-        made.lines = (f"documents do not begin with {word!r}, though the tokenizer says so: this run began without it",)
+        made.lines = (
+            f"documents do not begin with {word!r}, though the tokenizer's files ask for it: this run began without it",
+        )
     return made
 
 
@@ -159,9 +165,9 @@ def _read_settings(path: Path) -> dict:
 
 
 def of_run(folder: str | Path) -> tuple[Tokenizer | None, dict]:
-    """The tokenizer that the weights of a run directory need, and its settings; None if it has none.
+    """The tokenizer of the weights of a run directory, or None, and its settings.
 
-    A run directory that has not been trained in may have no settings yet: its `config.json` says them.
+    A run directory without training may have no settings file; its `config.json` has the settings then.
     """
     made = load(folder)
     if made is not None:
@@ -175,16 +181,16 @@ def of_run(folder: str | Path) -> tuple[Tokenizer | None, dict]:
 
 
 def check_same(cfg: TokenizerConfig, made: Tokenizer, kept: dict, where: str, way: str) -> None:
-    """Raises ConfigError, naming the field, if a configuration asks for another tokenizer than weights were made with.
+    """Raises ConfigError, naming the field, if a configuration asks for a tokenizer other than that of the weights.
 
-    made, kept: the tokenizer and its settings. where: who has it. way: what else to do.
+    made, kept: the tokenizer of the weights and its settings. where: the run that has it. way: the end of the hint.
     """
-    for name, value in _asked(cfg).items():
+    for name, value in _defining_fields(cfg).items():
         have = kept.get(name)
         same = value == have
-        if name == "kind":  # a trained one may be named by its file
+        if name == "kind":  # a tokenizer trained here may be given as its file
             same |= value == "huggingface" and have == "bpe" and _is_file_of(cfg, made)
-        elif name == "path":  # the run may have been moved or copied, and the file, too, or be gone
+        elif name == "path":  # the run and the file may have been moved, copied or deleted
             same |= _is_file_of(cfg, made) or not Path(os.path.expanduser(value)).is_file()
         elif name == "end_of_text":
             have = made.words[1]
@@ -203,7 +209,7 @@ def _is_file_of(cfg: TokenizerConfig, made: Tokenizer) -> bool:
 
 
 def own_file(cfg: TokenizerConfig, workdir: str | Path | None) -> Path | None:
-    """The run directory's own copy of an external tokenizer; None if it has none yet."""
+    """The path of the run directory's own copy of an external tokenizer; None if it has none yet."""
     if workdir is None or cfg.kind not in ("huggingface", "sentencepiece"):
         return None
     file = Path(workdir) / _FILES[cfg.kind]
@@ -211,13 +217,13 @@ def own_file(cfg: TokenizerConfig, workdir: str | Path | None) -> Path | None:
 
 
 def load_or_make(cfg: TokenizerConfig, workdir: str | Path | None, training_text, init_from: str = "") -> Tokenizer:
-    """The run directory's tokenizer, or that of the run whose weights it starts from, or a new one; kept there.
+    """The tokenizer of a run: that of its directory, else that of `init_from`, else a new one. It is saved in workdir.
 
-    workdir: None for a run that has not begun; nothing is kept. Where a run directory has its own copy of an external
-        tokenizer, `cfg.path` is only where it came from, and need not be there any more.
-    training_text: called, only for kind "bpe" and only if there is none yet, for an iterable of texts.
+    workdir: None for a run that has not begun, which saves nothing. If a run directory has its own copy of an external
+        tokenizer, the file `cfg.path` may be gone.
+    training_text: returns an iterable of texts; called only if a tokenizer of kind "bpe" must be trained.
     init_from: a run directory of weights, which need its tokenizer; "" for none.
-    Raises: ConfigError if the run directory, or init_from, has a tokenizer of other settings.
+    Raises: ConfigError if the run directory, or init_from, has a tokenizer with other settings.
     """
     kept = None if workdir is None else load(workdir)
     if kept is not None:
@@ -229,12 +235,12 @@ def load_or_make(cfg: TokenizerConfig, workdir: str | Path | None, training_text
         made, its = of_run(init_from)
         if made is not None:
             check_same(cfg, made, its, f"the run of init_from, {init_from}", ", whose weights need it")
-            made.files = made.files | travelling(Path(init_from))
+            made.files = made.files | companion_files(Path(init_from))
         elif cfg.kind == "bpe":
-            rule = f"a new one does not fit the weights of init_from={init_from!r}, which come without a tokenizer"
+            rule = f"a new tokenizer does not fit the weights of init_from={init_from!r}, which come without one"
             raise ConfigError("data.tokenizer.kind", cfg.kind, rule, "use 'huggingface' and the path of theirs")
         else:
-            lines = (f"{init_from} has no tokenizer: whether its weights were made with this one is not known",)
+            lines = (f"{init_from} has no tokenizer, so whether its weights were made with this one is unknown",)
     if made is None:
         made = _make(cfg, workdir, training_text)
         made.lines = (*made.lines, *lines)
@@ -257,15 +263,16 @@ def _make(cfg: TokenizerConfig, workdir: str | Path | None, training_text) -> To
 
 __all__ = [
     "AUTO",
+    "COMPANION_FILES",
     "END_OF_TEXT",
     "NONE",
     "SETTINGS",
-    "TRAVELS",
     "BytesTokenizer",
     "JsonTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
     "check_same",
+    "companion_files",
     "load",
     "load_or_make",
     "of_run",
@@ -275,5 +282,4 @@ __all__ = [
     "save",
     "settings",
     "train_bpe",
-    "travelling",
 ]

@@ -1,4 +1,4 @@
-"""Three kinds of tokenizers, behind the interface of `tokenizers.Tokenizer`: bytes, `tokenizer.json`, SentencePiece."""
+"""Three kinds of tokenizers with the interface of `tokenizers.Tokenizer`: bytes, `tokenizer.json`, SentencePiece."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import ClassVar, SupportsInt
 
 import numpy as np
 
-from moe_jax.data.begin_of_text import Begin, choose, of_json, of_settings, settings_of
+from moe_jax.data.begin_of_text import BeginOfText, choose, of_json, of_settings, settings_of
 from moe_jax.data.kept_text import Span, encode_without, keeps_everything, lost_bytes, size, with_unknown
 from moe_jax.errors import ConfigError
 
@@ -23,7 +23,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes a file at once: another process sees the old one or the new one."""
+    """Writes a file atomically: another process sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     with os.fdopen(handle, "wb") as file:
@@ -33,7 +33,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 class BytesTokenizer:
-    """One token a byte of UTF-8; `end_of_text` is 256."""
+    """A tokenizer with one token for each byte of UTF-8; `end_of_text` is 256."""
 
     vocab_size = 257
     end_of_text = 256
@@ -53,23 +53,27 @@ class BytesTokenizer:
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", "replace")
 
     def save(self, folder: str | Path) -> None:
-        """Nothing to keep."""
+        """Writes nothing, since this tokenizer has no files."""
 
 
 class _FileTokenizer:
-    """What the tokenizers of files share. `_batch` gives ids and lost bytes, `_spans` where a text makes a mark."""
+    """The base class of tokenizers that are read from a file.
+
+    A subclass has `_batch`, which returns ids and lost bytes of texts, and `_spans`, which returns the places where a
+    text would produce `begin_of_text` or `end_of_text`.
+    """
 
     vocab_size: int
 
-    def _settle(self, name: str, data: bytes, files: dict[str, bytes] | None, end: tuple[str, int], begin: Begin):
-        """Sets the attributes of `Tokenizer`. files: more that travels with the file `name`, by name."""
+    def _settle(self, name: str, data: bytes, files: dict[str, bytes] | None, end: tuple[str, int], begin: BeginOfText):
+        """Sets the attributes of `Tokenizer`. files: further files to keep beside the file `name`, by name."""
         self.files = {**(files or {}), name: data}
         self.words = (begin.word, end[0])
         self.begin_of_text, self.end_of_text = begin.id, end[1]
         self.lines: tuple[str, ...] = (begin.line,) if begin.line else ()
         self._marks = [i for i in (begin.id, end[1]) if i is not None]
         kind = {"tokenizer.json": b"json-1", "tokenizer.model": b"sentencepiece-1"}[name]
-        begins = [begin.word.encode()] if begin.word else []  # without: as it was before there was a choice
+        begins = [begin.word.encode()] if begin.word else []  # without one, the fingerprint of runs before this setting
         self.fingerprint = _digest(kind, data, end[0].encode(), *begins)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -78,18 +82,18 @@ class _FileTokenizer:
     def encode_and_count(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
         out = self._safely(list(texts))
         for i, (ids, lost) in enumerate(out):
-            if np.isin(ids, self._marks).any():  # a token of the vocabulary that is not marked special
+            if np.isin(ids, self._marks).any():  # the text spells a mark that the vocabulary does not list as special
                 made, more = encode_without(texts[i], self._spans, lambda part: self._safely([part])[0][0])
                 out[i] = made, lost + more
         return out
 
     def _safely(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
-        """A text that the library refuses has no tokens, and all its bytes are lost; the others are as ever."""
+        """ids and lost bytes of each text. A text that the library refuses has no tokens, and loses all its bytes."""
         try:
             return self._batch(texts)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # the libraries raise bare Exception, and PanicException, which is none
+        except BaseException:  # the libraries raise Exception, and PanicException, which is not one
             if len(texts) > 1:
                 return [self._safely([text])[0] for text in texts]
             return [(np.zeros(0, np.int32), size(texts[0]))]
@@ -102,7 +106,7 @@ class _FileTokenizer:
 class JsonTokenizer(_FileTokenizer):
     """A `tokenizer.json` of the `tokenizers` library: trained here (kind "bpe") or elsewhere (kind "huggingface").
 
-    begin_of_text: as `data.tokenizer.begin_of_text`. files: those beside it that belong to it, by name.
+    begin_of_text: a value of `data.tokenizer.begin_of_text`. files: the files beside it that belong to it, by name.
     """
 
     def __init__(
@@ -120,22 +124,23 @@ class JsonTokenizer(_FileTokenizer):
             spec = json.loads(data)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-            raise ConfigError("data.tokenizer.path", path, f"is no tokenizer.json: {error}") from error
+        except BaseException as error:  # the library raises Exception, and PanicException, which is not one
+            raise ConfigError("data.tokenizer.path", path, f"is not a tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is these letters, not the token
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text becomes letters, not the token
         special = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
         lookup = self._tokenizer.token_to_id
         end = _find_end_of_text(lookup, end_of_text, sorted(special))
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # it has end_of_text
+        # The vocabulary is not empty, since it has end_of_text.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         begin = choose(begin_of_text, of_json(spec, settings_of(files or {})), lookup, end[0])
         self._settle("tokenizer.json", data, files, end, begin)
-        # That also says which characters a token stands for, where not all need have one.
+        # A second tokenizer, with an unknown token, tells which characters are lost, if any can be.
         self._counting, self._unknown = self._tokenizer, None
         if not keeps_everything(spec):
             self._counting, self._unknown = with_unknown(spec, self._tokenizer)
-        self._drops = spec["model"].get("type") == "BPE"  # what it has no token for, if it has none for unknown ones
+        self._drops = spec["model"].get("type") == "BPE"  # without an unknown token a BPE drops characters
 
     def _batch(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
         ids_of = lambda encoded: [np.asarray(e.ids, np.int32) for e in encoded]
@@ -145,7 +150,7 @@ class JsonTokenizer(_FileTokenizer):
         known = lambda e: (span for span, i in zip(e.offsets, e.ids, strict=True) if i != self._unknown)
         lost = [lost_bytes(text, known(e)) for text, e in zip(texts, encoded, strict=True)]
         ids = ids_of(encoded)
-        if self._unknown >= self.vocab_size:  # made here
+        if self._unknown >= self.vocab_size:  # the unknown token was added here
             ids = [i[i != self._unknown] for i in ids]
             if self._drops:
                 ids = ids_of(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
@@ -161,7 +166,7 @@ class JsonTokenizer(_FileTokenizer):
 
 
 class SentencePieceTokenizer(_FileTokenizer):
-    """A SentencePiece `.model`. begin_of_text, files: as for `JsonTokenizer`."""
+    """A SentencePiece `.model`. `JsonTokenizer` explains begin_of_text and files."""
 
     def __init__(
         self,
@@ -177,7 +182,7 @@ class SentencePieceTokenizer(_FileTokenizer):
         try:
             self._processor.LoadFromSerializedProto(data)
         except Exception as error:
-            raise ConfigError("data.tokenizer.path", path, "is no SentencePiece model") from error
+            raise ConfigError("data.tokenizer.path", path, "is not a SentencePiece model") from error
         self.vocab_size = self._processor.GetPieceSize()
         pieces = {self._processor.IdToPiece(i): i for i in range(self.vocab_size)}
         special = [p for p, i in pieces.items() if self._processor.IsControl(i)]
@@ -198,8 +203,8 @@ class SentencePieceTokenizer(_FileTokenizer):
         return out
 
     def _pieces(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(id, begin, end) of every piece, by the characters that it stands for."""
-        new = hasattr(self._processor, "EncodeAsOffsetMapping")  # of 0.2.3, which has no immutable_proto any more
+        """Yields (id, begin, end) of every piece; begin and end are the characters that it represents."""
+        new = hasattr(self._processor, "EncodeAsOffsetMapping")  # since 0.2.3, which dropped immutable_proto
         at = 0
         for piece in self._processor.encode(text, out_type="proto" if new else "immutable_proto").pieces:
             begin = max(text.find(piece.surface, at), at)

@@ -1,1 +1,1 @@
-"""What a model does: held-out text, samples, the choices of its router, figures."""
+"""Evaluates a model: held-out text, samples, the choices of its router, figures."""

@@ -1,6 +1,6 @@
-"""What the experts do on held-out text: measures of the router's choices, from sums; and of the weights. In numpy.
+"""Measures of what the experts do on held-out text, computed in numpy from sums of the router's choices.
 
-Letters: L MoE layers, G domains, E experts, K experts per token. A domain without tokens reads NaN.
+Letters: L MoE layers, G domains, E experts, K experts per token. The value of a domain without tokens is NaN.
 """
 
 from pathlib import Path
@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.errors import FileError
 from moe_jax.moe.stats import ChoiceSums, RouterStats
 
-INK, QUIET = "#1f2430", "#8a90a0"  # of every figure, here and in experiments/
-HIGH = 1.5  # how many times the uniform frequency makes an expert a high-frequency one
+INK, QUIET = "#1f2430", "#8a90a0"  # colours of text in every figure, here and in experiments/
+HIGH = 1.5  # a high-frequency expert is chosen at least this many times as often as under uniform routing
 
 
 class Analysis(NamedTuple):
-    """Everything below in one record: what `analysis.npz` holds, under these names."""
+    """All measures of this file. `analysis.npz` holds them under the names of the fields."""
 
     domains: tuple[str, ...]
     top_k: int
@@ -36,6 +36,7 @@ class Analysis(NamedTuple):
     earlier_step: int | None
 
     def save(self, path: Path | str) -> None:
+        """Writes the measures to an .npz file; fields that are None are left out."""
         np.savez_compressed(path, **{name: value for name, value in self._asdict().items() if value is not None})
 
 
@@ -63,15 +64,15 @@ def analyse(
 
 
 def load(path: Path | str) -> Analysis:
-    """What `Analysis.save` wrote."""
+    """The analysis in a file that `Analysis.save` wrote. Raises FileError."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
         number = lambda name: found[name] if found[name] is None else int(found[name])
         names = tuple(found["domains"].tolist())
         return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})
-    except Exception as e:  # of a zip file, numpy's header in it or the numbers: anything
-        raise FileError(f"{path}: is not an analysis: {type(e).__name__}: {e}") from None
+    except Exception as e:  # a damaged zip file, header or array can raise anything
+        raise FileError(f"{path}: is not a valid analysis file: {type(e).__name__}: {e}") from None
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -81,21 +82,21 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def dead_experts(tokens_per_expert: Float[np.ndarray, "*L E"]) -> Int[np.ndarray, "*L"]:
-    """How many experts no token chose, 0 to E − K."""
+    """Number of experts that no token chose, 0 to E − K."""
     return (np.asarray(tokens_per_expert) == 0).sum(-1)
 
 
 def max_violation(stats: RouterStats) -> Float[np.ndarray, " L"]:
-    """Largest expert load over the mean load, minus 1: 0 is perfect balance, E/K − 1 the worst.
+    """Largest expert load / mean load − 1: from 0, perfect balance, to E/K − 1, the worst.
 
-    MaxVio of arXiv:2408.15664, over all the text at once; the metric `max_load` is 1 more.
+    It is MaxVio of arXiv:2408.15664, over all text at once. The metric `max_load` is greater by 1.
     """
     load = np.asarray(stats.tokens_per_expert, np.float64).sum(1)
     return _ratio(load.max(-1), load.mean(-1)) - 1.0
 
 
 def selection_frequency(stats: RouterStats) -> Float[np.ndarray, "L G E"]:
-    """Share of a domain's tokens that choose each expert, 0 to 1; a row sums to K. Uniform routing: K/E.
+    """Share of a domain's tokens that choose each expert, 0 to 1. A row sums to K. Uniform routing gives K/E.
 
     Source: arXiv:2501.11873, §5.
     """
@@ -103,18 +104,19 @@ def selection_frequency(stats: RouterStats) -> Float[np.ndarray, "L G E"]:
 
 
 def topk_score(choices: ChoiceSums, stats: RouterStats) -> Float[np.ndarray, "L G"]:
-    """Mean over a domain's tokens of the router probability of their K experts together, 0 to 1.
+    """Sum of the router probabilities of a token's K experts, as a mean over a domain's tokens, 0 to 1.
 
-    K/E if all experts score alike: only the language-modelling loss raises it, the router losses push it down.
+    It is K/E if all experts have the same score. The language-modelling loss raises it; the router losses lower it.
     Source: arXiv:2501.11873, §5.
     """
     return _ratio(np.asarray(choices.score, np.float64), np.asarray(stats.tokens))
 
 
 def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
-    """Mutual information of expert and domain, in bits per assignment, 0 to log₂ G: 0 if all domains choose alike.
+    """Mutual information of expert and domain, in bits per assignment, 0 to log₂ G.
 
-    Domains are weighted equally, so a large domain does not hide the others.
+    It is 0 if all domains choose experts with the same frequencies. Domains have equal weights, so a large domain does
+    not hide the others.
     """
     p = np.nan_to_num(selection_frequency(stats)) / top_k
     p = p[:, np.asarray(stats.tokens).sum(0) > 0]
@@ -126,14 +128,14 @@ def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
 
 
 def high_frequency(frequency: Float[np.ndarray, "*L G E"], top_k: int) -> Bool[np.ndarray, "*L G E"]:
-    """Experts that at least `HIGH` · K/E of a domain's tokens choose: HIGH times as many as under uniform routing."""
+    """Whether at least a share `HIGH` · K/E of a domain's tokens chooses an expert. Uniform routing gives K/E."""
     return frequency >= HIGH * top_k / frequency.shape[-1] * (1 - 1e-9)
 
 
 def overlap(high: Bool[np.ndarray, "L G E"]) -> Float[np.ndarray, "L G G"]:
-    """High-frequency experts that two domains share over those that either has (Jaccard), 0 to 1.
+    """Number of high-frequency experts of both domains / of either domain (Jaccard index), 0 to 1.
 
-    NaN where neither has any. arXiv:2501.11873, §5, shows the overlap; the threshold and the ratio are ours.
+    NaN where neither has any. arXiv:2501.11873, §5, shows the overlap; the threshold and the ratio are moe_jax's own.
     """
     h = np.asarray(high, np.float64)
     both = np.einsum("lge,lhe->lgh", h, h)
@@ -142,9 +144,9 @@ def overlap(high: Bool[np.ndarray, "L G E"]) -> Float[np.ndarray, "L G G"]:
 
 
 def coactivation(choices: ChoiceSums) -> Float[np.ndarray, "L E E"]:
-    """[i, j]: share of the tokens that chose expert i which also chose j, 0 to 1; 1 on the diagonal.
+    """Share of the tokens of expert i that also chose expert j, at [i, j], 0 to 1. It is 1 on the diagonal.
 
-    Off it a row sums to K − 1; uniform routing gives (K − 1)/(E − 1). A row of a dead expert is NaN.
+    Off the diagonal a row sums to K − 1, and uniform routing gives (K − 1)/(E − 1). The row of a dead expert is NaN.
     Source: arXiv:2409.02060 (OLMoE), expert co-activation.
     """
     pairs = np.asarray(choices.pairs, np.float64)
@@ -152,15 +154,15 @@ def coactivation(choices: ChoiceSums) -> Float[np.ndarray, "L E E"]:
 
 
 def saturation(choices: ChoiceSums, stats: RouterStats, top_k: int) -> Float[np.ndarray, "L G"]:
-    """Share of a token's K experts that the earlier checkpoint chose too, mean over tokens: 0 to 1, K/E by chance.
+    """Share of a token's K experts that the earlier checkpoint chose too, as a mean over tokens, 0 to 1; K/E by chance.
 
-    Source: arXiv:2409.02060 (OLMoE), router saturation, there against the end of training.
+    Source: arXiv:2409.02060 (OLMoE), router saturation, which compares with the end of training.
     """
     return _ratio(np.asarray(choices.kept, np.float64), top_k * np.asarray(stats.tokens))
 
 
 def layer_table(found: Analysis) -> str:
-    """Per layer: balance, and how far the domains differ; means over domains, each weighted alike."""
+    """A table of the balance and specialisation of each layer. Domains have equal weights in its means."""
     experts = found.selection_frequency.shape[-1]
     score = np.nanmean(found.topk_score, axis=1) * experts / found.top_k
     columns = {
@@ -174,6 +176,6 @@ def layer_table(found: Analysis) -> str:
     if found.saturation is not None:
         columns[f"as at step {found.earlier_step}"] = [f"{x:.1%}" for x in np.nanmean(found.saturation, axis=1)]
     rows = zip(*columns.values(), strict=True)
-    wide = [max(map(len, (name, *cells))) for name, cells in columns.items()]
-    line = lambda cells: "  ".join(cell.rjust(n) for cell, n in zip(cells, wide, strict=True))
+    widths = [max(map(len, (name, *cells))) for name, cells in columns.items()]
+    line = lambda cells: "  ".join(cell.rjust(n) for cell, n in zip(cells, widths, strict=True))
     return "\n".join([line(columns), *map(line, rows)])

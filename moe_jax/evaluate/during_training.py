@@ -1,4 +1,4 @@
-"""Held-out text evaluated while a model is trained."""
+"""Evaluates a model on held-out text while it is trained."""
 
 from collections.abc import MutableMapping
 
@@ -17,7 +17,7 @@ from moe_jax.train.state import TrainState
 class HeldOut:
     """Evaluates at the steps that `train.eval_every` divides, and at the end.
 
-    scores: held-out loss by step, of earlier starts too; each evaluation adds its own.
+    scores: held-out loss by step, earlier starts of the run included. Each evaluation adds its own.
     """
 
     def __init__(
@@ -35,12 +35,13 @@ class HeldOut:
         self._writer, self._clock, self._preemption, self._scores = writer, clock, preemption, scores
 
     def is_due(self, step: int) -> bool:
+        """Whether there is an evaluation after this step, other than the one at the end."""
         train = self._cfg.train
         due = bool(train.eval_every) and step % train.eval_every == 0 and 0 < step < train.steps
         return due and step not in self._scores
 
     def evaluate(self, step: int, state: TrainState) -> held_out.EvalResult | None:
-        """Evaluates the state after a step and logs the result. None if the run is told to stop meanwhile."""
+        """The result of an evaluation of the state after a step, which is logged. None if a signal stops it."""
         limit = self._cfg.train.eval_batches
         with self._clock.paused():
             result = self._preemption.interruptibly(

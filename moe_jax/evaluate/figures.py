@@ -1,4 +1,7 @@
-"""Figures of an `Analysis` and of a training run. Letters: L MoE layers, G domains, E experts, K experts per token."""
+"""Draws figures of an `Analysis` and of a training run.
+
+Letters: L MoE layers, G domains, E experts, K experts per token.
+"""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +21,8 @@ from moe_jax.run.log import read_metrics
 GRID = "#e8e9ee"
 
 
-def every(found: Analysis) -> Iterator[tuple[str, Figure]]:
-    """All figures that `found` has the numbers for, with their names."""
+def all_figures(found: Analysis) -> Iterator[tuple[str, Figure]]:
+    """Yields (name, figure) of all figures for which `found` has the numbers."""
     yield "expert_domain", expert_domain(found)
     yield "topk_score", topk_score(found)
     if found.top_k > 1:  # one expert a token is never chosen together with another
@@ -34,36 +37,36 @@ def every(found: Analysis) -> Iterator[tuple[str, Figure]]:
 
 
 def _names(found: Analysis, which: list[int]) -> list[str]:
-    """Names of domains, in which matplotlib would read what lies between two dollar signs as a formula."""
+    """The names of some domains, escaped for matplotlib."""
     return [plain(found.domains[g]) for g in which]
 
 
 def plain(text: str) -> str:
-    """A text from outside, drawn as it is written."""
+    """A text with its dollar signs escaped, since matplotlib reads text between two of them as a formula."""
     return text.replace("$", r"\$")
 
 
 def _seen(found: Analysis) -> list[int]:
-    """Domains that have tokens."""
+    """The indices of the domains that have tokens."""
     return [g for g in range(len(found.domains)) if found.tokens[g] > 0]
 
 
 def _spread(layers: int, most: int) -> list[int]:
-    """At most `most` layers, from the first to the last."""
+    """Indices of at most `most` layers, spread evenly from the first to the last."""
     return sorted({round(i) for i in np.linspace(0, layers - 1, min(layers, most))})
 
 
 def _by_preference(frequency: Float[np.ndarray, "G E"]) -> Int[np.ndarray, " E"]:
-    """Experts ordered by the domain that prefers them most over the others: specialisation shows as a staircase."""
+    """The experts ordered by the domain that prefers them most, so that specialisation looks like a staircase."""
     preference = frequency / np.maximum(frequency.mean(0), 1e-9)
     return np.lexsort((-preference.max(0), preference.argmax(0)))
 
 
 def _grid(panels: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """Panels of `width` × `height` inches, row by row; places left over stay empty."""
+    """A figure with panels of `width` × `height` inches, row by row. The rest of the last row stays empty."""
     rows = math.ceil(panels / columns)
     size = (columns * width + 1.6, rows * height + 0.8)
-    figure = Figure(size, layout="constrained")  # not pyplot's: nothing global, nothing to close
+    figure = Figure(size, layout="constrained")  # pyplot's figures are global and must be closed
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[panels:]:
         axis.axis("off")
@@ -71,11 +74,11 @@ def _grid(panels: int, columns: int, width: float, height: float) -> tuple[Figur
 
 
 def _cells(axis: Axes, values: np.ndarray, norm: Normalize, cmap: str):
-    """Values as coloured cells with white gaps between them."""
-    axis.set_facecolor("#f3f3f6")  # what has no value
+    """Draws values as coloured cells with white gaps between them."""
+    axis.set_facecolor("#f3f3f6")  # colour of a cell without a value
     image = axis.imshow(values, aspect="auto", cmap=cmap, norm=norm, interpolation="nearest")
     rows, columns = values.shape
-    # Few cells get wide gaps; many would be nothing but gaps.
+    # With many cells wide gaps would hide them.
     axis.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axis.grid(which="minor", color="white", lw=1.5 if columns <= 32 else 0.6)
@@ -94,7 +97,7 @@ def _annotate(axis: Axes, values: np.ndarray, norm: Normalize, *, diverging: boo
 
 
 def _heat(found: Analysis, axis: Axes, layer: int, norm: Normalize, names: bool):
-    """One layer of the expert × domain map."""
+    """Draws one layer of the expert × domain map."""
     seen = _seen(found)
     f = found.selection_frequency[layer, seen]
     order = _by_preference(f)
@@ -108,13 +111,13 @@ def _heat(found: Analysis, axis: Axes, layer: int, norm: Normalize, names: bool)
 
 
 def _around_uniform(frequencies: list[np.ndarray], uniform: float) -> TwoSlopeNorm:
-    """White at uniform routing, red above, blue below; the largest half percent share one red."""
+    """A colour scale: white at uniform routing, red above, blue below. The largest 0.5 % of values share one red."""
     top = max(float(np.nanquantile(f, 0.995)) for f in frequencies)
     return TwoSlopeNorm(uniform, 0.0, max(2 * uniform, top))
 
 
 def _bar(figure: Figure, image, axes: np.ndarray, ticks: dict[float, str]) -> None:
-    """The colour scale, at most 3 inches high."""
+    """Draws the colour scale, at most 3 inches high."""
     low = figure.get_figheight() < 4
     bar = figure.colorbar(
         image, ax=axes, pad=0.02, shrink=0.9 if low else 3 / figure.get_figheight(), anchor=(0.0, 0.5 if low else 0.95)
@@ -137,9 +140,10 @@ def _panel(experts: int, domains: int) -> tuple[float, float]:
 
 
 def expert_domain(found: Analysis, layers: list[int] | None = None) -> Figure:
-    """One panel a layer (default: up to 16, or 8 wide ones): rows are domains, columns experts, colour the frequency.
+    """A figure of the share of each domain's tokens that choose each expert, one panel a layer.
 
-    Experts are ordered by the domain that prefers them; the colour scale is centred on uniform routing (K/E).
+    layers: by default up to 16, or 8 if there are more than 32 experts. Rows are domains, columns are experts in the
+    order of the domain that prefers them, and the colour scale is centred on uniform routing (K/E).
     """
     count, _, experts = found.selection_frequency.shape
     layers = _spread(count, 16 if experts <= 32 else 8) if layers is None else layers
@@ -160,11 +164,11 @@ def expert_domain(found: Analysis, layers: list[int] | None = None) -> Figure:
 
 
 def compare(runs: dict[str, Analysis], layer: int) -> Figure:
-    """One layer of several runs beside each other, by title: `expert_domain` with one colour scale for all."""
+    """A figure of one layer of several runs, given by title: panels of `expert_domain` with a common colour scale."""
     experts = max(found.selection_frequency.shape[2] for found in runs.values())
     domains = max(len(_seen(found)) for found in runs.values())
     figure, axes = _grid(len(runs), len(runs), *_panel(experts, domains))
-    figure.get_layout_engine().set(wspace=0.08)  # a panel's two titles would run into the next one's
+    figure.get_layout_engine().set(wspace=0.08)  # without space a panel's two titles would overlap the next panel's
     norm = _around_uniform(
         [found.selection_frequency[layer] for found in runs.values()],
         min(found.top_k / found.selection_frequency.shape[2] for found in runs.values()),
@@ -184,13 +188,13 @@ def compare(runs: dict[str, Analysis], layer: int) -> Figure:
 
 
 def overlap(found: Analysis, layers: list[int] | None = None) -> Figure:
-    """High-frequency experts that two domains share over those that either has, for some layers (default: up to 4).
+    """A figure of the share of high-frequency experts that two domains have in common, one panel a layer.
 
-    On the diagonal stands how many a domain has.
+    layers: by default up to 4. The diagonal shows the number of a domain's high-frequency experts.
     """
     layers, seen = _spread(len(found.overlap), 4) if layers is None else layers, _seen(found)
     names, side = _names(found, seen), max(2.0, 0.42 * len(seen) + 0.5)
-    below = 0.055 * max(map(len, names))  # slanted names
+    below = 0.055 * max(map(len, names))  # inches for the slanted names
     figure, axes = _grid(len(layers), len(layers), side, side + below)
     norm = Normalize(0.0, 1.0)
     for layer, axis in zip(layers, axes.flat, strict=True):
@@ -216,7 +220,7 @@ def overlap(found: Analysis, layers: list[int] | None = None) -> Figure:
 
 
 def _by_layer(found: Analysis, values: Float[np.ndarray, "L G"], reference: float, label: str) -> tuple[Figure, Axes]:
-    """One line a domain over the layers, named at its right end, and a dashed line of reference."""
+    """A figure with a line for each domain over the layers, named at its right end, and a dashed reference line."""
     seen, layers = _seen(found), np.arange(len(values))
     height = max(3.6, 0.22 * len(seen) + 1.4)
     figure = Figure((6.4, height), layout="constrained")
@@ -232,7 +236,7 @@ def _by_layer(found: Analysis, values: Float[np.ndarray, "L G"], reference: floa
     axis.margins(y=0.08)
     low, high = axis.get_ylim()
     axis.set_ylim(low, high)
-    # Names that would touch are pushed apart, in their order; the axis is about an inch lower than the figure.
+    # Names that would overlap are moved apart; the axis is about an inch lower than the figure.
     ends.sort(key=lambda end: end[0])
     places = _apart(np.array([(value - low) / (high - low) for value, _, _ in ends]), 0.17 / (height - 1))
     for place, (value, name, colour) in zip(places, ends, strict=True):
@@ -248,7 +252,7 @@ def _by_layer(found: Analysis, values: Float[np.ndarray, "L G"], reference: floa
 
 
 def _apart(values: np.ndarray, gap: float) -> np.ndarray:
-    """Sorted values moved as little as possible (least squares) so that neighbours are at least `gap` apart."""
+    """The sorted values nearest to `values` (least squares) whose neighbours are at least `gap` apart."""
     shift = gap * np.arange(len(values))
     blocks: list[tuple[float, int]] = []  # (mean, size): pool adjacent violators of v − shift being sorted
     for value in values - shift:
@@ -261,7 +265,10 @@ def _apart(values: np.ndarray, gap: float) -> np.ndarray:
 
 
 def topk_score(found: Analysis) -> Figure:
-    """Router probability of a token's K experts together, by layer and domain; dashed: all experts score alike."""
+    """A figure of the router probability of a token's K experts together, by layer and domain.
+
+    The dashed line is where all experts have the same score.
+    """
     uniform = found.top_k / found.selection_frequency.shape[-1]
     figure, axis = _by_layer(found, found.topk_score, uniform, f"K/E = {uniform:.3g}")
     axis.set_ylabel("top-k score sum", fontsize=9)
@@ -270,7 +277,10 @@ def topk_score(found: Analysis) -> Figure:
 
 
 def saturation(found: Analysis) -> Figure:
-    """Share of a token's experts that an earlier checkpoint chose too, by layer and domain; dashed: chance."""
+    """A figure of the share of a token's experts that an earlier checkpoint chose too, by layer and domain.
+
+    The dashed line is chance.
+    """
     chance = found.top_k / found.selection_frequency.shape[-1]
     figure, axis = _by_layer(found, found.saturation, chance, "chance")
     axis.set_ylabel("router saturation", fontsize=9)
@@ -284,9 +294,10 @@ def saturation(found: Analysis) -> Figure:
 
 
 def coactivation(found: Analysis, layers: list[int] | None = None) -> Figure:
-    """Which experts are chosen together, for some layers (default: up to 3): row i, column j is P(j | i).
+    """A figure of the experts that are chosen together, one panel a layer: row i, column j is P(j | i).
 
-    Experts stand in the order of `expert_domain`; the colour scale is centred on uniform routing.
+    layers: by default up to 3. Experts are in the order of `expert_domain`; the colour scale is centred on uniform
+    routing.
     """
     layers = _spread(len(found.coactivation), 3) if layers is None else layers
     experts, seen = found.coactivation.shape[-1], _seen(found)
@@ -317,9 +328,9 @@ def coactivation(found: Analysis, layers: list[int] | None = None) -> Figure:
 
 
 def _smooth(y: Float[np.ndarray, " R"], decay: float) -> Float[np.ndarray, " R"]:
-    """Exponential mean of the rows around each, Σ decay^|i−j| y_j / Σ decay^|i−j|: neither its ends nor its slope lag.
+    """Two-sided exponential mean of each value's neighbours, Σ decay^|i−j| y_j / Σ decay^|i−j|, which does not lag.
 
-    A row that is NaN is passed over.
+    NaN values are left out.
     """
     known = ~np.isnan(y)
     values = y[known]
@@ -338,9 +349,9 @@ def _smooth(y: Float[np.ndarray, " R"], decay: float) -> Float[np.ndarray, " R"]
 
 
 def training(workdir: Path | str) -> Figure:
-    """Cross-entropy of the run in `workdir`, with the held-out text's, and beside it the maximum expert load.
+    """A figure of a run's cross-entropy, in training and on held-out text, and beside it the maximum expert load.
 
-    A run without experts has no loads, and a run that was stopped early may have no rows at all.
+    A run without experts has no panel of loads. A run that was stopped early may have no rows at all.
     """
     rows, evals = read_metrics(workdir), read_metrics(workdir, "eval")
     column = lambda rows, name: np.array([np.nan if r.get(name) is None else r[name] for r in rows], float)
@@ -348,7 +359,7 @@ def training(workdir: Path | str) -> Figure:
     if any("max_load" in row for row in rows):
         shown.append(("max_load", "#c4572e", "largest expert load ÷ mean"))
     figure = Figure((0.3 + 4.5 * len(shown), 3.2), layout="constrained")
-    # To each side the mean reaches 2 % of the figure's width, so it is where the run is. A short run's is its values.
+    # The mean reaches over 2 % of the figure's width to each side. That of a short run is its values.
     steps, reach = column(rows, "step"), max(1.0, len(rows) / 50)
     for (name, colour, label), axis in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
         values = column(rows, name)

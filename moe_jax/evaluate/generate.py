@@ -1,4 +1,4 @@
-"""Sampling from a model with a KV cache: temperature, top-p, greedy."""
+"""Samples text from a model with a KV cache: with temperature, top-p, or greedily."""
 
 import functools
 from collections.abc import Sequence
@@ -24,14 +24,17 @@ from moe_jax.parallel import sharding
 def pick_token(
     logits: Float[Array, "B V"], key: Array, temperature: float, top_p: float, vocab: int
 ) -> Int[Array, " B"]:
-    """The next token of every row: greedy at temperature 0, else from the smallest set with probability ≥ top_p."""
+    """The next token of every row: the most probable one at temperature 0, else a random one.
+
+    The random one is drawn from the most probable tokens that together reach the probability `top_p`.
+    """
     logits = jnp.where(jnp.arange(logits.shape[-1])[None, :] < vocab, logits, -jnp.inf)
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits / temperature, order, axis=-1)
     probs = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # the best token has 0 before it and is always kept
+    before = jnp.cumsum(probs, axis=-1) - probs  # 0 for the most probable token, which is always kept
     choice = jax.random.categorical(key, jnp.where(before < top_p, ranked, -jnp.inf), axis=-1)
     return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
@@ -49,9 +52,9 @@ def generate(
     seed: int = 0,
     vocab: int | None = None,
 ) -> list[list[int]]:
-    """Each prompt (at least one token id) continued by `tokens` ids; returns prompt + continuation.
+    """Token ids of each prompt (at least one) followed by `tokens` sampled ids.
 
-    `vocab`: ids from here on are never drawn (a model may have more rows than its tokenizer has tokens).
+    vocab: tokens of the tokenizer. Larger ids, which a model may have rows for, are never drawn.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
@@ -59,7 +62,7 @@ def generate(
         return [list(p) for p in prompts]
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     if 0 < cfg.max_seq_len < longest + tokens:
-        rule = f"with a prompt of {longest} tokens it goes beyond model.max_seq_len={cfg.max_seq_len}"
+        rule = f"exceeds model.max_seq_len={cfg.max_seq_len} after a prompt of {longest} tokens"
         raise ConfigError("sample.tokens", tokens, rule, f"nearest valid: {max(cfg.max_seq_len - longest, 0)}")
     padded = -(-len(prompts) // mesh.size) * mesh.size  # the batch is split over the mesh: pad it with copies
     table = np.zeros((padded, longest + tokens), np.int32)
@@ -75,7 +78,10 @@ def generate(
 
 @functools.lru_cache(maxsize=8)
 def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top_p: float, vocab: int):
-    """Jitted (params, bias, table [B, Z], lengths [B], key) → the table filled: one prefill, then a token at a time."""
+    """The jitted function (params, bias, table [B, Z], lengths [B], key) → the table with sampled tokens.
+
+    It runs the first `prefill` tokens of all prompts at once, and then one token at a time.
+    """
     graph = model.abstract(cfg, Program.choose(cfg, mesh))
     rows = P(sharding.AXES, None)
 
@@ -86,7 +92,7 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
         output = weight(net.output_matrix, cfg.compute_dtype)
 
         def forward(ids, cache, start):
-            """Logits after the last of `ids`, which stand at places start, start+1, …"""
+            """Logits after the last of `ids`, whose positions are start, start+1, …"""
             ids = jax.sharding.reshard(ids, rows)
             positions = jnp.broadcast_to(
                 start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows
@@ -97,7 +103,7 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
             return sharding.replicate(last), out.cache
 
         def place(table, logits, at):
-            """Write the token at place `at`; rows whose prompt is longer keep it."""
+            """The table with a sampled token at position `at` of each row whose prompt ends before it."""
             token = pick_token(logits, jax.random.fold_in(key, at), temperature, top_p, vocab)
             known = jax.lax.dynamic_index_in_dim(table, at, axis=1, keepdims=False)
             token = jnp.where(at < lengths, known, token)
@@ -120,16 +126,16 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
 def sample_text(
     cfg: RunConfig, mesh: Mesh, params: dict, router_bias: dict, tokenizer: Tokenizer, prompt: str | None = None
 ) -> str:
-    """`prompt` (default: the config's) continued as the config's `sample` says.
+    """The text of a prompt (default: the config's) and its continuation, sampled with the config's `sample` settings.
 
-    It ends at the end-of-text token, or at the last position that the model is good for.
+    It ends at the end-of-text token, or at the model's last position.
     """
     s = cfg.sample
     first = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
     start = [first, *tokenizer.encode([as_text(s.prompt if prompt is None else prompt)])[0].tolist()]
-    room = cfg.model.max_seq_len - len(start) if cfg.model.max_seq_len else s.tokens
+    free = cfg.model.max_seq_len - len(start) if cfg.model.max_seq_len else s.tokens
     (ids,) = generate(
-        cfg.model, mesh, params, router_bias, [start], max(min(s.tokens, room), 0),
+        cfg.model, mesh, params, router_bias, [start], max(min(s.tokens, free), 0),
         temperature=s.temperature, top_p=s.top_p, seed=cfg.seed, vocab=tokenizer.vocab_size,
     )  # fmt: skip
     ids = ids[1:]

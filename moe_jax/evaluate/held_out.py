@@ -1,4 +1,4 @@
-"""Held-out evaluation: perplexity and bits per byte per domain, and the router's choices per domain."""
+"""Evaluates a model on held-out text: perplexity, bits per byte and the router's choices for each domain."""
 
 import gzip
 import json
@@ -25,11 +25,11 @@ from moe_jax.train import step
 from moe_jax.train.state import process_rows, put_batch
 
 LN2 = math.log(2.0)
-TOTAL = ""  # stands for all domains together, where domains are named; no domain has an empty name
+TOTAL = ""  # name of all domains together; no domain has an empty name
 
 
 class EvalResult(NamedTuple):
-    """Sums over the held-out split on the host. Letters: G domains, L MoE layers, E experts."""
+    """Sums over the held-out split, on the host. Letters: G domains, L MoE layers, E experts."""
 
     domains: tuple[str, ...]
     nll: np.ndarray  # [G] nats
@@ -41,13 +41,13 @@ class EvalResult(NamedTuple):
     sequences: tuple[int, int] = (0, 0)  # rows evaluated, and rows of the whole split
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a domain that has tokens, then TOTAL: xent (nats per token), perplexity, bits_per_byte."""
+        """A row for each domain with tokens, then one for TOTAL: xent (nats per token), perplexity, bits_per_byte."""
         seen = [g for g in range(len(self.domains)) if self.tokens[g] > 0]
         groups = [(self.domains[g], [g]) for g in seen] + [(TOTAL, seen)]
         return [self._row(name, ids) for name, ids in groups]
 
     def unseen(self) -> list[str]:
-        """Domains without tokens."""
+        """The names of domains without tokens."""
         return [name for name, tokens in zip(self.domains, self.tokens, strict=True) if not tokens > 0]
 
     def _row(self, name: str, ids: list[int]) -> dict[str, Any]:
@@ -64,11 +64,11 @@ class EvalResult(NamedTuple):
 
 
 def check_held_out(corpus: Corpus) -> None:
-    """Raises ConfigError if there is no held-out text, before a run is trained that could not be judged."""
+    """Raises ConfigError if there is no held-out text, since the run could not be evaluated."""
     if not corpus.num_validation_batches():
         names = sorted({source for source, _ in corpus.stores})
         hints = [missing.advice for missing in corpus.not_held_out()] or ["add documents"]
-        raise ConfigError("data.sources", names, "hold no validation text", hints[0])
+        raise ConfigError("data.sources", names, "have no held-out text", hints[0])
 
 
 def evaluate(
@@ -84,9 +84,10 @@ def evaluate(
     earlier: tuple[dict, dict] | None = None,
     program: Program | None = None,
 ) -> EvalResult:
-    """Evaluate on the held-out split; `limit` > 0 takes that many batches, spread over it. Sums stay on the device.
+    """The result of an evaluation on the held-out split.
 
-    `record` adds what `analysis` needs of the tokens' choices, compared with those of `earlier`: (params, router_bias).
+    limit: number of batches, spread over the split; 0: all. record: whether to sum the router's choices for `analysis`.
+    earlier: params and router_bias of an earlier checkpoint, whose choices are compared with these.
     """
     run = step.make_eval_step(cfg, mesh, len(corpus.domains), record, program)
     rows = process_rows(mesh, cfg.data.batch_size)
@@ -105,7 +106,7 @@ def evaluate(
 
 
 def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """{"gzip -9": {domain: bits per byte, …, TOTAL: …}, "xz -9": …} of the held-out text, one stream a domain."""
+    """Bits per byte of compressed held-out text, a stream a domain: {"gzip -9": {domain: …, TOTAL: …}, "xz -9": …}."""
     by_domain: dict[str, list[bytes]] = {}
     for domain, text in texts:
         by_domain.setdefault(domain, []).append(text.encode())
@@ -119,9 +120,9 @@ def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dic
 
 
 def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
-    """The per-domain table as text: the model's bits per byte beside general-purpose compressors'.
+    """A table of text with a row for each domain: the model's bits per byte beside those of compressors.
 
-    All domains together come last, and a domain without text is named below.
+    The last row is all domains together. A line below names domains without text.
     """
     head = f"{'domain':<12} {'tokens':>10} {'xent':>7} {'perplexity':>10} {'bits/byte':>9}"
     lines = [head + "".join(f" {name:>8}" for name in baselines)]
@@ -135,7 +136,7 @@ def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
 
 
 def scores(workdir: str | os.PathLike, until: int) -> dict[int, float]:
-    """Held-out loss by step, of the evaluations in `metrics.jsonl` up to a step; NaN where there was no number."""
+    """Held-out loss by step, from the evaluations in `metrics.jsonl` up to a step. NaN if a loss was not finite."""
     if not (Path(workdir) / "metrics.jsonl").exists():
         return {}
     rows = log.read_metrics(workdir, "eval")
@@ -143,33 +144,33 @@ def scores(workdir: str | os.PathLike, until: int) -> dict[int, float]:
 
 
 def suffix(result: EvalResult, step_number: int, newest: int) -> str:
-    """What the names of an evaluation's files have before their extension.
+    """The suffix of the names of an evaluation's files, before their extension.
 
-    Nothing if it is of the newest checkpoint and all held-out text, as in eval.json; else .<step>[.<limit>batches].
+    It is empty for all held-out text at the newest checkpoint (eval.json), else .<step>[.<limit>batches].
     """
-    part = result.sequences[0] < result.sequences[1]
-    if step_number == newest and not part:
+    limited = result.sequences[0] < result.sequences[1]
+    if step_number == newest and not limited:
         return ""
-    return f".{step_number}" + (f".{result.limit}batches" if part else "")
+    return f".{step_number}" + (f".{result.limit}batches" if limited else "")
 
 
 def suffix_at_the_end(workdir: str | os.PathLike, result: EvalResult, step_number: int) -> str:
-    """The same for a run that ends where it ended before: an eval.json of the same step and more text stays."""
+    """The suffix at the end of training. It is not empty if there is an eval.json of this step with more text."""
     try:
         old = json.loads((Path(workdir) / "eval.json").read_text(encoding="utf-8"))
         tokens = old["tokens"] if "tokens" in old else old["domains"][-1]["tokens"]
         fuller = old["step"] == step_number and tokens > result.tokens.sum()
-    except (OSError, ValueError, LookupError, TypeError):  # none, or none that anybody can read
+    except (OSError, ValueError, LookupError, TypeError):  # missing or unreadable
         fuller = False
     return suffix(result, step_number, step_number) if fuller else ""
 
 
 def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
-    """eval.json: the table, the baselines, and counts [L][domain][E] of expert assignments.
+    """The text of eval.json: the table, the baselines, and counts [L][domain][E] of expert assignments.
 
     The table's last row, and the baselines' entry "", are all domains together.
-    Of how much text: `limit` batches at most (null: no limit), `rows` of the `of_rows` that there are, `tokens`.
-    Numbers that are not finite are null, and named in `nonfinite` beside them.
+    `limit`: most batches (null: no limit); `rows` were evaluated of `of_rows`; `tokens`: number of targets in them.
+    Numbers that are not finite are null, and `nonfinite` beside them has their names.
     """
     stats = result.router
     rows, of_rows = result.sequences

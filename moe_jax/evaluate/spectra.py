@@ -1,4 +1,4 @@
-"""Measures of weight matrices: RMS, singular values' entropy, and how alike experts are.
+"""Measures of weight matrices: RMS, entropy of singular values, and similarity of experts.
 
 Letters: L layers, E experts.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from moe_jax.evaluate.analysis import _ratio
 from moe_jax.tree import path_of
 
-# Kind of matrix by parameter; first match wins, None has no matrix.
+# The kind of a parameter's matrices. The first match decides; None: the parameter is not a matrix.
 KINDS = (
     (r"norm$", None),
     (r"^embed$", "embedding"),
@@ -27,17 +27,17 @@ KINDS = (
 
 
 def kind_of(name: str) -> str | None:
-    """What a parameter's matrices are, `attention q` for `layers/attention/w_q`. ValueError without a rule."""
+    """The kind of a parameter's matrices: `attention q` for `layers/attention/w_q`. Raises ValueError for no match."""
     for pattern, kind in KINDS:
         if found := re.search(pattern, name):
             return kind and found.expand(kind)
-    raise ValueError(f"no kind for the parameter {name}; add one to analysis.KINDS")
+    raise ValueError(f"no kind for the parameter {name}; add one to KINDS of moe_jax/evaluate/spectra.py")
 
 
 def matrices(params: Any) -> dict[str, Float[np.ndarray, "L *batch m n"]]:
-    """All matrices of a kind, by layer, the leading dense layers first; tables are `[1, V, D]`.
+    """The matrices of each kind, by layer, the leading dense layers first. Embedding and head are `[1, V, D]`.
 
-    params: the nested dicts of the train state, or anything of that form, such as a step's update.
+    params: the nested dicts of the train state, or a tree of the same form, such as a step's update.
     """
     found: dict[str, list[np.ndarray]] = {kind: [] for _, kind in KINDS if kind and "\\" not in kind}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -47,33 +47,34 @@ def matrices(params: Any) -> dict[str, Float[np.ndarray, "L *batch m n"]]:
 
 
 def rms(x: Float[np.ndarray, "L *batch m n"]) -> Float[np.ndarray, " L"]:
-    """Root mean square of all entries of a layer."""
+    """Root mean square of the entries of each layer."""
     return np.array([np.sqrt(np.mean(np.square(layer, dtype=np.float64))) for layer in x])
 
 
 def expert_similarity(x: Float[np.ndarray, "L E m n"], granularity: int = 1) -> Float[np.ndarray, " L"]:
-    """Mean cosine of two experts' matrices, over all pairs of a layer, −1 to 1: 1 if all are copies of one.
+    """Mean cosine similarity of two experts' matrices, over all pairs of a layer, −1 to 1; 1 if all are equal.
 
-    granularity G: only pairs made of the same shard of a dense layer, ids e and e' with e mod G = e' mod G (upcycling
-    into virtual groups). NaN without such a pair.
+    granularity: G counts only pairs of the same shard of a dense layer, whose ids e and e' have e mod G = e' mod G
+        (upcycling into virtual groups). NaN without such a pair.
     """
     flat = np.asarray(x, np.float64).reshape(x.shape[0], x.shape[1], -1)
     unit = _ratio(flat, np.linalg.norm(flat, axis=2, keepdims=True))
     copies = unit.reshape(x.shape[0], -1, granularity, unit.shape[2])  # [L, E/G, G, m·n]
     count = copies.shape[1]
-    # Σ over pairs = ‖Σ of the unit vectors‖² less the pairs of each with itself.
+    # Σ over pairs = ‖Σ of the unit vectors‖² − the pairs of each vector with itself.
     pairs = np.square(copies.sum(1)).sum(-1).mean(-1) - count
     return pairs / (count * (count - 1)) if count > 1 else np.full(x.shape[0], np.nan)
 
 
 def svd_entropy(x: Float[np.ndarray, "*L m n"]) -> Float[np.ndarray, "*L"]:
-    """−Σ q log q / log min(m, n) with q = σ² / Σσ² of each matrix: 1 if all singular values are equal, 0 at rank one.
+    """Entropy of the singular values σ of each matrix: −Σ q log q / log min(m, n) with q = σ² / Σσ².
 
-    NaN for a matrix of zeros and for one row or column. Source: arXiv:2502.16982, §3.4.
+    It is 1 if all singular values are equal and 0 at rank one. NaN for a matrix of zeros, and for one row or column.
+    Source: arXiv:2502.16982, §3.4.
     """
     x = np.asarray(x, np.float64)
     x = x if x.shape[-2] <= x.shape[-1] else np.swapaxes(x, -2, -1)
-    squares = np.maximum(np.linalg.eigvalsh(x @ np.swapaxes(x, -2, -1)), 0.0)  # σ², of the smaller Gram matrix
+    squares = np.maximum(np.linalg.eigvalsh(x @ np.swapaxes(x, -2, -1)), 0.0)  # σ² from the smaller Gram matrix
     q = _ratio(squares, squares.sum(-1, keepdims=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         return -np.where(q == 0, 0.0, q * np.log(q)).sum(-1) / np.log(x.shape[-2])

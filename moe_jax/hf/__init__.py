@@ -1,4 +1,4 @@
-"""Hugging Face ⇄ moe_jax: configurations and weights, both directions from one table per architecture.
+"""Imports and exports Hugging Face models, configurations and weights, from one table per architecture.
 
 python -m moe_jax.hf import --from DIR --workdir runs/a          python -m moe_jax.hf export --workdir runs/a --to DIR
 """

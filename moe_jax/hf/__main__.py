@@ -1,9 +1,10 @@
-"""Import a model into a run directory, or export a run.
+"""Imports a model into a run directory, or exports a run.
 
     python -m moe_jax.hf import --from=DIR --workdir=runs/a       config.json and safetensors, or a .gguf file
     python -m moe_jax.hf export --workdir=runs/a --to=DIR         for transformers' from_pretrained
 
-Then: python eval.py --workdir=runs/a, or training from it with --config.init_from=runs/a. See docs/checkpoints.md.
+After an import run `python eval.py --workdir=runs/a`, or train from it with --config.init_from=runs/a
+(docs/checkpoints.md).
 """
 
 from absl import flags
@@ -15,9 +16,10 @@ from moe_jax.hf.convert import export_run, import_model
 WORKDIR = cli.define_path("workdir", None, "run directory; import makes it", required=True)
 FROM = cli.define_path("from", None, "import: a directory of config.json and safetensors, or a .gguf file")
 TO = cli.define_path("to", None, "export: the directory to make")
-SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "import: data.seq_len of the run; 0: the model's, at most 2048", 0)
+SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "import: data.seq_len of the run; 0: the model's length, at most 2048", 0)
 STEP = flags.DEFINE_integer("step", None, "export: the checkpoint; default: the newest")
-DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"], "export: default: the parameters' own")
+DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"],
+                          "export: dtype of the files; default: that of the parameters")  # fmt: skip
 
 
 def main(argv):

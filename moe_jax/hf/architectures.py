@@ -1,8 +1,8 @@
-"""`config.json` of Hugging Face ⇄ `ModelConfig`, from one table per architecture.
+"""Converts `config.json` of Hugging Face to `ModelConfig` and back, from one table per architecture.
 
-A key that says how the model computes is in a table, or must have the one value of `MUST`. Other keys are known to have
-no effect (`INERT`), or are printed. Which architecture a model of ours can be exported as follows from the same table:
-it is the one whose `config.json` reads back as this very model.
+A key that changes the model's function is in a table, or must have the value in `MUST`. Other keys have no effect
+(`INERT`), or are printed. The same tables decide how a model can be exported: as an architecture whose `config.json`
+reads back as the same model.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ MLA: tuple[Field, ...] = (
     ("qk_rope_head_dim", "mla.rope_dim"),
     ("v_head_dim", "mla.v_dim"),
 )
-MUST = {  # the only value that is computed here; a missing key has it, in every class of transformers that has the key
+MUST = {  # the only value that is supported; in every class of transformers that has the key it is the default
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -48,15 +48,15 @@ MUST = {  # the only value that is computed here; a missing key has it, in every
     "topk_method": "noaux_tc",
 }
 LARGEST = 2**31 - 1
-QUIET = {"initializer_range", "use_sliding_window", "max_window_layers"}  # absent, and nothing is to be said about it
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # written again on export
+QUIET = {"initializer_range", "use_sliding_window", "max_window_layers"}  # no message if one of these is missing
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # kept from import to export
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 LLAMA3 = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "original_length",
-}  # key of the RoPE's, field of ours
+}  # key of rope_parameters, field of RopeScalingConfig
 INERT = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "auto_map",
          "attention_dropout", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
          "aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "_name_or_path",
@@ -64,11 +64,13 @@ INERT = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_ve
 
 
 class Architecture(NamedTuple):
+    """An architecture of transformers, and its table of keys."""
+
     name: str  # in `architectures`
     model_type: str
     fields: tuple[Field, ...]
-    ours: dict[str, Any]  # what the architecture is by definition, in fields of ModelConfig
-    extra: dict[str, Any]  # keys that are written and not read
+    ours: dict[str, Any]  # fields of ModelConfig that every model of the architecture has
+    extra: dict[str, Any]  # keys that are written but not read
     inert: tuple[str, ...] = ()  # keys without effect in this architecture, which others may use
 
 
@@ -124,13 +126,13 @@ ARCHITECTURES = {
 
 
 class Keys:
-    """The keys of a config.json, as transformers' class of this architecture has them."""
+    """The keys of a config.json, with the defaults of transformers' class of the architecture."""
 
     def __init__(self, hf: dict[str, Any], model_type: str, where: str):
         self.hf, self.where = hf, where
         self.defaults, self.null = DEFAULTS[model_type], NULL[model_type]
         self.asked: set[str] = set()
-        self.absent: dict[str, Any] = {}  # what was asked for and is not there, with the class's default
+        self.absent: dict[str, Any] = {}  # keys that were read but are missing, with the class's default
 
     def get(self, keys: str) -> Any:
         """The value of the first of `keys` ("first|second"), or the default."""
@@ -138,15 +140,15 @@ class Keys:
         self.asked.update(names)
         there = [name for name in names if name in self.hf]
         if len(there) > 1 and self.hf[there[0]] != self.hf[there[1]]:
-            rule = f"{there[0]}={self.hf[there[0]]!r} and {there[1]}={self.hf[there[1]]!r} are two names of one thing"
-            raise FormatError(f"{self.where}: {rule}; leave one of them")
+            rule = f"{there[0]}={self.hf[there[0]]!r} and {there[1]}={self.hf[there[1]]!r} name the same setting"
+            raise FormatError(f"{self.where}: {rule}; remove one of them")
         if there:
             return self.hf[there[0]]
         self.absent[names[0]] = self.defaults[names[0]]
         return self.defaults[names[0]]
 
     def number(self, keys: str) -> Any:
-        """The same, as a number; null is what the sizes of the model say, where the class has it so."""
+        """The value as a number. Where the class allows null, it stands for a number derived from other keys."""
         name = keys.split("|")[0]
         value = self.get(keys)
         if value is None and (name in self.null or name in self.absent):
@@ -161,7 +163,7 @@ class Keys:
 
 
 def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[str]]:
-    """The architecture, the model, and lines about keys without a known effect or not there.
+    """The architecture, the model, and lines about keys that are unknown or missing.
 
     Raises FormatError, ConfigError.
     """
@@ -169,29 +171,29 @@ def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise FormatError(f"{where}: architectures={names!r} is not among those that are known: {known}")
+        raise FormatError(f"{where}: architectures={names!r} is not supported; must be one of {known}")
     arch = ARCHITECTURES[name]
     for key, value in MUST.items():
         if key in hf and hf[key] != value and not (hf[key] is None and not value):
-            raise FormatError(f"{where}: {key}={hf[key]!r} is not computed here; nearest valid: {value!r}")
+            raise FormatError(f"{where}: {key}={hf[key]!r} is not supported; nearest valid: {value!r}")
     keys = Keys(hf, arch.model_type, where)
     flat = {ours: keys.number(theirs) for theirs, ours in arch.fields}
     rope, lines = _rope(keys, flat["max_seq_len"])
     flat |= arch.ours | rope | _layers(keys, arch, flat)
-    if "mla.rope_dim" in flat:  # a head is its two parts
+    if "mla.rope_dim" in flat:  # a head has a part without RoPE and one with it
         flat["head_dim"] = keys.number("qk_nope_head_dim") + flat["mla.rope_dim"]
     window = _window(keys, flat["num_layers"])
     if window and window < flat["max_seq_len"]:
         flat["max_seq_len"] = window
-        lines.append(f"sliding_window={window}: good for up to {window} positions only, where the window does nothing")
+        lines.append(f"sliding_window={window}: the model is used for up to {window} positions, without the window")
     model = _model(flat, where)
     known = keys.asked | set(MUST) | set(KEPT) | set(ROPE) | INERT | set(arch.inert)
     unknown = [key for key in hf if key not in known and hf[key] is not None]
     file = "the file" if where.endswith(".gguf") else "config.json"
-    lines += [f"{key}={hf[key]!r} in {file} is not known here and not used" for key in unknown]
+    lines += [f"{key}={hf[key]!r} in {file} is unknown and not used" for key in unknown]
     if absent := {key: value for key, value in keys.absent.items() if value is not None and key not in QUIET}:
-        said = ", ".join(f"{key}={value!r}" for key, value in absent.items())
-        lines.append(f"config.json does not say {', '.join(absent)}; as in transformers' {arch.model_type}: {said}")
+        defaults = ", ".join(f"{key}={value!r}" for key, value in absent.items())
+        lines.append(f"config.json has no {', '.join(absent)}; defaults of transformers' {arch.model_type}: {defaults}")
     return name, model, lines
 
 
@@ -199,7 +201,7 @@ def _number(value: Any, name: str, where: str) -> Any:
     if not isinstance(value, int | float):  # bool is int
         raise FormatError(f"{where}: {name} must be a number or true or false, not {value!r}")
     if abs(value) > LARGEST:
-        raise FormatError(f"{where}: {name}={value!r} cannot be; the largest number is {LARGEST:,}")
+        raise FormatError(f"{where}: {name}={value!r} is too large; the largest number is {LARGEST:,}")
     return value
 
 
@@ -215,13 +217,16 @@ def _model(flat: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _rope(keys: Keys, positions: int) -> tuple[dict[str, Any], list[str]]:
-    """Fields, and lines. transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
+    """Fields of RoPE, and lines about its keys.
+
+    transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`.
+    """
     hf, where = keys.hf, keys.where
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # in this order, and never both
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # transformers has this order too
     if not isinstance(rope, dict):
         raise FormatError(f"{where}: rope_scaling and rope_parameters must be JSON objects")
     if nested := next((key for key, value in rope.items() if isinstance(value, dict)), None):
-        raise FormatError(f"{where}: RoPE of its own for {nested} is not computed here; nearest valid: one for all")
+        raise FormatError(f"{where}: a separate RoPE for {nested} is not supported; nearest valid: one for all layers")
     theta = rope["rope_theta"] if "rope_theta" in rope else keys.get("rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
@@ -229,7 +234,7 @@ def _rope(keys: Keys, positions: int) -> tuple[dict[str, Any], list[str]]:
     scaling = {}
     if kind == "llama3":
         if partial not in (None, 1.0):
-            rule = f"partial_rotary_factor={partial!r} is not computed here with rope_type='llama3'"
+            rule = f"partial_rotary_factor={partial!r} is not supported with rope_type='llama3'"
             raise FormatError(f"{where}: {rule}; nearest valid: 1.0")
         values = {"original_max_position_embeddings": positions} | rope
         scaling = {
@@ -238,17 +243,17 @@ def _rope(keys: Keys, positions: int) -> tuple[dict[str, Any], list[str]]:
         }
         known |= set(LLAMA3)
     elif kind != "default":
-        raise FormatError(f"{where}: rope_type={kind!r} is not computed here; nearest valid: 'default', 'llama3'")
+        raise FormatError(f"{where}: rope_type={kind!r} is not supported; nearest valid: 'default', 'llama3'")
     elif partial not in (None, 1.0):
         lines.append(f"partial_rotary_factor={partial!r} is not used, as in transformers' {hf.get('model_type')}")
     for key in rope:
         if key not in known and rope[key] is not None:
-            lines.append(f"{key}={rope[key]!r} of RoPE in config.json is not known here and not used")
+            lines.append(f"{key}={rope[key]!r} of RoPE in config.json is unknown and not used")
     return {"rope_theta": _number(theta, "rope_theta", where)} | scaling, lines
 
 
 def _layers(keys: Keys, arch: Architecture, flat: dict[str, Any]) -> dict[str, Any]:
-    """Which layers are dense: all, those of `mlp_only_layers`, or what the table says."""
+    """The field num_dense_layers: all layers of a dense model, else those of `mlp_only_layers` or of the table."""
     if "moe.top_k" not in flat:
         return {"num_dense_layers": flat["num_layers"]}
     if arch.model_type == "qwen3_moe":
@@ -257,11 +262,11 @@ def _layers(keys: Keys, arch: Architecture, flat: dict[str, Any]) -> dict[str, A
             raise FormatError(f"{keys.where}: mlp_only_layers={dense!r}: dense layers must be the first ones")
         return {"num_dense_layers": len(dense)}
     first = flat.get("num_dense_layers", 0)
-    return {"num_dense_layers": min(first, flat["num_layers"])}  # of more than there are, all
+    return {"num_dense_layers": min(first, flat["num_layers"])}  # the key may exceed the number of layers
 
 
 def _window(keys: Keys, num_layers: int) -> int:
-    """The sliding window of any layer, 0 without."""
+    """The sliding window of any layer; 0 if there is none."""
     if "sliding_window" not in keys.defaults:
         return 0
     window = keys.get("sliding_window")
@@ -281,10 +286,10 @@ def _window(keys: Keys, num_layers: int) -> int:
 
 
 def _window_of(kinds: Any, num_layers: int, window: int | None, where: str) -> int:
-    """The same from `layer_types`."""
+    """The sliding window of any layer, where `layer_types` lists the layers that have one; 0 if there is none."""
     valid = ("full_attention", "sliding_attention")
     if not (isinstance(kinds, list) and len(kinds) == num_layers and all(kind in valid for kind in kinds)):
-        raise FormatError(f"{where}: layer_types={kinds!r}: must be {num_layers} of {' and '.join(valid)}")
+        raise FormatError(f"{where}: layer_types={kinds!r}: must be a list of {num_layers} values {' or '.join(valid)}")
     if "sliding_attention" in kinds and window is None:
         raise FormatError(f"{where}: layer_types has 'sliding_attention', but there is no sliding window")
     return window or 0 if "sliding_attention" in kinds else 0
@@ -296,7 +301,7 @@ def _window_of(kinds: Any, num_layers: int, window: int | None, where: str) -> i
 def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[str, dict[str, Any]]:
     """An architecture that computes this model, and its config.json. Raises FormatError if there is none.
 
-    seq_len: the number of positions, where the model does not say. prefer: the architecture to try first.
+    seq_len: the number of positions if the model has no max_seq_len. prefer: the architecture to try first.
     """
     moe = config.plain_routing(model.moe) if model.num_moe_layers else model.moe
     model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len, moe=moe)
@@ -312,12 +317,12 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
         if not reasons[name]:
             return name, hf
     nearest = min(reasons, key=lambda name: len(reasons[name]))
-    rule = f"the nearest, {nearest}, has another {'; '.join(reasons[nearest][:5])}"
-    raise FormatError(f"no architecture of {', '.join(ARCHITECTURES)} computes this model: {rule}")
+    rule = f"the nearest, {nearest}, differs in {'; '.join(reasons[nearest][:5])}"
+    raise FormatError(f"none of {', '.join(ARCHITECTURES)} computes the same function as this model: {rule}")
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Fields by which the functions of two models with such weights differ, as "top_k (2 here, 1 there)"."""
+    """Fields that make two models different functions of the same weights, such as "top_k (2 here, 1 there)"."""
     a, b = config.plain(a), config.plain(b)
     out = []
     for group in ("", "moe", "mla", "rope_scaling"):

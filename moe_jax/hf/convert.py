@@ -1,4 +1,4 @@
-"""A model's files → a run directory of weights, and back: tensor by tensor, all or nothing."""
+"""Converts a model's files to a run directory of weights, and back, one tensor at a time."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.data.tokenizers import TRAVELS, travelling
+from moe_jax.data.tokenizers import COMPANION_FILES, companion_files
 from moe_jax.errors import FormatError
 from moe_jax.hf import gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, read_config, write_config
@@ -28,14 +28,14 @@ from moe_jax.run.config_file import load_config
 from moe_jax.train.state import abstract_weights
 from moe_jax.tree import flatten
 
-TOKENIZER_FILES = TRAVELS
-HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # of a tied model
-IGNORED = ".rotary_emb.inv_freq"  # of old Llama files: follows from the configuration
-SEQ_LEN = 2048  # of the run's configuration, if the model is good for it
+TOKENIZER_FILES = COMPANION_FILES
+HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # equal in a tied model
+IGNORED = ".rotary_emb.inv_freq"  # tensors of old Llama files, which follow from the configuration
+SEQ_LEN = 2048  # largest default of data.seq_len
 
 
 def whole_mesh() -> Mesh:
-    """All devices, weights split over them."""
+    """A mesh of all devices with the weights split over them."""
     return sharding.make_mesh((1, jax.device_count(), 1))
 
 
@@ -44,13 +44,13 @@ def whole_mesh() -> Mesh:
 
 def import_model(
     source: str | os.PathLike, workdir: str | os.PathLike, *, seq_len: int = 0, mesh: Mesh | None = None,
-    say: Callable[[str], Any] = print,
+    echo: Callable[[str], Any] = print,
 ) -> RunConfig:  # fmt: skip
     """Makes a run directory of the model in `source`: a directory with config.json and safetensors, or a GGUF file.
 
-    seq_len: of the run's configuration; 0: what the model is good for, at most `SEQ_LEN`. mesh: where the weights are
-        on their way, by default spread over all devices; the result does not depend on it.
-    Raises FormatError, ConfigError or CheckpointError in one line, and then `workdir` is as it was.
+    seq_len: data.seq_len of the run; 0: the model's number of positions, at most `SEQ_LEN`.
+    mesh: the devices that hold the weights meanwhile, by default all; the result does not depend on it.
+    Raises FormatError, ConfigError or CheckpointError in one line, and then there is no `workdir`.
     """
     source, workdir, mesh = Path(source).expanduser(), Path(workdir).expanduser(), mesh or whole_mesh()
     weights.check_free(workdir)
@@ -63,26 +63,26 @@ def import_model(
         if not source.is_dir():
             raise FormatError(f"{source}: no such directory")
         hf = safetensors.read_json(source / "config.json")
-        files = travelling(source)
+        files = companion_files(source)
         table = ""
     name, model, lines = read_config(hf, str(source))
     for line in lines:
-        say(line)
+        echo(line)
     if not table:
         needed = lambda tensor: not (tensor.endswith(IGNORED) or (tensor in HEADS and model.tie_embeddings))
-        entries = safetensors.open_model(source, needed, say)
+        entries = safetensors.open_model(source, needed, echo)
     model = _in_dtype(model, entries)
     check_size(source, model, len(entries))
     abstract = abstract_weights(model, mesh)
     shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
     wanted = tables.tensors(table or name, model, shapes)
     skipped = check_names(source, wanted, entries, model.tie_embeddings)
-    tokenizer, files, said = imported(files, Path(workdir), model.vocab_size)
-    for line in said:
-        say(line)
+    tokenizer, files, notes = imported(files, Path(workdir), model.vocab_size)
+    for line in notes:
+        echo(line)
     cfg = _run_config(model, tokenizer, seq_len)
     for tensor in skipped:
-        say(f"{tensor}: not needed")
+        echo(f"{tensor} is not needed")
 
     trees = [Assembly(tree) for tree in abstract]
     owner = {path: tree for tree, a in zip(trees, abstract, strict=True) for path in flatten(a)}
@@ -96,29 +96,35 @@ def import_model(
     origin = {"event": "import", "from": str(source), "architecture": name, "config": kept}
     weights.save_weights(workdir, cfg, params, bias, [origin], files)
     total = sum(math.prod(shape) for path, shape in shapes.items() if not path.endswith("router_bias"))
-    say(f"{name}: {total:,} parameters in {len(wanted):,} tensors, {model.param_dtype}, → {workdir}")
+    echo(f"{name}: {total:,} parameters in {len(wanted):,} tensors, {model.param_dtype}, → {workdir}")
     if "tokenizer.json" not in files and "tokenizer.model" not in files:
-        say(f"no tokenizer came with it: put its tokenizer.json into {workdir}")
+        echo(f"the model has no tokenizer files: put its tokenizer.json into {workdir}")
     return cfg
 
 
 def _in_dtype(model: ModelConfig, entries: dict[str, Any]) -> ModelConfig:
-    """Weights are kept in bfloat16 if nothing is lost by it. (What is float32 here in any case may be in either.)"""
+    """The model with param_dtype bfloat16 if that loses nothing, else float32.
+
+    The dtype of tensors that are always float32 here does not matter.
+    """
     always = ("gate.weight", "e_score_correction_bias")
     lossless = all(e.dtype.name == "bfloat16" or name.endswith(always) for name, e in entries.items())
     return dataclasses.replace(model, param_dtype="bfloat16" if lossless else "float32")
 
 
 def check_size(source: Path, model: ModelConfig, tensors: int) -> None:
-    """That a model has about as many tensors as its config.json says, before a list is made of them."""
+    """Raises FormatError if a model has far fewer tensors than its config.json implies.
+
+    Without this check a wrong config.json could ask for a huge list of names.
+    """
     experts = model.num_moe_layers * model.moe.num_experts
     if max(model.num_layers, experts) > tensors:
         rule = f"has {tensors:,} tensors, too few for {model.num_layers:,} layers with {experts:,} experts in all"
-        raise FormatError(f"{source}: {rule}, as its config.json says")
+        raise FormatError(f"{source}: {rule}, which its config.json asks for")
 
 
 def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, Any], tied: bool) -> list[str]:
-    """That the files have these tensors, of these shapes, and no others. Returns the names of those not needed."""
+    """The names of unneeded tensors. Raises FormatError unless the files have the others, in these shapes."""
     names = {tensor.name for tensor in wanted}
     for tensor in wanted:
         if tensor.name not in entries:
@@ -130,16 +136,16 @@ def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, An
     for name in entries:
         if tied and name in HEADS and HEADS[name] in names:
             if not np.array_equal(entries[name].read(), entries[HEADS[name]].read()):
-                raise FormatError(f"{source}: {name} is not {HEADS[name]}, though config.json ties them")
+                raise FormatError(f"{source}: {name} differs from {HEADS[name]}, though config.json ties them")
             skipped.append(name)
     if unknown := [name for name in entries if name not in names and name not in skipped]:
-        rule = f"has {unknown[0]}, for which there is no rule ({len(unknown)} such); nothing is dropped silently"
+        rule = f"has {unknown[0]}, for which there is no rule ({len(unknown)} such tensors); none is dropped silently"
         raise FormatError(f"{source}: {rule}")
     return skipped
 
 
 def _run_config(model: ModelConfig, tokenizer: dict[str, str], seq_len: int) -> RunConfig:
-    """The configuration of the new run directory: the model's, with its tokenizer; the rest as by default."""
+    """The configuration of the new run directory: the model and its tokenizer, and defaults for the rest."""
     length = seq_len or min(model.max_seq_len, SEQ_LEN)
     return config.build(
         {
@@ -155,13 +161,14 @@ def _run_config(model: ModelConfig, tokenizer: dict[str, str], seq_len: int) -> 
 
 def export_run(
     workdir: str | os.PathLike, target: str | os.PathLike, *, at: int | None = None, dtype: str = "",
-    mesh: Mesh | None = None, max_file: int = 5_000_000_000, say: Callable[[str], Any] = print,
+    mesh: Mesh | None = None, max_file: int = 5_000_000_000, echo: Callable[[str], Any] = print,
 ) -> str:  # fmt: skip
     """Writes a run's weights as a directory that transformers' `from_pretrained` loads. Returns the architecture.
 
-    at: a checkpoint; by default the newest. dtype: of the files, by default that of the parameters. max_file: bytes.
-    Raises FormatError if no architecture that is known here computes the run's model, or if a weight is not finite in
-    `dtype`; nothing is written then.
+    at: a checkpoint; by default the newest. dtype: dtype of the files, by default that of the parameters. max_file:
+        largest number of bytes of a file.
+    Raises FormatError if no supported architecture computes the run's model, or if a weight is not finite in `dtype`.
+    Nothing is written then.
     """
     target, workdir = weights.check_free(target), Path(workdir).expanduser()
     cfg = load_config(workdir)
@@ -170,7 +177,7 @@ def export_run(
     source = next((event for event in origin if event.get("event") == "import"), {})
     name, hf = write_config(cfg.model, cfg.data.seq_len, source.get("architecture", ""))
     hf |= source.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}
-    hf, files = exported(Path(workdir), hf, {event.get("event") for event in origin}, say)
+    hf, files = exported(Path(workdir), hf, {event.get("event") for event in origin}, echo)
     leaves = flatten(params) | flatten(bias)
     found = tables.tensors(name, cfg.model, {path: leaf.shape for path, leaf in leaves.items()})
     kind = lambda t: np.dtype("float32") if t.targets[0].path.endswith("router_bias") else dtype
@@ -188,7 +195,7 @@ def export_run(
             yield tensor.join(parts, kind(tensor))
 
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # an earlier attempt that was killed
     try:
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
@@ -200,7 +207,7 @@ def export_run(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    say(f"{name}: {len(found):,} tensors, {dtype.name}, {sum(s.size for s in specs):,} bytes, → {target}")
+    echo(f"{name}: {len(found):,} tensors, {dtype.name}, {sum(s.size for s in specs):,} bytes, → {target}")
     return name
 
 

@@ -1,7 +1,7 @@
-"""What a key of config.json is worth where the file does not have it: the defaults of transformers' config classes.
+"""Defaults of the keys that a config.json lacks: those of transformers' config classes.
 
-They differ between the classes, and files of the hub rely on them. `tests/test_hf.py` compares them, key by key, with
-those of the transformers that is installed.
+The classes have different defaults, and files of the hub rely on them. `tests/test_hf.py` compares every key with the
+installed transformers.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ _MISTRAL: dict[str, Any] = _SHARED | {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131_072,
     "sliding_window": 4096,
 }  # fmt: skip
-# By model type; None: what the sizes of the model say (`null`).
+# By model type. None: null in transformers, a number derived from other keys or the absence of a setting.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _SHARED | {
         "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
@@ -51,7 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True, "max_position_embeddings": 4096,
     },
 }  # fmt: skip
-# Keys that may be null, which is then what the sizes of the model say; elsewhere transformers refuses null, or fails.
+# Keys that may be null, for a number derived from other keys. For all other keys transformers refuses null, or fails.
 _HEADS, _KV_HEADS = {"head_dim"}, {"num_key_value_heads"}
 NULL: dict[str, set[str]] = {
     "llama": _HEADS | _KV_HEADS,

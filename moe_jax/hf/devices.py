@@ -1,7 +1,7 @@
-"""Parameters that arrive, and leave, one tensor at a time: each device gets its own part and nothing else.
+"""Moves parameters to devices and back one tensor at a time. Each device gets its own part of a tensor only.
 
-Nothing here communicates: the buffers of a parameter's shards are written one by one, in place, and become one array at
-the end. So no host ever holds more than the tensor at hand.
+There is no communication: the buffers of a parameter's shards are written one by one, in place, and become one array at
+the end. So a host never holds more than one tensor.
 """
 
 import functools
@@ -17,7 +17,7 @@ from moe_jax.tree import flatten, path_of
 
 
 class Assembly:
-    """The leaves of `abstract` (ShapeDtypeStructs with shardings), to be filled part by part."""
+    """Arrays like `abstract` (ShapeDtypeStructs with shardings), which `put` fills part by part."""
 
     def __init__(self, abstract: Any):
         self._abstract = abstract
@@ -25,7 +25,7 @@ class Assembly:
         self._buffers: dict[str, dict[jax.Device, jax.Array]] = {path: {} for path in self._leaves}
 
     def put(self, path: str, index: tuple[int, ...], value: np.ndarray) -> None:
-        """leaf[index] = value, cast to the leaf's dtype, on the devices of this process that hold some of it."""
+        """Sets leaf[index] = value, cast to the leaf's dtype, on the devices of this process that hold part of it."""
         leaf, buffers = self._leaves[path], self._buffers[path]
         for device, where in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
             bounds = [s.indices(n)[:2] for s, n in zip(where, leaf.shape, strict=True)]
@@ -36,7 +36,7 @@ class Assembly:
                 mine = value[tuple(slice(*b) for b in bounds[len(index) :])].astype(leaf.dtype)
                 at = [i - start for i, (start, _) in zip(index, bounds, strict=False)]
                 buffers[device] = _write(buffers[device], jax.device_put(mine, device), tuple(at))
-        jax.block_until_ready([*buffers.values()])  # the value may go
+        jax.block_until_ready([*buffers.values()])  # from here on the caller may free the value
 
     def finish(self) -> Any:
         """The tree of arrays."""
@@ -49,7 +49,7 @@ class Assembly:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, where: SingleDeviceSharding) -> jax.Array:
-    """Made where they are to be: `jnp.zeros(device=…)` makes them on the first device and sends a copy."""
+    """Zeros, made on their own device: `jnp.zeros(device=…)` makes them on the first device and sends a copy."""
     return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(shape, np.dtype(dtype))
 
 
@@ -71,12 +71,12 @@ def _all_finite(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def is_finite(x: jax.Array, dtype: np.dtype) -> bool:
-    """Whether every number of x that is on devices of this process is finite once it is of `dtype`."""
+    """Whether every number of x on devices of this process is finite after a cast to `dtype`."""
     return all(_all_finite(shard.data, dtype) for shard in x.addressable_shards if shard.replica_id == 0)
 
 
 def fetch(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    """x[index] on the host, all of whose shards are on devices of this process."""
+    """x[index] on the host. Raises ValueError unless all its shards are on devices of this process."""
     out = np.empty(x.shape[len(index) :], x.dtype)
     missing = math.prod(out.shape)
     for shard in x.addressable_shards:

@@ -1,4 +1,4 @@
-"""GGUF files of Llama's architecture, read with the `gguf` package: every quantisation it knows becomes float32."""
+"""Reads GGUF files of Llama's architecture with the `gguf` package. Its quantised formats become float32."""
 
 import json
 from collections.abc import Callable
@@ -19,11 +19,11 @@ KEYS = (
     ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
     ("context_length", "max_position_embeddings"),
 )
-# Further keys below `llama.` that are read, or say nothing that the tensors do not say.
+# Further keys below `llama.` that are read, or repeat what the tensors show.
 READ = {"rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
         "rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
         "attention.key_length", "attention.value_length", "vocab_size"}  # fmt: skip
-CONTROL, USER_DEFINED = 3, 4  # types of tokens: special; a word that is never split
+CONTROL, USER_DEFINED = 3, 4  # types of tokens: special tokens, and words that are never split
 
 
 class Entry(NamedTuple):
@@ -34,13 +34,14 @@ class Entry(NamedTuple):
     dtype: np.dtype
 
     def read(self) -> np.ndarray:
+        """The numbers, in float32."""
         from gguf.quants import dequantize
 
         return dequantize(self.tensor.data, self.tensor.tensor_type).reshape(self.shape)
 
 
 def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, bytes]]:
-    """config.json as it would be, the tensors by name, the tokenizer's files. Raises FormatError."""
+    """The equivalent of a config.json, the tensors by name, and the tokenizer's files. Raises FormatError."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -53,7 +54,7 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
         value = lambda key: None if key not in reader.fields else reader.fields[key].contents()
         kind = value("general.architecture")
         if kind != "llama":
-            raise FormatError(f"{path}: general.architecture={kind!r}; nearest valid: 'llama', the only one from GGUF")
+            raise FormatError(f"{path}: general.architecture={kind!r} is not supported; nearest valid: 'llama'")
         hf = {theirs: value(f"llama.{ours}") for ours, theirs in KEYS}
         width, heads = hf["hidden_size"], hf["num_attention_heads"]
         entries = {}
@@ -66,7 +67,8 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
         head = value("llama.attention.key_length") or value("llama.rope.dimension_count") or width // heads
         for key in ("rope.dimension_count", "attention.value_length"):
             if (size := value(f"llama.{key}")) not in (None, head):
-                raise FormatError(f"{path}: llama.{key}={size}, beside heads of {head}, is not computed here")
+                rule = f"llama.{key}={size} with heads of {head} is not supported"
+                raise FormatError(f"{path}: {rule}; nearest valid: {head}")
         tied = "output.weight" not in entries
         hf |= {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": rope,
@@ -75,41 +77,48 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
         }  # fmt: skip
         known = READ | {ours for ours, _ in KEYS}
         unknown = [key for key in reader.fields if key.startswith("llama.") and key.removeprefix("llama.") not in known]
-        hf |= {key: value(key) for key in unknown}  # to be told of, as those of a config.json are
+        hf |= {key: value(key) for key in unknown}  # read_config reports them like unknown keys of a config.json
         files = _tokenizer_files(value)
     except FormatError:
         raise
-    except Exception as e:  # of a file that is not what it says, the package raises anything
-        raise FormatError(f"{path}: is not a whole GGUF file: {type(e).__name__}: {e}") from None
+    except Exception as e:  # the package may raise anything for a damaged file
+        raise FormatError(f"{path}: is not a complete GGUF file: {type(e).__name__}: {e}") from None
     return hf, entries, files
 
 
 def _check_rope(path: Path, value: Callable[[str], Any], entries: dict[str, Entry]) -> None:
-    """Raises FormatError for scaled positions. What is absent is what llama.cpp takes (llama-model.cpp, load_hparams):
-    the type "linear", and a factor of `rope.scale_linear`, the older name, of which 0 stands for 1."""
+    """Raises FormatError for scaled positions. Defaults are those of llama.cpp (llama-model.cpp, load_hparams).
+
+    They are the type "linear", and the factor of `rope.scale_linear`, its older name. A factor of 0 means 1.
+    """
     kind = value("llama.rope.scaling.type") or "linear"
     newer, older = (value(f"llama.rope.{key}") for key in ("scaling.factor", "scale_linear"))
     factor = older if newer is None else newer
     scaled = kind == "linear" and factor not in (None, 0, 1)
     if scaled or kind not in ("linear", "none") or "rope_freqs.weight" in entries:
-        said = f"llama.rope.scaling.type={kind!r}, factor={factor}"
-        raise FormatError(f"{path}: {said}: scaled positions are not computed here from GGUF; nearest valid: 'none'")
+        setting = f"llama.rope.scaling.type={kind!r}, factor={factor}"
+        raise FormatError(f"{path}: {setting}: scaled positions in GGUF are not supported; nearest valid: 'none'")
     if (factor := value("llama.rope.scaling.attn_factor")) not in (None, 0, 1):
-        raise FormatError(f"{path}: llama.rope.scaling.attn_factor={factor} is not computed here; nearest valid: 1")
+        raise FormatError(f"{path}: llama.rope.scaling.attn_factor={factor} is not supported; nearest valid: 1")
 
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type; 8: text, 9: array
 
 
 def _check_lengths(path: Path) -> None:
-    """That every count and length of the header stays inside the file: the package believes them, and would loop."""
+    """Raises FormatError for a count or length in the header that exceeds the file.
+
+    The package trusts these numbers, and a wrong one could make it loop for very long.
+    """
     data = np.memmap(path, np.uint8, "r")
     at = 0
 
     def take(n: int) -> int:
         nonlocal at
         if n > len(data) - at:
-            raise FormatError(f"{path}: a length of {n:,} bytes at byte {at:,} cannot be: the file has {len(data):,}")
+            raise FormatError(
+                f"{path}: a length of {n:,} bytes at byte {at:,} is impossible: the file has {len(data):,}"
+            )
         at += n
         return at - n
 
@@ -125,7 +134,7 @@ def _check_lengths(path: Path) -> None:
                 take(count * _SIZES[inner])
                 return
             if 8 * count > len(data):
-                take(8 * count)  # which there is no room for
+                take(8 * count)  # raises FormatError
             for _ in range(count):
                 skip(inner, depth + 1)
         else:
@@ -142,7 +151,7 @@ def _check_lengths(path: Path) -> None:
 
 
 def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json of a byte-level BPE whose splitting is known; {} for any other."""
+    """tokenizer.json and tokenizer_config.json of a byte-level BPE with a supported pre-tokenizer; {} for any other."""
     import tokenizers
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
@@ -168,7 +177,7 @@ def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
             settings[f"{name[:3]}_token"] = words[i]
     if template := value("tokenizer.chat_template"):
         settings["chat_template"] = template
-    if begins and "bos_token" in settings:  # also where transformers reads it
+    if begins and "bos_token" in settings:  # transformers reads it from the post-processor
         word = settings["bos_token"]
         front = [(word, words.index(word))]
         made.post_processor = processors.TemplateProcessing(f"{word} $A", f"{word} $A {word}:1 $B:1", front)

@@ -1,8 +1,8 @@
-"""Safetensors files: read and written one tensor at a time, with nothing of a file believed unchecked.
+"""Reads and writes safetensors files one tensor at a time. Everything in a file is checked before it is used.
 
-The format: 8 bytes of header length, a JSON header `{name: {dtype, shape, data_offsets}}`, the numbers. A model is one
-file, or several beside `model.safetensors.index.json`, which says who holds what. No other format is opened: a pickle
-(`.bin`, `.pt`) can run code when it is loaded.
+The format is 8 bytes of header length, a JSON header `{name: {dtype, shape, data_offsets}}`, and the numbers. A model
+is one file, or several beside `model.safetensors.index.json`, which lists the file of each tensor. No other format is
+opened, since a pickle (`.bin`, `.pt`) can run code when it is loaded.
 """
 
 import json
@@ -19,13 +19,13 @@ from moe_jax.errors import FormatError
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-EXPONENT = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # its bits; all of them set: NaN or infinite
-HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
+EXPONENT = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # bits of the exponent; all are set in NaN and infinity
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Entry(NamedTuple):
-    """Where a tensor is."""
+    """The place of a tensor in a file."""
 
     file: Path
     dtype: np.dtype
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The numbers: read, not mapped, so that they leave memory with the array."""
+        """The numbers. They are read and not memory-mapped, so that freeing the array frees the memory."""
         out = np.empty(self.shape, self.dtype)
         with open(self.file, "rb", buffering=0) as f:
             f.seek(self.start)
@@ -45,16 +45,16 @@ class Entry(NamedTuple):
             while len(view):
                 count = f.readinto(view)
                 if not count:
-                    raise FormatError(f"{self.file}: is cut short")
+                    raise FormatError(f"{self.file}: is incomplete")
                 view = view[count:]
         return out
 
 
 def check_finite(where: Path, name: str, x: np.ndarray) -> None:
-    """Raises FormatError if there is a NaN or an infinity in a tensor, of one of `DTYPES`."""
+    """Raises FormatError if there is a NaN or an infinity in a tensor, whose dtype is one of `DTYPES`."""
     bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.itemsize}")
     exponent = bits.dtype.type(EXPONENT[CODES[x.dtype]])
-    chunk = 1 << 20  # numbers at a time: no second array of the tensor's size
+    chunk = 1 << 20  # numbers at a time, so that no second array of the tensor's size is made
     bad = sum(int(((bits[i : i + chunk] & exponent) == exponent).sum()) for i in range(0, bits.size, chunk))
     if bad:
         count = "1 value that is" if bad == 1 else f"{bad:,} values that are"
@@ -62,7 +62,7 @@ def check_finite(where: Path, name: str, x: np.ndarray) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, in any encoding that JSON has; a name that occurs twice in it is refused."""
+    """The JSON object in a file, in any encoding of JSON. Raises FormatError if a name occurs twice in it."""
 
     def unique(pairs):
         names = [name for name, _ in pairs]
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     try:
         if path.stat().st_size > HEADER_LIMIT:
-            raise FormatError(f"{path}: has {path.stat().st_size:,} bytes, and {HEADER_LIMIT:,} is the limit")
+            raise FormatError(f"{path}: has {path.stat().st_size:,} bytes; the limit is {HEADER_LIMIT:,}")
         value = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
@@ -84,29 +84,29 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_model(
-    folder: Path, needed: Callable[[str], bool] = lambda name: True, say: Callable[[str], Any] = lambda line: None
+    folder: Path, needed: Callable[[str], bool] = lambda name: True, echo: Callable[[str], Any] = lambda line: None
 ) -> dict[str, Entry]:
-    """All tensors of a model's files, by name: one file, or the shards of an index where there is none.
+    """All tensors of a model's files, by name: those of one file, or else those of the shards in an index.
 
-    needed: whether a tensor that the index lists must be in the files.
-    Raises FormatError for anything missing, doubled or cut short.
+    needed: tells whether a tensor that the index lists must be in the files.
+    Raises FormatError for anything missing, duplicate or incomplete.
     """
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such directory")
-    if (folder / SINGLE).is_file():  # first, as in transformers: a model saved anew leaves the index of its old shards
+    if (folder / SINGLE).is_file():  # transformers has the same order: saving a model again may leave an old index
         if (folder / INDEX).exists():
-            say(f"{INDEX} is not read: {SINGLE} is there too, and goes before it as in transformers")
+            echo(f"{INDEX} is not read, because there is {SINGLE}, which transformers prefers too")
         return read_header(folder / SINGLE)
     if (folder / INDEX).exists():
-        return _open_shards(folder, needed, say)
+        return _open_shards(folder, needed, echo)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
-        rule = f"{pickles[0]} is a pickle, which can run code when it is loaded, and is never opened"
-        raise FormatError(f"{folder}: {rule}; convert the model to safetensors where it comes from")
+        rule = f"{pickles[0]} is a pickle, which can run code when it is loaded, so it is never opened"
+        raise FormatError(f"{folder}: {rule}; convert the model to safetensors on a machine where you trust it")
     raise FormatError(f"{folder}: has neither {SINGLE} nor {INDEX}")
 
 
-def _open_shards(folder: Path, needed: Callable[[str], bool], say: Callable[[str], Any]) -> dict[str, Entry]:
+def _open_shards(folder: Path, needed: Callable[[str], bool], echo: Callable[[str], Any]) -> dict[str, Entry]:
     where = folder / INDEX
     owners = read_json(where).get("weight_map")
     if not (isinstance(owners, dict) and owners and all(isinstance(f, str) for f in owners.values())):
@@ -116,32 +116,32 @@ def _open_shards(folder: Path, needed: Callable[[str], bool], say: Callable[[str
     for name in names:
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise FormatError(f"{where}: {name!r} is not the name of a .safetensors file beside it")
-        if not os.path.isfile(folder / name):  # also of a name that no file can have
+        if not os.path.isfile(folder / name):  # also False for a name that no file can have
             raise FormatError(f"{where}: the file {name} is missing")
     for name in names:
         for tensor, entry in read_header(folder / name).items():
             if tensor in found:
                 raise FormatError(f"{folder}: {tensor} is both in {found[tensor].file.name} and in {name}")
-            if owners.get(tensor, name) != name:  # one that the index does not list is read: nothing speaks against it
+            if owners.get(tensor, name) != name:  # a tensor that the index does not list is read too
                 raise FormatError(f"{where}: says that {tensor} is in {owners[tensor]}, but {name} has it")
             found[tensor] = entry
     missing = [tensor for tensor in owners if tensor not in found]
     if wanted := next(filter(needed, missing), None):
-        raise FormatError(f"{folder / owners[wanted]}: has no {wanted}, which {INDEX} says it has")
+        raise FormatError(f"{folder / owners[wanted]}: has no {wanted}, which {INDEX} lists in it")
     for tensor in missing:
-        say(f"{tensor}: is in {INDEX} only, and not needed")
+        echo(f"{tensor} is listed in {INDEX} but missing; it is not needed")
     return found
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file, none of whose numbers is read."""
+    """The tensors of one file, from its header. No numbers are read."""
     if not path.is_file():
         raise FormatError(f"{path}: is not a file")
     total = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if total < 8 or length > min(HEADER_LIMIT, total - 8):
-            rule = f"a header of {length:,} bytes cannot be: the file has {total:,}, and {HEADER_LIMIT:,} is the limit"
+            rule = f"its header has {length:,} bytes, but the file has {total:,} and the limit is {HEADER_LIMIT:,}"
             raise FormatError(f"{path}: {rule}")
         text = f.read(length)
     header = _parse_header(path, text)
@@ -167,11 +167,11 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
 def _entry(path: Path, name: str, body: Any, base: int, total: int) -> Entry:
     try:
         code, shape, (start, end) = body["dtype"], tuple(body["shape"]), body["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        valid = all(type(n) is int and n >= 0 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole:
-        raise FormatError(f"{path}: the header's entry of {name} is broken")
+        valid = False
+    if not valid:
+        raise FormatError(f"{path}: the header's entry of {name} is not valid")
     if code not in DTYPES:
         raise FormatError(f"{path}: {name} is of type {code}; must be one of {', '.join(DTYPES)}")
     entry = Entry(path, DTYPES[code], shape, base + start)
@@ -180,7 +180,7 @@ def _entry(path: Path, name: str, body: Any, base: int, total: int) -> Entry:
             f"{path}: {name} of shape {list(shape)} in {code} is {entry.size:,} bytes, not {end - start:,}"
         )
     if base + end > total:
-        raise FormatError(f"{path}: is cut short: {name} ends at byte {base + end:,}, the file at {total:,}")
+        raise FormatError(f"{path}: is incomplete: {name} ends at byte {base + end:,}, the file at {total:,}")
     return entry
 
 
@@ -197,7 +197,7 @@ class Spec(NamedTuple):
 
 
 def write_model(folder: Path, specs: list[Spec], tensors: Iterable[np.ndarray], max_file: int = 5_000_000_000) -> None:
-    """Writes the tensors of `specs`, which come one by one, into as few files as hold `max_file` bytes each."""
+    """Writes the tensors of `specs` into files of at most `max_file` bytes. `tensors` yields them in that order."""
     files: list[list[Spec]] = []
     for spec in specs:
         if not files or sum(s.size for s in files[-1]) + spec.size > max_file:
@@ -225,10 +225,10 @@ def _write_file(path: Path, specs: list[Spec], tensors: Iterable[np.ndarray]) ->
         }
         at += spec.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the numbers must begin at a multiple of 8
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for spec, x in zip(specs, tensors, strict=False):  # the others are for the files to come
+        for spec, x in zip(specs, tensors, strict=False):  # the rest of the tensors is for later files
             if x.shape != spec.shape or x.dtype != spec.dtype:
-                raise ValueError(f"{spec.name}: {x.dtype}{x.shape} came for {spec}")
+                raise ValueError(f"{spec.name}: got {x.dtype}{x.shape} for {spec}")
             f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)

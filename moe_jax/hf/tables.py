@@ -1,8 +1,9 @@
-"""Names and layouts of weights: which rows of which tensor are which of our parameters. Total in both directions.
+"""Tables that map tensors of Hugging Face and GGUF files to parameters of moe_jax, and back.
 
-A linear map is `[out, in]` there and `[in, out]` here. A rule is (tensor, our parameters, layout); the layout says
-which rows of the tensor go to which parameter, in which order, so that the way back is the same rows the other way.
-Layers and experts are tensors of their own there, and leading axes here.
+A linear map is `[out, in]` in the files and `[in, out]` here. Layers and experts are separate tensors in the files and
+leading axes here. A rule is (tensor, parameters here, layout). The layout lists, for each parameter, the rows of the
+tensor that belong to it, in order, so one rule serves both directions. A tensor or parameter without a rule is an
+error.
 """
 
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ GGUF_LAYER: tuple[Rule, ...] = (  # of Llama: queries and keys are stored with R
 
 
 def rules(name: str, cfg: ModelConfig) -> tuple[tuple[Rule, ...], tuple[Rule, ...], str]:
-    """Rules outside the layers, rules of a layer, and the layer's prefix, for an architecture or "gguf"."""
+    """The rules outside the layers, those of a layer, and the prefix of its names, for an architecture or "gguf"."""
     if name == "gguf":
         return (*GGUF_TABLES, *(() if cfg.tie_embeddings else GGUF_HEAD)), GGUF_LAYER, "blk.{layer}."
     attention = ATTENTION + (QK_NORM if cfg.qk_norm else ())
@@ -98,7 +99,7 @@ def rules(name: str, cfg: ModelConfig) -> tuple[tuple[Rule, ...], tuple[Rule, ..
 
 
 def _apart(size: int) -> np.ndarray:
-    """Pairs (0, 1), (2, 3), … → first halves, then second halves: from RoPE's pairs side by side to ours."""
+    """The order that moves RoPE's pairs from (0, 1), (2, 3), … to all first halves, then all second halves."""
     return np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
 
 
@@ -130,13 +131,15 @@ LAYOUTS: dict[str, Callable[[ModelConfig, int], list[np.ndarray | None]]] = {
 
 
 class Target(NamedTuple):
-    path: str  # of our parameter: `layers/moe/w_gate`
-    index: tuple[int, ...]  # in its leading axes: layer, expert
-    rows: np.ndarray | None  # of the tensor; None: all
+    """The part of a parameter that rows of a tensor belong to."""
+
+    path: str  # path of the parameter: `layers/moe/w_gate`
+    index: tuple[int, ...]  # index into its leading axes: layer, expert
+    rows: np.ndarray | None  # rows of the tensor; None: all
 
 
 class Tensor(NamedTuple):
-    """One tensor of theirs, and where its rows belong."""
+    """A tensor of a file, and the parameters that its rows belong to."""
 
     name: str
     shape: tuple[int, ...]
@@ -144,12 +147,13 @@ class Tensor(NamedTuple):
     targets: tuple[Target, ...]
 
     def split(self, x: np.ndarray) -> Iterator[tuple[Target, np.ndarray]]:
+        """Yields each target and its part of the tensor's numbers."""
         for target in self.targets:
             part = x if target.rows is None else x[target.rows]
             yield target, part.T if self.transposed else part
 
     def join(self, parts: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """The inverse of `split`."""
+        """The tensor's numbers from the parts of its targets: the inverse of `split`."""
         out = np.empty(self.shape, dtype)
         for target, part in zip(self.targets, parts, strict=True):
             part = part.T if self.transposed else part
@@ -158,7 +162,7 @@ class Tensor(NamedTuple):
 
 
 def tensors(name: str, cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
-    """All tensors of an architecture, in its order. shapes: of every parameter and router bias here, by path.
+    """All tensors of an architecture, in its order. shapes: those of every parameter and router bias, by path.
 
     Raises FormatError for a parameter without a rule, for a rule without a parameter, and for one written twice.
     """
@@ -186,7 +190,7 @@ def tensors(name: str, cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> 
 def _tensor(cfg, rule: Rule, name: str, stack: str, index: tuple[int, ...], shapes) -> Tensor:
     paths = [stack + path for path in rule[1].split(",")]
     if missing := next((path for path in paths if path not in shapes), None):
-        raise FormatError(f"the rule for {name} is for {missing}, which this model has not; see moe_jax/hf/tables.py")
+        raise FormatError(f"the rule for {name} is for {missing}, which is not in this model; see moe_jax/hf/tables.py")
     tails = [shapes[path][len(index) :] for path in paths]
     transposed = rule[2] != "same"
     shape = (sum(tail[1] for tail in tails), tails[0][0]) if transposed else tails[0]
@@ -203,4 +207,4 @@ def _check_total(found: list[Tensor], shapes: dict[str, tuple[int, ...]]) -> Non
         indices = [index for p, index in places if p == path]
         depth = len(indices[0]) if indices else 0
         if len(indices) != int(np.prod(shape[:depth])) or not indices:
-            raise FormatError(f"no rule for the parameter {path}, or not for all of it; see moe_jax/hf/tables.py")
+            raise FormatError(f"no rule covers all of the parameter {path}; see moe_jax/hf/tables.py")

@@ -1,1 +1,1 @@
-"""A run directory and its life: checkpoints, configuration, log, faults."""
+"""A run directory and its life: checkpoints, configuration, logs, interruptions."""

@@ -1,7 +1,7 @@
-"""What a newer version of this code does otherwise for the same config, told to a run that an older one began.
+"""Changes of behaviour between versions of this code, printed when a run of an older version is resumed.
 
-A changed default is no matter of this file: the run's `config.json` has the value. This is for behaviour that no field
-chooses. A checkpoint keeps the REVISION of the code that wrote it; one that has none is of revision 0.
+The table has behaviour that no config field chooses. A changed default does not belong here, since the run's
+`config.json` has the old value. A checkpoint keeps the REVISION of the code that wrote it; 0 if it has none.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,9 @@ from moe_jax.config import RunConfig
 
 
 class Change(NamedTuple):
-    revision: int  # the first that has it
+    """A change of behaviour: its first revision, the runs that it concerns, and a line for the user."""
+
+    revision: int
     concerns: Callable[[RunConfig], bool]
     line: str
 
@@ -20,14 +22,14 @@ CHANGES = (
     Change(
         1,
         lambda cfg: cfg.optim.name == "muon",
-        "Muon's update does not depend on the gradient's scale, as it did through an epsilon, and a matrix without a "
-        "gradient (an expert without tokens) gets none",
+        "Muon's update does not depend on the gradient's scale any more (it did through an epsilon), and a matrix "
+        "without a gradient (an expert without tokens) gets no update",
     ),
     Change(
         1,
         lambda cfg: cfg.optim.schedule != "constant",
-        "the learning rate falls from the warm-up's last step on and reaches final_lr_fraction in the last step, where "
-        "it was one step later for both",
+        "the learning rate falls from the warm-up's last step on and reaches final_lr_fraction in the last step; "
+        "before, both came one step later",
     ),
     Change(
         1,
@@ -36,12 +38,12 @@ CHANGES = (
             and cfg.model.moe.top_k == 1
             and cfg.model.moe.top_groups < cfg.model.moe.num_groups
         ),
-        "a group of experts is ranked by its best two scores, where it was the best alone",
+        "a group of experts is ranked by its two best scores; before, by its best score",
     ),
 )
 REVISION = max(change.revision for change in CHANGES)
 
 
 def since(revision: int, cfg: RunConfig) -> list[str]:
-    """A line for each change after `revision` that concerns a run of this config."""
+    """Lines about the changes after `revision` that concern a run of this config."""
     return [change.line for change in CHANGES if change.revision > revision and change.concerns(cfg)]

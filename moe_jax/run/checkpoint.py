@@ -1,18 +1,18 @@
-"""Checkpoints: save, restore and the rule of resuming, with Orbax.
+"""Saves and restores checkpoints with Orbax.
 
-A checkpoint is `<workdir>/checkpoints/<step>/`, committed as a whole or not at all, and holds exactly two items:
+A checkpoint is `<workdir>/checkpoints/<step>/`. It is complete or absent, and holds exactly two items:
 
-- `state`: every leaf of `step.TrainState` (step, parameters, router bias, optimizer state), one named array each, in
-  its own dtype. The names are the paths through the pytree, so reading it needs no class from the past.
-- `data`: the iterator state of the input pipeline as JSON, one entry a process where processes differ.
+- `state`: every leaf of `TrainState` (step, parameters, router bias, optimizer state), each a named array in its own
+  dtype. The names are the paths through the pytree, so reading a checkpoint needs no class of the version that wrote
+  it.
+- `data`: the iterator state of the input pipeline as JSON, with one entry for each process if they differ.
 
-Beside them are the checksums of all files, compared before anything is read (moe_jax/run/checksums.py).
+Beside them are the checksums of all files, which are compared before anything is read (moe_jax/run/checksums.py).
+`<workdir>/config.json` tells what the arrays mean (moe_jax/run/config_file.py). There is no pickle anywhere.
 
-What the arrays mean is `<workdir>/config.json` (moe_jax/run/config_file.py). No pickle anywhere.
-
-Resuming is the same command again:
+The same command resumes a run. It starts from
     1. the newest complete checkpoint in the run directory, if there is one, or the one of `--resume_step`;
-    2. else what the configuration starts from (imported or upcycled weights);
+    2. else the weights of `init_from` (imported or upcycled);
     3. else fresh weights.
 """
 
@@ -38,8 +38,8 @@ from moe_jax.run import checksums, retention
 from moe_jax.tree import flatten
 
 PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
-# Orbax lists folders with a glob of their whole path (etils' epath), and takes "gs:/" in it for a scheme. It would find
-# nothing, or the files of another run, and go on. Such a path reaches it by a link.
+# Orbax lists folders with a glob of their full path (etils' epath), and treats "gs:/" in it as a scheme. With such a
+# path it would silently find nothing, or the files of another run, so it is given a link instead.
 _TAKEN_FOR_A_PATTERN = re.compile(r"[*?\[\\]|:/")
 
 
@@ -47,7 +47,7 @@ _TAKEN_FOR_A_PATTERN = re.compile(r"[*?\[\\]|:/")
 
 
 def check_fits(abstract_state: Any, saved: Any, where: str) -> None:
-    """Raises CheckpointError for the first leaf that the checkpoint does not have exactly so."""
+    """Raises CheckpointError for the first leaf whose presence, shape or dtype differs in the checkpoint."""
     want, have = flatten(abstract_state), flatten(saved)
     if "step" in want and "step" not in have:
         raise CheckpointError(
@@ -55,7 +55,7 @@ def check_fits(abstract_state: Any, saved: Any, where: str) -> None:
         )
     for name, leaf in want.items():
         if name not in have:
-            raise CheckpointError(f"{where} has no {name}, which this model has; it was saved from another one")
+            raise CheckpointError(f"{where} has no {name}, which this model has; it was saved from another model")
         if leaf is PLACEHOLDER:
             continue
         for field in ("shape", "dtype"):
@@ -67,12 +67,12 @@ def check_fits(abstract_state: Any, saved: Any, where: str) -> None:
     extra = [name for name in have if name not in want]
     if extra:
         raise CheckpointError(
-            f"{where} has {extra[0]}, which this model has not ({len(extra)} such); nothing is dropped silently"
+            f"{where} has {extra[0]}, which this model does not have ({len(extra)} such); nothing is dropped silently"
         )
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Every process's value, in order; one entry if all are equal."""
+    """The values of all processes, in order; one entry if all are equal."""
     try:
         text = json.dumps(value, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as e:
@@ -88,13 +88,13 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def _own_json(values: list[Any], where: str) -> Any:
-    """This process's entry of what `gather_json` returned."""
+    """This process's entry of the result of `gather_json`."""
     if len(values) == 1:
         return values[0]
     if len(values) != jax.process_count():
         raise CheckpointError(
-            f"{where}: its data state is of {len(values)} processes that read different parts, this run has "
-            f"{jax.process_count()}; resume with {len(values)}"
+            f"{where}: its data state is of {len(values)} processes that read different data, but this run has "
+            f"{jax.process_count()}; resume with {len(values)} processes"
         )
     return values[jax.process_index()]
 
@@ -109,11 +109,12 @@ def _first_line(error: BaseException) -> str:
 class Checkpoints:
     """The checkpoints of one run directory. Every process makes one and calls the same methods in the same order.
 
-    keep: how many of the newest checkpoints stay. None opens the directory for reading only, beside a run that may be
-        writing to it: nothing is created, cleaned or deleted.
-    keep_every, keep_best: besides, those of steps that `keep_every` divides, and so many with the lowest score.
-    host_bytes: about so much of the state is on the host at a time while it is saved, at least one array's part; None:
-        all of it, so that saving holds up training the least.
+    keep: number of newest checkpoints that are kept. None opens the directory for reading only, while another run may
+        write to it: nothing is created, cleaned or deleted.
+    keep_every: checkpoints of steps that this number divides are kept too; 0: none.
+    keep_best: number of checkpoints with the lowest score that are kept too.
+    host_bytes: approximate limit of the state's bytes on the host while it is saved, at least one array's part. None:
+        no limit, which delays training the least.
     """
 
     def __init__(
@@ -126,14 +127,14 @@ class Checkpoints:
     ):
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._keep, self._host_bytes = keep, host_bytes
-        self.scores: dict[int, float] = {}  # held-out loss by step, as far as it is known
+        self.scores: dict[int, float] = {}  # held-out loss by step, where it is known
         self._policy = ocp.training.preservation_policies.PreserveAll()
         if keep is not None:
             self._policy = retention.Keep(keep, keep_every, keep_best, self.scores)
-        self._sealer: checksums.Sealer | None = None
-        self._response: Any = None  # what Orbax gave for the save under way
+        self._checksum_writer: checksums.ChecksumWriter | None = None
+        self._response: Any = None  # Orbax's response for the save in progress
         self._saving: int | None = None
-        self._expected: dict[str, tuple] = {}  # what the save under way has to write
+        self._expected: dict[str, tuple] = {}  # shapes and dtypes that the save in progress has to write
         self._link: Path | None = None
         self._at: int | None = None  # the step last saved or restored through this object
         self._orbax: ocp.training.Checkpointer | None = None
@@ -141,7 +142,7 @@ class Checkpoints:
             self._open()
 
     def _path(self) -> Path:
-        """The directory by a name that Orbax takes as it stands."""
+        """A path of the directory that Orbax does not read as a pattern."""
         if not _TAKEN_FOR_A_PATTERN.search(str(self.directory)):
             return self.directory
         if self._link is None:
@@ -158,22 +159,21 @@ class Checkpoints:
 
     def _open(self) -> None:
         registry = ocp.handlers.local_registry()
-        registry.add(
-            ocp.handlers.JsonHandler, checkpointable_name="data"
-        )  # the default stores a dict of numbers as arrays
+        # The default handler stores a dict of numbers as arrays.
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.memory.transfer_concurrent_bytes = self._host_bytes
         self._orbax = ocp.training.Checkpointer(
             self._path(),
             context=context,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # when is the caller's say
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides when
             preservation_policy=self._policy,
             cleanup_tmp_directories=self._keep is not None,
         )
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, after waiting for a save under way; None if there is none."""
+        """Step of the newest complete checkpoint, after waiting for a save in progress; None if there is none."""
         if self._orbax is None and self.directory.is_dir():
             self._open()
         if self._orbax is None:
@@ -185,22 +185,24 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, rising."""
+        """Steps of the complete checkpoints, in order."""
         return [] if self.latest() is None else sorted(c.step for c in self._orbax.checkpoints)
 
     def save(self, step: int, state: Any, data_state: Any, *, wait: bool = False) -> None:
-        """Saves state and data state together; writes in the background, the arrays may be donated at once.
+        """Saves state and data state together, in the background. The caller may donate the arrays at once.
 
-        state: any pytree of `jax.Array`s. data_state: JSON-serialisable (a tuple comes back as a list).
-        A step this object has just saved or restored is not written again. A failure in the background, such as a full
-        disk, is raised by the next call. Raises CheckpointError for that and for a step that is not after the newest.
+        state: any pytree of `jax.Array`s. data_state: JSON values (a tuple comes back as a list).
+        A step that this object has just saved or restored is not written again. The next call raises CheckpointError
+        for a failure in the background, such as a full disk. So does a step that is not after the newest.
         """
         if self._keep is None:
             raise CheckpointError(f"{self.directory} is open for reading only; give Checkpoints a keep=")
         newest = self.latest()
         if not step == newest == self._at:
             if newest is not None and step <= newest:
-                raise CheckpointError(f"{self.directory} has step {newest} already; step {step} would rewrite the past")
+                raise CheckpointError(
+                    f"{self.directory} already has step {newest}; an earlier step {step} cannot be saved after it"
+                )
             items = {"state": state, "data": {"processes": gather_json(data_state)}}
             with self._named(step):
                 self._response = self._orbax.save_checkpointables_async(step, items, force=True)
@@ -209,16 +211,16 @@ class Checkpoints:
             self._at = self._saving = step
             self._expected = {name: (leaf.shape, leaf.dtype) for name, leaf in flatten(state).items()}
             if jax.process_index() == 0:
-                self._sealer = checksums.Sealer(self.directory / str(step))
+                self._checksum_writer = checksums.ChecksumWriter(self.directory / str(step))
         if wait:
             self.wait()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, Any]:
         """State and data state of a step (the newest by default), on any mesh.
 
-        abstract_state: the state's pytree of `jax.ShapeDtypeStruct`, each with the sharding to restore it to; a leaf
-            `...` is not read and comes back as `...` (an optimizer state that evaluation does not need).
-        Raises CheckpointError naming the first parameter whose presence, shape or dtype differs; nothing is cast.
+        abstract_state: the state's pytree of `jax.ShapeDtypeStruct`, each with the sharding to restore it to. A leaf
+            `...` is not read and comes back as `...`, such as an optimizer state that evaluation does not need.
+        Raises CheckpointError that names the first parameter whose presence, shape or dtype differs. Nothing is cast.
         """
         step, saved = self.contents(step)
         check_fits(abstract_state, saved, self.name(step))
@@ -227,20 +229,23 @@ class Checkpoints:
         return state, _own_json(data, self.name(step))
 
     def _verify(self, step: int) -> None:
+        """Raises CheckpointError if a file of the checkpoint differs from its checksum."""
         found = [checksums.damage(self.directory / str(step)) if jax.process_index() == 0 else ""]
         if jax.process_count() > 1:
             found = [text for text in gather_json(found[0]) if text != ""]
         if None in found and jax.process_index() == 0:
-            print(f"{self.name(step)} has no checksums; read unverified", file=sys.stderr, flush=True)
+            print(
+                f"{self.name(step)} has no checksums, so it is read without verification", file=sys.stderr, flush=True
+            )
         if damage := next(filter(None, found), ""):
             before = [s for s in self.steps() if s < step]
-            way = f"--resume_step={before[-1]} goes on from the one before" if before else "there is none before it"
-            raise CheckpointError(f"{self.name(step)} is damaged: {damage}; {way}")
+            resume = f"--resume_step={before[-1]} resumes from the one before" if before else "there is none before it"
+            raise CheckpointError(f"{self.name(step)} is damaged: {damage}; {resume}")
 
     def rewind(self, step: int) -> list[int]:
-        """Sets the checkpoints after `step` aside, into `<workdir>/checkpoints.dropped/`, and returns their steps.
+        """Moves the checkpoints after `step` to `<workdir>/checkpoints.dropped/`, and returns their steps.
 
-        Nothing else may have used this object yet. Raises CheckpointError if `step` is not a checkpoint.
+        Call it before any other method of this object. Raises CheckpointError if `step` is not a checkpoint.
         """
         steps = self.steps()
         if step not in steps:
@@ -255,12 +260,13 @@ class Checkpoints:
         return later
 
     def name(self, step: int) -> str:
+        """The path of a checkpoint, for messages."""
         return str(self.directory / str(step))
 
     def contents(self, step: int | None = None) -> tuple[int, Any]:
         """A step (the newest by default), and the nested dicts of its state's shapes and dtypes.
 
-        Raises CheckpointError, here already, if a file is not as it was written.
+        Raises CheckpointError if a file differs from its checksum.
         """
         newest = self.latest()
         if newest is None:
@@ -270,16 +276,16 @@ class Checkpoints:
         if step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, steps))}")
         self._verify(step)
-        try:  # a process killed while deleting an old checkpoint leaves a part of it
+        try:  # a process killed while it deletes an old checkpoint leaves some of its files
             saved = self._orbax.checkpointables_metadata(step).metadata["state"]
         except Exception as e:
             raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e)}") from e
         if not flatten(saved):
-            raise CheckpointError(f"{self.name(step)} cannot be read: a part of its files is missing")
+            raise CheckpointError(f"{self.name(step)} cannot be read: some of its files are missing")
         return step, saved
 
     def read(self, abstract_state: Any, step: int) -> tuple[Any, list[Any]]:
-        """State and the data states of all processes (one if they are equal), unchecked."""
+        """State and the data states of all processes (one if they are equal), without any check."""
         try:
             items = self._orbax.load_checkpointables(step, {"state": abstract_state, "data": None})
             return items["state"], list(items["data"]["processes"])
@@ -287,9 +293,9 @@ class Checkpoints:
             raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e.__cause__ or e)}") from e
 
     def data_state(self, step: int | None = None) -> Any:
-        """The data state of a step (the newest by default), of the first process; None if there is no such step.
+        """The first process's data state of a step (the newest by default); None if there is no such step.
 
-        It is not compared with its checksums, as `restore` does that.
+        Checksums are not compared here; `restore` does that.
         """
         if self.latest() is None or step not in (None, *self.steps()):
             return None
@@ -300,12 +306,12 @@ class Checkpoints:
             raise CheckpointError(f"{self.name(step)} cannot be read: {_first_line(e.__cause__ or e)}") from e
 
     def wait(self) -> None:
-        """Returns when the save under way is complete, or raises CheckpointError with what went wrong with it."""
+        """Waits until the save in progress is complete. Raises CheckpointError if it failed."""
         if self._orbax is not None:
             self._settle(self._orbax.wait)
 
     def close(self) -> None:
-        """Completes the save under way. Closing twice does nothing."""
+        """Completes the save in progress. Closing twice does nothing."""
         orbax, self._orbax = self._orbax, None
         try:
             if orbax is not None:
@@ -314,20 +320,21 @@ class Checkpoints:
             self._unlink()
 
     def _settle(self, end: Callable[[], None]) -> None:
-        sealer, self._sealer = self._sealer, None
+        writer, self._checksum_writer = self._checksum_writer, None
         response, self._response = self._response, None
         expected, self._expected = self._expected, {}
         with self._named(self._saving), contextlib.ExitStack() as after:
-            if sealer is not None:
-                after.callback(sealer.finish)
+            if writer is not None:
+                after.callback(writer.finish)
             if response is not None:
-                after.callback(response.result)  # else Orbax's thread of this save and its event loop stay for ever
+                # Without this, Orbax's thread and event loop of the save would never end.
+                after.callback(response.result)
             end()
         if expected:
             self._check_written(self._saving, expected)
 
     def _check_written(self, step: int, expected: dict[str, tuple]) -> None:
-        """A save counts when what was to be written is found. Else it is set aside, so that nothing resumes from it."""
+        """Raises CheckpointError if an array of a save is not on the disk, and moves the checkpoint out of the way."""
         try:
             saved = ocp.checkpointables_metadata(self._path() / str(step)).metadata["state"]
             found = {name: (leaf.shape, leaf.dtype) for name, leaf in flatten(saved).items()}
@@ -343,7 +350,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.name(step)} could not be saved: {why}; earlier checkpoints are intact")
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves checkpoints into `<workdir>/checkpoints.dropped/`; what is there already stays."""
+        """Moves checkpoints to `<workdir>/checkpoints.dropped/`, under a new name if there is one of the same step."""
         for name in map(str, steps if jax.process_index() == 0 else []):
             aside = self.directory.with_name("checkpoints.dropped") / name
             free = (aside.with_name(f"{name}.{n}") for n in itertools.count(2))
@@ -355,7 +362,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named(self, step: int | None) -> Iterator[None]:
-        """What goes wrong while saving, in one line."""
+        """Turns an exception while saving a step into a CheckpointError of one line."""
         try:
             yield
         except CheckpointError:

@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint's files. Orbax reads changed bytes of an array without noticing, so it is noticed here.
+"""Checksums of a checkpoint's files, which detect damage that Orbax does not notice.
 
 `<checkpoint>/checksums.json` has the size and CRC-32 of every other file. It is written, atomically, once the
-checkpoint is complete; a run killed in between leaves one without it, which is read and said to be unverified.
+checkpoint is complete. A run killed between the two leaves a checkpoint without it, which is read with a warning.
 """
 
 import json
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "checksums.json"
-_CHANGES = {NAME, "_CHECKPOINT_METADATA"}  # Orbax writes times into the latter later; without it nothing can be read
+_CHANGES = {NAME, "_CHECKPOINT_METADATA"}  # Orbax writes times into the second one later
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -35,7 +35,8 @@ def _sums(folder: Path) -> dict[str, list[int]]:
 
 
 def write(folder: Path) -> None:
-    temporary = folder.parent.parent / f"{folder.name}.{NAME}.tmp"  # not where a kill would make it a part of the sums
+    """Writes `checksums.json` of a checkpoint, atomically."""
+    temporary = folder.parent.parent / f"{folder.name}.{NAME}.tmp"  # outside, so that after a kill it is not summed
     with open(temporary, "w", encoding="utf-8") as f:
         json.dump(_sums(folder), f, indent=0)
         f.flush()
@@ -44,7 +45,7 @@ def write(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """The first file that is not as it was written, in words; "" if all are; None without checksums."""
+    """A message about the first file that differs from its checksum; "" if none differs; None without checksums."""
     if not (folder / NAME).exists():
         return None
     try:
@@ -66,7 +67,7 @@ def damage(folder: Path) -> str | None:
     return ""
 
 
-class Sealer:
+class ChecksumWriter:
     """Writes the checksums of a checkpoint in the background, as soon as it is complete."""
 
     def __init__(self, folder: Path):
@@ -75,7 +76,7 @@ class Sealer:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._folder.is_dir():  # Orbax renames the whole folder when it is complete
+        while not self._folder.is_dir():  # Orbax renames the folder to this name when it is complete
             if self._settled.wait(0.05) and not self._folder.is_dir():
                 return  # the save failed
         try:
@@ -84,7 +85,7 @@ class Sealer:
             self._error = e
 
     def finish(self) -> None:
-        """The save has ended, well or not. Raises OSError if the checksums could not be written."""
+        """Waits for the checksums, after the save has ended or failed. Raises OSError if they could not be written."""
         self._settled.set()
         self._thread.join()
         if self._error is not None:

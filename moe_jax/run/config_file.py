@@ -1,11 +1,11 @@
-"""`<workdir>/config.json`: what a run is, and `config_history.jsonl`: what it was before.
+"""Reads and writes a run's configuration: `<workdir>/config.json`, and its past in `config_history.jsonl`.
 
-config.json is written with the first checkpoint of a run, and again, atomically, when a run goes on with permitted
-changes. Each of these adds a line to config_history.jsonl first, so that no value is lost:
+config.json is written with the first checkpoint of a run, and again, atomically, when a run is resumed with permitted
+changes. Each such change first adds a line to config_history.jsonl, so that no value is lost:
 
-    {"from_step": 41, "changed": {"train.steps": [40, 62]}}        before and since; null: there was no such field
+    {"from_step": 41, "changed": {"train.steps": [40, 62]}}        values before and after; null: no such field then
 
-A line holds from its step on, and replaces what lines above it say of that step and later ones (`--resume_step`).
+A line is valid from its step on. It overrides earlier lines for that step and later ones (`--resume_step`).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def _plain(cfg: config.RunConfig) -> dict:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file at once: another process sees the old one or the new one."""
+    """Writes a file atomically: another process sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as f:
@@ -46,7 +46,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        rule = "is not a run directory, or one whose first checkpoint is yet to come"
+        rule = "is not a run directory, or the run has no checkpoint yet"
         raise CheckpointError(f"{path} does not exist: {path.parent} {rule}") from None
     except (ValueError, RecursionError, OSError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}") from None
@@ -55,7 +55,7 @@ def _read(path: Path) -> Any:
 def load_config(workdir: str | os.PathLike) -> config.RunConfig:
     """The configuration of a run. Raises CheckpointError without a readable file, ConfigError for a bad value.
 
-    A field that is newer than the run has the value that the run had without it.
+    A field that is newer than the run takes the value that describes what the run did without it.
     """
     return config.build(config.complete(_read(Path(workdir) / NAME)))
 
@@ -68,9 +68,9 @@ def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> None:
 
 
 def differences(workdir: str | os.PathLike, cfg: config.RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields of `cfg` that differ from the run's, as (in the run, now); None for a field that one of them lacks."""
+    """A dict of the fields of `cfg` that differ from the run's: (in the run, now), None for a field that one lacks."""
     old = config.complete(_read(Path(workdir) / NAME))
-    with contextlib.suppress(ConfigError):  # one that cannot be built is compared as it stands
+    with contextlib.suppress(ConfigError):  # a configuration that is not valid any more is compared as it is written
         old = _plain(config.build(old))
     old, new = flatten_config(old), flatten_config(_plain(cfg))
     names = [*old, *(name for name in new if name not in old)]
@@ -82,17 +82,17 @@ def _shown(values: dict[str, Any], name: str) -> str:
 
 
 def describe(changes: dict[str, tuple[Any, Any]]) -> list[str]:
-    """A line for each, such as "config.optim.lr: 0.001 in the run, 0.002 now"."""
-    say = lambda value: "absent" if value is None else json.dumps(value, ensure_ascii=False)
-    return [f"config.{name}: {say(old)} in the run, {say(new)} now" for name, (old, new) in changes.items()]
+    """Lines about changes, such as "config.optim.lr: 0.001 in the run, 0.002 now"."""
+    text = lambda value: "absent" if value is None else json.dumps(value, ensure_ascii=False)
+    return [f"config.{name}: {text(old)} in the run, {text(new)} now" for name, (old, new) in changes.items()]
 
 
 def resume(workdir: str | os.PathLike, cfg: config.RunConfig) -> tuple[config.RunConfig, list[str]]:
-    """The configuration that the run in a directory, if there is one, goes on with; and what changed, in lines.
+    """The configuration with which the run in a directory resumes, if there is one, and lines about what changed.
 
-    That is `cfg`, whose fields may differ from the run's as far as their class allows it (`config.may_change`). But
-    where a field is newer than the run, or its default has changed, and `cfg` has the default, the run's value stays.
-    Raises CheckpointError with the first fields that make it another run. Nothing is written.
+    It is `cfg`, whose fields may differ from the run's if their class allows it (`config.may_change`). The run's value
+    stays if `cfg` has the default and the field is newer than the run or its default has changed.
+    Raises CheckpointError that names the first fields that may not change. Nothing is written.
     """
     if not (Path(workdir) / NAME).exists():
         _check_no_checkpoint(Path(workdir))
@@ -105,23 +105,23 @@ def resume(workdir: str | os.PathLike, cfg: config.RunConfig) -> tuple[config.Ru
         raise CheckpointError(
             f"this run directory belongs to another configuration ({'; '.join(refused[:5])}); use another --workdir"
         )
-    why = "as the run began; it is newer than the run, or its default has changed"
+    why = "the value of the run; the field is newer than the run, or its default has changed"
     lines = [f"config.{name} stays {json.dumps(value, ensure_ascii=False)}, {why}" for name, value in stays.items()]
     lines += [f"changed since the run began: {line}" for line in describe(changes)]
     return _with(cfg, stays), lines
 
 
 def _check_no_checkpoint(workdir: Path) -> None:
-    """A checkpoint comes after config.json: somebody has removed that, and nobody knows what the checkpoint is of."""
+    """Raises CheckpointError for a checkpoint without config.json, since nobody knows what its arrays mean."""
     folder = workdir / "checkpoints"
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
     if steps:
-        rule = f"does not exist, and checkpoint {steps[-1]} is of a run that had one"
-        raise CheckpointError(f"{workdir / NAME} {rule}; put it back, or use another --workdir")
+        rule = f"does not exist, but checkpoint {steps[-1]} is of a run that had one"
+        raise CheckpointError(f"{workdir / NAME} {rule}; restore it, or use another --workdir")
 
 
 def _with(cfg: config.RunConfig, values: dict[str, Any]) -> config.RunConfig:
-    """The configuration with some fields, by their dotted names, replaced."""
+    """The configuration with other values for some fields, given by their dotted names."""
     made = config.to_dict(cfg)
     for name, value in values.items():
         *groups, last = name.split(".")
@@ -133,7 +133,7 @@ def _with(cfg: config.RunConfig, values: dict[str, Any]) -> config.RunConfig:
 
 
 def begin(workdir: str | os.PathLike, cfg: config.RunConfig, step: int) -> None:
-    """Makes config.json say what the run is from `step`, the first to be taken now, and keeps what it was before.
+    """Writes the configuration from `step` on, the next step, to config.json, and the old values to the history.
 
     Every process calls this; only process 0 writes.
     """
@@ -144,6 +144,7 @@ def begin(workdir: str | os.PathLike, cfg: config.RunConfig, step: int) -> None:
     line = json.dumps({"from_step": step, "changed": changed}, ensure_ascii=False)
     history = path.with_name(HISTORY)
     text = history.read_text(encoding="utf-8") if history.exists() else ""
-    if line not in text.splitlines()[-1:]:  # it is there if a start was killed between the two files
+    # The line exists already if an earlier start was killed between the two files.
+    if line not in text.splitlines()[-1:]:
         _write(history, f"{text}{line}\n")
     _write_config(path, cfg)

@@ -1,6 +1,6 @@
-"""Keeps a run's metrics and shows them: `metrics.jsonl`, TensorBoard, Weights & Biases, the progress on a terminal.
+"""Writes and shows a run's metrics: `metrics.jsonl`, TensorBoard, Weights & Biases, the progress on a terminal.
 
-Rows are what metrics.py makes of a step: flat dicts of Python numbers, on the host.
+A row is what metrics.py makes of a step: a flat dict of Python numbers, on the host.
 """
 
 import hashlib
@@ -18,20 +18,17 @@ import tqdm
 
 from moe_jax.errors import ConfigError, FileError
 
-# --- terminals -------------------------------------------------------------------------------------------------------
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with null for every value that is not finite, and their names under `nonfinite`, if there are any."""
+    """A row with None for every value that is not finite. Their names, if there are any, are under `nonfinite`."""
     bad = [name for name, v in row.items() if isinstance(v, float | list) and not np.isfinite(v).all()]
     return {name: None if name in bad else v for name, v in row.items()} | ({"nonfinite": bad} if bad else {})
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file as a whole or not at all, in UTF-8; half a surrogate pair, which has no bytes there, becomes ?."""
+    """Writes a file atomically, in UTF-8. Half a surrogate pair, which UTF-8 cannot encode, becomes ?."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     temporary.write_bytes(text.encode("utf-8", "replace"))
     os.replace(temporary, path)
@@ -41,7 +38,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def _drop_after(path: Path, step: int | None) -> None:
-    """Takes a torn line, and lines later than `step`, out of a JSONL file; they go to `*.dropped.jsonl` beside it."""
+    """Moves lines later than `step`, and an incomplete line, from a JSONL file to `*.dropped.jsonl` beside it."""
     if not path.exists():
         return
     text = path.read_bytes().decode("utf-8", errors="replace")
@@ -81,21 +78,21 @@ def _open_wandb(workdir: Path, project: str, config: dict | None):
     check_wandb(project)
     import wandb
 
-    ident = hashlib.sha1(str(workdir.resolve()).encode()).hexdigest()[:16]  # a resumed run continues its own record
+    ident = hashlib.sha1(str(workdir.resolve()).encode()).hexdigest()[:16]  # a resumed run continues under the same id
     run = wandb.init(project=project, dir=str(workdir), name=workdir.name, id=ident, resume="allow", config=config)
-    # Its own count of steps only rises, and would drop those that are taken again after --resume_step.
+    # W&B's own step count cannot go back, and would drop the steps that are repeated after --resume_step.
     run.define_metric("*", step_metric="step")
     return run
 
 
 class Writer:
-    """Keeps rows in a run directory: `metrics.jsonl`, TensorBoard's `tensorboard/`, Weights & Biases if asked for.
+    """Writes rows to `metrics.jsonl` and `tensorboard/` of a run directory, and to Weights & Biases if asked for.
 
     A line of `metrics.jsonl` is valid JSON with `kind` ("train", "eval", "skipped") and `step` first. A value that is
     not finite is written as null and named in `nonfinite`. Only process 0 writes; elsewhere every method does nothing.
 
-    resume_step: training goes on after this step, so later lines (of a run that died after its last checkpoint) are
-        moved to `metrics.dropped.jsonl`. None keeps every whole line.
+    resume_step: training resumes after this step, so later lines (of a run that died after its last checkpoint) are
+        moved to `metrics.dropped.jsonl`. None keeps every complete line.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None, tensorboard: bool = True,
@@ -118,7 +115,7 @@ class Writer:
             )
 
     def write(self, step: int, row: dict[str, Any], kind: str = "train") -> None:
-        """Appends one row. kind: as above; it also prefixes the names in TensorBoard and W&B."""
+        """Appends one row. kind: "train", "eval" or "skipped", which also prefixes the names in TensorBoard and W&B."""
         if self._file is None:
             return
         values = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in row.items() if n not in ("kind", "step")}
@@ -131,13 +128,13 @@ class Writer:
 
             for name, value in scalars.items():
                 summary = scalar("value", value)
-                summary.value[0].tag = name  # add_scalar would make one tag of `c#` and `c+`
+                summary.value[0].tag = name  # add_scalar would give `c#` and `c+` the same tag
                 self._tensorboard.file_writer.add_summary(summary, step)
         if self._wandb is not None:
             self._wandb.log({"step": step} | scalars)
 
     def close(self) -> None:
-        """Everything is on the disk afterwards. Closing twice does nothing."""
+        """Closes the files, after all rows are on the disk. Closing twice does nothing."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -156,32 +153,32 @@ class Writer:
 
 
 def read_metrics(workdir: str | os.PathLike, kind: str = "train") -> list[dict[str, Any]]:
-    """The rows of one kind in a run's `metrics.jsonl`; a last line still being written is left out."""
+    """The rows of one kind in a run's `metrics.jsonl`, without a last line that is still being written."""
     path = Path(workdir) / "metrics.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         return [row for row in map(json.loads, lines) if row["kind"] == kind]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise FileError(f"{path}: is not a run's metrics: {type(e).__name__}: {e}") from None
+        raise FileError(f"{path}: is not a valid metrics file: {type(e).__name__}: {e}") from None
 
 
 def read_eval(workdir: str | os.PathLike) -> dict[str, Any]:
-    """A run's `eval.json`; numbers that were not finite, null in the file, are NaN."""
+    """The content of a run's `eval.json`. Numbers that were not finite, null in the file, are NaN."""
     path = Path(workdir) / "eval.json"
     restored = lambda row: row | dict.fromkeys(row.get("nonfinite", ()), math.nan)
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_hook=restored)
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise FileError(f"{path}: is not a run's evaluation: {type(e).__name__}: {e}") from None
+        raise FileError(f"{path}: is not a valid evaluation file: {type(e).__name__}: {e}") from None
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
 class Progress:
-    """One bar on a terminal; elsewhere plain lines, at every log step and otherwise at most every `seconds`.
+    """Shows step, loss, tokens per second and the time left on stderr, on process 0 only.
 
-    Shows step, loss, tokens per second and the time left, on stderr. Only process 0 shows anything.
+    On a terminal it is a bar. Elsewhere lines are printed at every log step, and between them at most every `seconds`.
     """
 
     def __init__(self, total: int, *, initial: int = 0, seconds: float = 10.0):
@@ -194,7 +191,7 @@ class Progress:
             self._bar = tqdm.tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def update(self, step: int, loss: float | None = None, rate: float | None = None, *, log: bool = False) -> None:
-        """`step` is done. rate: tokens per second, if it was measured again. log: whether to print now."""
+        """Shows that `step` is done. rate: tokens per second, if there is a new value. log: whether to print now."""
         if not self._on:
             return
         loss = "" if loss is None else f"loss {loss:.4f}"
@@ -215,7 +212,7 @@ class Progress:
         print("  ".join(parts), file=sys.stderr, flush=True)
 
     def write(self, text: str) -> None:
-        """Prints on stdout without breaking the bar."""
+        """Prints a line on stdout without breaking the bar."""
         if self._bar is not None:
             tqdm.tqdm.write(text, file=sys.stdout)
         elif self._on:

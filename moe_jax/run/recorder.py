@@ -1,4 +1,4 @@
-"""What a training loop reports of its steps: logged, shown, and watched for bad numbers."""
+"""Logs and shows the metrics of training steps, and watches them for bad numbers."""
 
 from moe_jax.config import RunConfig
 from moe_jax.run.log import Progress, Writer
@@ -28,7 +28,7 @@ class Recorder:
         self._pending = OneBehind()
 
     def push(self, step: int, report: StepMetrics) -> None:
-        """Hands in the step just dispatched; the one before it is recorded. So is this one, if it may stop the run."""
+        """Records the step before the one just dispatched, and this one too if it may stop the run."""
         self._record(self._pending.push(step, report))
         if self._watch.next_skip_stops:
             self.flush()

@@ -1,8 +1,8 @@
-"""A dump of the step that stopped a run, and its replay: `python train.py … --replay=<workdir>/dumps/<step>`.
+"""Dumps the step that stopped a run, and replays it: `python train.py … --replay=<workdir>/dumps/<step>`.
 
-A dump is a run directory of its own: `config.json`, `checkpoints/<step before>` with the state that the step began
-with, `batch_<process>.npz` with the rows that each process fed it, and `dump.json` with what came out. Any mesh and any
-number of processes can replay it.
+A dump is a run directory of its own: `config.json`, `checkpoints/<step before>` with the state before the step,
+`batch_<process>.npz` with the rows of each process, and `dump.json` with the results. Any mesh and any number of
+processes can replay it.
 """
 
 import itertools
@@ -32,14 +32,14 @@ def dump(
     skip: guard.Skip,
     limits: np.ndarray | None,
 ) -> Path:
-    """Writes the dump of a skipped step, every process its part, and returns its folder.
+    """Writes the dump of a skipped step and returns its folder. Every process writes its own rows.
 
-    state: after the step, which has left all of it but the count as it was. rows: what this process fed it.
+    state: the state after the step, of which a skipped step changes only the count. rows: the rows of this process.
     """
     folder = _free(Path(workdir) / "dumps" / str(skip.step), cfg)
     config_file.save_config(folder, cfg)
     with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
-        if checkpoints.latest() is None:  # the same run, stopped at the same step before
+        if checkpoints.latest() is None:  # else an earlier start of this run stopped at the same step
             checkpoints.save(skip.step - 1, state._replace(step=state.step - 1), {})
     np.savez(folder / f"batch_{jax.process_index()}.npz", **rows)
     if jax.process_index() == 0:
@@ -50,32 +50,32 @@ def dump(
 
 
 def _free(folder: Path, cfg: RunConfig) -> Path:
-    """`folder`, or one beside it if that has the dump of another configuration: of a start that was given up."""
+    """The folder of a dump: `folder`, or a new one beside it if that has a dump of a start with another config."""
     names = itertools.chain([folder], (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(2)))
     other = lambda name: (name / config_file.NAME).exists() and config_file.differences(name, cfg)
     return next(name for name in names if not other(name))
 
 
 def give_up(workdir: Path, cfg: RunConfig, state, rows, skip: guard.Skip, limits) -> None:
-    """Dumps the step and raises BadNumbers, which says so."""
+    """Dumps the step and raises BadNumbers with a message that names the dump."""
     folder = dump(workdir, cfg, state, rows, skip, limits)
     raise BadNumbers(
-        f"step {skip.step}: {cfg.train.max_skipped} steps in a row were skipped (train.max_skipped), the last as "
-        f"{skip.reason}; add --replay={folder} to the command to take it again; checkpoints are from before"
+        f"step {skip.step}: {cfg.train.max_skipped} steps in a row were skipped (train.max_skipped), the last: "
+        f"{skip.reason}; add --replay={folder} to the command to repeat it; all checkpoints are from before these steps"
     )
 
 
 def _rows(folder: Path, wanted: list[int]) -> dict[str, np.ndarray]:
     parts = [np.load(path) for path in sorted(folder.glob("batch_*.npz"))]
     if not parts:
-        raise CheckpointError(f"{folder} has no batch_0.npz: not a dump; see dumps/ of a run directory")
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
-    _, first = np.unique(whole["sequence_ids"], return_index=True)  # a row may have been fed by several processes
-    return {name: values[first][wanted] for name, values in whole.items()}
+        raise CheckpointError(f"{folder} has no batch_0.npz, so it is not a dump; see dumps/ of a run directory")
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
+    _, first = np.unique(joined["sequence_ids"], return_index=True)  # several processes may have fed the same row
+    return {name: values[first][wanted] for name, values in joined.items()}
 
 
 def replay(cfg: RunConfig, mesh: Mesh, folder: Path) -> str:
-    """Takes the step again and says what came out: the numbers then and now, and every leaf that is not finite."""
+    """Repeats the step. Returns lines with its numbers then and now, and every leaf that is not finite."""
     cfg, _ = config_file.resume(folder, cfg)
     rows = _rows(folder, process_rows(mesh, cfg.data.batch_size))
     then = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def replay(cfg: RunConfig, mesh: Mesh, folder: Path) -> str:
     limits = then["limits"] and np.float32([float(x) for x in then["limits"]])
     _, report = step.make_train_step(cfg, mesh)(state, batch, limits)
     now = {name: str(float(getattr(report, name))) for name in guard.WATCHED}
-    lines = [f"step {before + 1} again; it was skipped as {then['reason']}"]
+    lines = [f"step {before + 1} repeated; it was skipped: {then['reason']}"]
     lines += [f"  {name}: {then[name]} then, {now[name]} now" for name in guard.WATCHED]
     same = bool(report.skipped) and all(then[name] == now[name] for name in guard.WATCHED)
     lines.append("  reproduced" if same else "  not reproduced bit for bit")

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, those of round steps, the best."""
+"""Decides which checkpoints are kept: the newest, those of multiples of `keep_every`, and the best."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from typing import Any
 class Keep:
     """Orbax's preservation policy of `train.keep_checkpoints`, `keep_every` and `keep_best`.
 
-    scores: held-out loss by step; the lowest is the best, of equal ones the later. A checkpoint without one, or with
-        one that is not finite, can only stay for another reason.
+    scores: held-out loss by step. The lowest is the best; of equal ones the later. A checkpoint without a finite score
+        is never one of the best.
     """
 
     newest: int
@@ -20,12 +20,13 @@ class Keep:
     scores: Mapping[int, float]
 
     def steps(self, steps: Sequence[int]) -> set[int]:
-        """Those of the rising `steps` that stay."""
+        """The steps that are kept, of `steps` in rising order."""
         scored = [s for s in steps if math.isfinite(self.scores.get(s, math.nan))]
-        scored.sort(key=lambda s: (self.scores[s], -s))  # a NaN among them would leave them in no order
-        round_ones = [s for s in steps if self.every and s % self.every == 0]
-        return {*steps[-self.newest :], *round_ones, *scored[: self.best]}
+        scored.sort(key=lambda s: (self.scores[s], -s))  # with a NaN among them the order would be undefined
+        multiples = [s for s in steps if self.every and s % self.every == 0]
+        return {*steps[-self.newest :], *multiples, *scored[: self.best]}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        stay = self.steps([c.step for c in checkpoints])
-        return [c.step in stay for c in checkpoints]
+        """Whether each checkpoint is kept, as Orbax asks for it."""
+        kept = self.steps([c.step for c in checkpoints])
+        return [c.step in kept for c in checkpoints]

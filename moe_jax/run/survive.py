@@ -1,5 +1,4 @@
-"""What keeps a run whole from outside: one owner of its directory, an end at a step when it is told to stop, and no end
-when nobody reads what it prints."""
+"""Protects a run from outside events: a second run in its directory, and signals that ask it to stop."""
 
 import fcntl
 import os
@@ -23,16 +22,18 @@ Result = TypeVar("Result")
 
 
 class RunLock:
-    """One training run at a time in a directory: `<workdir>/lock`, held by the kernel until the process ends, however.
+    """A lock that allows one training run at a time in a directory: the file `<workdir>/lock`.
 
-    Process 0 holds it for all processes of a run. Raises Busy, in every one of them, if another run does.
+    The kernel releases it when the process ends, in whatever way. Process 0 holds it for all processes of a run. If
+    another run holds it, every process raises Busy.
     """
 
     def __init__(self, workdir: str | os.PathLike):
         self._file, owner = None, ""
         if jax.process_index() == 0:
             self._file = open(Path(workdir) / "lock", "a+", encoding="utf-8")
-            os.register_at_fork(after_in_child=self.close)  # a reader process that outlives its parent holds nothing
+            # A reader process that outlives its parent must not hold the lock.
+            os.register_at_fork(after_in_child=self.close)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -47,10 +48,13 @@ class RunLock:
             taken = bool(multihost_utils.broadcast_one_to_all(np.int32(taken)))
         if taken:
             self.close()
-            whose = owner or "see the message of process 0"
-            raise Busy(f"--workdir={workdir}: another run is training in it ({whose}); wait for it, or use another")
+            whose = owner or "process 0 prints which"
+            raise Busy(
+                f"--workdir={workdir}: another run is training in it ({whose}); wait until it ends, or use another"
+            )
 
     def close(self) -> None:
+        """Releases the lock."""
         if self._file is not None:
             self._file.close()
         self._file = None
@@ -62,24 +66,24 @@ class RunLock:
         self.close()
 
 
-# --- told to stop ----------------------------------------------------------------------------------------------------
+# --- signals that ask a run to stop ----------------------------------------------------------------------------------
 
 
 class Preemption:
-    """SIGTERM, Ctrl-C, a terminal that is closed, or a maintenance notice that JAX's preemption service has heard of.
+    """Ends a run after a step on SIGTERM, Ctrl-C, a closed terminal, or a notice to JAX's preemption service.
 
-    Until the first step the signal ends the program at once, with exit status 0. While steps are taken it is noted, and
-    `reached(n)` says so after the step: the same step on every process. After Ctrl-C the program ends as Ctrl-C ends
-    others, so that a shell's loop around it ends too; a second Ctrl-C ends it at once. Of several processes only
-    SIGTERM is heard.
+    Before the first step a signal ends the program at once, with exit status 0. During training it is noted, and
+    `reached(n)` reports it after the step, the same step on every process. After Ctrl-C the program ends as killed by
+    SIGINT, so that a shell's loop around it ends too; a second Ctrl-C ends it at once. With several processes only
+    SIGTERM is handled.
 
-    It comes in the midst of anything, a library too. Some (Orbax, while it restores) make an error of their own of what
-    ended them, or go on without what they were at. So what they raise, or return, after the signal does not count.
+    A signal may arrive inside a library. Some libraries (Orbax, while it restores) turn the exception into an error of
+    their own, or continue with an incomplete result. So errors and results after the signal are ignored.
     """
 
     def __init__(self, several: bool):
         self._asked, self._at_once, self._several = False, True, several
-        self._interrupted, self._before = False, {}  # by Ctrl-C; handlers to put back
+        self._interrupted, self._before = False, {}  # by Ctrl-C; handlers to restore
         if not several:  # else JAX's service installs its own handler
             signal.signal(signal.SIGTERM, self._handle)
 
@@ -92,13 +96,13 @@ class Preemption:
         if number == signal.SIGINT:
             if again:
                 raise KeyboardInterrupt
-            # Not print, in the midst of which this may be.
-            os.write(2, b"\nthe step under way is finished and saved; Ctrl-C again ends at once\n")
+            # The signal may have interrupted a print, so print cannot be used.
+            os.write(2, b"\nthe current step will be finished and saved; press Ctrl-C again to end at once\n")
 
     def __enter__(self) -> "Preemption":
         for number in () if self._several else (signal.SIGINT, signal.SIGHUP):
             before = signal.getsignal(number)
-            if before is not signal.SIG_IGN:  # nohup, or in the background of a script
+            if before is not signal.SIG_IGN:  # ignored under nohup, or in the background of a script
                 self._before[number] = before
                 signal.signal(number, self._handle)
         return self
@@ -114,25 +118,25 @@ class Preemption:
             raise Stopped from error
 
     def begin(self) -> None:
-        """From here on there are steps that would be lost."""
+        """Marks the beginning of training. From now on a signal ends the run after a step only."""
         self._at_once = False
         if self._asked:
             raise Stopped
 
     def end(self) -> None:
-        """No more steps: whatever is left is done again by the next start."""
+        """Marks the end of training. From now on a signal ends the program at once; the next start repeats the rest."""
         self._at_once = True
         if self._asked and not self._several:
             raise Stopped
 
     def reached(self, step: int) -> bool:
-        """The run is to end after `step`. Every process calls it for every step."""
+        """Whether the run has to end after `step`. Every process calls it for every step."""
         return multihost_utils.reached_preemption_sync_point(step) if self._several else self._asked
 
     def interruptibly(self, work: Callable[[], Result]) -> Result | None:
-        """What `work()` returns; None if the program is told to stop before or meanwhile.
+        """The result of `work()`; None if a signal asks the program to stop before or during it.
 
-        Work of several processes is collective, so it is finished first.
+        With several processes the work is collective, so it is always finished.
         """
         if self._several:
             return work()
@@ -150,5 +154,5 @@ class Preemption:
 
 def stop(step: int) -> NoReturn:
     """Ends the program after a step that is saved."""
-    print(f"stopped after step {step}, which is saved; the same command goes on", file=sys.stderr, flush=True)
+    print(f"stopped after step {step}, which is saved; run the same command to resume", file=sys.stderr, flush=True)
     raise Stopped

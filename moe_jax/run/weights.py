@@ -1,8 +1,8 @@
-"""Weights without a training run around them: what import and upcycling write, and what `config.init_from` reads.
+"""Saves and loads weights without a training run: import and upcycling write them, `config.init_from` reads them.
 
-A run directory of weights holds `config.json` and `checkpoints/0/`, whose `state` item has only `params/…` and
-`router_bias/…`, and whose `data` item is `{"origin": [...]}`: how the weights came to be, the first event first.
-Reading works on such a directory and on one of train.py alike.
+A run directory of weights holds `config.json` and `checkpoints/0/`. The `state` item of the checkpoint has only
+`params/…` and `router_bias/…`, and its `data` item is `{"origin": [...]}`: the events that made the weights, in order.
+`load_weights` reads such a directory and one of train.py alike.
 """
 
 import difflib
@@ -23,13 +23,13 @@ from moe_jax.run.config_file import load_config, save_config
 from moe_jax.tree import flatten_config
 
 CASTABLE = ("float32", "bfloat16")
-HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
+HOST_BYTES = 2 * 2**30  # limit of the host's memory for weights on their way to the disk
 
 
 def check_free(workdir: str | os.PathLike) -> Path:
-    """The path of a run directory yet to be made, `~` and links followed.
+    """The path of a new run directory, with `~` and links resolved.
 
-    Raises CheckpointError if there is anything in it, or if it cannot be made: before the work, not at its end.
+    Raises CheckpointError if there is anything in it, or if it cannot be made, before any work is done.
     """
     try:
         path = Path(workdir).expanduser().resolve()
@@ -38,9 +38,9 @@ def check_free(workdir: str | os.PathLike) -> Path:
     except (OSError, RuntimeError) as e:  # a link to itself, no home, a directory that may not be read
         raise CheckpointError(f"{workdir}: cannot be made: {e}") from None
     if not free:
-        raise CheckpointError(f"{path} is not empty: weights are written to a new run directory only")
+        raise CheckpointError(f"{path} is not empty, but weights are written to a new run directory only")
     if path.is_dir() and os.path.ismount(path):
-        raise CheckpointError(f"{path} is a mount point, which nothing can replace: name a new directory in it")
+        raise CheckpointError(f"{path} is a mount point, which cannot be replaced; name a new directory in it")
     if not above.is_dir():
         raise CheckpointError(f"{path} cannot be made: {above} is not a directory")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -56,17 +56,17 @@ def save_weights(
     origin: list[dict],
     files: dict[str, bytes] | None = None,
 ) -> None:
-    """Makes a run directory of weights, all of it or nothing: a failure leaves the place as it was.
+    """Makes a run directory of weights. After a failure there is no directory.
 
-    origin: one JSON object for each thing that happened to the weights, the latest last.
-    files: more to put in the directory, by name (a tokenizer).
+    origin: a JSON object for each event that made the weights, in order.
+    files: further files for the directory, by name (a tokenizer).
     Raises CheckpointError for a directory that is not empty. Every process calls this.
     """
     path = check_free(workdir)
     partial = path.with_name(f".{path.name}.partial")
     first = jax.process_index() == 0
     if first:
-        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # an earlier attempt that was killed
     _barrier("weights: begin")
     try:
         save_config(partial, cfg)
@@ -78,7 +78,7 @@ def save_weights(
             for name, data in (files or {}).items():
                 (partial / name).parent.mkdir(exist_ok=True)
                 (partial / name).write_bytes(data)
-            os.replace(partial, path)  # an empty directory gives way
+            os.replace(partial, path)  # this replaces an empty directory
     except BaseException:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -101,10 +101,10 @@ def load_weights(
 ) -> tuple[dict, dict, list[dict]]:
     """Parameters, router biases and origin of a run directory, of weights or of training, on any mesh.
 
-    abstract_params, abstract_bias: as in `step.abstract_weights`, with the shardings to load them to.
+    abstract_params, abstract_bias: the results of `abstract_weights`, with the shardings to load the weights to.
     step: a checkpoint of a training run; by default the newest. Its optimizer state is not read.
-    cast: float32 and bfloat16 may stand for each other; else a dtype that differs is refused.
-    Raises CheckpointError naming the first parameter whose presence, shape or dtype differs.
+    cast: True converts between float32 and bfloat16; False refuses a dtype that differs.
+    Raises CheckpointError that names the first parameter whose presence, shape or dtype differs.
     """
     workdir = Path(workdir).expanduser()
     if not workdir.is_dir():
@@ -135,16 +135,16 @@ def _in_dtype_of(want: jax.ShapeDtypeStruct, have: Any) -> jax.ShapeDtypeStruct:
 
 
 def check_same_model(cfg: config.RunConfig) -> list[str]:
-    """That the weights of `cfg.init_from` are of the model `cfg.model`: from its config.json, before compilation.
+    """Checks from config.json, before compilation, that the weights of `cfg.init_from` are of the model `cfg.model`.
 
-    Returns lines about what may differ: how the model is computed, the dtype its weights are in, fields that say the
-    same function otherwise (`config.plain`).
-    Raises ConfigError for what is no run directory, CheckpointError with the fields that make it another model.
+    Returns lines about permitted differences: how the model is computed, the dtype of its weights, and fields that
+    describe the same function in another way (`config.plain`).
+    Raises ConfigError if `init_from` is not a run directory, CheckpointError with the fields of another model.
     """
     path = Path(cfg.init_from).expanduser()
     if not (path / "config.json").is_file():
-        near = [p.as_posix() for p in sorted(path.parent.glob("*")) if (p / "config.json").is_file()]
-        close = difflib.get_close_matches(path.as_posix(), near, 1, 0.0)
+        runs = [p.as_posix() for p in sorted(path.parent.glob("*")) if (p / "config.json").is_file()]
+        close = difflib.get_close_matches(path.as_posix(), runs, 1, 0.0)
         hint = f"nearest valid: {close[0]!r}" if close else "import or train one first"
         raise ConfigError("init_from", cfg.init_from, "is not a run directory", hint)
     new, old = (flatten_config({"model": config.to_dict(c.model)}) for c in (cfg, load_config(path)))

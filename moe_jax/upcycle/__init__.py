@@ -1,9 +1,9 @@
-"""Dense model → Mixture of Experts: named transforms of (config, parameters), chained, run sharded under `jit`.
+"""Turns a dense model into a Mixture of Experts by a chain of transforms of (config, parameters), sharded under `jit`.
 
     chain = [Depth(24), VirtualGroups(expansion=8, granularity=8, top_k=8), Drop(0.5)]
     cfg, params = apply(chain, cfg, params, seed=0)
 
-What each does, and which leave the model's function as it was: docs/upcycling.md. As a program:
+docs/upcycling.md explains each transform, and which of them keep the model's function. The command is
 `python -m moe_jax.upcycle --from=RUN --workdir=RUN`.
 """
 

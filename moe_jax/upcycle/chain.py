@@ -1,4 +1,4 @@
-"""A chain of transforms, applied: parameters go in and come out sharded as the model's spec table says."""
+"""Applies a chain of transforms to parameters, which are sharded by the model's spec table before and after."""
 
 import dataclasses
 import functools
@@ -24,34 +24,36 @@ from moe_jax.tree import flatten, nest
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """One step of a chain. Its fields are what `describe` writes down."""
+    """One step of a chain. `describe` records its fields."""
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
-        """The model that it makes. Raises ConfigError for what it cannot do, named `upcycle.<field>`."""
+        """The model that the transform makes of `cfg`. Raises ConfigError, named `upcycle.<field>`, if it cannot."""
         raise NotImplementedError
 
     def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
-        """Its parameters, by path, from those of `cfg`. Pure, and traced."""
+        """The new model's parameters, by path, from those of `cfg`. A pure function, which is traced."""
         raise NotImplementedError
 
     def changes(self, cfg: ModelConfig) -> str:
-        """Why the model made does not compute the function of `cfg`; "" if it does."""
+        """The reason why the new model computes another function than `cfg`; "" if it computes the same."""
         raise NotImplementedError
 
 
 def require(ok: bool, name: str, value: Any, rule: str, hint: str) -> None:
+    """Raises ConfigError unless `ok`."""
     if not ok:
         raise ConfigError(f"upcycle.{name}", value, rule, hint)
 
 
 def require_dense(cfg: ModelConfig) -> None:
+    """Raises ConfigError if the model has MoE layers."""
     layers, dense = cfg.num_layers, cfg.num_dense_layers
     rule = f"the model is a Mixture of Experts already, in its last {layers - dense} of {layers} layers"
     require(layers == dense, "from", f"num_dense_layers={dense}", rule, "nearest valid: a model without MoE layers")
 
 
 def describe(chain: Sequence[Transform]) -> list[dict[str, Any]]:
-    """What a checkpoint's origin says of a chain: one JSON object for each transform."""
+    """The record of a chain in a checkpoint's origin: one JSON object for each transform."""
     return [{"transform": type(t).__name__, **dataclasses.asdict(t)} for t in chain]
 
 
@@ -62,10 +64,11 @@ Rules = Iterable[tuple[str, str, Callable]]
 
 
 def by_table(rules: Rules, shapes: dict[str, Any], params: dict[str, Array]) -> dict[str, Array]:
-    """The parameters of a model of these shapes, from rules (its parameter, the one it comes from, how).
+    """The parameters of a model of these shapes, made by rules (pattern, source, function).
 
-    The first rule whose pattern is the whole path decides; what it comes from may be "". Total both ways: a parameter
-    without a rule, and one of `params` that nothing comes from, are ValueErrors.
+    The first rule whose pattern matches the full path of a parameter decides. Its function makes the parameter from the
+    one named `source`, or from nothing if that is "". A parameter without a rule, and one of `params` that no rule
+    uses, are ValueErrors.
     """
     made, unused = {}, set(params)
     for path in shapes:
@@ -77,12 +80,12 @@ def by_table(rules: Rules, shapes: dict[str, Any], params: dict[str, Array]) -> 
         unused.discard(name)
         made[path] = how(params[name] if name else None, path)
     if unused:
-        raise ValueError(f"no parameter comes from {', '.join(sorted(unused))}")
+        raise ValueError(f"no rule uses the parameter {', '.join(sorted(unused))}")
     return made
 
 
 def scaled(w: Array, factor: Any) -> Array:
-    """w · factor, computed in float32; `w` itself for a factor of 1."""
+    """The product w · factor, computed in float32; `w` itself for a factor of 1."""
     if isinstance(factor, float) and factor == 1.0:
         return w
     return (w.astype(jnp.float32) * factor).astype(w.dtype)
@@ -92,6 +95,7 @@ def scaled(w: Array, factor: Any) -> Array:
 
 
 def final_config(chain: Sequence[Transform], cfg: ModelConfig) -> ModelConfig:
+    """The model that a chain makes of `cfg`. Raises ConfigError if it cannot."""
     return functools.reduce(lambda c, t: t.config(c), chain, cfg)
 
 
@@ -103,10 +107,9 @@ def specs_of(cfg: ModelConfig, **options: bool) -> dict:
 
 
 def traced(chain: Sequence[Transform], cfg: ModelConfig) -> Callable[[dict, Key[Array, ""]], dict]:
-    """The function (params, key) → params of a chain, jitted; under a mesh its result is born sharded on it.
+    """The jitted function (params, key) → params of a chain. Under a mesh its result is sharded over the mesh.
 
-    Inside, the compiler spreads the work from what is asked of the result: no device, and so no host, ever holds all
-    experts.
+    The compiler distributes the work from the sharding of the result, so no device and no host ever holds all experts.
     """
     shapes = flatten(model.abstract(final_config(chain, cfg)).shapes)
 
@@ -125,14 +128,14 @@ def traced(chain: Sequence[Transform], cfg: ModelConfig) -> Callable[[dict, Key[
     if not sharding.current_sizes():
         return jax.jit(run)
     final = final_config(chain, cfg)
-    # Asked for whole experts of a dense layer that is cut, the compiler would gather the layer on every device. It cuts
-    # experts alike; then each piece goes where its matrix is to be.
+    # If the compiler had to make whole experts from a sharded dense layer, it would gather the layer on every device.
+    # So it shards experts like the layer, and then each piece is sent to the device of its expert.
     spread = jax.sharding.auto_axes(run, out_sharding=specs_of(final, cut_experts=True))
     return jax.jit(lambda params, key: jax.tree.map(jax.sharding.reshard, spread(params, key), specs_of(final)))
 
 
 def apply(chain: Sequence[Transform], cfg: ModelConfig, params: dict, seed: int = 0) -> tuple[ModelConfig, dict]:
-    """The model that a chain makes of a model, under the mesh in use (`jax.set_mesh`), if any.
+    """The config and parameters that a chain makes of a model, on the mesh in use (`jax.set_mesh`), if any.
 
     The values do not depend on the mesh. Raises ConfigError before anything is compiled.
     """
@@ -146,9 +149,9 @@ def _mean(total: dict, params: dict, share: float) -> dict:
 
 
 def average(several: Iterable[dict], count: int) -> dict:
-    """The mean of `count` models' parameters, summed in float32, in the dtypes of the first. One is held at a time.
+    """The mean of `count` models' parameters, summed in float32 and cast to the dtypes of the first model.
 
-    Checkpoint averaging, arXiv:2203.05482 (model soups).
+    Only one model is in memory at a time. Source: checkpoint averaging, arXiv:2203.05482 (model soups).
     """
     total, dtypes = None, None
     for params in several:
@@ -158,7 +161,7 @@ def average(several: Iterable[dict], count: int) -> dict:
     return jax.tree.map(lambda t, dtype: t.astype(dtype), total, dtypes)
 
 
-# --- what came of it -------------------------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -180,7 +183,7 @@ def _forward(cfg: ModelConfig) -> Callable[..., Array]:
 
 
 def logits(cfg: ModelConfig, params: dict, tokens: Int[np.ndarray, "B S"], mesh: Mesh) -> Float[Array, "B S V"]:
-    """Of a model in float32, with selection biases of zero. B is a multiple of the devices."""
+    """The logits of a model in float32, with selection biases of zero. B must be a multiple of the devices."""
     cfg = dataclasses.replace(cfg, compute_dtype="float32", attention="xla", remat="none")
     with jax.set_mesh(mesh):
         bias = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_weights(cfg, mesh)[1])

@@ -1,4 +1,4 @@
-"""EMoE: the hidden units of a dense layer, clustered into experts; no parameter is new. Source: arXiv:2310.10908.
+"""EMoE: clusters the hidden units of a dense layer into experts, without new parameters. Source: arXiv:2310.10908.
 
 Letters: L layers, D model, F hidden units, E experts, f = F/E.
 """
@@ -19,22 +19,22 @@ from moe_jax.upcycle.experts import carried, check_dense_layers, moe_config
 
 
 def assign(distance: Float[Array, "F E"]) -> Int[Array, " F"]:
-    """Each unit to a cluster, F/E to each: shortest distances first, as far as there is room.
+    """The cluster of each unit. Every cluster gets F/E units, and shorter distances have priority.
 
-    Found by proposals: every unit asks its nearest cluster, a cluster keeps the F/E nearest, who is refused asks the
-    next. That is the assignment that taking all F·E pairs in the order of their distance gives.
+    Units propose: each asks its nearest cluster, a cluster keeps the F/E nearest units, and a refused unit asks its
+    next cluster. The result is the same as accepting all F·E pairs in the order of their distance.
     """
     units, clusters = distance.shape
-    room = units // clusters
+    size_limit = units // clusters
     preference = jnp.argsort(distance, axis=1)
 
     def refused(asked):
-        """Which units their cluster has no room for."""
+        """Whether the cluster that a unit asks refuses it."""
         cluster = jnp.take_along_axis(preference, asked[:, None], axis=1)[:, 0]
         order = jnp.lexsort((jnp.take_along_axis(distance, cluster[:, None], axis=1)[:, 0], cluster))
         place = jnp.zeros(units, jnp.int32).at[order].set(jnp.arange(units, dtype=jnp.int32))
         size = jnp.zeros(clusters, jnp.int32).at[cluster].add(1)
-        return place - (jnp.cumsum(size) - size)[cluster] >= room
+        return place - (jnp.cumsum(size) - size)[cluster] >= size_limit
 
     step = lambda state: (state[0] + state[1], refused(state[0] + state[1]))
     start = jnp.zeros(units, jnp.int32)
@@ -43,7 +43,7 @@ def assign(distance: Float[Array, "F E"]) -> Int[Array, " F"]:
 
 
 def cluster(keys: Float[Array, "D F"], experts: int, rounds: int, key: Key[Array, ""]) -> Int[Array, " F"]:
-    """Balanced k-means of the units' keys, each of length 1. Returns the units, those of one expert in a row."""
+    """The units in the order of their experts, from balanced k-means of their keys scaled to length 1."""
     x_FD = (keys / (jnp.linalg.norm(keys, axis=0, keepdims=True) + 1e-20)).T
     first = x_FD[jax.random.permutation(key, x_FD.shape[0])[:experts]]
 
@@ -51,7 +51,7 @@ def cluster(keys: Float[Array, "D F"], experts: int, rounds: int, key: Key[Array
         one_hot = jax.nn.one_hot(labels(centre_ED), experts)
         return jnp.einsum("fe,fd->ed", one_hot, x_FD) / (x_FD.shape[0] // experts)
 
-    # ‖x − c‖² less ‖x‖², which is 1 for all.
+    # ‖x − c‖² − ‖x‖², where ‖x‖² = 1 for all.
     labels = lambda c_ED: assign(jnp.sum(jnp.square(c_ED), axis=1)[None] - 2 * jnp.einsum("fd,ed->fe", x_FD, c_ED))
     return jnp.argsort(labels(jax.lax.fori_loop(0, rounds, step, first)), stable=True)
 
@@ -66,15 +66,15 @@ class Cluster(Transform):
 
     num_experts: int = 64
     top_k: int = 16
-    dense_layers: int = 0  # the first so many layers stay dense
-    rounds: int = 10  # of k-means
+    dense_layers: int = 0  # number of layers at the start that stay dense
+    rounds: int = 10  # iterations of k-means
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
         require_dense(cfg)
         f, e = cfg.d_ff, self.num_experts
         require(e >= 1, "num_experts", e, "must be ≥ 1", "nearest valid: 1")
-        near = nearest_divisor(f, e)
-        require(f % e == 0, "num_experts", e, f"must divide the dense d_ff={f}", f"nearest valid: {near}")
+        nearest = nearest_divisor(f, e)
+        require(f % e == 0, "num_experts", e, f"must divide the dense d_ff={f}", f"nearest valid: {nearest}")
         check_dense_layers(self.dense_layers, cfg)
         moe = moe_config(num_experts=e, top_k=self.top_k, d_expert=f // e, combine="one")
         return dataclasses.replace(cfg, num_dense_layers=self.dense_layers, moe=moe)
@@ -90,8 +90,8 @@ class Cluster(Transform):
             layers, rows, columns = w[n:].shape
             if path.endswith("w_down"):
                 return jnp.take_along_axis(w[n:], unit_LF[..., None], axis=1).reshape(layers, e, rows // e, columns)
-            dealt = jnp.take_along_axis(w[n:], unit_LF[:, None], axis=2)
-            return jnp.moveaxis(dealt.reshape(layers, rows, e, columns // e), 2, 1)
+            ordered = jnp.take_along_axis(w[n:], unit_LF[:, None], axis=2)
+            return jnp.moveaxis(ordered.reshape(layers, rows, e, columns // e), 2, 1)
 
         rules = (
             *carried(n),

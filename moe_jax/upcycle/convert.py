@@ -1,4 +1,4 @@
-"""Run directory → run directory: loads, transforms, measures what became of the function, saves with its origin."""
+"""Upcycles a run directory: loads weights, transforms them, compares the logits, and saves them with their origin."""
 
 import dataclasses
 import math
@@ -21,20 +21,20 @@ from moe_jax.train.state import abstract_weights
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
 
-ROUTER_SCALES = (0.0, 0.01, 0.1, 1.0)  # of `router_std`, for which a deviation is measured
+ROUTER_SCALES = (0.0, 0.01, 0.1, 1.0)  # multiples of `router_std` for which the error is measured
 
 
 class Report(NamedTuple):
-    """What a conversion made."""
+    """The results of a conversion."""
 
     cfg: RunConfig
-    changes: str  # why the function is another one, "" if it is the same
-    error: float | None  # ‖logits after − before‖ / ‖before‖ in float32, None unmeasured
-    deviation: dict[float, float]  # the same by router_std, for routing whose combine weights have no fixed sum
+    changes: str  # why the function has changed; "" if it is the same
+    error: float | None  # ‖logits after − before‖ / ‖before‖ in float32; None: not measured
+    deviation: dict[float, float]  # errors by router_std, for routing whose combine weights have no fixed sum
 
 
 def source_of(text: str) -> tuple[Path, int | None]:
-    """`RUN` or `RUN@STEP`."""
+    """The folder and the step of `RUN` (None: the newest) or `RUN@STEP`."""
     folder, at, number = text.rpartition("@")
     if at and number.isdigit() and not Path(text).exists():
         return Path(folder), int(number)
@@ -42,7 +42,7 @@ def source_of(text: str) -> tuple[Path, int | None]:
 
 
 def mesh_for(num_experts: int) -> Mesh:
-    """All devices, of which as many as divide the experts hold different ones and the others parts of them."""
+    """A mesh of all devices. Its expert axis is the largest that divides the experts, and fsdp takes the rest."""
     devices = jax.device_count()
     expert = math.gcd(num_experts, devices)
     return sharding.make_mesh((1, devices // expert, expert))
@@ -55,12 +55,12 @@ def convert(
     *,
     seed: int = 0,
     check: bool = True,
-    say: Callable[[str], Any] = print,
+    echo: Callable[[str], Any] = print,
 ) -> Report:
-    """Makes the run directory of weights `workdir`, all of it or nothing, from run directories.
+    """Makes the run directory of weights `workdir` from other run directories. After a failure there is no `workdir`.
 
-    sources: RUN or RUN@STEP; the newest step by default, and the mean of the weights if there are several.
-    check: also run the model before and after on random tokens, and say how far their logits are apart.
+    sources: RUN or RUN@STEP, by default the newest step. Several sources are averaged first.
+    check: also run the model before and after on random tokens, and print the relative error of the logits.
     Raises ConfigError, or CheckpointError, before anything is compiled or written. Every process calls this.
     """
     runs = [source_of(text) for text in sources]
@@ -78,7 +78,7 @@ def convert(
     cfg = _new_config(configs[0], after, runs[0][0], Path(workdir))
 
     mesh = mesh_for(after.moe.num_experts if after.num_moe_layers else jax.device_count())
-    say(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
+    echo(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
     origins: list[list[dict]] = []
 
     def load(run):
@@ -91,25 +91,25 @@ def convert(
     with jax.set_mesh(mesh):
         params = load(runs[0]) if len(runs) == 1 else average(map(load, runs), len(runs))
         for line in explain(chain, before):
-            say(line)
+            echo(line)
         _, made = apply(chain, before, params, seed)
-    say(f"now {_size(after)}")
+    echo(f"now {_size(after)}")
     error, deviation = None, {}
     if check:
         error = logits_error((before, params), (after, made), mesh)
         deviation = _deviation(chain, (before, params), (after, made), mesh)
-    same = "changed: " + "; ".join(changes) if changes else "that of the model it came from"
-    say(f"function: {same}")
+    same = "changed: " + "; ".join(changes) if changes else "the same as that of the dense model"
+    echo(f"function: {same}")
     if error is not None:
-        say(f"relative error of the logits on random tokens: {error:.2g}")
+        echo(f"relative error of the logits on random tokens: {error:.2g}")
     for std, value in deviation.items():
-        say(f"  with router_std={std:g}: {value:.2g}")
+        echo(f"  with router_std={std:g}: {value:.2g}")
 
     zeros = jax.tree.map(_zeros, abstract_weights(after, mesh)[1])
     own = {"event": "upcycle", "from": list(sources), "seed": seed, "chain": describe(chain)}
     earlier = origins[0] if len(runs) == 1 else [{"event": "average", "origins": origins}]
     weights.save_weights(workdir, cfg, made, zeros, [*earlier, own], _tokenizer_files(runs[0][0]))
-    say(f"written {workdir}: weights and their origin; training starts with a fresh optimizer state")
+    echo(f"written to {workdir}: weights and their origin; training starts with a fresh optimizer state")
     return Report(cfg, "; ".join(changes), error, deviation)
 
 
@@ -120,7 +120,7 @@ def _config(folder: Path) -> RunConfig:
 
 
 def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> RunConfig:
-    """The source's, with the model made; its own copy of a tokenizer file becomes that of the new one."""
+    """The source's configuration with the new model. The path of a tokenizer file is that of its copy in `workdir`."""
     tokenizer = cfg.data.tokenizer
     if own := tokenizers.own_file(tokenizer, source):
         tokenizer = dataclasses.replace(tokenizer, path=str(workdir / own.name))
@@ -129,16 +129,16 @@ def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path)
 
 
 def _check_same_tokenizer(first: Path, other: Path) -> None:
-    """That an average is of models that read the same tokens."""
+    """Raises CheckpointError if two runs have different tokenizers, since their average would have no meaning."""
     (a, _), (b, its) = tokenizers.of_run(first), tokenizers.of_run(other)
     if a is not None and b is not None and a.fingerprint != b.fingerprint:
-        rule = f"its tokenizer ({its['kind']}) is another than that of {first}"
-        raise CheckpointError(f"--from={other}: {rule}; runs are averaged that read the same tokens")
+        rule = f"its tokenizer ({its['kind']}) differs from that of {first}"
+        raise CheckpointError(f"--from={other}: {rule}; only runs with the same tokenizer can be averaged")
 
 
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """What a run of train.py, or an import, keeps of its tokenizer."""
-    return tokenizers.travelling(folder) | tokenizers.read_files(folder, (tokenizers.SETTINGS,))
+    """The tokenizer files of a run of train.py or of an import."""
+    return tokenizers.companion_files(folder) | tokenizers.read_files(folder, (tokenizers.SETTINGS,))
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -163,7 +163,7 @@ def _changes(chain: Sequence[Transform], cfg: ModelConfig) -> list[str]:
 
 
 def explain(chain: Sequence[Transform], cfg: ModelConfig) -> list[str]:
-    """A line for each transform; with the factors of the matrices where experts are scaled."""
+    """Lines about each transform, with the factors of the matrices if experts are scaled."""
     lines = []
     for transform in chain:
         fields = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
@@ -180,7 +180,7 @@ def explain(chain: Sequence[Transform], cfg: ModelConfig) -> list[str]:
 
 
 def _deviation(chain: Sequence[Transform], before, after, mesh: Mesh) -> dict[float, float]:
-    """The error by router scale, for routing whose weights have no fixed sum; {} for other routing."""
+    """The errors by router_std, for routing whose combine weights have no fixed sum; {} for other routing."""
     made = [t for t in chain if isinstance(t, VirtualGroups)]
     if not made or fixed_sum(after[0].moe):
         return {}

@@ -1,7 +1,7 @@
-"""A dense feed-forward layer → experts: virtual groups (copies are those of one shard), noise, Drop-Upcycling.
+"""Makes experts from dense feed-forward layers: virtual groups (copies if G = 1), noise, Drop-Upcycling.
 
-Letters: L layers, D model, F hidden width of the dense layer, f = F/G of an expert, E experts, K experts per token,
-G shards of a dense layer, S shared experts. docs/upcycling.md has the formulas.
+Letters: L layers, D model, F hidden width of the dense layer, f = F/G hidden width of an expert, E experts, K experts
+per token, G shards of a dense layer, S shared experts. docs/upcycling.md has the formulas.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from moe_jax.nn.layers import ACTIVATIONS
 from moe_jax.tree import flatten
 from moe_jax.upcycle.chain import Transform, by_table, require, require_dense, scaled
 
-# Exponents of κ by matrix. A product of the three must scale the layer's output by κ: that of `exact` does, because the
-# hidden activations are linear in `up` (SwiGLU), or homogeneous of degree 2 in it (squared ReLU); GELU is neither.
-# `paper`: arXiv:2410.07524, §2.3.1, and the code it points to (Megatron-Core). Its cube root treats SiLU as linear.
+# Exponents of κ by matrix. Together the factors must scale the layer's output by κ. Those of `exact` do: the hidden
+# activations are linear in `up` (SwiGLU), or homogeneous of degree 2 in it (squared ReLU); for GELU only `down` is
+# scaled. `paper` is arXiv:2410.07524, §2.3.1, and its code (Megatron-Core), whose cube root treats SiLU as linear.
 SCALES: dict[str, dict[str, dict[str, float]]] = {
     "exact": {
         "swiglu": {"w_gate": 0.0, "w_up": 1 / 2, "w_down": 1 / 2},
@@ -38,9 +38,9 @@ SCALES: dict[str, dict[str, dict[str, float]]] = {
 
 
 def expected_weight(moe: MoEConfig) -> float:
-    """The combine weight of a chosen expert, as a mean over the chosen, that the scale reckons with.
+    """The mean combine weight of a token's chosen experts, for which the scale compensates.
 
-    Exactly so, whatever the router says, where a token's weights have a fixed sum; else at a router of zeros.
+    It is exact for every router if a token's weights have a fixed sum, and else for a router of zeros.
     """
     if moe.combine == "one":
         return moe.routed_scaling
@@ -55,16 +55,17 @@ def fixed_sum(moe: MoEConfig) -> bool:
 
 
 def kappa(moe: MoEConfig, granularity: int) -> float:
-    """How much smaller than the dense layer's the sum of the routed experts is: T/G copies, each of weight w̄.
+    """The factor κ = G / (K · w̄) by which the dense layer's output exceeds the sum of the routed experts.
 
-    G / (K · w̄): G for weights that sum to 1, E·G/K for softmax over all E experts (arXiv:2410.07524 writes E·G²/T, its
-    E being ours / G), and either divided by `routed_scaling`.
+    A token uses K/G copies of the layer with the mean weight w̄. κ is G if the weights sum to 1, and E·G/K for a softmax
+    over all E experts (arXiv:2410.07524 writes E·G²/T; its E is E/G here and its T is K), both divided by
+    `routed_scaling`.
     """
     return granularity / (moe.top_k * expected_weight(moe))
 
 
 def shards(w: Float[Array, "L m n"], name: str, granularity: int) -> Float[Array, "L G m n"]:
-    """Cut along F: the last dimension of gate and up, the first of down. Shard g of each belongs together."""
+    """The shards of a matrix along F: the last dimension of gate and up, the first of down. Shard g is expert g's."""
     layers, rows, columns = w.shape
     if name == "w_down":
         return w.reshape(layers, granularity, rows // granularity, columns)
@@ -75,8 +76,8 @@ def shards(w: Float[Array, "L m n"], name: str, granularity: int) -> Float[Array
 class VirtualGroups(Transform):
     """Sparse upcycling into `expansion` copies of each dense layer, each cut into `granularity` experts.
 
-    Expert e·G + g is shard g of copy e. Router rows are drawn once a copy, and the G experts of a copy share theirs: so
-    the top K, a multiple of G, are whole copies. Source: arXiv:2410.07524, §2.3; G = 1: arXiv:2212.05055.
+    Expert e·G + g is shard g of copy e. The G experts of a copy have the same router row, so the top K, a multiple of
+    G, are complete copies. Source: arXiv:2410.07524, §2.3; G = 1: arXiv:2212.05055.
     """
 
     expansion: int = 8
@@ -88,8 +89,8 @@ class VirtualGroups(Transform):
     renormalize: bool = False
     routed_scaling: float = 1.0
     router_std: float = 0.02
-    dense_layers: int = 0  # the first so many layers stay dense
-    num_shared_experts: int = 0  # always on, made of the dense layer, too: S/G whole copies
+    dense_layers: int = 0  # number of layers at the start that stay dense
+    num_shared_experts: int = 0  # experts of every token: S/G complete copies of the dense layer
     moe: dict[str, Any] = dataclasses.field(default_factory=dict)  # more fields of MoEConfig, e.g. selection_bias
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
@@ -99,12 +100,12 @@ class VirtualGroups(Transform):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be ≥ 1", "nearest valid: 1")
         require(f % g == 0, "granularity", g, f"must divide the dense d_ff={f}",
                 f"nearest valid: {nearest_divisor(f, g)}")  # fmt: skip
-        near = min(max(g, round(k / g) * g), e * g)
-        rule = f"must be a multiple of granularity={g}, so that a token uses whole copies of the dense layer"
-        require(k % g == 0, "top_k", k, rule, f"nearest valid: {near}")
+        nearest = min(max(g, round(k / g) * g), e * g)
+        rule = f"must be a multiple of granularity={g}, so that a token uses complete copies of the dense layer"
+        require(k % g == 0, "top_k", k, rule, f"nearest valid: {nearest}")
         require(k <= e * g, "top_k", k, f"must be ≤ expansion × granularity = {e * g}", f"nearest valid: {e * g}")
         require(s >= 0 and s % g == 0, "num_shared_experts", s,
-                f"must be a multiple of granularity={g}: whole copies of the dense layer",
+                f"must be a multiple of granularity={g}, so that they are complete copies of the dense layer",
                 f"nearest valid: {max(0, round(s / g) * g)}")  # fmt: skip
         require(self.scale in SCALES, "scale", self.scale, f"must be one of {', '.join(SCALES)}",
                 "nearest valid: 'exact'")  # fmt: skip
@@ -114,7 +115,7 @@ class VirtualGroups(Transform):
         moe = moe_config(num_experts=e * g, top_k=k, d_expert=f // g, num_shared_experts=s, **routing, **self.moe)
         require(moe.routed_scaling > 0, "routed_scaling", moe.routed_scaling, "must be > 0", "nearest valid: 1.0")
         require(e % moe.num_groups == 0, "num_groups", moe.num_groups,
-                f"must divide expansion={e}, so that no copy lies in two of them",
+                f"must divide expansion={e}, so that no copy is in two groups",
                 f"nearest valid: {nearest_divisor(e, moe.num_groups)}")  # fmt: skip
         return dataclasses.replace(cfg, num_dense_layers=self.dense_layers, moe=moe)
 
@@ -122,7 +123,7 @@ class VirtualGroups(Transform):
         final = self.config(cfg)
         moe, g, n = final.moe, self.granularity, self.dense_layers
         slots, k, s = moe.top_k + moe.num_shared_experts, moe.top_k, moe.num_shared_experts
-        # Shared experts do the share of the layer that their number has in the slots of a token.
+        # Routed and shared experts contribute to the layer's output in proportion to their number.
         routed, shared = kappa(moe, g) * k / slots, g / slots
         exponents = SCALES[self.scale][cfg.activation]
 
@@ -130,7 +131,7 @@ class VirtualGroups(Transform):
             name = path.rsplit("/", 1)[-1]
             return jnp.tile(scaled(shards(w[n:], name, g), routed ** exponents[name]), (1, self.expansion, 1, 1))
 
-        def always_on(w, path):
+        def shared_experts(w, path):
             name = path.rsplit("/", 1)[-1]
             copies = (1, s // g, 1) if name == "w_down" else (1, 1, s // g)
             return jnp.tile(scaled(w[n:], shared ** exponents[name]), copies)
@@ -143,7 +144,7 @@ class VirtualGroups(Transform):
         rules = (
             *carried(n),
             (r"layers/moe/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", experts),
-            (r"layers/moe/shared/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", always_on),
+            (r"layers/moe/shared/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", shared_experts),
             (r"layers/moe/w_router", "", router),
         )
         return by_table(rules, flatten(model.abstract(final).shapes), params)
@@ -153,22 +154,22 @@ class VirtualGroups(Transform):
         if self.scale != "exact" and not self._harmless(cfg, moe):
             return f"scale={self.scale!r}"
         if not fixed_sum(moe) and self.router_std:
-            return f"the combine weights of {moe.score} over all experts have another sum for every token"
+            return f"the combine weights of {moe.score} over all experts have a different sum for every token"
         return "compute='capacity' drops tokens" if moe.compute == "capacity" else ""
 
     def _harmless(self, cfg: ModelConfig, moe: MoEConfig) -> bool:
-        """Whether another scale is an exact one after all: κ = 1, or the paper's for squared ReLU."""
+        """Whether a scale other than "exact" is exact too: κ = 1, or the paper's scale for squared ReLU."""
         one = kappa(moe, self.granularity) == 1.0 and not self.num_shared_experts
         return one or SCALES[self.scale][cfg.activation] == SCALES["exact"][cfg.activation]
 
 
 def copy(expansion: int = 8, top_k: int = 2, **fields) -> VirtualGroups:
-    """Every expert a copy of the dense layer: virtual groups of granularity 1."""
+    """Virtual groups of granularity 1: every expert is a copy of the dense layer."""
     return VirtualGroups(expansion, 1, top_k, **fields)
 
 
 def moe_config(**fields) -> MoEConfig:
-    """MoEConfig, its rules named after this package's fields."""
+    """A MoEConfig of these fields. Its errors are named `upcycle.<field>`."""
     known = {f.name for f in dataclasses.fields(MoEConfig)}
     for name in set(fields) - known:
         raise ConfigError(f"upcycle.moe.{name}", fields[name], "is not a field of MoEConfig", "see config/schema.py")
@@ -179,13 +180,14 @@ def moe_config(**fields) -> MoEConfig:
 
 
 def check_dense_layers(n: int, cfg: ModelConfig) -> None:
+    """Raises ConfigError unless at least one layer gets experts."""
     last = cfg.num_layers - 1
-    rule = f"must be in [0, {last}]: the first so many of {last + 1} layers stay dense, all others get experts"
+    rule = f"must be in [0, {last}]: it is the number of the {last + 1} layers that stay dense; all others get experts"
     require(0 <= n <= last, "dense_layers", n, rule, f"nearest valid: {min(max(n, 0), last)}")
 
 
 def carried(n: int) -> tuple:
-    """Rules for all that is not a feed-forward layer: the very same arrays, the first n layers kept as they are."""
+    """Rules for parameters that do not change: all but the feed-forward layers, and these in the first n layers."""
     return (
         (r"embed|head|final_norm", r"\g<0>", lambda w, _: w),
         (r"dense_layers/.+", r"\g<0>", lambda w, _: w[:n]),
@@ -193,7 +195,7 @@ def carried(n: int) -> tuple:
     )
 
 
-# --- telling experts apart -------------------------------------------------------------------------------------------
+# --- making experts different ----------------------------------------------------------------------------------------
 
 EXPERTS = ("layers/moe/w_gate", "layers/moe/w_up", "layers/moe/w_down")
 
@@ -205,7 +207,7 @@ def _require_experts(cfg: ModelConfig, name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Noise(Transform):
-    """Normal noise on every routed expert, `std` times the standard deviation of the expert's own matrix."""
+    """Adds normal noise to every routed expert, of `std` times the standard deviation of the expert's own matrix."""
 
     std: float = 0.01
 
@@ -229,18 +231,20 @@ class Noise(Transform):
 
 @dataclass(frozen=True)
 class Drop(Transform):
-    """Drop-Upcycling: a random share `ratio` of each routed expert's hidden units is drawn anew, from a normal
-    distribution with mean and standard deviation of what it replaces. Source: arXiv:2502.19261.
+    """Drop-Upcycling: draws a random share `ratio` of each routed expert's hidden units again.
 
-    shared_indices: the same units in gate, up and down, as in the paper; False: each matrix its own, as in its code.
+    The normal distribution has the mean and standard deviation of the weights that are replaced. Source:
+    arXiv:2502.19261.
+    shared_indices: True draws the same units in gate, up and down, as in the paper; False draws different units for
+        each matrix, as in its code.
     """
 
     ratio: float = 0.5
     shared_indices: bool = True
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
-        near = min(max(self.ratio, 0.0), 1.0)
-        require(0 <= self.ratio <= 1, "drop", self.ratio, "must be in [0, 1]", f"nearest valid: {near}")
+        nearest = min(max(self.ratio, 0.0), 1.0)
+        require(0 <= self.ratio <= 1, "drop", self.ratio, "must be in [0, 1]", f"nearest valid: {nearest}")
         _require_experts(cfg, "drop", self.ratio)
         return cfg
 
@@ -249,7 +253,7 @@ class Drop(Transform):
         count = round(self.ratio * f)
 
         def units(key) -> Array:
-            """`[L, E, f]`: `count` units of every expert."""
+            """A mask [L, E, f] of `count` random units of every expert."""
             order = jnp.argsort(jax.random.uniform(key, (layers, e, f)), axis=-1)
             return jnp.argsort(order, axis=-1) < count
 

@@ -1,4 +1,4 @@
-"""Deeper and wider dense models, before experts are made of them. Source: arXiv:2408.06567 (AquilaMoE)."""
+"""Makes dense models deeper and wider, before upcycling. Source: arXiv:2408.06567 (AquilaMoE)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from moe_jax.upcycle.chain import Transform, by_table, require, require_dense, s
 
 @dataclass(frozen=True)
 class Depth(Transform):
-    """More layers: copies of those there are.
+    """Adds layers, which are copies of the old ones.
 
-    order: "interpolate", copies beside their original (0 0 1 1 2 …), or "stack", all layers over again (0 1 2 0 1 …).
-    new: "identity" gives the copies' output matrices zeros, so that they add nothing yet (arXiv:2401.02415, LLaMA Pro).
+    order: "interpolate" puts copies beside their original (0 0 1 1 2 …), "stack" repeats all layers (0 1 2 0 1 …).
+    new: "identity" sets the copies' output matrices to zero, so that they are the identity at first
+        (arXiv:2401.02415, LLaMA Pro).
     """
 
     num_layers: int
@@ -37,7 +38,7 @@ class Depth(Transform):
         return dataclasses.replace(cfg, num_layers=n, num_dense_layers=n)
 
     def sources(self, layers: int) -> list[int]:
-        """The layer that each layer comes from."""
+        """The old layer of which each new layer is a copy."""
         stacked = self.order == "stack"
         return [i % layers if stacked else i * layers // self.num_layers for i in range(self.num_layers)]
 
@@ -62,25 +63,26 @@ class Depth(Transform):
 
 @dataclass(frozen=True)
 class Width(Transform):
-    """Function-preserving width growth (FPI, arXiv:2110.07143): units are copied, and copies share what they send on.
+    """Widens a model without changing its function (FPI, arXiv:2110.07143): copies of a unit share its output weights.
 
-    d_model and heads grow by whole factors (an RMSNorm keeps its mean only if every channel has as many copies); d_ff
-    may become any larger width. Copies stay alike until something, such as noise on the experts, tells them apart.
+    d_model and heads grow by integer factors, since an RMSNorm keeps its mean only if every channel has the same number
+    of copies. d_ff may become any larger width. Copies stay equal until something, such as noise on the experts, makes
+    them different.
     """
 
-    d_model: int = 0  # 0: as it is
+    d_model: int = 0  # 0: unchanged
     d_ff: int = 0
     num_heads: int = 0  # key and value heads grow by the same factor
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
         require_dense(cfg)
-        rule = "is not for a model with latent attention (mla.kv_rank > 0)"
+        rule = "is not available for a model with latent attention (mla.kv_rank > 0)"
         require(not cfg.mla.kv_rank, "width", self.d_model, rule, "nearest valid: 0")
         for name, flag in (("d_model", "width"), ("num_heads", "heads")):
             now, new = getattr(cfg, name), getattr(self, name)
-            near = max(now, round(new / now) * now)
+            nearest = max(now, round(new / now) * now)
             require(new % now == 0 and new >= 0, flag, new, f"must be a multiple of {name}={now}",
-                    f"nearest valid: {near}")  # fmt: skip
+                    f"nearest valid: {nearest}")  # fmt: skip
         require(self.d_ff == 0 or self.d_ff >= cfg.d_ff, "d_ff", self.d_ff, f"must be ≥ the model's d_ff={cfg.d_ff}",
                 f"nearest valid: {cfg.d_ff}")  # fmt: skip
         _, heads = self._factors(cfg)
@@ -96,12 +98,12 @@ class Width(Transform):
         wide, heads = self._factors(cfg)
         unit_F = jnp.arange(self.d_ff or cfg.d_ff) % cfg.d_ff
         copies_F = jnp.zeros(cfg.d_ff).at[unit_F].add(1.0)[unit_F]
-        channels = lambda w, axis: jnp.repeat(w, wide, axis=axis)  # they write what their original writes …
-        inputs = lambda w: scaled(channels(w, 1), 1.0 / wide)  # … and are read as one
+        channels = lambda w, axis: jnp.repeat(w, wide, axis=axis)  # copies have the value of their original
+        inputs = lambda w: scaled(channels(w, 1), 1.0 / wide)  # and are averaged where they are read
         down = lambda w: scaled(w[:, unit_F], 1.0 / copies_F[None, :, None])
         rules = (
             (r"embed|head", r"\g<0>", lambda w, _: channels(w, 1)),
-            (r"final_norm", r"\g<0>", lambda w, _: scaled(channels(w, 0), 1.0 / wide)),  # reads for head and embed
+            (r"final_norm", r"\g<0>", lambda w, _: scaled(channels(w, 0), 1.0 / wide)),  # an average, too
             (r"dense_layers/(attention_norm|mlp_norm)", r"\g<0>", lambda w, _: channels(w, 1)),
             (r"dense_layers/attention/(q_norm|k_norm)", r"\g<0>",
              lambda w, _: w if cfg.qk_norm_over == "head" else jnp.tile(w, (1, heads))),

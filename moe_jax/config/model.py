@@ -37,7 +37,7 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # How tokens reach the experts of other devices (docs/scaling.md). "auto" takes what sends fewer bytes on TPU, and
     # "ring" on CPU and GPU.
     exchange: Literal["auto", "ring", "all_to_all"] = machine("auto")
-    # Rows that a device computes at first, as a multiple of the average. Any others are computed in further turns.
+    # Rows that a device computes at first, as a multiple of the average. Any others are computed in further passes.
     room: float = machine(number(1.25, 0.01))
     # Parts in which a device's tokens are sent and computed; one part may travel while another is computed.
     exchange_chunks: int = machine(number(1, 1))

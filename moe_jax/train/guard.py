@@ -118,7 +118,7 @@ def check_end(watch: Watch, steps: int) -> None:
     """Raises BadNumbers for a run of `steps` steps if its last two or more, or all of them, were skipped."""
     if watch.in_a_row > 1 or (steps and watch.skipped == steps):
         many = "all" if watch.skipped == steps else f"the last {watch.in_a_row:,} of"
-        why = f", the last as {watch.last.reason}" if watch.last else ""
+        why = f", the last: {watch.last.reason}" if watch.last else ""
         raise BadNumbers(
             f"{many} {steps:,} steps were skipped{why}; what is written is of a model that these steps did not train"
         )

@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from moe_jax import config
 from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, check_fits
 from moe_jax.config_file import load_config, save_config
 
 CASTABLE = ("float32", "bfloat16")
+BARRIER_MS = 20 * 60 * 1000  # a process may still be writing its part of a large model
 HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
 
 
@@ -85,8 +86,9 @@ def save_weights(
 
 
 def _barrier(name: str) -> None:
+    """Through JAX's coordinator: an exchange between devices may hang on a CPU that has fewer cores than devices."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_MS)
 
 
 def load_weights(

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax import cli, terminal
+from moe_jax import cli
 from moe_jax.data import pipeline
 from moe_jax.errors import Busy, CheckpointError, Stopped
 from moe_jax.evaluate import held_out
@@ -373,19 +373,6 @@ def test_ctrl_c_and_a_closed_terminal_lose_no_step(monkeypatch, capfd):
         for number, handler in zip((signal.SIGINT, signal.SIGHUP, signal.SIGTERM), (*before, term), strict=True):
             signal.signal(number, handler)
     assert handlers() == before
-
-
-def test_a_reader_that_ends_first_ends_no_run(monkeypatch):
-    """`python train.py | head -1`, or a terminal that is gone."""
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "w", encoding="utf-8") as stdout:
-        for name in ("stdout", "__stdout__"):
-            monkeypatch.setattr(sys, name, stdout)
-        terminal.outlive_readers()
-        print("a line", flush=True)
-        print("another", flush=True)
-        assert os.path.samestat(os.fstat(sys.stdout.fileno()), os.stat(os.devnull))
 
 
 def test_readers_that_are_killed_are_started_again(monkeypatch, capsys):

@@ -31,16 +31,25 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax.errors import CheckpointError
 from moe_jax.run import checksums, retention
 from moe_jax.tree import flatten
 
+BARRIER_MS = 20 * 60 * 1000  # a process may still be writing its part of a large model
 PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
 # Orbax lists folders with a glob of their full path (etils' epath), and treats "gs:/" in it as a scheme. With such a
 # path it would silently find nothing, or the files of another run, so it is given a link instead.
 _TAKEN_FOR_A_PATTERN = re.compile(r"[*?\[\\]|:/")
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here, by JAX's coordinator: an exchange between devices may hang on a CPU that has
+    fewer cores than devices."""
+    if jax.process_count() > 1:
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_MS)
 
 
 # --- the two items ---------------------------------------------------------------------------------------------------
@@ -254,8 +263,7 @@ class Checkpoints:
         later = [s for s in steps if s > step]
         self.close()
         self._set_aside(later)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("rewind")
+        barrier("rewind")
         self._open()
         return later
 

@@ -4,6 +4,7 @@ A row is what metrics.py makes of a step: a flat dict of Python numbers, on the 
 """
 
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -68,7 +69,7 @@ def check_wandb(project: str) -> None:
     """Raises ConfigError if a project is named and the package is missing."""
     try:
         if project:
-            import wandb  # noqa: F401
+            importlib.import_module("wandb")  # not find_spec: it may be there and broken
     except ImportError:
         rule = "needs Weights & Biases, which is not installed: pip install wandb"
         raise ConfigError("train.wandb_project", project, rule, "nearest valid: ''") from None

@@ -14,11 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
 from moe_jax import config
 from moe_jax.errors import CheckpointError, ConfigError
-from moe_jax.run.checkpoint import PLACEHOLDER, Checkpoints, check_fits
+from moe_jax.run.checkpoint import PLACEHOLDER, Checkpoints, barrier, check_fits
 from moe_jax.run.config_file import load_config, save_config
 from moe_jax.tree import flatten_config
 
@@ -67,10 +66,10 @@ def save_weights(
     first = jax.process_index() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)  # an earlier attempt that was killed
-    _barrier("weights: begin")
+    barrier("weights: begin")
     try:
         save_config(partial, cfg)
-        _barrier("weights: config")
+        barrier("weights: config")
         with Checkpoints(partial, keep=1, host_bytes=HOST_BYTES) as checkpoints:
             state = {"params": params, "router_bias": router_bias}
             checkpoints.save(0, state, {"origin": origin}, wait=True)
@@ -83,12 +82,7 @@ def save_weights(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _barrier("weights: end")
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    barrier("weights: end")
 
 
 def load_weights(

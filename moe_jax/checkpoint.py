@@ -31,14 +31,23 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax import checksums, preserve
 
+BARRIER_MS = 20 * 60 * 1000  # a process may still be writing its part of a large model
 PLACEHOLDER = ocp.PLACEHOLDER  # `...`: a leaf of `abstract_state` that `restore` leaves out
 # Orbax lists folders with a glob of their whole path (etils' epath), and takes "gs:/" in it for a scheme. It would find
 # nothing, or the files of another run, and go on. Such a path reaches it by a link.
 _TAKEN_FOR_A_PATTERN = re.compile(r"[*?\[\\]|:/")
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here, by JAX's coordinator: an exchange between devices may hang on a CPU that has
+    fewer cores than devices."""
+    if jax.process_count() > 1:
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_MS)
 
 
 class CheckpointError(RuntimeError):
@@ -261,8 +270,7 @@ class Checkpoints:
         later = [s for s in steps if s > step]
         self.close()
         self._set_aside(later)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("rewind")
+        barrier("rewind")
         self._open()
         return later
 

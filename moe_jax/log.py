@@ -4,6 +4,7 @@ Rows are what metrics.py makes of a step: flat dicts of Python numbers, on the h
 """
 
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -77,7 +78,7 @@ def check_wandb(project: str) -> None:
     """Raises ConfigError if a project is named and the package is missing."""
     try:
         if project:
-            import wandb  # noqa: F401
+            importlib.import_module("wandb")  # not find_spec: it may be there and broken
     except ImportError:
         rule = "needs Weights & Biases, which is not installed: pip install wandb"
         raise ConfigError("train.wandb_project", project, rule, "nearest valid: ''") from None

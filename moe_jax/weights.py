@@ -14,14 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import multihost
 
 from moe_jax import config
-from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, check_fits
+from moe_jax.checkpoint import PLACEHOLDER, CheckpointError, Checkpoints, barrier, check_fits
 from moe_jax.config_file import load_config, save_config
 
 CASTABLE = ("float32", "bfloat16")
-BARRIER_MS = 20 * 60 * 1000  # a process may still be writing its part of a large model
 HOST_BYTES = 2 * 2**30  # on their way from the devices to the disk
 
 
@@ -66,10 +64,10 @@ def save_weights(
     first = jax.process_index() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
-    _barrier("weights: begin")
+    barrier("weights: begin")
     try:
         save_config(partial, cfg)
-        _barrier("weights: config")
+        barrier("weights: config")
         with Checkpoints(partial, keep=1, host_bytes=HOST_BYTES) as checkpoints:
             state = {"params": params, "router_bias": router_bias}
             checkpoints.save(0, state, {"origin": origin}, wait=True)
@@ -82,13 +80,7 @@ def save_weights(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _barrier("weights: end")
-
-
-def _barrier(name: str) -> None:
-    """Through JAX's coordinator: an exchange between devices may hang on a CPU that has fewer cores than devices."""
-    if jax.process_count() > 1:
-        multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_MS)
+    barrier("weights: end")
 
 
 def load_weights(

@@ -67,5 +67,5 @@ def trajectory(tx, params, grads):
 
 @functools.partial(jax.jit, static_argnums=0)
 def updates(tx, params, grads):
-    """Of every step, at the same parameters."""
+    """The update of every step, all at the same parameters."""
     return jax.lax.scan(lambda state, g: tx.update(g, state, params)[::-1], tx.init(params), grads)[1]

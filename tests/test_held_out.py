@@ -1,4 +1,4 @@
-"""Which documents are held out: no text is on both sides, in whatever files and sources it stands."""
+"""Documents that are held out: no text is on both sides, whatever files and sources it stands in."""
 
 import contextlib
 import csv

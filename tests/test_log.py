@@ -138,7 +138,7 @@ def test_wandb_missing_is_one_line(tmp_path, monkeypatch):
 
 
 class Wandb:
-    """Of the package's module: like it, a run drops what comes for a step before its newest, and never says so."""
+    """A stand-in for the module of W&B: like it, a run drops rows of a step before its newest, without a word."""
 
     def __init__(self):
         self.calls, self.rows, self.metrics, self.newest = [], [], {}, 0

@@ -78,7 +78,7 @@ def test_injected_as_muon_itself():
 
 
 def test_injected_as_optax_own_muon():
-    """Where the two are one function: the average without Nesterov, η and λ by schedule, embeddings by AdamW."""
+    """The two are one function here: the average without Nesterov, η and λ by schedule, embeddings by AdamW."""
     rates = {"learning_rate": optax.linear_schedule(0.1, 0.01, 4), "weight_decay": optax.linear_schedule(0.3, 0.0, 4)}
     theirs = optax.inject_hyperparams(optax.contrib.muon, static_args=("ns_steps",))(
         **rates, nesterov=False, consistent_rms=0.2

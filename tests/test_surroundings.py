@@ -1,12 +1,13 @@
-"""Where a program runs: no home folder, a cache that cannot be written, no shared memory, JAX in float64."""
+"""Surroundings of a program: no home folder, a cache that cannot be written, no shared memory, JAX in float64."""
 
 import os
+import sys
 import types
 
 import jax
 import pytest
 
-from moe_jax import cli, data
+from moe_jax import cli, data, survive
 from moe_jax.config import ConfigError, DataConfig
 from moe_jax.data import pipeline, sources
 
@@ -62,3 +63,16 @@ def test_float64_is_switched_off(monkeypatch, capsys):
     finally:
         jax.config.update("jax_enable_x64", False)
     assert "JAX_ENABLE_X64 is switched off" in capsys.readouterr().err
+
+
+def test_a_reader_that_ends_first_ends_no_run(monkeypatch):
+    """`python train.py | head -1`, or a terminal that is gone."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", encoding="utf-8") as stdout:
+        for name in ("stdout", "__stdout__"):
+            monkeypatch.setattr(sys, name, stdout)
+        survive.outlive_readers()
+        print("a line", flush=True)
+        print("another", flush=True)
+        assert os.path.samestat(os.fstat(sys.stdout.fileno()), os.stat(os.devnull))

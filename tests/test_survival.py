@@ -371,19 +371,6 @@ def test_ctrl_c_and_a_closed_terminal_lose_no_step(monkeypatch, capfd):
     assert handlers() == before
 
 
-def test_a_reader_that_ends_first_ends_no_run(monkeypatch):
-    """`python train.py | head -1`, or a terminal that is gone."""
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "w", encoding="utf-8") as stdout:
-        for name in ("stdout", "__stdout__"):
-            monkeypatch.setattr(sys, name, stdout)
-        survive.outlive_readers()
-        print("a line", flush=True)
-        print("another", flush=True)
-        assert os.path.samestat(os.fstat(sys.stdout.fileno()), os.stat(os.devnull))
-
-
 def test_readers_that_are_killed_are_started_again(monkeypatch, capsys):
     """The batch that was due is delivered by new ones; the second time that they deliver nothing is an error."""
     begun, deliveries = [], 2

@@ -75,7 +75,7 @@ class FilesSource:
             raise self._error("documents", rule, "nearest valid: 'auto'")
 
     def cutting(self, path: str) -> tuple:
-        """What decides which documents come out of a file; "auto" goes by all files of a source."""
+        """The settings that decide which documents come out of a file; "auto" goes by all files of the source."""
         if extension(Path(path)) != ".txt":
             return (self.cfg.text_field,)
         auto = sorted(map(os.path.realpath, self.files)) if self.cfg.documents == "auto" else []

@@ -144,7 +144,7 @@ def _check_rows(rows: Sequence[int], batch_size: int) -> tuple[int, ...]:
 
 
 def _check_shared_memory(num_workers: int, batch_bytes: int) -> None:
-    """That reader processes can hand over their batches. Raises ConfigError."""
+    """Raises ConfigError if shared memory has no room for the batches of the reader processes."""
     need = num_workers * (BUFFERED + 1) * batch_bytes
     if not SHARED_MEMORY.is_dir():  # of systems that keep it elsewhere
         return

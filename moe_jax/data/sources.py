@@ -231,7 +231,8 @@ def check_sources(cfg: DataConfig, workdir: str | Path | None = None) -> None:
 
 
 def _check_no_text_is_on_both_sides(sources: Sequence[FilesSource]) -> None:
-    """What one source holds out, another may not train on: a file of both has to be split alike in both."""
+    """Raises ConfigError if a file of two sources is split otherwise in each: one would train on text that the other
+    holds out."""
     seen: dict[str, FilesSource] = {}
     for source in sources:
         for path in map(os.path.realpath, source.files):

@@ -39,9 +39,9 @@ VARIANTS = {  # name: (micro-batches, fields of config.loss, statistics?)
 }
 
 
-def no_statistics(logits, probs, plan, computed, mask, group, num_groups) -> RouterStats:
+def no_statistics(logits, probs, routing, computed, counted, group, balance_groups) -> RouterStats:
     """Zeros in the place of the sums: what a step costs that knows nothing of its router."""
-    g, ge = (num_groups,), (num_groups, logits.shape[-1])
+    g, ge = (balance_groups,), (balance_groups, logits.shape[-1])
     zeros = lambda shape: jax.lax.pcast(jnp.zeros(shape), sharding.AXES, to="varying")
     return RouterStats(*(zeros(shape) for shape in (g, ge, ge, g, g)))
 

@@ -83,7 +83,7 @@ def outputs() -> tuple[model.Output, model.Output]:
     info = TokenInfo(rows["segment_ids"] > 0, rows["domain_ids"])
     segments = rows["segment_ids"] if run_config().model.segment_mask else None
     inputs = jax.tree.map(put, model.Inputs(rows["tokens"], rows["positions"], segments, info))
-    graph = model.abstract(run_config().model, Program(num_groups=G, record=True))
+    graph = model.abstract(run_config().model, Program(balance_groups=G, record=True))
     run = jax.jit(lambda params, bias: graph.bind(params, bias)(inputs))
     with jax.set_mesh(mesh):
         return jax.device_get((run(*both), run(*weights(1, (1, 1, 1))[1:])))

@@ -227,7 +227,7 @@ def set_weights(params, seed=8):
 
 def make_layer(cfg, exchange="ring"):
     model = ModelConfig(d_model=WIDTH, moe=cfg)
-    return MoE(model, Init(nnx.Rngs(0), 1.0), 1.0, Program(exchange=exchange, num_groups=GROUPS))
+    return MoE(model, Init(nnx.Rngs(0), 1.0), 1.0, Program(exchange=exchange, balance_groups=GROUPS))
 
 
 @functools.cache

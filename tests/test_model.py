@@ -385,7 +385,7 @@ def test_sampling_draws_from_the_nucleus():
 
 
 def test_generation_ends_at_the_last_position():
-    with pytest.raises(ConfigError, match=r"tokens=6: with a prompt of 3 tokens .*=8; nearest valid: 5"):
+    with pytest.raises(ConfigError, match=r"tokens=6: exceeds .*=8 after a prompt of 3 tokens; nearest valid: 5"):
         generate(ModelConfig(max_seq_len=8), mesh_of(1, 1, 1), {}, {}, [[1, 2, 3], [1]], 6)
 
 

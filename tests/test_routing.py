@@ -61,11 +61,11 @@ def draw(name, seed):
     rng = np.random.default_rng([seed, len(name)])
     e, k = cfg.num_experts, cfg.top_k
     logits = np.stack([rng.choice(np.arange(-64, 65), e, replace=False) / 16 for _ in range(t)]).astype(np.float32)
-    mask = rng.random(t) < 0.75
+    counted = rng.random(t) < 0.75
     inputs = {
         "logits": logits,
         "bias": (rng.permutation(e) / 64).astype(np.float32),
-        "mask": mask,
+        "counted": counted,
         "kept": rng.random((t, k)) < 0.8,
         "group": rng.integers(0, GROUPS, t).astype(np.int32),
     }
@@ -73,17 +73,17 @@ def draw(name, seed):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def run(logits, bias, mask, kept, group, cfg):
-    plan, probs = routing.route(logits, bias, mask, cfg)
-    return plan, probs, router_stats(logits, probs, plan, kept, mask, group, GROUPS)
+def run(logits, bias, counted, kept, group, cfg):
+    plan, probs = routing.route(logits, bias, counted, cfg)
+    return plan, probs, router_stats(logits, probs, plan, kept, counted, group, GROUPS)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def gradients(logits, bias, mask, kept, group, cotangents, cfg):
+def gradients(logits, bias, counted, kept, group, cotangents, cfg):
     """Of Σ cotangent · output for weights, probabilities and each statistic by itself: (d logits, d bias) by name."""
 
     def outputs(logits, bias):
-        plan, probs, stats = run(logits, bias, mask, kept, group, cfg)
+        plan, probs, stats = run(logits, bias, counted, kept, group, cfg)
         return {"weights": plan.weights, "probs": probs, **stats._asdict()}
 
     values, vjp = jax.vjp(outputs, logits, bias)
@@ -129,7 +129,7 @@ def by_hand(inputs, cfg, logits=None, experts=None):
         out["experts"].append(ids)
         out["weights"].append(weights * cfg.routed_scaling)
         out["probs"].append(scores / scores.sum())
-        if inputs["mask"][i]:
+        if inputs["counted"][i]:
             g = inputs["group"][i]
             stats["tokens"][g] += 1
             stats["tokens_per_expert"][g, ids] += 1
@@ -146,7 +146,7 @@ def test_equals_a_loop_over_tokens(name, seed):
     plan, probs, stats = run(**inputs, cfg=cfg)
     want = by_hand(inputs, cfg)
     np.testing.assert_array_equal(plan.experts, want["experts"])
-    np.testing.assert_array_equal(plan.valid, np.repeat(inputs["mask"][:, None], cfg.top_k, 1))
+    np.testing.assert_array_equal(plan.valid, np.repeat(inputs["counted"][:, None], cfg.top_k, 1))
     assert plan.weights.dtype == probs.dtype == jnp.float32
     got = {"weights": plan.weights, "probs": probs, **stats._asdict()}
     for key, value in got.items():
@@ -172,11 +172,11 @@ def test_equals_a_loop_over_tokens(name, seed):
 
 
 def test_choices_hold_the_probability_of_the_chosen():
-    """… of all K, valid or not, by the loop's numbers; the mask is for whoever sums."""
+    """… of all K, valid or not, by the loop's numbers; who sums decides which tokens count."""
     for name in VARIANTS:
         cfg, inputs, _ = draw(name, 0)
         plan, probs, _ = run(**inputs, cfg=cfg)
-        want, tokens = by_hand(inputs, cfg), len(inputs["mask"])
+        want, tokens = by_hand(inputs, cfg), len(inputs["counted"])
         got = choices_of(plan, probs, (1, tokens))
         np.testing.assert_array_equal(got.experts, [want["experts"]])
         picked = np.take_along_axis(want["probs"], want["experts"], 1).sum(1)
@@ -205,7 +205,7 @@ def test_renaming_experts_renames_choices_and_statistics(name, seed):
 @prop
 def test_order_of_tokens_does_not_matter(name, seed):
     cfg, inputs, rng = draw(name, seed)
-    order = rng.permutation(len(inputs["mask"]))
+    order = rng.permutation(len(inputs["counted"]))
     plan, probs, stats = run(**inputs, cfg=cfg)
     moved = {n: a if n == "bias" else a[order] for n, a in inputs.items()}
     plan2, probs2, stats2 = run(**moved, cfg=cfg)
@@ -219,19 +219,19 @@ def test_order_of_tokens_does_not_matter(name, seed):
 def test_padding_enters_no_statistic(name, seed):
     """Whatever stands in padded tokens, the sums and their gradients are those of the counted tokens alone."""
     cfg, inputs, rng = draw(name, seed)
-    mask = inputs["mask"]
+    counted = inputs["counted"]
     padded = inputs["logits"].copy()
-    padded[~mask] = rng.normal(size=padded[~mask].shape) * 30
+    padded[~counted] = rng.normal(size=padded[~counted].shape) * 30
     plan, _, stats = run(**{**inputs, "logits": padded}, cfg=cfg)
     _, _, want = run(**inputs, cfg=cfg)
     for a, b in zip(stats, want, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.asarray(plan.valid)[~mask].any()
-    assert stats.tokens.sum() == mask.sum()
+    assert not np.asarray(plan.valid)[~counted].any()
+    assert stats.tokens.sum() == counted.sum()
     cotangents = {n: np.ones_like(stats._asdict()[n]) for n in FIELDS}
     cotangents["prob_per_expert"] = rng.normal(size=stats.prob_per_expert.shape).astype(np.float32)
     for grad, _ in gradients(**{**inputs, "logits": padded}, cotangents=cotangents, cfg=cfg).values():
-        assert not np.asarray(grad)[~mask].any()
+        assert not np.asarray(grad)[~counted].any()
 
 
 @prop
@@ -240,8 +240,8 @@ def test_statistics_of_groups_add_up(name, seed):
     cfg, inputs, rng = draw(name, seed)
     _, _, stats = run(**inputs, cfg=cfg)
     _, _, whole = run(**{**inputs, "group": np.zeros_like(inputs["group"])}, cfg=cfg)
-    first = rng.random(len(inputs["mask"])) < 0.5
-    parts = [run(**{**inputs, "mask": inputs["mask"] & side}, cfg=cfg)[2] for side in (first, ~first)]
+    first = rng.random(len(inputs["counted"])) < 0.5
+    parts = [run(**{**inputs, "counted": inputs["counted"] & side}, cfg=cfg)[2] for side in (first, ~first)]
     for total, by_group, a, b in zip(whole, stats, *parts, strict=True):
         np.testing.assert_allclose(by_group.sum(0), total[0], rtol=1e-6)
         np.testing.assert_allclose(a + b, by_group, rtol=1e-6)
@@ -354,7 +354,8 @@ def test_equal_routings_are_plainly_equal():
     """Of every way to say it: the plain routing is the same function, and the same function is one plain routing."""
     logits = np.random.default_rng(0).normal(size=(30, 4))
     logits[0] = 40, 50, 45, 42  # of which a sigmoid makes ones: the score counts where only the order does
-    inputs = {"logits": logits, "mask": np.zeros(30, bool), "kept": np.ones((30, 4), bool), "group": np.zeros(30, int)}
+    none, group = np.zeros(30, bool), np.zeros(30, int)
+    inputs = {"logits": logits, "counted": none, "kept": np.ones((30, 4), bool), "group": group}
     bias = np.random.default_rng(1).normal(size=4, scale=0.3).astype(np.float32)
     functions, said = {}, 0
     fields = {"top_k": (1, 2, 4), "score": ("softmax", "sigmoid"), "score_order": ("score_topk", "topk_score"),

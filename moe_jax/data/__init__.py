@@ -2,16 +2,16 @@
 
 from moe_jax.data import record
 from moe_jax.data.corpus import TokenStore
-from moe_jax.data.pipeline import Batch, Corpus, TrainIterator, prepare
+from moe_jax.data.pipeline import Corpus, Rows, TrainIterator, prepare
 from moe_jax.data.rows import PackedRows
 from moe_jax.data.sources import cache_folder, check_sources
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers import load as load_tokenizer
 
 __all__ = [
-    "Batch",
     "Corpus",
     "PackedRows",
+    "Rows",
     "TokenStore",
     "Tokenizer",
     "TrainIterator",

@@ -29,7 +29,7 @@ from moe_jax.data.rows import PackedRows, padding_row, permutation
 from moe_jax.data.sources import SPLITS, Source, Split, check_cache, check_sources, open_source
 from moe_jax.errors import ConfigError
 
-Batch = dict[str, np.ndarray]
+Rows = dict[str, np.ndarray]
 SHARED_MEMORY = Path("/dev/shm")
 BUFFERED = 2  # batches that each reader process has ready
 
@@ -120,14 +120,14 @@ class _Share(grain.MapDataset):
 class _ValidationRows:
     """Chosen rows of all sources' validation splits, followed by rows of padding that fill the last batch."""
 
-    def __init__(self, parts: Sequence[PackedRows], chosen: np.ndarray, length: int, padding: Batch):
+    def __init__(self, parts: Sequence[PackedRows], chosen: np.ndarray, length: int, padding: Rows):
         self._parts, self._chosen, self._length, self._padding = parts, chosen, length, padding
         self._starts = np.cumsum([0] + [len(p) for p in parts])
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Rows:
         if index >= len(self._chosen):
             return dict(self._padding)
         row = int(self._chosen[index])
@@ -191,7 +191,7 @@ class TrainIterator:
     def __iter__(self) -> "TrainIterator":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Rows:
         try:
             batch = self._read()
         except RuntimeError as error:  # a reader process was killed
@@ -205,7 +205,7 @@ class TrainIterator:
         # The arrays of a reader process lie in shared memory, which it may reuse while the batch is in use: copy them.
         return {k: np.array(v) for k, v in batch.items()} if self._num_workers else batch
 
-    def _read(self) -> Batch:
+    def _read(self) -> Rows:
         if self._iterator is None:
             made = _batches(self._elements, self._batch_size, self._rows, self._count, self._num_workers)
             self._iterator, self._begun = iter(made), self._count
@@ -326,7 +326,7 @@ class Corpus:
         total = sum(len(part) for part in self._validation)
         return min(total, limit * self._cfg.batch_size) if limit else total
 
-    def validation_batches(self, rows: Sequence[int], limit: int = 0) -> Iterator[Batch]:
+    def validation_batches(self, rows: Sequence[int], limit: int = 0) -> Iterator[Rows]:
         """Batches of the held-out split, read once, one source after another. Padding rows fill the last batch.
 
         limit: maximum number of batches, whose rows are spread evenly over the split; 0: all.
@@ -339,7 +339,7 @@ class Corpus:
         padding = padding_row(self._cfg.seq_len, self.tokenizer.end_of_text)
         return self._validate(_ValidationRows(self._validation, chosen, length, padding), rows)
 
-    def _validate(self, elements: _ValidationRows, rows: tuple[int, ...]) -> Iterator[Batch]:
+    def _validate(self, elements: _ValidationRows, rows: tuple[int, ...]) -> Iterator[Rows]:
         if len(elements):
             iterator = iter(_batches(grain.MapDataset.source(elements), self._cfg.batch_size, rows, 0, 0))
             yield from iterator
@@ -376,4 +376,4 @@ class Corpus:
         return record.record(self._sources, self.tokenizer.fingerprint, self.stores)
 
 
-__all__ = ["Batch", "Corpus", "TrainIterator", "check_sources", "prepare"]
+__all__ = ["Corpus", "Rows", "TrainIterator", "check_sources", "prepare"]

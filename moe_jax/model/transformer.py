@@ -70,7 +70,7 @@ class Transformer(nnx.Module):
 
     def _without_moe(self, inputs: Inputs) -> tuple[RouterStats, Choices | None]:
         """Statistics and choices of a model without MoE layers: arrays with L = 0."""
-        g, moe = self.program.num_groups, self.cfg.moe
+        g, moe = self.program.balance_groups, self.cfg.moe
         stats = RouterStats(
             *(jnp.zeros((0, g, *more)) for more in ((), (moe.num_experts,), (moe.num_experts,), (), ()))
         )

@@ -1,4 +1,4 @@
-"""Balancing the load of experts: the load-balancing loss, the router z-loss, and the update of selection biases.
+"""Balancing the load of experts: the load-balancing loss and the update of selection biases.
 
 Letters: L layers, G balance groups, E experts.
 """
@@ -50,15 +50,10 @@ def load_balancing_loss(
     f = expert_frequency(stats.tokens_per_expert, stats.tokens, top_k) if frequency is None else frequency
     p = stats.prob_per_expert / jnp.maximum(stats.tokens, 1.0)[..., None]
     per_group = num_experts * jnp.sum(jax.lax.stop_gradient(f) * p, axis=-1)
-    counted = (stats.tokens > 0).astype(jnp.float32)
-    return jnp.sum(per_group * counted, axis=-1) / jnp.maximum(jnp.sum(counted, axis=-1), 1.0)
+    filled = (stats.tokens > 0).astype(jnp.float32)
+    return jnp.sum(per_group * filled, axis=-1) / jnp.maximum(jnp.sum(filled, axis=-1), 1.0)
 
 
 def expert_frequency(load: Float[Array, "*L G E"], tokens: Float[Array, "*L G"], top_k: int) -> Float[Array, "*L G E"]:
     """f, the share of each expert in the assignments: from 0 to 1/K, summing to 1."""
     return load / (top_k * jnp.maximum(tokens, 1.0))[..., None]
-
-
-def router_z_loss(stats: RouterStats) -> Float[Array, " L"]:
-    """Mean of logsumexp(router logits)² over tokens, per layer; (log E)² for zero logits. arXiv:2202.08906, eq. 5."""
-    return jnp.sum(stats.z_sq, axis=-1) / jnp.maximum(jnp.sum(stats.tokens, axis=-1), 1.0)

@@ -9,10 +9,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
-from moe_jax.moe import routing
 from moe_jax.moe.exchange import run_experts
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights
 from moe_jax.moe.program import Program
+from moe_jax.moe.routing import route, router_logits
 from moe_jax.moe.stats import Choices, RouterStats, choices_of, router_stats
 from moe_jax.nn.layers import ACTIVATIONS, GLU, Init
 from moe_jax.nn.remat import keep
@@ -74,13 +74,13 @@ class MoE(nnx.Module):
         x = x_bSD.reshape(-1, shape[-1])
         counted, group = info.counted.reshape(-1), info.group.reshape(-1)
         with jax.named_scope("router"):
-            logits = keep(routing.router_logits(x, w_router), "router")
-            plan, probs = routing.route(logits, bias, counted, self.cfg)
+            logits = keep(router_logits(x, w_router), "router")
+            routing, probs = route(logits, bias, counted, self.cfg)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
-        y, computed = run_experts(x, plan, w, self.program.exchange, self.compute)
-        choices = choices_of(plan, probs, shape[:2]) if self.program.record else None
+        y, computed = run_experts(x, routing, w, self.program.exchange, self.compute)
+        choices = choices_of(routing, probs, shape[:2]) if self.program.record else None
         with jax.named_scope("statistics"):
-            stats = router_stats(logits, probs, plan, computed, counted, group, self.program.num_groups)
+            stats = router_stats(logits, probs, routing, computed, counted, group, self.program.balance_groups)
             # Sums over all devices: G·(2E+3) numbers a layer. This psum makes the balance global.
             return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
 

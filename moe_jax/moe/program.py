@@ -18,7 +18,7 @@ class Program:
     attention: str = "xla"
     exchange: str = "ring"  # of tokens between devices
     grouped_matmul: str = "reference"
-    num_groups: int = 1  # balance groups; in evaluation the domains
+    balance_groups: int = 1  # in evaluation the domains
     record: bool = False  # each token's choices: `Output.choices`
     max_logit: bool = False  # each head's largest attention logit: `Output.max_logit`
     why: str = dataclasses.field(default="", compare=False)  # one line about the choice of the back ends

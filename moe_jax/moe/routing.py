@@ -75,7 +75,7 @@ def _product(letters: str, a: Array, b: Array) -> Array:
 
 
 def route(
-    logits: Float[Array, "T E"], bias: Float[Array, " E"] | None, mask: Bool[Array, " T"], cfg: MoEConfig
+    logits: Float[Array, "T E"], bias: Float[Array, " E"] | None, counted: Bool[Array, " T"], cfg: MoEConfig
 ) -> tuple[Routing, Float[Array, "T E"]]:
     """Chooses the K best experts for every token (token choice).
 
@@ -109,7 +109,7 @@ def route(
         weights = pick_chosen(scores, experts)
     if cfg.renormalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    valid = jnp.broadcast_to(mask[:, None], experts.shape)
+    valid = jnp.broadcast_to(counted[:, None], experts.shape)
     return Routing(experts, weights * cfg.routed_scaling, valid), probs
 
 

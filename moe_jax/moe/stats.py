@@ -43,17 +43,16 @@ def router_stats(
     probs: Float[Array, "T E"],
     routing: Routing,
     computed: Bool[Array, "T K"],
-    mask: Bool[Array, " T"],
+    counted: Bool[Array, " T"],
     group: Int[Array, " T"],
-    num_groups: int,
+    balance_groups: int,
 ) -> RouterStats:
     """Sums over these tokens, by balance group. `computed` is False where a valid slot was dropped."""
     one_hot_EK = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
     valid = routing.valid.astype(jnp.float32)
     counts_TE = jnp.einsum("tke,tk->te", one_hot_EK, valid)
-    live = mask.astype(jnp.float32)
     z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
-    member_TG = jax.nn.one_hot(group, num_groups, dtype=jnp.float32) * live[:, None]
+    member_TG = jax.nn.one_hot(group, balance_groups, dtype=jnp.float32) * counted.astype(jnp.float32)[:, None]
     dropped = jnp.sum(valid * (1.0 - computed.astype(jnp.float32)), axis=-1)
     # HIGHEST: on accelerators the default would round these sums to bf16 or tf32.
     total = lambda x: jnp.einsum("tg,t...->g...", member_TG, x, precision=jax.lax.Precision.HIGHEST)
@@ -77,20 +76,20 @@ def choice_sums(
     earlier: Choices | None,
     counted: Bool[Array, "B S"],
     group: Int[Array, "B S"],
-    num_groups: int,
+    balance_groups: int,
     num_experts: int,
 ) -> ChoiceSums:
     """Sums over the batch, one layer at a time, so that only one layer's token × expert matrix exists.
 
     earlier: the choices of another checkpoint for the same tokens.
     """
-    live = counted.astype(jnp.float32)
-    member_BSG = jax.nn.one_hot(group, num_groups, dtype=jnp.float32) * live[:, :, None]
+    counted_BS1 = counted.astype(jnp.float32)[:, :, None]
+    member_BSG = jax.nn.one_hot(group, balance_groups, dtype=jnp.float32) * counted_BS1
     by_group = lambda x: jnp.sum(member_BSG * x[:, :, None], axis=(0, 1))
 
     def sums_of_layer(pair: tuple[Choices, Choices | None]) -> ChoiceSums:
         now, earlier = pair
-        chosen_BSE = _chosen(now, num_experts) * live[:, :, None]
+        chosen_BSE = _chosen(now, num_experts) * counted_BS1
         # Zeros and ones: the product is exact in any precision.
         pairs = jnp.einsum("bse,bsf->ef", chosen_BSE, chosen_BSE, out_sharding=PartitionSpec())
         kept = None

@@ -49,7 +49,7 @@ def label_params(params: Any) -> Any:
             if re.search(pattern, name):
                 unused.discard(pattern)
                 return value
-        raise ValueError(f"no optimizer rule for the parameter {name}; add one to optim.RULES")
+        raise ValueError(f"no optimizer rule for the parameter {name}; add one to RULES in moe_jax/optim/optimizer.py")
 
     labels = jax.tree_util.tree_map_with_path(label, params)
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]

@@ -125,14 +125,14 @@ def _exact(gradients_of: Callable, stats_of: Callable, micro: Batch, weights: Fl
 
 def _running(gradients_of: Callable, micro: Batch, weights: Float[Array, ""], count: int) -> Gradients:
     """Averages micro-batches as in arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch."""
-    counted = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
+    tokens = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
 
     def next_part(so_far: Gradients | None, part: Batch) -> Gradients:
         def batch_statistics(own: RouterStats) -> BatchStatistics:
             before = jax.tree.map(jnp.zeros_like, own) if so_far is None else so_far.sums.router
             return BatchStatistics(
                 weights=weights,
-                counted=counted,
+                tokens=tokens,
                 load=before.tokens_per_expert + own.tokens_per_expert,
                 load_tokens=before.tokens + own.tokens,
                 prob_tokens=own.tokens,
@@ -156,8 +156,7 @@ def _sum_over(fn: Callable, micro: Batch) -> Any:
         return jax.tree.map(lambda x: jnp.full(x.shape, fill, x.dtype, out_sharding=x.sharding), node)
 
     join = lambda a, b: jax.tree.map(jnp.maximum if is_max(a) else jnp.add, a, b)
-    first = jax.tree.map(lambda x: x[0], micro)
-    like = jax.eval_shape(lambda part: fn(None, part), first)
+    like = jax.eval_shape(lambda part: fn(None, part), jax.tree.map(lambda x: x[0], micro))
     start = jax.tree.map(empty, like, is_leaf=is_max)
     step = lambda acc, part: (jax.tree.map(join, acc, fn(acc, part), is_leaf=is_max), None)
     return jax.lax.scan(step, start, micro)[0]

@@ -16,7 +16,7 @@ class BatchSums(NamedTuple):
     """Everything that the loss needs from a batch, as sums, which add up over micro-batches, devices and hosts."""
 
     nll: Float[Array, ""]  # Σ weight · negative log-likelihood, nats
-    tokens: Float[Array, ""]  # Σ weight
+    weights: Float[Array, ""]  # Σ weight of a token's target
     router: RouterStats
     maxima: Maxima | None = None  # QK-clip needs them, the loss does not
 
@@ -45,8 +45,8 @@ class BatchStatistics(NamedTuple):
     optimizer batch.
     """
 
-    weights: Float[Array, ""]  # Σ weight of the optimizer batch
-    counted: Float[Array, ""]  # counted tokens of the optimizer batch
+    weights: Float[Array, ""]  # Σ weight, as in `BatchSums`
+    tokens: Float[Array, ""]  # counted tokens, as in `RouterStats`, of one layer
     load: Float[Array, "L G E"]  # the assignments that f is computed from …
     load_tokens: Float[Array, "L G"]  # … and the number of tokens they belong to
     prob_tokens: Float[Array, "L G"]  # the number of tokens that P is a mean over
@@ -55,10 +55,9 @@ class BatchStatistics(NamedTuple):
 
 def exact_statistics(weights: Float[Array, ""], stats: RouterStats) -> BatchStatistics:
     """The exact statistics: `stats` are those of the optimizer batch, and f and P are means over it."""
-    counted = jnp.sum(stats.tokens[:1])  # every layer sees the same tokens
     return BatchStatistics(
         weights=weights,
-        counted=counted,
+        tokens=jnp.sum(stats.tokens[:1]),  # every layer sees the same
         load=stats.tokens_per_expert,
         load_tokens=stats.tokens,
         prob_tokens=stats.tokens,
@@ -77,9 +76,10 @@ def total_loss(
 
     sums: of the whole optimizer batch. With `batch`, they are of one micro-batch, and so is the result.
     """
-    batch = exact_statistics(sums.tokens, sums.router) if batch is None else batch
+    batch = exact_statistics(sums.weights, sums.router) if batch is None else batch
     over_layers = jnp.mean if cfg.router_loss_layers == "mean" and len(sums.router.tokens) else jnp.sum
-    z = over_layers(jnp.sum(sums.router.z_sq, axis=-1)) / jnp.maximum(batch.counted, 1.0)
+    # The router z-loss, arXiv:2202.08906, eq. 5: mean of logsumexp(router logits)² over tokens; (log E)² for zeros.
+    z = over_layers(jnp.sum(sums.router.z_sq, axis=-1)) / jnp.maximum(batch.tokens, 1.0)
     terms = cfg.load_balance
     raw = {name: over_layers(_load_balance(sums.router, batch, cfg, term, top_k)) for name, term in terms.items()}
     parts = LossParts(

@@ -22,7 +22,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Any
     terms: dict[str, Any] | None = None  # of the loss by name (`LossParts.scalars`), then those without coefficients
     lr: Any = 0.0
-    tokens: Any = 0.0  # counted in this step
+    tokens: Any = 0.0  # targets of this step: Σ weight
     router: Any = None  # RouterStats
     clipping: dict[str, Any] | None = None  # of QK-clip, where it is on: max_logit and clipped_heads
     skipped: Any = None  # 1 if the step was skipped, else 0; in a row of the log the number of skipped steps so far
@@ -98,7 +98,7 @@ def train_metrics(
 
 def _ordered(terms: dict[str, Any]) -> dict[str, Any]:
     """Terms of the loss in the order of the log. A jitted function returns them sorted by name."""
-    named = lambda first: [name for name in terms if name.split("/")[0] == first]  # with load_balance/<name>
+    named = lambda kind: [name for name in terms if name.split("/")[0] == kind]  # with load_balance/<name>
     names = ["xent", *named("load_balance"), "router_z", *named("load_balance_raw"), *named("router_z_raw")]
     return {name: terms[name] for name in names}
 

@@ -36,14 +36,14 @@ class Batch(NamedTuple):
     weights: Float[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
-    group: Int[Array, "B S"]  # statistics group: balance group in training, domain in evaluation
+    group: Int[Array, "B S"]  # balance group; in evaluation the domain
 
 
 class EvalSums(NamedTuple):
     """Sums over an evaluation batch by domain: its balance groups G are the domains."""
 
     nll: Float[Array, " G"]
-    tokens: Float[Array, " G"]
+    tokens: Float[Array, " G"]  # Σ weight
     router: RouterStats
     choices: ChoiceSums | None  # None unless recorded
 
@@ -52,7 +52,7 @@ def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:
     """Chooses how the model of a run is computed on a mesh, in training."""
     tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
     chosen = Program.choose(cfg.model, mesh, tokens, cfg.data.seq_len)
-    return dataclasses.replace(chosen, num_groups=cfg.balance_groups)
+    return dataclasses.replace(chosen, balance_groups=cfg.balance_groups)
 
 
 def under_mesh(mesh: Mesh, fn: Callable) -> Callable:

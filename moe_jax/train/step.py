@@ -48,14 +48,14 @@ def make_train_step(
             terms={**parts.scalars(), **parts.raw},
             grad_norm=optax.tree.norm(grads),
             lr=jnp.asarray(lr(_updates(state)), jnp.float32),
-            tokens=sums.tokens,
+            tokens=sums.weights,
             router=sums.router,
             clipping=clipping or None,
         )
         new = (params, bias, opt_state)
         if cfg.train.skip_nonfinite:
             bad = guard.is_bad(loss, report.grad_norm, limits)
-            new, tokens = guard.unless(bad, (new, sums.tokens), (tuple(state[1:]), 0.0))
+            new, tokens = guard.unless(bad, (new, sums.weights), (tuple(state[1:]), 0.0))
             report = report._replace(tokens=tokens, skipped=bad.astype(jnp.float32))
         return TrainState(state.step + 1, *new), report
 
@@ -76,7 +76,7 @@ def make_eval_step(
     `record` adds `EvalSums.choices`. `earlier`, (params, router_bias) of another checkpoint, adds `choices.kept`.
     """
     program = program or choose_program(cfg, mesh)
-    graph = model.abstract(cfg.model, dataclasses.replace(program, num_groups=num_domains, record=record))
+    graph = model.abstract(cfg.model, dataclasses.replace(program, balance_groups=num_domains, record=record))
 
     def eval_step(params, bias, batch, earlier=None) -> EvalSums:
         out, matrix = forward(cfg, graph, params, bias, batch)

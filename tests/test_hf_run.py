@@ -65,7 +65,7 @@ def test_evaluate_train_and_export(tmp_path):
     out = run_module("export", f"--workdir={tmp_path / 'more'}", f"--to={tmp_path / 'out'}")
     # Its documents ended with the tokenizer's token in training, whatever the import said.
     line, summary, *_ = out.splitlines()
-    assert line.startswith(f"eos_token_id={CONFIG['eos_token_id']} of the imported model is 0 now")
+    assert line == f"eos_token_id={CONFIG['eos_token_id']} of the imported model becomes 0, which training used"
     assert summary.startswith("LlamaForCausalLM: 21 tensors")
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["eos_token_id"] == 0
     before, after = (files.open_model(tmp_path / name) for name in ("in", "out"))

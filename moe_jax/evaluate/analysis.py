@@ -66,7 +66,7 @@ def analyse(
 def load(path: Path | str) -> Analysis:
     """The analysis in a file that `Analysis.save` wrote. Raises FileError."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
         number = lambda name: found[name] if found[name] is None else int(found[name])
         names = tuple(found["domains"].tolist())

@@ -72,10 +72,11 @@ def main(argv):
             written.append(file)
 
     keep(f"eval{suffix}.json", lambda path: log.write_text(path, held_out.to_json(number, result, {})))
-    found = None
-    if cfg.model.num_moe_layers:
-        found = analysis.analyse(result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value)
-        keep(f"analysis{suffix}.npz", found.save)
+    found = analysis.analyse(
+        result.places, result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value
+    )
+    for bank, one in found.items():
+        keep(f"analysis{bank}{suffix}.npz", one.save)
 
     # --- samples ------------------------------------------------------------------------------------------------------
     prompts = PROMPT.value or [cfg.sample.prompt]
@@ -88,7 +89,11 @@ def main(argv):
 
     # --- figures ------------------------------------------------------------------------------------------------------
     if jax.process_index() == 0:
-        drawn = [(f"{name}{suffix}", figure) for name, figure in (figures.all_figures(found) if found else ())]
+        drawn = [
+            (f"{name}{bank}{suffix}", figure)
+            for bank, one in found.items()
+            for name, figure in figures.all_figures(one)
+        ]
         if (workdir / "metrics.jsonl").exists():
             drawn.append(("loss", figures.training(workdir)))
         (workdir / "figures").mkdir(exist_ok=True)
@@ -98,9 +103,9 @@ def main(argv):
     # --- what is printed ----------------------------------------------------------------------------------------------
     echo("\nbits per byte of the held-out text: the model and general-purpose compressors")
     echo(held_out.table(result, baselines))
-    if found is not None:
-        echo("\nthe router on the same text")
-        echo(analysis.layer_table(found))
+    for bank, one in found.items():
+        echo(f"\nthe router on the same text{', layers with ' + bank[1:] + ' experts' if bank else ''}")
+        echo(analysis.layer_table(one))
     for text in texts:
         echo(f"\nsample\n{text}")
     files = ", ".join(dict.fromkeys(written))

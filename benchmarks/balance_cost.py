@@ -18,7 +18,7 @@ from absl import flags
 from benchmarks.rows import random_rows
 from moe_jax import cli, config
 from moe_jax.moe import layer
-from moe_jax.moe.stats import RouterStats, router_stats
+from moe_jax.moe.stats import RouterStats, by_depth, router_stats
 from moe_jax.parallel import sharding
 from moe_jax.train import metrics, step
 from moe_jax.train.state import init_state, process_rows, put_batch
@@ -87,7 +87,7 @@ def main(_):
                 jax.block_until_ready(state)
                 seconds[name].append((time.perf_counter() - began) / STEPS.value)
             elif "global" in name:
-                load = metrics.router_metrics(metrics.to_host(aux.router), cfg.model.moe.top_k)["max_load"]
+                load = metrics.router_metrics(by_depth(cfg.model.places, metrics.to_host(aux.router)))["max_load"]
                 print(f"{name}: loss {float(aux.loss):.3f}, max load {load:.2f}", flush=True)
     for name, turns in seconds.items():
         base = seconds[base_of(name)]

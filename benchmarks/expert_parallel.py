@@ -29,6 +29,7 @@ from absl import flags
 from benchmarks.rows import Timed, milliseconds, moe_layer, seconds, training_step
 from moe_jax import cli, config
 from moe_jax.moe import exchange
+from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.train import metrics
 
@@ -127,7 +128,7 @@ class Row:
         with jax.set_mesh(self.mesh):
             took, out = seconds(self.timed.call, self.timed.start(), STEPS.value)
         self.turns.append(took)
-        router = metrics.router_metrics(metrics.to_host(out[-1]["router"]), self.cfg.model.moe.top_k)
+        router = metrics.router_metrics(by_depth(self.cfg.model.places, metrics.to_host(out[-1]["router"])))
         self.note = (f"max load {router['max_load']:.2f}, dropped {router['dropped']:.1%}, "
                      f"value {float(out[-1]['value']):.6g}, gradient {float(out[-1]['norm']):.6g}")  # fmt: skip
 

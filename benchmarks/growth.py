@@ -38,6 +38,7 @@ from moe_jax import cli, config, model, optim
 from moe_jax.errors import UserError
 from moe_jax.evaluate.analysis import INK, QUIET
 from moe_jax.evaluate.figures import GRID
+from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.train import metrics
 from moe_jax.train.gradients import make_gradients
@@ -163,7 +164,7 @@ class Row:
                 self.gradient_turns.append(seconds(self._gradients, arguments, STEPS.value, carry=False)[0])
             took, out = seconds(self.timed.call, start, STEPS.value)
         self.turns.append(took)
-        router = metrics.router_metrics(metrics.to_host(out[-1]["router"]), self.cfg.model.moe.top_k)
+        router = metrics.router_metrics(by_depth(self.cfg.model.places, metrics.to_host(out[-1]["router"])))
         self.max_load = router["max_load"]
 
     def numbers(self, first: "Row", rate: float) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def run(shape: Shape, mesh) -> None:
     flops = 6 * shape.tokens * shape.top_k * shape.d_model * shape.d_expert
     for load, (one, two) in turns.items():
         forth, total = statistics.median(one), statistics.median(two)
-        router = metrics.router_metrics(metrics.to_host(stats_of(rests[load])), shape.top_k)
+        router = metrics.router_metrics([metrics.to_host(jax.tree.map(lambda a: a[0], stats_of(rests[load])))])
         rates = [flops / forth, 2 * flops / (total - forth), 3 * flops / total]
         peer = f", SonicMoE {shape.sonic[0]} / {shape.sonic[1]}" if shape.sonic else ""
         print(

@@ -94,7 +94,7 @@ def moe_layer(cfg: config.RunConfig, mesh: Any) -> Layer:
 
     def make():
         init = Init(nnx.Rngs(0), cfg.model.init_std)
-        layer = MoE(cfg.model, init, cfg.model.init_std, Program.choose(cfg.model, mesh))
+        layer = MoE(cfg.model, cfg.model.moe.num_experts, init, cfg.model.init_std, Program.choose(cfg.model, mesh))
         return nnx.split(layer, nnx.Param, ...)
 
     def apply(params, x, graph, rest):

@@ -29,6 +29,7 @@ from absl import flags
 from benchmarks.rows import milliseconds, random_rows, steer, where
 from moe_jax import chips, cli, config, data, model
 from moe_jax.errors import UserError
+from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.train import metrics, step
 from moe_jax.train.state import choose_program, init_state, process_rows, put_batch
@@ -80,7 +81,8 @@ def main(_):
     biases = {"": state.router_bias}
     if LOADS.value:
         by_domain, evaluate = put_batch(rows[0], mesh, cfg, by_domain=True), step.make_eval_step(cfg, mesh, 1)
-        stats = lambda bias: evaluate(state.params, bias, by_domain).router
+        (block,) = state.router_bias  # steer() knows models whose layers with experts are one stack
+        stats = lambda bias: evaluate(state.params, bias, by_domain).router[block]
         with jax.set_mesh(mesh):
             steered = lambda load: steer(state.router_bias, stats, cfg.model.moe, float(load))
             biases = {load: state.router_bias if load == "own" else steered(load) for load in LOADS.value}
@@ -110,7 +112,7 @@ def main(_):
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
     for load, taken in turns.items():
         aux, seconds = last[load], statistics.median(taken)
-        router = metrics.router_metrics(metrics.to_host(aux.router), cfg.model.moe.top_k)
+        router = metrics.router_metrics(by_depth(cfg.model.places, metrics.to_host(aux.router)))
         print(
             f"moe_jax {model.count_parameters(cfg.model).total / 1e9:.2f}B{', text' * TEXT.value}"
             f"{f' after {SETTLE.value} steps' * bool(SETTLE.value)}{load and f', load {load:<3}'}: "

@@ -90,7 +90,7 @@ def load_run(folder: Path) -> Finished:
     seen = tokens.sum(0) > 0
     counts_and_tokens = {"tokens": tokens[:, seen], "tokens_per_expert": counts[:, seen]}
     stats = RouterStats(**(dict.fromkeys(RouterStats._fields) | counts_and_tokens))
-    frequency, bits = selection_frequency(stats), specialisation(stats, moe["top_k"])
+    frequency, bits = selection_frequency(stats), specialisation(stats)
     load = counts.sum(1)  # [L, E]
     numbers = {
         "perplexity": total["perplexity"],

@@ -38,7 +38,7 @@ def measure(folder: Path) -> dict:
     batches.close()
     lr, decay = float(aux.lr), cfg.optim.weight_decay
     update = jax.tree.map(lambda a, b: (a - np.asarray(b)) / lr - decay * a, old, jax.device_get(state.params))
-    weights, updates = spectra.matrices(old), spectra.matrices(update)
+    weights, updates = (spectra.matrices(tree, cfg.model.places) for tree in (old, update))
     kinds = sorted(kind for kind in weights if kind.startswith(ENTROPY))
     return {
         "step": done,

@@ -8,6 +8,7 @@ It writes measures.json into the run directory, and then deletes the run's check
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import jax
 from experiments.upcycling_report import costs
 from moe_jax import config, data, terminal
 from moe_jax.config import RunConfig
+from moe_jax.config.layers import Place
 from moe_jax.evaluate import held_out, spectra
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, weights
@@ -27,10 +29,10 @@ def granularity(origin: list[dict]) -> int:
     return next((t["granularity"] for chain in chains for t in chain if t["transform"] == "VirtualGroups"), 1)
 
 
-def similarity(params: dict, origin: list[dict]) -> dict[str, list[float]]:
+def similarity(params: dict, places: Sequence[Place], origin: list[dict]) -> dict[str, list[float]]:
     """The similarity of experts, `{"expert gate": by layer, …}`; {} for a dense model."""
     g = granularity(origin)
-    found = {kind: x for kind, x in spectra.matrices(params).items() if kind.startswith("expert ")}
+    found = {kind: x for kind, x in spectra.matrices(params, places).items() if kind.startswith("expert ")}
     return {kind: spectra.expert_similarity(x, g).tolist() for kind, x in found.items()}
 
 
@@ -42,12 +44,12 @@ def measure(folder: Path) -> dict:
     params, bias, origin = weights.load_weights(cfg.init_from, *abstract, cast=True)
     corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
     result = held_out.evaluate(cfg, mesh, params, bias, corpus, limit=cfg.train.eval_batches, progress=False)
-    alike = {0: similarity(params, origin)}
+    alike = {0: similarity(params, cfg.model.places, origin)}
     del params
     with checkpoint.Checkpoints(folder) as checkpoints:
         steps = checkpoints.steps()
     for n in steps:
-        alike[n] = similarity(weights.load_weights(folder, *abstract, step=n)[0], origin)
+        alike[n] = similarity(weights.load_weights(folder, *abstract, step=n)[0], cfg.model.places, origin)
     return {
         "start": {row["domain"]: row["xent"] for row in result.rows()},
         "similarity": alike,

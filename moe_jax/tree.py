@@ -1,6 +1,7 @@
 """Trees of parameters and of settings by name: the one spelling of a path."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,12 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
         *folders, name = path.split("/")
         functools.reduce(lambda node, folder: node.setdefault(folder, {}), folders, out)[name] = value
     return out
+
+
+def update_at(tree: dict[str, Any], path: str, fn: Callable[[Any], Any]) -> dict[str, Any]:
+    """The nested dicts with `fn` applied to what lies at a path, such as `layers/attention`."""
+    name, _, rest = path.partition("/")
+    return {**tree, name: update_at(tree[name], rest, fn) if rest else fn(tree[name])}
 
 
 def flatten_config(values: Any, name: str = "") -> dict[str, Any]:

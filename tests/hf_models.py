@@ -31,6 +31,10 @@ MODELS = {
     "mixtral": ("Mixtral", dict(num_local_experts=6, num_experts_per_tok=2)),
     "olmoe": ("Olmoe", dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False)),
     "qwen3_moe": ("Qwen3Moe", EXPERTS | dict(num_experts=8, norm_topk_prob=True, head_dim=10, mlp_only_layers=[0])),
+    "qwen3_moe, every second": (
+        "Qwen3Moe",
+        EXPERTS | dict(num_experts=8, head_dim=10, num_hidden_layers=5, decoder_sparse_step=2, mlp_only_layers=[1]),
+    ),
     "moonlight": ("DeepseekV3", EXPERTS | MLA | dict(n_group=1, topk_group=1, q_lora_rank=None)),
     "deepseek_v3": ("DeepseekV3", EXPERTS | MLA | dict(n_group=4, topk_group=2, q_lora_rank=18, num_experts_per_tok=3)),
 }
@@ -59,7 +63,7 @@ def build(name: str):
 @functools.cache
 def saved(name: str) -> Path:
     """Its files, as transformers writes them; in two or more shards."""
-    folder = Path(tempfile.mkdtemp(prefix=f"hf-{name}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"hf-{name.partition(',')[0]}-"))
     build(name).save_pretrained(folder, max_shard_size="60KB")
     return folder
 

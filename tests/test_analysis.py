@@ -68,10 +68,12 @@ def eval_step(shape: tuple[int, int, int], record: bool):
 
 
 def sums(shape: tuple[int, int, int], earlier: int | None = 1, record: bool = True) -> EvalSums:
+    """The sums, of which those by block are of the only one."""
     mesh, params, bias = weights(0, shape)
     batch = put_batch(batch_rows(), mesh, run_config(), by_domain=True)
     before = () if earlier is None else (weights(earlier, shape)[1:],)
-    return jax.device_get(eval_step(shape, record)(params, bias, batch, *before))
+    found = jax.device_get(eval_step(shape, record)(params, bias, batch, *before))
+    return found._replace(router=found.router["layers"], choices=found.choices and found.choices["layers"])
 
 
 @functools.cache
@@ -90,7 +92,7 @@ def outputs() -> tuple[model.Output, model.Output]:
 
 
 def by_hand() -> ChoiceSums:
-    rows, (now, before) = batch_rows(), (out.choices for out in outputs())
+    rows, (now, before) = batch_rows(), (out.choices["layers"] for out in outputs())
     score, pairs, kept = np.zeros((L, G)), np.zeros((L, E, E)), np.zeros((L, G))
     for layer, b, s in np.ndindex(L, B, S):
         if not rows["segment_ids"][b, s]:
@@ -117,10 +119,12 @@ def test_sums_equal_a_loop_over_tokens(shape):
 
 def test_only_a_recording_model_returns_choices():
     """… and recording changes nothing else. The score of K experts out of E is between K/E and 1, a bias aside."""
-    out = outputs()[0]
-    assert out.choices.experts.shape == (L, B, S, K) and out.choices.score.shape == (L, B, S)
-    assert (out.choices.score > K / E * 0.9).all() and (out.choices.score < 1).all()
-    assert [len(set(row)) for row in out.choices.experts.reshape(-1, K)] == [K] * (L * B * S)
+    choices = outputs()[0].choices["layers"]
+    assert choices.experts.shape == (L, B, S, K) and choices.score.shape == (L, B, S)
+    counted = batch_rows()["segment_ids"] > 0
+    assert (choices.score[:, counted] > K / E * 0.9).all() and (choices.score < 1).all()
+    assert [len(set(row)) for row in choices.experts[:, counted].reshape(-1, K)] == [K] * (L * counted.sum())
+    assert (choices.experts[:, ~counted] == -1).all() and not choices.score[:, ~counted].any()
     plain, alone = sums((1, 1, 1), earlier=None, record=False), sums((1, 1, 1), earlier=None)
     assert plain.choices is None and alone.choices.kept is None
     same = functools.partial(np.testing.assert_allclose, rtol=1e-6)
@@ -129,7 +133,7 @@ def test_only_a_recording_model_returns_choices():
 
 def test_a_run_agrees_with_itself():
     got = sums((2, 2, 2), earlier=0)
-    np.testing.assert_array_equal(analysis.saturation(got.choices, got.router, K), np.ones((L, G)))
+    np.testing.assert_array_equal(analysis.saturation(got.choices, got.router), np.ones((L, G)))
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -155,8 +159,8 @@ def test_domains(load, bits, overlap, dead, violation):
     stats = stats_of(load, 2)
     frequency = analysis.selection_frequency(stats)
     np.testing.assert_allclose(frequency.sum(-1), 2)
-    np.testing.assert_allclose(analysis.specialisation(stats, 2), [bits], atol=1e-12)
-    np.testing.assert_array_equal(analysis.overlap(analysis.high_frequency(frequency, 2))[0, 0, 1], overlap)
+    np.testing.assert_allclose(analysis.specialisation(stats), [bits], atol=1e-12)
+    np.testing.assert_array_equal(analysis.overlap(analysis.high_frequency(frequency))[0, 0, 1], overlap)
     assert analysis.dead_experts(load.sum(1)) == [dead]
     np.testing.assert_allclose(analysis.max_violation(stats), [violation], atol=1e-12)
 
@@ -166,8 +170,8 @@ def test_a_partial_overlap():
     load = np.array([[[40.0, 60, 37, 37, 26], [10, 40, 40, 80, 30]]])
     load = np.concatenate([load, np.zeros((1, 2, 3))], -1)
     frequency = analysis.selection_frequency(stats_of(load, 2))
-    np.testing.assert_array_equal(analysis.high_frequency(frequency, 2)[0].sum(-1), [2, 3])
-    np.testing.assert_allclose(analysis.overlap(analysis.high_frequency(frequency, 2))[0], [[1, 0.25], [0.25, 1]])
+    np.testing.assert_array_equal(analysis.high_frequency(frequency)[0].sum(-1), [2, 3])
+    np.testing.assert_allclose(analysis.overlap(analysis.high_frequency(frequency))[0], [[1, 0.25], [0.25, 1]])
 
 
 def test_experts():
@@ -177,7 +181,7 @@ def test_experts():
     choices = ChoiceSums(np.array([[7.0, 0]]), pairs, np.array([[15.0, 0]]))
     nan = np.nan
     together = [[1, 0.6, 0.4, 0], [1, 1, 0, 0], [1, 0, 1, 0], [nan] * 4]
-    found = analysis.analyse(stats, choices, ("seen", "unseen"), 2, earlier_step=5)
+    found = analysis.analyse_bank(stats, choices, ("seen", "unseen"), 2, earlier_step=5)
     np.testing.assert_allclose(found.coactivation[0], together)
     np.testing.assert_allclose(found.topk_score, [[0.7, nan]])
     np.testing.assert_allclose(found.saturation, [[0.75, nan]])
@@ -215,7 +219,7 @@ def test_matrices_by_kind():
     shapes = model.abstract(config.build(c).model).shapes
     counter = iter(range(1000))
     params = jax.tree.map(lambda x: np.full(x.shape, next(counter) + 1.0, np.float32), shapes)
-    found = spectra.matrices(params)
+    found = spectra.matrices(params, config.build(c).model.places)
     glu = {f"{kind} {x}" for kind in ("expert", "shared", "dense") for x in ("gate", "up", "down")}
     assert set(found) == {"embedding", "head", "router", *(f"attention {x}" for x in "qkvo"), *glu}
     assert found["embedding"].shape == (1, 512, 128) and found["expert down"].shape == (2, 8, 256, 128)
@@ -224,7 +228,7 @@ def test_matrices_by_kind():
     matrices_of = [x for x in jax.tree.leaves(params) if x.ndim > 2 or x.shape == (512, 128)]
     assert sum(x.size for x in found.values()) == sum(x.size for x in matrices_of)
     with pytest.raises(ValueError, match="no kind for the parameter layers/moe/w_new"):
-        spectra.matrices({"layers": {"moe": {"w_new": np.zeros((1, 2, 2))}}})
+        spectra.matrices({"layers": {"moe": {"w_new": np.zeros((1, 2, 2))}}}, ())
 
 
 # --- arrays and figures ----------------------------------------------------------------------------------------------
@@ -245,7 +249,7 @@ def made_up(layers: int, domains: int, experts: int, top_k: int, earlier: int | 
     zeros = np.zeros_like(tokens)
     choices = ChoiceSums(0.6 * tokens, pairs, None if earlier is None else 0.9 * top_k * tokens)
     names = tuple(f"a_rather_long_name_{g}" for g in range(domains))
-    return analysis.analyse(RouterStats(tokens, load, load, zeros, zeros), choices, names, top_k, earlier)
+    return analysis.analyse_bank(RouterStats(tokens, load, load, zeros, zeros), choices, names, top_k, earlier)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64, 8), (3, 4, 8, 2), (2, 3, 4, 1), (18, 2, 4, 4)])

@@ -59,7 +59,7 @@ def statistics(logits, cfg, balance_batch="global", bias=None, mask=None):
 @functools.partial(jax.jit, static_argnames=("cfg", "balance_batch"))
 def ours(logits, cfg, balance_batch="global", bias=None, mask=None):
     """The load-balancing loss here, `[L]`."""
-    return load_balancing_loss(statistics(logits, cfg, balance_batch, bias, mask), cfg.top_k)
+    return load_balancing_loss(statistics(logits, cfg, balance_batch, bias, mask))
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_megatron_global_aux_prints_one_but_pulls_with_coef_over_dp(steps):
         counts, value = 0.0, 0.0
         for i, s in enumerate(parts):
             counts += s.tokens_per_expert  # of equal micro-batches
-            value += load_balancing_loss(s._replace(tokens_per_expert=counts / (i + 1)), 2) / len(parts)
+            value += load_balancing_loss(s._replace(tokens_per_expert=counts / (i + 1))) / len(parts)
         return jnp.sum(value)
 
     value, grad = jax.jit(jax.value_and_grad(here))(jnp.asarray(logits))

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import upcycling_report
 from moe_jax import config
+from moe_jax.config import ModelConfig
 from moe_jax.errors import ConfigError
 from moe_jax.evaluate import held_out
 from moe_jax.moe.stats import RouterStats
@@ -19,7 +20,16 @@ STATS = RouterStats(np.ones((1, 8)), np.ones((1, 8, 2)), np.ones((1, 8, 2)), np.
 
 def result() -> held_out.EvalResult:
     tokens = np.array([10.0, 20, 30, 40, 50, 60, 70, 0])
-    return held_out.EvalResult(NAMES, tokens * np.arange(1, 9), tokens, np.full(8, 2.0), STATS, None)
+    places = ModelConfig(num_layers=1).places
+    return held_out.EvalResult(
+        NAMES,
+        tokens * np.arange(1, 9),
+        tokens,
+        np.full(8, 2.0),
+        places,
+        {"layers": STATS},
+        None,
+    )
 
 
 def test_no_domain_has_the_total_s_numbers():

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from moe_jax.config import ModelConfig
 from moe_jax.evaluate import held_out
 from moe_jax.moe.stats import RouterStats
 from moe_jax.run import log
@@ -16,7 +17,18 @@ def result_of(nll=(8.0, 16.0), tokens=(4.0, 8.0), limit=0, sequences=(9, 9)) -> 
     nll, tokens = np.array(nll), np.array(tokens)
     load = np.stack([tokens, tokens], -1)[None]
     stats = RouterStats(tokens[None], load, load / 2, tokens[None], 0 * tokens[None])
-    return held_out.EvalResult(("a", "b"), nll, tokens, np.full(2, 2.0), stats, None, limit, sequences)
+    places = ModelConfig(num_layers=1).places
+    return held_out.EvalResult(
+        ("a", "b"),
+        nll,
+        tokens,
+        np.full(2, 2.0),
+        places,
+        {"layers": stats},
+        None,
+        limit,
+        sequences,
+    )
 
 
 def test_only_all_text_at_the_newest_step_is_the_main_evaluation():

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.moe import experts
-from moe_jax.moe.experts import ExpertWeights
+from moe_jax.moe.experts import ExpertCompute, ExpertWeights
 from moe_jax.moe.layer import MoE, TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.moe.routing import Routing
@@ -130,7 +130,7 @@ def test_every_compute_path_equals_the_oracle(k):
     dense, others = make("dense"), {c: make(c) for c in ("grouped", "capacity")}
     # As on a fourth of the devices that all tokens chose: up to four further turns.
     others["in turns"] = make_run(MoEConfig(num_experts=4 * E, top_k=k, compute="grouped"))
-    assert experts.rows_per_pass(MoEConfig(num_experts=4 * E, top_k=k), T * k, E) == (4 * k, 8)
+    assert experts.rows_per_pass(ExpertCompute(MoEConfig(num_experts=4 * E, top_k=k)), T * k, E) == (4 * k, 8)
     for name, routing in cases(k).items():
         y, kept, grads = dense(x, routing, w, dy)
         assert y.dtype == jnp.float32
@@ -158,10 +158,10 @@ def test_every_compute_path_equals_the_oracle(k):
 def test_capacity_by_hand():
     """C = ⌈0.5 · 1 · 4 / 2⌉ = 1: each expert keeps the first of its tokens."""
     cfg = MoEConfig(num_experts=2, top_k=1, compute="capacity", capacity_factor=0.5)
-    assert experts.capacity_rows(cfg, 4) == 1
+    assert experts.capacity_rows(ExpertCompute(cfg), 4) == 1
     # ⌈1.25 · 2 · 12 / 8⌉ = ⌈3.75⌉; never less than one row.
-    assert experts.capacity_rows(MoEConfig(num_experts=8, top_k=2, capacity_factor=1.25), 12) == 4
-    assert experts.capacity_rows(MoEConfig(num_experts=64, top_k=1, capacity_factor=0.1), 4) == 1
+    assert experts.capacity_rows(ExpertCompute(MoEConfig(num_experts=8, top_k=2, capacity_factor=1.25)), 12) == 4
+    assert experts.capacity_rows(ExpertCompute(MoEConfig(num_experts=64, top_k=1, capacity_factor=0.1)), 4) == 1
     ids = jnp.asarray([[0], [0], [1], [0]], jnp.int32)
     ones = jnp.ones((2, 1, 1), jnp.float32)
     w = ExpertWeights(ones, ones, jnp.asarray([[[1.0]], [[10.0]]]))
@@ -179,7 +179,7 @@ def test_capacity_by_hand():
 def test_dropped_slots_are_as_if_never_chosen():
     """Kept slots are the first C of each expert in token order; values and gradients are the oracle's on those."""
     cfg = MoEConfig(num_experts=E, top_k=2, compute="capacity", capacity_factor=0.6)
-    rows = experts.capacity_rows(cfg, T)
+    rows = experts.capacity_rows(ExpertCompute(cfg), T)
     assert rows == 4
     w, x = make_weights()
     dy = jnp.asarray(np.random.default_rng(6).normal(size=(T, D)), jnp.float32)
@@ -227,7 +227,7 @@ def set_weights(params, seed=8):
 
 def make_layer(cfg, exchange="ring"):
     model = ModelConfig(d_model=WIDTH, moe=cfg)
-    return MoE(model, Init(nnx.Rngs(0), 1.0), 1.0, Program(exchange=exchange, balance_groups=GROUPS))
+    return MoE(model, cfg.num_experts, Init(nnx.Rngs(0), 1.0), 1.0, Program(exchange=exchange, balance_groups=GROUPS))
 
 
 @functools.cache
@@ -277,7 +277,7 @@ def test_drops_on_a_mesh_are_counted_once():
     for shape in ((1, 1, 1), (2, 2, 2), (1, 1, 8)):
         rows = shape[0] * shape[1]  # of `shape[2]` devices each, consecutive in the batch
         per_row = BATCH // rows
-        most = experts.capacity_rows(cfg, per_row * SEQ)
+        most = experts.capacity_rows(ExpertCompute(cfg), per_row * SEQ)
         want = np.zeros(GROUPS)
         for r in range(rows):
             left = np.full(cfg.num_experts, most)

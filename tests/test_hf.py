@@ -24,6 +24,7 @@ from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # n
 from moe_jax.moe import routing  # noqa: E402
 from moe_jax.moe.layer import TokenInfo  # noqa: E402
 from moe_jax.moe.program import Program  # noqa: E402
+from moe_jax.moe.stats import by_depth  # noqa: E402
 from moe_jax.nn.layers import weight  # noqa: E402
 from moe_jax.parallel import sharding  # noqa: E402
 from moe_jax.run import weights  # noqa: E402
@@ -31,7 +32,7 @@ from moe_jax.train.state import abstract_weights  # noqa: E402
 from moe_jax.upcycle import Noise, VirtualGroups, convert  # noqa: E402
 
 # Compiling is what takes time: the fast tests have one model of each architecture, two of them with a cache.
-SLOW = {"llama", "smollm2", "mistral", "deepseek_v3"}
+SLOW = {"llama", "smollm2", "mistral", "deepseek_v3", "qwen3_moe, every second"}
 some = lambda slow: [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in sorted(MODELS)]
 QUIET = lambda line: None
 
@@ -44,7 +45,7 @@ def mesh_of(*shape):
 @functools.cache
 def imported(name, shape=(1, 1, 1)):
     """The run directory of a model, and its configuration in float32."""
-    workdir = Path(tempfile.mkdtemp(prefix=f"run-{name}-")) / "run"
+    workdir = Path(tempfile.mkdtemp(prefix=f"run-{name.partition(',')[0]}-")) / "run"
     cfg = import_model(saved(name), workdir, mesh=mesh_of(*shape), echo=QUIET)
     return workdir, dataclasses.replace(cfg.model, compute_dtype="float32")
 
@@ -68,7 +69,9 @@ def logits_of(cfg, params, bias, tokens, prefill=None):
         info = TokenInfo(tokens >= 0, jnp.zeros_like(tokens))
         out = net(model.Inputs(tokens, positions, None, info), cache, start if cache else None)
         head = weight(net.output_matrix, "float32")
-        return jnp.einsum("bsd,vd->bsv", out.hidden, head), out.cache, out.choices.experts
+        experts = [choices.experts for choices in by_depth(cfg.places, out.choices)]
+        logits = jnp.einsum("bsd,vd->bsv", out.hidden, head)
+        return logits, out.cache, jnp.stack(experts) if experts else jnp.zeros((0,))
 
     with jax.set_mesh(mesh):
         tokens = jax.device_put(tokens, sharding.batch_sharding(mesh))

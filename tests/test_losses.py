@@ -46,10 +46,10 @@ def softmax(x):
 @pytest.mark.parametrize(("experts", "k"), [(2, 1), (4, 1), (8, 2), (6, 6), (64, 8)])
 def test_one_at_uniform_and_e_over_k_at_collapse(experts, k):
     uniform = stats_of(np.full((1, experts), 3.0 * k), np.full((1, experts), 3.0), k)
-    assert float(load_balancing_loss(uniform, k)) == pytest.approx(1.0, rel=1e-6)
+    assert float(load_balancing_loss(uniform)) == pytest.approx(1.0, rel=1e-6)
     few = np.zeros((1, experts))
     few[:, :k] = 12.0
-    assert float(load_balancing_loss(stats_of(few, few / k, k), k)) == pytest.approx(experts / k, rel=1e-6)
+    assert float(load_balancing_loss(stats_of(few, few / k, k))) == pytest.approx(experts / k, rel=1e-6)
 
 
 def test_domain_pure_groups_pay_where_the_whole_batch_does_not():
@@ -57,8 +57,8 @@ def test_domain_pure_groups_pay_where_the_whole_batch_does_not():
     half = np.float32([[6, 6, 0, 0], [0, 0, 6, 6]])
     apart = stats_of(half, half / 2, top_k=2)
     together = stats_of(half.sum(0, keepdims=True), half.sum(0, keepdims=True) / 2, top_k=2)
-    assert float(load_balancing_loss(apart, 2)) == pytest.approx(2.0, rel=1e-6)
-    assert float(load_balancing_loss(together, 2)) == pytest.approx(1.0, rel=1e-6)
+    assert float(load_balancing_loss(apart)) == pytest.approx(2.0, rel=1e-6)
+    assert float(load_balancing_loss(together)) == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
@@ -71,7 +71,7 @@ def test_load_balancing_of_added_batches_is_that_of_the_whole(num_groups):
 
     def loss(logits):
         parts = [route(logits[a:b], groups[a:b], num_groups, cfg) for a, b in ((0, 2), (2, 3), (3, 11))]
-        return load_balancing_loss(jax.tree.map(lambda *x: sum(x), *parts), cfg.top_k)
+        return load_balancing_loss(jax.tree.map(lambda *x: sum(x), *parts))
 
     value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
     p = softmax(logits)
@@ -92,7 +92,7 @@ def test_load_balancing_of_added_batches_is_that_of_the_whole(num_groups):
 def test_gradient_goes_through_probabilities_only():
     rng = np.random.default_rng(1)
     stats = stats_of(rng.integers(1, 9, (2, 4)) * 2.0, rng.random((2, 4)), top_k=2)
-    grad = jax.grad(lambda s: load_balancing_loss(s, 2))(stats)
+    grad = jax.grad(load_balancing_loss)(stats)
     assert not np.any(grad.tokens_per_expert)
     tokens, f = stats.tokens[:, None], stats.tokens_per_expert / (2 * stats.tokens[:, None])
     np.testing.assert_allclose(grad.prob_per_expert, 4 * f / tokens / 2, rtol=1e-6)
@@ -102,7 +102,7 @@ def test_layers_do_not_mix():
     rng = np.random.default_rng(2)
     layers = [stats_of(rng.integers(1, 9, (2, 4)) * 2.0, rng.random((2, 4)), top_k=2) for _ in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    np.testing.assert_allclose(load_balancing_loss(stacked, 2), [load_balancing_loss(s, 2) for s in layers], rtol=1e-6)
+    np.testing.assert_allclose(load_balancing_loss(stacked), [load_balancing_loss(s) for s in layers], rtol=1e-6)
 
 
 # --- router z-loss ---------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_router_z_loss():
 
     def loss(logits):
         one_layer = jax.tree.map(lambda x: x[None], route(logits, groups, 2, cfg))
-        return total_loss(BatchSums(0.0, 0.0, one_layer), LossConfig(), 2)[1].raw["router_z_raw"]
+        return total_loss(BatchSums(0.0, 0.0, {"layers": one_layer}), LossConfig())[1].raw["router_z_raw"]
 
     for c in (0.0, -3.0, 2.5):
         np.testing.assert_allclose(loss(jnp.full((5, 6), c)), (c + np.log(6)) ** 2, rtol=1e-6)
@@ -212,18 +212,19 @@ def test_summed_nll_on_a_mesh(monkeypatch):
 def sums_of(logits, cfg):
     """A batch of 6 tokens, two layers of the same router on scaled logits, weights that sum to 4."""
     stats = [route(logits * s, np.int32([0, 0, 0, 1, 1, 1]), 2, cfg) for s in (1.0, 2.0)]
-    return BatchSums(jnp.float32(10.0), jnp.float32(4.0), jax.tree.map(lambda *x: jnp.stack(x), *stats))
+    return BatchSums(jnp.float32(10.0), jnp.float32(4.0), {"layers": jax.tree.map(lambda *x: jnp.stack(x), *stats)})
 
 
 def test_logged_parts_add_up_to_the_loss():
     moe, cfg = MoEConfig(num_experts=4, top_k=2), LossConfig(load_balance_coef=0.3, router_z_coef=0.07, balance_batch=1)
     sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
-    loss, parts = total_loss(sums, cfg, moe.top_k)
+    loss, parts = total_loss(sums, cfg)
     named = parts.scalars()
     np.testing.assert_allclose(loss, sum(named.values()), rtol=1e-7)
     np.testing.assert_allclose(named["xent"], 2.5, rtol=1e-7)
-    np.testing.assert_allclose(named["load_balance"], 0.3 * np.mean(load_balancing_loss(sums.router, 2)), rtol=1e-6)
-    np.testing.assert_allclose(named["router_z"], 0.07 * router_z(sums.router), rtol=1e-6)
+    balance = np.mean(load_balancing_loss(sums.router["layers"]))
+    np.testing.assert_allclose(named["load_balance"], 0.3 * balance, rtol=1e-6)
+    np.testing.assert_allclose(named["router_z"], 0.07 * router_z(sums.router["layers"]), rtol=1e-6)
     assert all(float(p) > 0.05 for p in named.values())
     summed, _ = total_loss(sums, dataclasses.replace(cfg, router_loss_layers="sum"), moe.top_k)
     np.testing.assert_allclose(summed - named["xent"], 2 * (loss - named["xent"]), rtol=1e-6)  # two layers
@@ -233,16 +234,16 @@ def test_raw_values_do_not_depend_on_the_coefficients():
     """What two runs with other coefficients, steps or none at all can be compared by: each term before its factor."""
     moe = MoEConfig(num_experts=4, top_k=2)
     sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
-    merged = jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router)
+    merged = jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router["layers"])
     want = {
-        "load_balance_raw": np.mean(load_balancing_loss(sums.router, 2)),
-        "load_balance_raw/then": np.mean(load_balancing_loss(merged, 2)),
-        "router_z_raw": router_z(sums.router),
+        "load_balance_raw": np.mean(load_balancing_loss(sums.router["layers"])),
+        "load_balance_raw/then": np.mean(load_balancing_loss(merged)),
+        "router_z_raw": router_z(sums.router["layers"]),
     }
     for coef, z, more, stop in ((0.3, 0.07, 0.2, 0), (0.0, 0.0, 0.0, 0), (0.1, 0.001, 0.0, 3)):
         later = {"then": LoadBalanceConfig(more, "global", start_step=5)}
         cfg = LossConfig(coef, 1, stop, router_z_coef=z, more_load_balance=later)
-        loss, parts = total_loss(sums, cfg, moe.top_k, 4)
+        loss, parts = total_loss(sums, cfg, 4)
         assert parts.raw.keys() == want.keys()
         for name, value in want.items():
             np.testing.assert_allclose(parts.raw[name], value, rtol=1e-6, err_msg=name)
@@ -255,12 +256,12 @@ def test_losses_of_several_scopes_come_and_go_with_their_steps():
     cfg = LossConfig(load_balance_coef=0.3, balance_batch=1, load_balance_stop=3, more_load_balance=more)
     moe = MoEConfig(num_experts=4, top_k=2)
     sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
-    each = 0.3 * np.mean(load_balancing_loss(sums.router, 2))
-    merged = jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router)
-    whole = 0.3 * np.mean(load_balancing_loss(merged, 2))
+    each = 0.3 * np.mean(load_balancing_loss(sums.router["layers"]))
+    merged = jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router["layers"])
+    whole = 0.3 * np.mean(load_balancing_loss(merged))
     assert abs(each / whole - 1) > 1e-3
     want = {0: (each, 0, 0), 2: (each, 0, 0), 3: (0, whole, 0), 4: (0, whole, 0), 5: (0, whole, each / 100)}
-    parts_at = jax.jit(lambda step: total_loss(sums, cfg, moe.top_k, step)[1].load_balance)
+    parts_at = jax.jit(lambda step: total_loss(sums, cfg, step)[1].load_balance)
     for step, values in want.items():
         parts = parts_at(step)
         names = ("load_balance", "load_balance/then", "load_balance/micro")
@@ -273,7 +274,7 @@ def test_a_coefficient_of_zero_is_exactly_no_gradient():
 
     def grad(lb, z):
         cfg = LossConfig(load_balance_coef=lb, router_z_coef=z)
-        return np.asarray(jax.jit(jax.grad(lambda x: total_loss(sums_of(x, moe), cfg, 2)[0]))(logits))
+        return np.asarray(jax.jit(jax.grad(lambda x: total_loss(sums_of(x, moe), cfg)[0]))(logits))
 
     assert not grad(0.0, 0.0).any()
     assert np.abs(grad(0.1, 0.0)).max() > 1e-3
@@ -284,8 +285,8 @@ def test_a_coefficient_of_zero_is_exactly_no_gradient():
 def test_an_empty_batch_has_a_finite_loss_and_gradient():
     """Nothing but padding: every mean is 0 and so is every gradient."""
     stats = stats_of(np.zeros((1, 2)), np.zeros((1, 2)), top_k=1)
-    zeros = BatchSums(jnp.float32(0), jnp.float32(0), jax.tree.map(lambda x: x[None], stats))
-    value, grad = jax.jit(jax.value_and_grad(lambda s: total_loss(s, LossConfig(), 1)[0]))(zeros)
+    zeros = BatchSums(jnp.float32(0), jnp.float32(0), {"layers": jax.tree.map(lambda x: x[None], stats)})
+    value, grad = jax.jit(jax.value_and_grad(lambda s: total_loss(s, LossConfig())[0]))(zeros)
     assert float(value) == 0.0
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad))
 

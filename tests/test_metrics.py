@@ -20,7 +20,7 @@ from moe_jax.train import metrics
 from moe_jax.train.metrics import OneBehind, StepMetrics, Throughput, router_metrics
 
 ROW = ["step", "loss", "xent", "load_balance", "router_z", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu"]
-ROW += ["step_seconds", "max_load", "load_cv", "dead_experts", "dropped"]
+ROW += ["step_seconds", "max_load", "load_cv", "dead_experts", "dropped", "experts_per_token"]
 
 
 class Stats(NamedTuple):
@@ -38,11 +38,15 @@ def make_stats(load_LGE, top_k, dropped_LG=None):
     return Stats(tokens_LG, load_LGE, load_LGE, tokens_LG, dropped_LG)
 
 
+def layers(stats: Stats) -> list[Stats]:
+    return [Stats(*(x[i] for x in stats)) for i in range(len(stats.tokens))]
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def test_balanced_router():
-    got = router_metrics(make_stats(np.full((3, 2, 8), 5.0), top_k=2), top_k=2)
+    got = router_metrics(layers(make_stats(np.full((3, 2, 8), 5.0), top_k=2)))
     assert (got["max_load"], got["load_cv"], got["dead_experts"], got["dropped"]) == (1.0, 0.0, 0.0, 0.0)
 
 
@@ -50,7 +54,7 @@ def test_all_tokens_on_the_same_experts():
     """K = 2 of E = 8 experts take everything: E/K, the worst there is."""
     load = np.zeros((1, 1, 8))
     load[..., :2] = 30
-    got = router_metrics(make_stats(load, top_k=2), top_k=2)
+    got = router_metrics(layers(make_stats(load, top_k=2)))
     assert got["max_load"] == 4.0
     assert got["dead_experts"] == 6.0
     assert got["load_cv"] == pytest.approx(math.sqrt(3))  # mean 7.5, deviation √(0.75 · 7.5² + 0.25 · 22.5²)
@@ -59,25 +63,28 @@ def test_all_tokens_on_the_same_experts():
 def test_router_by_hand():
     """Groups are summed before anything is divided: two opposite groups are balanced together."""
     load = [[[4, 0], [0, 4]], [[6, 2], [0, 0]]]
-    got = router_metrics(make_stats(load, top_k=1, dropped_LG=[[1, 0], [2, 1]]), top_k=1)
+    got = router_metrics(layers(make_stats(load, top_k=1, dropped_LG=[[1, 0], [2, 1]])))
     assert got == {
         "max_load": 1.5,
         "load_cv": 0.25,
         "dead_experts": 0.0,
         "dropped": 0.25,
+        "experts_per_token": 1.0,
         "router/layer_00/max_load": 1.0,
         "router/layer_00/load_cv": 0.0,
         "router/layer_00/dead_experts": 0.0,
         "router/layer_00/dropped": 0.125,
+        "router/layer_00/experts_per_token": 1.0,
         "router/layer_01/max_load": 1.5,
         "router/layer_01/load_cv": 0.5,
         "router/layer_01/dead_experts": 0.0,
         "router/layer_01/dropped": 0.375,
+        "router/layer_01/experts_per_token": 1.0,
     }
 
 
 def test_router_without_tokens_is_finite():
-    got = router_metrics(make_stats(np.zeros((2, 1, 4)), top_k=2), top_k=2)
+    got = router_metrics(layers(make_stats(np.zeros((2, 1, 4)), top_k=2)))
     assert got["max_load"] == got["load_cv"] == got["dropped"] == 0.0
     assert got["dead_experts"] == 8.0
 
@@ -85,20 +92,21 @@ def test_router_without_tokens_is_finite():
 def make_report(more: dict) -> StepMetrics:
     number = lambda i: jnp.float32(i + 0.5)
     terms = {"xent": number(1), "load_balance": number(2), "router_z": number(3)} | more
-    router = make_stats(np.ones((2, 1, 4)), 2)
-    return StepMetrics(number(0), number(4), terms, number(5), tokens=jnp.float32(64), router=router)
+    return StepMetrics(number(0), number(4), terms, number(5), tokens=jnp.float32(64))
 
 
 def make_row(step=7, more=()):
     """more: further terms of the loss."""
     rates = {"tokens": 448, "tokens_per_second": 1000.0, "step_seconds": 0.064, "flops_per_token": 6e6, "peak": 1e12}
-    return metrics.train_metrics(step, make_report(dict(more)), top_k=2, **rates)
+    return metrics.train_metrics(
+        step, make_report(dict(more)), layers=layers(make_stats(np.ones((2, 1, 4)), 2)), **rates
+    )
 
 
 def test_train_metrics_row():
     row = make_row()
     assert list(row)[: len(ROW)] == ROW
-    assert list(row)[len(ROW)] == "router/layer_00/max_load" and len(row) == len(ROW) + 2 * 4
+    assert list(row)[len(ROW)] == "router/layer_00/max_load" and len(row) == len(ROW) + 2 * 5
     assert type(row["step"]) is int and all(type(v) is float for k, v in row.items() if k != "step")
     assert row["loss"] == 0.5 and row["lr"] == 5.5 and row["tokens"] == 448.0
     assert row["mfu"] == pytest.approx(1000 * 6e6 / 1e12)

@@ -174,9 +174,8 @@ def gradients(cfg):
         return compiled(params, biased(bias), packed()[0]), compiled.cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "everything" else pytest.mark.slow) for n in CONFIGS]
-)
+@pytest.mark.slow  # the fast part has it in test_stacks.py
+@pytest.mark.parametrize("name", CONFIGS)
 def test_scanned_layers_equal_a_plain_loop(name):
     """Hidden states, expert loads, and the gradient of a function of the logits in every parameter."""
     cfg = CONFIGS[name]
@@ -187,8 +186,8 @@ def test_scanned_layers_equal_a_plain_loop(name):
     plain = jax.jit(jax.value_and_grad(functools.partial(score, plain_forward, cfg), has_aux=True))
     (_, (want, loads)), want_grads = plain(*local)
     np.testing.assert_allclose(hidden, want, rtol=1e-5, atol=2e-5)
-    np.testing.assert_array_equal(stats.tokens_per_expert[:, 0], loads)
-    np.testing.assert_array_equal(stats.tokens[:, 0], [15] * (cfg.num_layers - cfg.num_dense_layers))
+    np.testing.assert_array_equal(stats["layers"].tokens_per_expert[:, 0], loads)
+    np.testing.assert_array_equal(stats["layers"].tokens[:, 0], [15] * cfg.num_moe_layers)
     for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want_grads), strict=True):
         where = jax.tree_util.keystr(path)
         scale = np.abs(w).max()

@@ -172,14 +172,15 @@ def test_equals_a_loop_over_tokens(name, seed):
 
 
 def test_choices_hold_the_probability_of_the_chosen():
-    """… of all K, valid or not, by the loop's numbers; who sums decides which tokens count."""
+    """… by the loop's numbers. A slot that is not valid is −1, and its expert's probability is not in the sum."""
     for name in VARIANTS:
         cfg, inputs, _ = draw(name, 0)
         plan, probs, _ = run(**inputs, cfg=cfg)
         want, tokens = by_hand(inputs, cfg), len(inputs["counted"])
         got = choices_of(plan, probs, (1, tokens))
-        np.testing.assert_array_equal(got.experts, [want["experts"]])
-        picked = np.take_along_axis(want["probs"], want["experts"], 1).sum(1)
+        valid = inputs["counted"][:, None]
+        np.testing.assert_array_equal(got.experts, [np.where(valid, want["experts"], -1)])
+        picked = (np.take_along_axis(want["probs"], want["experts"], 1) * valid).sum(1)
         np.testing.assert_allclose(got.score, [picked], rtol=2e-6)
 
 

@@ -6,6 +6,7 @@ with that of the chip. Bytes sent come from the compiled program, those of a rag
 come from a formula, and times from both and the data sheet.
 """
 
+import dataclasses
 import math
 import re
 import time
@@ -132,7 +133,9 @@ def bytes_sent(cfg: config.RunConfig, report: Report) -> dict[tuple[str, str], t
     The buffer of a ragged exchange has the size of the worst case. Its bytes are counted at uniform routing.
     """
     peers, out = report.mesh["expert"], {}
-    used = exchange.devices_per_token(cfg.model.moe, peers) / peers if cfg.model.num_moe_layers else 1
+    moe_of = lambda experts: dataclasses.replace(cfg.model.moe, num_experts=experts)
+    layers = [exchange.devices_per_token(moe_of(n), peers) for p in cfg.model.places if (n := p.kind.experts)]
+    used = sum(layers) / len(layers) / peers if layers else 1  # a mean over layers
     for c in report.sent:
         key = c.kind, "·".join(c.axes) or "none"
         times, size = out.get(key, (0, 0.0))

@@ -12,13 +12,11 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
     """The shape of the mesh on this machine. Raises ConfigError for a config that the machine cannot run."""
     shape = _mesh_shape(cfg, num_devices)
     moe, b, a = cfg.model.moe, cfg.data.batch_size, cfg.train.micro_batches
-    require(
-        moe.num_experts % shape[2] == 0 or not cfg.model.num_moe_layers,
-        "mesh.expert",
-        shape[2],
-        f"must divide model.moe.num_experts={moe.num_experts}",
-        f"nearest valid: {nearest_divisor(moe.num_experts, shape[2])}",
-    )
+    counts = cfg.model.expert_counts
+    several = f"model.moe.num_experts={moe.num_experts}" if len(counts) == 1 else f"the layers' experts {counts}"
+    nearest = nearest_divisor(math.gcd(*counts), shape[2]) if counts else 1
+    fits = all(count % shape[2] == 0 for count in counts)
+    require(fits, "mesh.expert", shape[2], f"must divide {several}", f"nearest valid: {nearest}")
     unit = num_devices * a
     require(
         b % unit == 0,
@@ -110,7 +108,7 @@ def for_evaluation(cfg: RunConfig, num_devices: int) -> tuple[RunConfig, tuple[i
 
     The batch is rounded up to a multiple of the number of devices.
     """
-    expert = math.gcd(cfg.model.moe.num_experts, num_devices)
+    expert = math.gcd(*cfg.model.expert_counts, num_devices)
     b = -(-cfg.data.batch_size // num_devices) * num_devices
     data = dataclasses.replace(cfg.data, batch_size=b)
     loss = dataclasses.replace(cfg.loss, balance_batch="global", more_load_balance={}, shuffle_tokens=False)

@@ -1,16 +1,19 @@
 """Fields of the model: routing and experts, attention, and the decoder around them."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moe_jax.config import layers as layers_lib
 from moe_jax.config.fields import FIXED, FUNCTION, Checked, machine, nearest_divisor, number, require
+from moe_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     """Routing and experts of one MoE layer."""
 
-    num_experts: int = number(8, 1)  # routed experts of a layer (E)
+    num_experts: int = number(8, 1)  # routed experts of a layer (E), unless model.layers gives it another number
     top_k: int = number(2, 1)  # routed experts that a token uses (K)
     d_expert: int = number(256, 1)  # hidden width of one expert (F)
     # Experts that every token uses. They are computed as one feed-forward layer of width num_shared_experts · d_expert.
@@ -44,6 +47,16 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # Back end of the experts' matrix products. "auto" takes the best that runs on the device; "hopper" needs an H100,
     # H200, H800 or GH200.
     grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper"] = machine("auto")
+
+    @property
+    def router_columns(self) -> int:
+        """Number of choices that the router has (C)."""
+        return self.num_experts
+
+    @property
+    def mean_slots(self) -> float:
+        """Number of experts that a token is expected to use: of its K slots, those that do something."""
+        return float(self.top_k)
 
     def check(self):
         e, k = self.num_experts, self.top_k
@@ -107,12 +120,15 @@ class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
 
 @dataclass(frozen=True)
 class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
-    """A pre-norm decoder: `num_dense_layers` dense blocks, then MoE blocks, `num_layers` in all."""
+    """A pre-norm decoder of `num_layers` blocks: `num_dense_layers` dense ones, then MoE blocks; or by `layers`."""
 
     vocab_size: int = number(512, 2)  # rows of the embedding (V); at least the tokenizer's tokens
     d_model: int = number(128, 2)  # width of the residual stream (D)
     num_layers: int = number(4, 1)  # blocks, dense ones and MoE ones together (L)
     num_dense_layers: int = number(0, 0)  # dense blocks at the start; num_layers: a dense model
+    # Any other order of blocks, such as "12*(dense moe)", "10*(dense moe:32) 2*(dense moe:64)" with as many experts, or
+    # "4*(late dense)", whose experts are added after the next block; "": the two numbers above.
+    layers: str = ""
     d_ff: int = number(512, 1)  # hidden width of the dense blocks
     # Activation of every feed-forward layer, dense or expert. "swiglu" has gate, up and down matrices; "gelu" and
     # "relu2" (squared ReLU) have no gate.
@@ -149,9 +165,28 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     @property
+    def stacks(self) -> tuple[layers_lib.Stack, ...]:
+        """The order of blocks: every other description of it follows from this one."""
+        if self.layers:
+            return layers_lib.parse(self.layers, self.moe.num_experts)
+        dense, moe = layers_lib.Kind("dense"), layers_lib.Kind("moe", self.moe.num_experts)
+        counts = ((self.num_dense_layers, (dense,)), (self.num_layers - self.num_dense_layers, (moe,)))
+        return layers_lib.stacks_of([(n, unit) for n, unit in counts if n])
+
+    @property
+    def places(self) -> tuple[layers_lib.Place, ...]:
+        """The place of each block in the parameters, from the first block to the last."""
+        return layers_lib.places_of(self.stacks)
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """The numbers of experts that its blocks have, the smallest first; () for a dense model."""
+        return tuple(sorted({kind.experts for stack in self.stacks for kind in stack.unit} - {0}))
+
+    @property
     def num_moe_layers(self) -> int:
         """Number of blocks with experts."""
-        return self.num_layers - self.num_dense_layers
+        return sum(stack.repeat * sum(bool(kind.experts) for kind in stack.unit) for stack in self.stacks)
 
     @property
     def v_dim(self) -> int:
@@ -167,8 +202,34 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
                  f"nearest valid: {self.head_dim + 1}")  # fmt: skip
         require(self.num_dense_layers <= self.num_layers, "num_dense_layers", self.num_dense_layers,
                  f"must be ≤ num_layers={self.num_layers}", f"nearest valid: {self.num_layers}")  # fmt: skip
+        if self.layers:
+            self._check_layers()
         if self.mla.kv_rank:
             self._check_mla()
+
+    def _check_layers(self):
+        text, stacks, experts = self.layers, self.stacks, self.moe.num_experts
+        blocks = sum(stack.repeat * len(stack.unit) for stack in stacks)
+        require(self.num_layers == blocks, "num_layers", self.num_layers, f"layers={text!r} has {blocks} blocks",
+                f"nearest valid: {blocks}")  # fmt: skip
+        require(self.num_dense_layers == 0, "num_dense_layers", self.num_dense_layers, "has no effect with layers",
+                "nearest valid: 0")  # fmt: skip
+        counts = self.expert_counts
+        nearest = min(counts, key=lambda e: abs(e - experts), default=experts)
+        rule = f"no block of layers={text!r} has this number"
+        require(not counts or experts in counts, "moe.num_experts", experts, rule, f"nearest valid: {nearest}")
+        for e in counts:
+            try:
+                dataclasses.replace(self.moe, num_experts=e)
+            except ConfigError as error:
+                rule = f"its blocks with {e} experts: moe.{error.name}={error.value!r} {error.rule}"
+                raise ConfigError("layers", text, rule, error.hint) from None
+        kinds = [stack.unit for stack in stacks]
+        dense, moe = layers_lib.Kind("dense"), layers_lib.Kind("moe", experts)
+        if kinds in ([(dense,)], [(moe,)], [(dense,), (moe,)]):
+            first = stacks[0].repeat if kinds[0] == (dense,) else 0
+            rule = f"is the order that num_layers={blocks} and num_dense_layers={first} say without it"
+            raise ConfigError("layers", text, rule, "nearest valid: ''")
 
     def _check_mla(self):
         rope, hint = self.mla.rope_dim, f"nearest valid: {self.mla.rope_dim + 2}"

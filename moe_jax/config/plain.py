@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moe_jax.config.layers import spell
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 
 
@@ -11,7 +12,8 @@ def plain(model: ModelConfig) -> ModelConfig:
     Two models are the same function if their forms are equal, apart from fields of the class MACHINE.
     """
     changes: dict = {}
-    if not model.num_dense_layers:
+    kinds = {kind.name for stack in model.stacks for kind in stack.unit}
+    if kinds == {"moe"}:
         changes["d_ff"] = ModelConfig.d_ff
     if not model.mla.kv_rank:
         changes["mla"] = MLAConfig()
@@ -20,6 +22,10 @@ def plain(model: ModelConfig) -> ModelConfig:
     if not model.qk_norm or model.num_heads == 1:
         changes["qk_norm_over"] = "head"
     changes["moe"] = plain_routing(model.moe) if model.num_moe_layers else MoEConfig()
+    if model.layers:
+        smallest = model.expert_counts[0]
+        changes["layers"] = spell([(stack.repeat, stack.unit) for stack in model.stacks], smallest)
+        changes["moe"] = dataclasses.replace(changes["moe"], num_experts=smallest)
     return dataclasses.replace(model, **changes)
 
 

@@ -317,6 +317,8 @@ class RunConfig(Checked, resume=FIXED):
             name = f"loss.{prefix}balance_batch"
             require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {nearest}")
         e, target = self.model.moe.num_experts, self.loss.bias_target
+        rule = f"needs layers with one number of experts, not {self.model.expert_counts}"
+        require(not target or len(self.model.expert_counts) == 1, "loss.bias_target", target, rule, "nearest valid: ()")
         require(not target or self.model.moe.selection_bias, "loss.bias_target", target,
                  "needs model.moe.selection_bias=True", "nearest valid: ()")  # fmt: skip
         rule = f"must have model.moe.num_experts={e} numbers, or none"

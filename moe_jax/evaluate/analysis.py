@@ -1,8 +1,12 @@
 """Measures of what the experts do on held-out text, computed in numpy from sums of the router's choices.
 
-Letters: L MoE layers, G domains, E experts, K experts per token. The value of a domain without tokens is NaN.
+Layers that have different numbers of experts are analysed apart, in banks of one number each.
+
+Letters: L layers with experts (of a bank), G domains, E experts, K the largest number of experts per token. The value
+of a domain without tokens is NaN.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +14,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from moe_jax.config.layers import Place
 from moe_jax.errors import FileError
-from moe_jax.moe.stats import ChoiceSums, RouterStats
+from moe_jax.moe.stats import ChoiceSums, RouterStats, by_depth
 
 INK, QUIET = "#1f2430", "#8a90a0"  # colours of text in every figure, here and in experiments/
 HIGH = 1.5  # a high-frequency expert is chosen at least this many times as often as under uniform routing
@@ -34,6 +39,7 @@ class Analysis(NamedTuple):
     coactivation: Float[np.ndarray, "L E E"]
     saturation: Float[np.ndarray, "L G"] | None  # None without an earlier checkpoint
     earlier_step: int | None
+    layers: Int[np.ndarray, " L"] | None = None  # numbers of a bank's layers; None: 0 to L − 1, as it is the only bank
 
     def save(self, path: Path | str) -> None:
         """Writes the measures to an .npz file; fields that are None are left out."""
@@ -41,24 +47,48 @@ class Analysis(NamedTuple):
 
 
 def analyse(
+    places: Sequence[Place],
+    stats: dict[str, RouterStats],
+    choices: dict[str, ChoiceSums],
+    domains: tuple[str, ...],
+    top_k: int,
+    earlier_step: int | None = None,
+) -> dict[str, Analysis]:
+    """All measures of a model from its sums by block, those of `held_out.evaluate(…, record=True)`.
+
+    The key is the suffix of a bank in the names of files: "" if all layers have the same number of experts, else "_32"
+    for those with 32. Without layers with experts the result is empty.
+    """
+    layers = list(zip(by_depth(places, stats), by_depth(places, choices), strict=True))
+    counts = [s.tokens_per_expert.shape[-1] for s, _ in layers]
+    found = {}
+    for experts in sorted(set(counts)):
+        own = [i for i, count in enumerate(counts) if count == experts]
+        bank = jax.tree.map(lambda *x: np.stack(x).astype(np.float64), *(layers[i] for i in own))
+        one = analyse_bank(*bank, domains, top_k, earlier_step)
+        only = len(own) == len(layers)
+        found["" if only else f"_{experts}"] = one if only else one._replace(layers=np.array(own))
+    return found
+
+
+def analyse_bank(
     stats: RouterStats, choices: ChoiceSums, domains: tuple[str, ...], top_k: int, earlier_step: int | None = None
 ) -> Analysis:
-    """All measures from the sums of `evaluate.evaluate(…, record=True)`."""
-    stats, choices = jax.tree.map(lambda x: np.asarray(x, np.float64), (stats, choices))
+    """All measures of layers with the same number of experts."""
     return Analysis(
         domains=tuple(domains),
         top_k=top_k,
         tokens=stats.tokens[:1].sum(0),
         selection_frequency=selection_frequency(stats),
-        specialisation=specialisation(stats, top_k),
-        overlap=overlap(high_frequency(selection_frequency(stats), top_k)),
+        specialisation=specialisation(stats),
+        overlap=overlap(high_frequency(selection_frequency(stats))),
         dead_experts=dead_experts(stats.tokens_per_expert.sum(1)),
         dead_experts_by_domain=np.where(stats.tokens > 0, dead_experts(stats.tokens_per_expert), np.nan),
         max_violation=max_violation(stats),
         dropped=stats.dropped.sum(1) / np.maximum(stats.tokens_per_expert.sum((1, 2)), 1.0),
         topk_score=topk_score(choices, stats),
         coactivation=coactivation(choices),
-        saturation=None if choices.kept is None else saturation(choices, stats, top_k),
+        saturation=None if choices.kept is None else saturation(choices, stats),
         earlier_step=earlier_step,
     )
 
@@ -82,7 +112,7 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def dead_experts(tokens_per_expert: Float[np.ndarray, "*L E"]) -> Int[np.ndarray, "*L"]:
-    """Number of experts that no token chose, 0 to E − K."""
+    """Number of experts that no token chose, 0 to E."""
     return (np.asarray(tokens_per_expert) == 0).sum(-1)
 
 
@@ -96,7 +126,7 @@ def max_violation(stats: RouterStats) -> Float[np.ndarray, " L"]:
 
 
 def selection_frequency(stats: RouterStats) -> Float[np.ndarray, "L G E"]:
-    """Share of a domain's tokens that choose each expert, 0 to 1. A row sums to K. Uniform routing gives K/E.
+    """Share of a domain's tokens that choose each expert, 0 to 1. A row sums to the mean number of experts per token.
 
     Source: arXiv:2501.11873, §5.
     """
@@ -104,7 +134,7 @@ def selection_frequency(stats: RouterStats) -> Float[np.ndarray, "L G E"]:
 
 
 def topk_score(choices: ChoiceSums, stats: RouterStats) -> Float[np.ndarray, "L G"]:
-    """Sum of the router probabilities of a token's K experts, as a mean over a domain's tokens, 0 to 1.
+    """Sum of the router probabilities of a token's experts, as a mean over a domain's tokens, 0 to 1.
 
     It is K/E if all experts have the same score. The language-modelling loss raises it; the router losses lower it.
     Source: arXiv:2501.11873, §5.
@@ -112,13 +142,14 @@ def topk_score(choices: ChoiceSums, stats: RouterStats) -> Float[np.ndarray, "L 
     return _ratio(np.asarray(choices.score, np.float64), np.asarray(stats.tokens))
 
 
-def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
+def specialisation(stats: RouterStats) -> Float[np.ndarray, " L"]:
     """Mutual information of expert and domain, in bits per assignment, 0 to log₂ G.
 
     It is 0 if all domains choose experts with the same frequencies. Domains have equal weights, so a large domain does
     not hide the others.
     """
-    p = np.nan_to_num(selection_frequency(stats)) / top_k
+    load = np.asarray(stats.tokens_per_expert, np.float64)
+    p = np.nan_to_num(_ratio(load, load.sum(-1, keepdims=True)))
     p = p[:, np.asarray(stats.tokens).sum(0) > 0]
     if not p.size:  # no layer, or no token
         return np.zeros(len(p))
@@ -127,9 +158,9 @@ def specialisation(stats: RouterStats, top_k: int) -> Float[np.ndarray, " L"]:
         return np.nansum(np.where(p > 0, p * np.log2(p / mean), 0.0), axis=(1, 2)) / p.shape[1]
 
 
-def high_frequency(frequency: Float[np.ndarray, "*L G E"], top_k: int) -> Bool[np.ndarray, "*L G E"]:
-    """Whether at least a share `HIGH` · K/E of a domain's tokens chooses an expert. Uniform routing gives K/E."""
-    return frequency >= HIGH * top_k / frequency.shape[-1] * (1 - 1e-9)
+def high_frequency(frequency: Float[np.ndarray, "*L G E"]) -> Bool[np.ndarray, "*L G E"]:
+    """Whether a domain's tokens choose an expert at least `HIGH` times as often as its experts on average."""
+    return (frequency >= HIGH * frequency.mean(-1, keepdims=True) * (1 - 1e-9)) & (frequency > 0)
 
 
 def overlap(high: Bool[np.ndarray, "L G E"]) -> Float[np.ndarray, "L G G"]:
@@ -146,27 +177,37 @@ def overlap(high: Bool[np.ndarray, "L G E"]) -> Float[np.ndarray, "L G G"]:
 def coactivation(choices: ChoiceSums) -> Float[np.ndarray, "L E E"]:
     """Share of the tokens of expert i that also chose expert j, at [i, j], 0 to 1. It is 1 on the diagonal.
 
-    Off the diagonal a row sums to K − 1, and uniform routing gives (K − 1)/(E − 1). The row of a dead expert is NaN.
+    With K experts for every token a row sums to K − 1 off the diagonal, and uniform routing gives (K − 1)/(E − 1). The
+    row of a dead expert is NaN.
     Source: arXiv:2409.02060 (OLMoE), expert co-activation.
     """
     pairs = np.asarray(choices.pairs, np.float64)
     return _ratio(pairs, np.diagonal(pairs, axis1=1, axis2=2)[:, :, None])
 
 
-def saturation(choices: ChoiceSums, stats: RouterStats, top_k: int) -> Float[np.ndarray, "L G"]:
-    """Share of a token's K experts that the earlier checkpoint chose too, as a mean over tokens, 0 to 1; K/E by chance.
+def saturation(choices: ChoiceSums, stats: RouterStats) -> Float[np.ndarray, "L G"]:
+    """Share of a domain's choices of experts that the earlier checkpoint made too, 0 to 1; K/E by chance.
 
     Source: arXiv:2409.02060 (OLMoE), router saturation, which compares with the end of training.
     """
-    return _ratio(np.asarray(choices.kept, np.float64), top_k * np.asarray(stats.tokens))
+    return _ratio(np.asarray(choices.kept, np.float64), np.asarray(stats.tokens_per_expert, np.float64).sum(-1))
+
+
+def uniform_frequency(found: Analysis) -> float:
+    """Share of the tokens that would choose an expert under uniform routing: mean number of experts per token / E."""
+    return max(float(np.nanmean(found.selection_frequency)), 1e-9)
+
+
+def number_of(found: Analysis, layer: int) -> int:
+    """The number, among all layers with experts, of a layer of a bank."""
+    return layer if found.layers is None else int(found.layers[layer])
 
 
 def layer_table(found: Analysis) -> str:
     """A table of the balance and specialisation of each layer. Domains have equal weights in its means."""
-    experts = found.selection_frequency.shape[-1]
-    score = np.nanmean(found.topk_score, axis=1) * experts / found.top_k
+    score = np.nanmean(found.topk_score, axis=1) / uniform_frequency(found)
     columns = {
-        "layer": [f"{i}" for i in range(len(score))],
+        "layer": [f"{number_of(found, i)}" for i in range(len(score))],
         "max violation": [f"{x:.2f}" for x in found.max_violation],
         "dead experts": [f"{x}" for x in found.dead_experts],
         "dropped": [f"{x:.2%}" for x in found.dropped],

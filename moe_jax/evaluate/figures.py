@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe_jax.evaluate.analysis import HIGH, INK, QUIET, Analysis, high_frequency
+from moe_jax.evaluate.analysis import HIGH, INK, QUIET, Analysis, high_frequency, number_of, uniform_frequency
 from moe_jax.run.log import read_metrics
 
 GRID = "#e8e9ee"
@@ -149,11 +149,11 @@ def expert_domain(found: Analysis, layers: list[int] | None = None) -> Figure:
     layers = _spread(count, 16 if experts <= 32 else 8) if layers is None else layers
     columns = min(len(layers), 4 if experts <= 32 else 2)
     figure, axes = _grid(len(layers), columns, *_panel(experts, len(_seen(found))))
-    norm = _around_uniform([found.selection_frequency], found.top_k / experts)
+    norm = _around_uniform([found.selection_frequency], uniform_frequency(found))
     for i, layer in enumerate(layers):
         axis = axes.flat[i]
         image = _heat(found, axis, layer, norm, names=i % columns == 0)
-        axis.set_title(f"layer {layer}", fontsize=9, color=INK, loc="left")
+        axis.set_title(f"layer {number_of(found, layer)}", fontsize=9, color=INK, loc="left")
         if i + columns >= len(layers):
             axis.set_xlabel("expert", fontsize=8, color=QUIET)
     _frequency_bar(figure, image, axes, norm)
@@ -171,7 +171,7 @@ def compare(runs: dict[str, Analysis], layer: int) -> Figure:
     figure.get_layout_engine().set(wspace=0.08)  # without space a panel's two titles would overlap the next panel's
     norm = _around_uniform(
         [found.selection_frequency[layer] for found in runs.values()],
-        min(found.top_k / found.selection_frequency.shape[2] for found in runs.values()),
+        min(uniform_frequency(found) for found in runs.values()),
     )
     for (name, found), axis in zip(runs.items(), axes.flat, strict=True):
         image = _heat(found, axis, layer, norm, names=axis is axes.flat[0])
@@ -199,7 +199,7 @@ def overlap(found: Analysis, layers: list[int] | None = None) -> Figure:
     norm = Normalize(0.0, 1.0)
     for layer, axis in zip(layers, axes.flat, strict=True):
         shared = found.overlap[layer][np.ix_(seen, seen)]
-        own = high_frequency(found.selection_frequency[layer, seen], found.top_k).sum(-1)
+        own = high_frequency(found.selection_frequency[layer, seen]).sum(-1)
         np.fill_diagonal(shared, np.nan)
         image = _cells(axis, shared, norm, "Blues")
         axis.set_box_aspect(1)
@@ -208,7 +208,7 @@ def overlap(found: Analysis, layers: list[int] | None = None) -> Figure:
             axis.annotate(f"{count}", (g, g), ha="center", va="center", fontsize=7, color=QUIET, style="italic")
         axis.set_xticks(range(len(seen)), names, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(seen)), names if axis is axes.flat[0] else [], fontsize=8)
-        axis.set_title(f"layer {layer}", fontsize=9, color=INK, loc="left")
+        axis.set_title(f"layer {number_of(found, layer)}", fontsize=9, color=INK, loc="left")
     _bar(figure, image, axes, {0.0: "0 none shared", 1.0: "1 the same"})
     figure.suptitle("High-frequency experts that two domains share", fontsize=11, color=INK)
     figure.supxlabel(
@@ -221,7 +221,7 @@ def overlap(found: Analysis, layers: list[int] | None = None) -> Figure:
 
 def _by_layer(found: Analysis, values: Float[np.ndarray, "L G"], reference: float, label: str) -> tuple[Figure, Axes]:
     """A figure with a line for each domain over the layers, named at its right end, and a dashed reference line."""
-    seen, layers = _seen(found), np.arange(len(values))
+    seen, layers = _seen(found), np.array([number_of(found, layer) for layer in range(len(values))])
     height = max(3.6, 0.22 * len(seen) + 1.4)
     figure = Figure((6.4, height), layout="constrained")
     axis = figure.subplots()
@@ -231,7 +231,9 @@ def _by_layer(found: Analysis, values: Float[np.ndarray, "L G"], reference: floa
     for i, g in enumerate(seen):
         ends.append((float(values[-1, g]), plain(found.domains[g]), colours[i % len(colours)]))
         axis.plot(layers, values[:, g], color=ends[-1][2], lw=1.8, marker="o", ms=4 if len(layers) <= 24 else 0)
-    axis.set_xlim((-0.5, 0.5) if len(layers) == 1 else (-0.05 * layers[-1], 1.03 * layers[-1]))
+    first, last = layers[0], layers[-1]
+    span = last - first
+    axis.set_xlim((first - 0.5, first + 0.5) if not span else (first - 0.05 * span, last + 0.03 * span))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.margins(y=0.08)
     low, high = axis.get_ylim()
@@ -269,7 +271,7 @@ def topk_score(found: Analysis) -> Figure:
 
     The dashed line is where all experts have the same score.
     """
-    uniform = found.top_k / found.selection_frequency.shape[-1]
+    uniform = uniform_frequency(found)
     figure, axis = _by_layer(found, found.topk_score, uniform, f"K/E = {uniform:.3g}")
     axis.set_ylabel("top-k score sum", fontsize=9)
     figure.suptitle("Router probability on the chosen experts (held-out text)", fontsize=11, color=INK)
@@ -281,7 +283,7 @@ def saturation(found: Analysis) -> Figure:
 
     The dashed line is chance.
     """
-    chance = found.top_k / found.selection_frequency.shape[-1]
+    chance = uniform_frequency(found)
     figure, axis = _by_layer(found, found.saturation, chance, "chance")
     axis.set_ylabel("router saturation", fontsize=9)
     figure.suptitle(
@@ -301,8 +303,8 @@ def coactivation(found: Analysis, layers: list[int] | None = None) -> Figure:
     """
     layers = _spread(len(found.coactivation), 3) if layers is None else layers
     experts, seen = found.coactivation.shape[-1], _seen(found)
-    uniform = (found.top_k - 1) / (experts - 1)
     off = np.where(np.eye(experts, dtype=bool)[None], np.nan, found.coactivation)
+    uniform = max(float(np.nanmean(off)), 1e-9)  # (K − 1)/(E − 1), if every token has K experts
     norm = _around_uniform([off[layers]], uniform)
     side = min(max(2.6, 0.2 * experts), 4.5)
     figure, axes = _grid(len(layers), len(layers), side, side)
@@ -316,7 +318,7 @@ def coactivation(found: Analysis, layers: list[int] | None = None) -> Figure:
         axis.set_yticks(range(experts) if few else [], order if few else [], fontsize=7, color=QUIET)
         if experts <= 10:
             _annotate(axis, together, norm, diverging=True)
-        axis.set_title(f"layer {layer}", fontsize=9, color=INK, loc="left")
+        axis.set_title(f"layer {number_of(found, layer)}", fontsize=9, color=INK, loc="left")
         axis.set_xlabel("… also choose expert", fontsize=8, color=QUIET)
     axes.flat[0].set_ylabel("of the tokens of expert", fontsize=8, color=QUIET)
     _frequency_bar(figure, image, axes, norm)

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from moe_jax.config import RunConfig
+from moe_jax.config.layers import Place
 from moe_jax.data import Corpus
 from moe_jax.errors import ConfigError
 from moe_jax.moe.program import Program
-from moe_jax.moe.stats import ChoiceSums, RouterStats
+from moe_jax.moe.stats import ChoiceSums, RouterStats, by_depth
 from moe_jax.run import log
 from moe_jax.train import step
 from moe_jax.train.state import process_rows, put_batch
@@ -29,14 +30,15 @@ TOTAL = ""  # name of all domains together; no domain has an empty name
 
 
 class EvalResult(NamedTuple):
-    """Sums over the held-out split, on the host. Letters: G domains, L MoE layers, E experts."""
+    """Sums over the held-out split, on the host, by block where a block has experts. Letters: G domains, L layers."""
 
     domains: tuple[str, ...]
     nll: np.ndarray  # [G] nats
     tokens: np.ndarray  # [G]
     bytes_per_token: np.ndarray  # [G]
-    router: RouterStats  # numpy, [L, G(, E)]
-    choices: ChoiceSums | None  # numpy, if recorded
+    places: tuple[Place, ...]  # of the model's blocks
+    router: dict[str, RouterStats]  # numpy, [L, G(, E)]
+    choices: dict[str, ChoiceSums] | None  # numpy, if recorded
     limit: int = 0  # batches asked for; 0: all
     sequences: tuple[int, int] = (0, 0)  # rows evaluated, and rows of the whole split
 
@@ -102,7 +104,9 @@ def evaluate(
     host = jax.tree.map(np.asarray, jax.device_get(sums))
     size = np.asarray(corpus.bytes_per_token)
     sequences = (corpus.num_validation_rows(limit), corpus.num_validation_rows())
-    return EvalResult(corpus.domains, host.nll, host.tokens, size, host.router, host.choices, limit, sequences)
+    return EvalResult(
+        corpus.domains, host.nll, host.tokens, size, cfg.model.places, host.router, host.choices, limit, sequences
+    )
 
 
 def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
@@ -166,13 +170,13 @@ def suffix_at_the_end(workdir: str | os.PathLike, result: EvalResult, step_numbe
 
 
 def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
-    """The text of eval.json: the table, the baselines, and counts [L][domain][E] of expert assignments.
+    """The text of eval.json: the table, the baselines, and counts [layer][domain][expert] of assignments.
 
     The table's last row, and the baselines' entry "", are all domains together.
     `limit`: most batches (null: no limit); `rows` were evaluated of `of_rows`; `tokens`: number of targets in them.
     Numbers that are not finite are null, and `nonfinite` beside them has their names.
     """
-    stats = result.router
+    layers = by_depth(result.places, result.router)
     rows, of_rows = result.sequences
     body = {
         "step": step_number,
@@ -183,8 +187,8 @@ def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str,
         "domains": [log.finite(row) for row in result.rows()],
         "domains_without_text": result.unseen(),
         "bits_per_byte_of": {name: log.finite(of) for name, of in baselines.items()},
-        "tokens_per_expert": stats.tokens_per_expert.astype(int).tolist(),
-        "tokens_per_layer_and_domain": stats.tokens.astype(int).tolist(),
-        "dropped": int(stats.dropped.sum()),
+        "tokens_per_expert": [stats.tokens_per_expert.astype(int).tolist() for stats in layers],
+        "tokens_per_layer_and_domain": [stats.tokens.astype(int).tolist() for stats in layers],
+        "dropped": int(sum(stats.dropped.sum() for stats in layers)),
     }
     return json.dumps(body, indent=1, allow_nan=False) + "\n"

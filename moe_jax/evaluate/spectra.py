@@ -4,14 +4,15 @@ Letters: L layers, E experts.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
+from moe_jax.config.layers import Place
 from moe_jax.evaluate.analysis import _ratio
-from moe_jax.tree import path_of
+from moe_jax.tree import flatten
 
 # The kind of a parameter's matrices. The first match decides; None: the parameter is not a matrix.
 KINDS = (
@@ -34,16 +35,27 @@ def kind_of(name: str) -> str | None:
     raise ValueError(f"no kind for the parameter {name}; add one to KINDS of moe_jax/evaluate/spectra.py")
 
 
-def matrices(params: Any) -> dict[str, Float[np.ndarray, "L *batch m n"]]:
-    """The matrices of each kind, by layer, the leading dense layers first. Embedding and head are `[1, V, D]`.
+def matrices(params: Any, places: Sequence[Place]) -> dict[str, Float[np.ndarray, "L *batch m n"]]:
+    """The matrices of each kind, by layer, from the first to the last. Embedding and head are `[1, V, D]`.
 
-    params: the nested dicts of the train state, or a tree of the same form, such as a step's update.
+    params: the nested dicts of the train state, or a tree of the same form, such as a step's update. Kinds of experts
+    are apart for each number of experts, if there are several: `expert gate, 32 experts`.
     """
-    found: dict[str, list[np.ndarray]] = {kind: [] for _, kind in KINDS if kind and "\\" not in kind}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if kind := kind_of(path_of(path)):
-            found.setdefault(kind, []).append(np.asarray(leaf)[None] if leaf.ndim == 2 else np.asarray(leaf))
-    return {kind: np.concatenate(parts) for kind, parts in found.items() if parts}
+    leaves = {name: np.asarray(leaf) for name, leaf in flatten(params).items() if kind_of(name)}
+    counts = {place.kind.experts for place in places} - {0}
+    found: dict[str, list[np.ndarray]] = {}
+    for name in ("embed", "head"):
+        if name in leaves:
+            found[kind_of(name)] = [leaves[name]]
+    for place in places:
+        for name, leaf in leaves.items():
+            if not name.startswith(f"{place.path}/"):
+                continue
+            kind = kind_of(name)
+            if len(counts) > 1 and kind.startswith(("expert ", "router")):
+                kind += f", {place.kind.experts} experts"
+            found.setdefault(kind, []).append(leaf[place.index])
+    return {kind: np.stack(parts) for kind, parts in found.items()}
 
 
 def rms(x: Float[np.ndarray, "L *batch m n"]) -> Float[np.ndarray, " L"]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from moe_jax import config
 from moe_jax.config import ModelConfig
+from moe_jax.config.layers import Kind, spell, units_of
 from moe_jax.errors import ConfigError, FormatError
 from moe_jax.hf.defaults import DEFAULTS, NULL
 
@@ -41,13 +42,13 @@ MUST = {  # the only value that is supported; in every class of transformers tha
     "use_bias": False,
     "clip_qkv": None,
     "quantization_config": None,
-    "decoder_sparse_step": 1,
     "moe_layer_freq": 1,
     "rope_interleave": True,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
 LARGEST = 2**31 - 1
+MOST_LAYERS = 10_000  # of a model whose dense layers are not the first ones
 QUIET = {"initializer_range", "use_sliding_window", "max_window_layers"}  # no message if one of these is missing
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # kept from import to export
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -253,16 +254,32 @@ def _rope(keys: Keys, positions: int) -> tuple[dict[str, Any], list[str]]:
 
 
 def _layers(keys: Keys, arch: Architecture, flat: dict[str, Any]) -> dict[str, Any]:
-    """The field num_dense_layers: all layers of a dense model, else those of `mlp_only_layers` or of the table."""
+    """The fields num_dense_layers and layers: which layers are dense."""
     if "moe.top_k" not in flat:
         return {"num_dense_layers": flat["num_layers"]}
     if arch.model_type == "qwen3_moe":
-        dense = keys.get("mlp_only_layers") or []
-        if not isinstance(dense, list) or dense != list(range(len(dense))):
-            raise FormatError(f"{keys.where}: mlp_only_layers={dense!r}: dense layers must be the first ones")
-        return {"num_dense_layers": len(dense)}
+        return _dense_anywhere(keys, flat["num_layers"], flat["moe.num_experts"])
     first = flat.get("num_dense_layers", 0)
     return {"num_dense_layers": min(first, flat["num_layers"])}  # the key may exceed the number of layers
+
+
+def _dense_anywhere(keys: Keys, num_layers: int, num_experts: int) -> dict[str, Any]:
+    """The fields for the keys `mlp_only_layers` and `decoder_sparse_step`, which may make any layer dense."""
+    listed, step = keys.get("mlp_only_layers") or [], keys.number("decoder_sparse_step")
+    if not isinstance(listed, list) or not all(type(i) is int for i in listed):
+        raise FormatError(f"{keys.where}: mlp_only_layers={listed!r} must be a list of layers")
+    if type(step) is not int or step < 1:
+        raise FormatError(f"{keys.where}: decoder_sparse_step={step!r} must be a whole number ≥ 1")
+    if step == 1 and sorted(set(listed)) == list(range(len(set(listed)))):
+        return {"num_dense_layers": min(len(set(listed)), num_layers)}
+    if num_layers > MOST_LAYERS:
+        raise FormatError(f"{keys.where}: num_hidden_layers={num_layers} is too large; the largest is {MOST_LAYERS:,}")
+    dense, moe = Kind("dense"), Kind("moe", num_experts)
+    kinds = tuple(dense if i in listed or (i + 1) % step else moe for i in range(num_layers))
+    at_start = sum(not kind.experts for kind in kinds)
+    if not any(kind.experts for kind in kinds[:at_start]):
+        return {"num_dense_layers": at_start}
+    return {"num_dense_layers": 0, "layers": spell(units_of(kinds), num_experts)}
 
 
 def _window(keys: Keys, num_layers: int) -> int:
@@ -304,6 +321,9 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
     seq_len: the number of positions if the model has no max_seq_len. prefer: the architecture to try first.
     """
     moe = config.plain_routing(model.moe) if model.num_moe_layers else model.moe
+    kinds = tuple(place.kind for place in model.places)
+    if model.layers and all(kind.name != "late" for kind in kinds):  # one spelling for each order of blocks
+        model = dataclasses.replace(model, layers=spell(units_of(kinds), model.moe.num_experts))
     model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len, moe=moe)
     reasons = {}
     for name in sorted(ARCHITECTURES, key=lambda name: name != prefer):
@@ -350,7 +370,7 @@ def _written(model: ModelConfig, arch: Architecture) -> dict[str, Any]:
     if s.factor > 1:
         hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if arch.model_type == "qwen3_moe":
-        hf["mlp_only_layers"] = list(range(model.num_dense_layers))
+        hf["mlp_only_layers"] = [i for i, place in enumerate(model.places) if not place.kind.experts]
     if "q_lora_rank" in hf:
         hf |= {"q_lora_rank": model.mla.q_rank or None, "qk_nope_head_dim": model.head_dim - model.mla.rope_dim}
     return hf

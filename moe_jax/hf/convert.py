@@ -117,7 +117,7 @@ def check_size(source: Path, model: ModelConfig, tensors: int) -> None:
 
     Without this check a wrong config.json could ask for a huge list of names.
     """
-    experts = model.num_moe_layers * model.moe.num_experts
+    experts = sum(place.kind.experts for place in model.places) if model.num_layers <= tensors else 0
     if max(model.num_layers, experts) > tensors:
         rule = f"has {tensors:,} tensors, too few for {model.num_layers:,} layers with {experts:,} experts in all"
         raise FormatError(f"{source}: {rule}, which its config.json asks for")

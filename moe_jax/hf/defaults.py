@@ -36,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _QWEN3 | {
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
         "head_dim": None, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128,
-        "norm_topk_prob": False, "mlp_only_layers": None,
+        "norm_topk_prob": False, "mlp_only_layers": None, "decoder_sparse_step": 1,
     },
     "olmoe": _SHARED | {
         "vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,

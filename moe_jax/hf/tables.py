@@ -88,7 +88,7 @@ def rules(name: str, cfg: ModelConfig) -> tuple[tuple[Rule, ...], tuple[Rule, ..
     attention = ATTENTION + (QK_NORM if cfg.qk_norm else ())
     if cfg.mla.kv_rank:
         attention = MLA + (MLA_Q_LATENT if cfg.mla.q_rank else MLA_Q)
-    layer = NORMS + attention + (DENSE if cfg.num_dense_layers else ())
+    layer = NORMS + attention + (DENSE if cfg.num_moe_layers < cfg.num_layers else ())
     if cfg.num_moe_layers:
         layer += MIXTRAL if name == "MixtralForCausalLM" else MOE
         layer += (SHARED if cfg.moe.num_shared_experts else ()) + (BIAS if cfg.moe.selection_bias else ())
@@ -169,26 +169,25 @@ def tensors(name: str, cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> 
     outside, layer_rules, prefix = rules(name, cfg)
     found = [_tensor(cfg, rule, rule[0], "", (), shapes) for rule in outside]
     used = set()
-    for i in range(cfg.num_layers):
-        dense = i < cfg.num_dense_layers
-        stack, l = ("dense_layers/", i) if dense else ("layers/", i - cfg.num_dense_layers)
+    for i, place in enumerate(cfg.places):
+        block = f"{place.path}/"
         for rule in layer_rules:
-            if f"{stack}{rule[1].split(',')[0]}" not in shapes:
+            if f"{block}{rule[1].split(',')[0]}" not in shapes:
                 continue  # the other kind of layer
             used.add(rule)
-            experts = range(cfg.moe.num_experts) if "{expert}" in rule[0] else (None,)
+            experts = range(place.kind.experts) if "{expert}" in rule[0] else (None,)
             for e in experts:
-                index = (l,) if e is None else (l, e)
+                index = (place.index,) if e is None else (place.index, e)
                 full = (prefix + rule[0]).format(layer=i, expert=e)
-                found.append(_tensor(cfg, rule, full, stack, index, shapes))
+                found.append(_tensor(cfg, rule, full, block, index, shapes))
     if unused := [rule for rule in layer_rules if rule not in used]:
         raise FormatError(f"the rule for {unused[0][0]} matches no parameter of this model; see moe_jax/hf/tables.py")
     _check_total(found, shapes)
     return found
 
 
-def _tensor(cfg, rule: Rule, name: str, stack: str, index: tuple[int, ...], shapes) -> Tensor:
-    paths = [stack + path for path in rule[1].split(",")]
+def _tensor(cfg, rule: Rule, name: str, block: str, index: tuple[int, ...], shapes) -> Tensor:
+    paths = [block + path for path in rule[1].split(",")]
     if missing := next((path for path in paths if path not in shapes), None):
         raise FormatError(f"the rule for {name} is for {missing}, which is not in this model; see moe_jax/hf/tables.py")
     tails = [shapes[path][len(index) :] for path in paths]

@@ -1,4 +1,4 @@
-"""One block of the decoder: attention, then a dense or a Mixture-of-Experts feed-forward layer."""
+"""A block of the decoder: attention, then a dense or a Mixture-of-Experts feed-forward layer; and a unit of blocks."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig
+from moe_jax.config.layers import Kind
 from moe_jax.moe.layer import MoE, TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import Choices, RouterStats
@@ -26,9 +27,10 @@ class Inputs(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
-    """The result of one block. A scan over blocks adds a leading axis of layers to all but `x`."""
+    """The result of one block. A scan over blocks adds a leading axis of layers to all but `x` and `late`."""
 
-    x: Float[Array, "B S D"]
+    x: Float[Array, "B S D"] | None  # None after the scan, as is `late`
+    late: Float[Array, "B S D"] | None  # what a late block's experts add after the last block of its unit
     stats: RouterStats | None  # None in a block without experts
     cache: KVCache | None
     choices: Choices | None
@@ -36,16 +38,19 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """A block: x + attention(norm(x)), then x + feed-forward(norm(x)). The feed-forward is a GLU or an MoE."""
+    """A block: x + attention(norm(x)), then x + feed-forward(norm(x)). The feed-forward is a GLU, an MoE, or both.
 
-    def __init__(self, cfg: ModelConfig, init: Init, sparse: bool, program: Program):
+    In a late block both read the same, and the result of the MoE waits (`BlockOutput.late`).
+    """
+
+    def __init__(self, cfg: ModelConfig, init: Init, kind: Kind, program: Program):
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # 2·L branches add to the residual stream
         self.eps, self.max_logit = cfg.norm_eps, program.max_logit
         self.attention_norm = init.ones((cfg.d_model,), "norm")
         self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
-        self.moe = MoE(cfg, init, out_std, program) if sparse else None
-        self.mlp = None if sparse else GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation)
+        self.moe = MoE(cfg, kind.experts, init, out_std, program) if kind.experts else None
+        self.mlp = None if kind.name == "moe" else GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation)
 
     def __call__(
         self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Int[Array, ""] | None
@@ -56,6 +61,25 @@ class Block(nnx.Module):
             y, cache, max_logit = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
         x = keep(x + y, "residual")
         h = rms_norm(x, self.mlp_norm[...], self.eps)
-        with jax.named_scope("mlp" if self.moe is None else "moe"):
-            y, stats, choices = (self.mlp(h), None, None) if self.moe is None else self.moe(h, inputs.info)
-        return BlockOutput(x + y, stats, cache, choices, max_logit)
+        routed, stats, choices = None, None, None
+        if self.moe is not None:
+            with jax.named_scope("moe"):
+                routed, stats, choices = self.moe(h, inputs.info)
+        if self.mlp is None:
+            return BlockOutput(x + routed, None, stats, cache, choices, max_logit)
+        with jax.named_scope("mlp"):
+            return BlockOutput(x + self.mlp(h), routed, stats, cache, choices, max_logit)
+
+
+class Unit(nnx.Module):
+    """Several blocks that follow each other. What late blocks hold back is added after the last one."""
+
+    def __init__(self, blocks: list[Block]):
+        self.size = len(blocks)
+        for i, block in enumerate(blocks):
+            setattr(self, f"block_{i}", block)
+
+
+def blocks_of(unit: Block | Unit) -> list[Block]:
+    """The blocks of a unit. A unit of one block is the block itself, without a level of its own in the parameters."""
+    return [unit] if isinstance(unit, Block) else [getattr(unit, f"block_{i}") for i in range(unit.size)]

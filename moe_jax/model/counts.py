@@ -1,12 +1,14 @@
-"""Numbers of parameters and FLOPs of a model, by formula."""
+"""Numbers of parameters and FLOPs of a model, from the shapes and logical axes of its parameters."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 
 import jax
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.transformer import abstract
-from moe_jax.nn.layers import ACTIVATIONS
+from moe_jax.tree import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +20,26 @@ class Counts:
     active_no_embedding: int  # also without the embedding and output tables
 
 
+# Share of a leaf that one token uses, by logical axis: (config, size of the axis) → share. Other axes are used whole.
+SHARE_IN_USE = {"experts": lambda cfg, experts: cfg.moe.mean_slots / experts}
+
+
+def _leaves(cfg: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int, float]]:
+    """Yields path, logical axes, size, and the size that one token uses, of each parameter."""
+    graph = abstract(cfg)
+    axes = flatten(jax.tree.map(" ".join, graph.axes, is_leaf=lambda x: isinstance(x, tuple)))
+    for path, x in flatten(graph.shapes).items():
+        names = tuple(axes[path].split())
+        shares = [SHARE_IN_USE[name](cfg, n) for name, n in zip(names, x.shape, strict=True) if name in SHARE_IN_USE]
+        yield path, names, x.size, x.size * math.prod(shares)
+
+
 def count_parameters(cfg: ModelConfig) -> Counts:
     """Counts the parameters of a model, without allocating any."""
-    shapes = abstract(cfg).shapes
-    total = sum(x.size for x in jax.tree.leaves(shapes))
-    expert = (2 + ACTIVATIONS[cfg.activation].gated) * cfg.d_model * cfg.moe.d_expert
-    idle = cfg.num_moe_layers * (cfg.moe.num_experts - cfg.moe.top_k) * expert
-    tables = cfg.vocab_size * cfg.d_model * (1 if cfg.tie_embeddings else 2)
-    return Counts(total, total - idle, total - idle - tables)
+    leaves = list(_leaves(cfg))
+    tables = sum(size for _, names, size, _ in leaves if "vocab" in names)
+    total, active = sum(size for _, _, size, _ in leaves), round(sum(used for *_, used in leaves))
+    return Counts(total, active, active - tables)
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
@@ -35,8 +49,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     average: 6·S·N·H a layer; in MLA the product with values has their head size. Recomputation is not counted: these
     are the FLOPs of the model, MFU's numerator, not those that the hardware does.
     """
-    matmul = count_parameters(cfg).active_no_embedding + cfg.vocab_size * cfg.d_model
-    leaves = jax.tree_util.tree_leaves_with_path(abstract(cfg).shapes)
-    norms = sum(x.size for path, x in leaves if path[-1].key.endswith("norm"))
+    looked_up = () if cfg.tie_embeddings else ("embed",)
+    matmul = sum(used for path, names, _, used in _leaves(cfg) if "norm" not in names and path not in looked_up)
     heads = cfg.num_heads * (cfg.head_dim + cfg.v_dim)
-    return 6.0 * (matmul - norms) + 3.0 * cfg.num_layers * seq_len * heads
+    return 6.0 * matmul + 3.0 * cfg.num_layers * seq_len * heads

@@ -1,9 +1,10 @@
-"""The decoder: stacked blocks, scanned over layers.
+"""The decoder: stacks of units of blocks, each scanned over its units.
 
 `Transformer` is an NNX module; NNX ends at the `jit` border. `abstract(cfg)` gives the graph and the shapes once,
 `init(cfg, seed)` the parameters as plain nested dicts, and `Graph.bind` joins the two inside a jitted function.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.blocks import Block, BlockOutput, Inputs
+from moe_jax.config.layers import Stack
+from moe_jax.model.blocks import Block, BlockOutput, Inputs, Unit, blocks_of
 from moe_jax.moe.layer import RouterBias
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import Choices, RouterStats
@@ -25,86 +27,90 @@ from moe_jax.tree import nest
 
 
 class Output(NamedTuple):
-    """The result of the decoder. L counts MoE layers, but for `max_logit`, where it counts the layers of a stack."""
+    """The result of the decoder. Dicts have the block's path in the parameters as key, and a leading L, its units."""
 
     hidden: Float[Array, "B S D"]  # after the last norm
-    stats: RouterStats  # [L, G, …]
-    cache: list[KVCache | None]  # with the new tokens: of the dense layers, of the MoE layers
-    choices: Choices | None  # [L, B, S, …]; None unless the program records them
-    max_logit: dict[str, Float[Array, "L N"]] | None  # by stack of layers; None unless the program asks for it
+    stats: dict[str, RouterStats]  # of blocks with experts
+    cache: dict[str, KVCache | None]  # with the new tokens
+    choices: dict[str, Choices] | None  # None unless the program records them
+    max_logit: dict[str, Float[Array, "L N"]] | None  # None unless the program asks for it
 
 
 class Transformer(nnx.Module):
-    """The decoder: embedding, a stack of dense layers, a stack of MoE layers, and the last norm."""
+    """The decoder: embedding, the stacks of `ModelConfig.stacks`, and the last norm."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, program: Program):
         self.cfg, self.program = cfg, program
         init = Init(rngs, cfg.init_std, dtype=cfg.param_dtype)
         self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
-        if cfg.num_dense_layers:
-            self.dense_layers = Block(cfg, init.stack(cfg.num_dense_layers), sparse=False, program=program)
-        if cfg.num_moe_layers:
-            self.layers = Block(cfg, init.stack(cfg.num_moe_layers), sparse=True, program=program)
+        for stack in cfg.stacks:
+            blocks = [Block(cfg, init.stack(stack.repeat), kind, program) for kind in stack.unit]
+            setattr(self, stack.name, blocks[0] if len(blocks) == 1 else Unit(blocks))
         self.final_norm = init.ones((cfg.d_model,), "norm")
         if not cfg.tie_embeddings:
             self.head = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
 
     def __call__(
-        self, inputs: Inputs, cache: list[KVCache | None] | None = None, start: Int[Array, ""] | None = None
+        self, inputs: Inputs, cache: dict[str, KVCache] | None = None, start: Int[Array, ""] | None = None
     ) -> Output:
         dtype = jnp.dtype(self.cfg.compute_dtype)
         out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
         with jax.named_scope("embedding"):
             x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
-        dense_cache, moe_cache = cache or (None, None)
-        max_logit, (stats, choices) = {}, self._without_moe(inputs)
-        if self.cfg.num_dense_layers:
-            x, _, dense_cache, _, max_logit["dense_layers"] = self._scan(
-                self.dense_layers, x, inputs, dense_cache, start
-            )
-        if self.cfg.num_moe_layers:
-            x, stats, moe_cache, choices, max_logit["layers"] = self._scan(self.layers, x, inputs, moe_cache, start)
+        found: dict[str, BlockOutput] = {}
+        for stack in self.cfg.stacks:
+            caches = tuple((cache or {}).get(path) for path in stack.paths)
+            x, outputs = self._scan(stack, x, inputs, caches, start)
+            found |= dict(zip(stack.paths, outputs, strict=True))
         hidden = rms_norm(x, self.final_norm[...], self.cfg.norm_eps)
-        over_batch = {name: jnp.max(x, axis=1) for name, x in max_logit.items()} if self.program.max_logit else None
-        return Output(hidden, stats, [dense_cache, moe_cache], choices, over_batch)
-
-    def _without_moe(self, inputs: Inputs) -> tuple[RouterStats, Choices | None]:
-        """Statistics and choices of a model without MoE layers: arrays with L = 0."""
-        g, moe = self.program.balance_groups, self.cfg.moe
-        stats = RouterStats(
-            *(jnp.zeros((0, g, *more)) for more in ((), (moe.num_experts,), (moe.num_experts,), (), ()))
+        all_of = lambda name: {path: getattr(out, name) for path, out in found.items()}
+        routed = lambda name: {path: getattr(out, name) for path, out in found.items() if out.stats is not None}
+        over_batch = lambda by_block: {path: jnp.max(x, axis=1) for path, x in by_block.items()}
+        return Output(
+            hidden=hidden,
+            stats=routed("stats"),
+            cache=all_of("cache"),
+            choices=routed("choices") if self.program.record else None,
+            max_logit=over_batch(all_of("max_logit")) if self.program.max_logit else None,
         )
-        if not self.program.record:
-            return stats, None
-        shape = (0, *inputs.tokens.shape)
-        return stats, Choices(jnp.zeros((*shape, moe.top_k), jnp.int32), jnp.zeros(shape))
 
-    def _scan(self, blocks: Block, x, inputs: Inputs, cache: KVCache | None, start) -> BlockOutput:
-        graph, experts, others = nnx.split(blocks, _is_expert_weight, ...)
+    def _scan(self, stack: Stack, x, inputs: Inputs, caches: tuple, start) -> tuple[Array, tuple[BlockOutput, ...]]:
+        """Runs a stack. caches, and the outputs beside the new x: one for each block of the unit."""
+        graph, experts, others = nnx.split(getattr(self, stack.name), _is_expert_weight, ...)
         reduces = sharding.current_sizes().get("fsdp", 1) > 1  # the experts' gradients are summed over devices
+        policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, stack.repeat)
+        recompute = lambda fn, prevent_cse: jax.checkpoint(fn, policy=policy, prevent_cse=prevent_cse)
+        several = len(stack.unit) > 1
 
-        def body(x, layer):
-            experts, others, layer_cache = layer
+        def body(x, unit):
+            experts, others, caches = unit
             if reduces and jax.tree.leaves(experts):
                 x, experts = overlap.reduce_first(x, experts)
-            out = nnx.merge(graph, experts, others)(x, inputs, layer_cache, start)
-            return out.x, out._replace(x=None)
+            waiting, outputs = [], []
+            for block, cache in zip(blocks_of(nnx.merge(graph, experts, others)), caches, strict=True):
+                run = functools.partial(block, inputs=inputs, start=start)
+                # Block by block, so that the backward pass has one block's activations in memory, not those of a unit.
+                run = recompute(run, True) if policy is not None and several else run
+                out = run(x, cache=cache)
+                x = out.x
+                if out.late is not None:
+                    waiting.append(out.late)
+                outputs.append(out._replace(x=None, late=None))
+            return sum(waiting, x), tuple(outputs)
 
-        policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, len(jax.tree.leaves(others)[0]))
-        if policy is not None:
+        if policy is not None and not several:
             # XLA cannot merge the recomputation of a layer with its forward pass across loop iterations of one layer
             # each, so that the barriers of prevent_cse would only cost time.
-            body = jax.checkpoint(body, policy=policy, prevent_cse=unroll > 1)
-        x, out = jax.lax.scan(body, x, (experts, others, cache), unroll=unroll)
-        return out._replace(x=x)
+            body = recompute(body, unroll > 1)
+        return jax.lax.scan(body, x, (experts, others, caches), unroll=unroll)
 
     @property
     def output_matrix(self) -> nnx.Param:
         """The matrix `[V, D]` that maps hidden states to logits."""
         return self.embed if self.cfg.tie_embeddings else self.head
 
-    def empty_cache(self, batch: int, length: int) -> list[KVCache | None]:
-        """A cache of zeros for `length` tokens of `batch` sequences: of the dense layers, of the MoE layers."""
+    def empty_cache(self, batch: int, length: int) -> dict[str, KVCache]:
+        """A cache of zeros for `length` tokens of `batch` sequences, by block."""
         cfg = self.cfg
         out = P(None, sharding.AXES, None, None, None) if sharding.current_sizes() else None
 
@@ -112,9 +118,9 @@ class Transformer(nnx.Module):
             latent = (1, cfg.mla.kv_rank + cfg.mla.rope_dim)
             shape = (layers, batch, length, *(latent if cfg.mla.kv_rank else (cfg.num_kv_heads, cfg.head_dim)))
             zeros = lambda: jnp.zeros(shape, cfg.compute_dtype, out_sharding=out)
-            return KVCache(zeros(), None if cfg.mla.kv_rank else zeros()) if layers else None
+            return KVCache(zeros(), None if cfg.mla.kv_rank else zeros())
 
-        return [zeros_for(cfg.num_dense_layers), zeros_for(cfg.num_moe_layers)]
+        return {path: zeros_for(stack.repeat) for stack in cfg.stacks for path in stack.paths}
 
 
 class Graph(NamedTuple):

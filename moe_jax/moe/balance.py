@@ -1,6 +1,6 @@
 """Balancing the load of experts: the load-balancing loss and the update of selection biases.
 
-Letters: L layers, G balance groups, E experts.
+Letters: L layers, G balance groups, C router columns: the experts that a token may choose.
 """
 
 import jax
@@ -11,12 +11,12 @@ from moe_jax.moe.stats import RouterStats
 
 
 def update_bias(
-    bias: Float[Array, "*L E"],
-    tokens_per_expert: Float[Array, "*L E"],
+    bias: Float[Array, "*L C"],
+    tokens_per_expert: Float[Array, "*L C"],
     rate: float,
     form: str = "sign",
     target: tuple[float, ...] = (),
-) -> Float[Array, "*L E"]:
+) -> Float[Array, "*L C"]:
     """Updates selection biases (loss-free balancing): b_e + rate · sign(target load_e − load_e).
 
     tokens_per_expert: counts over the whole optimizer batch.
@@ -33,27 +33,26 @@ def update_bias(
     return bias + rate * direction
 
 
-def load_balancing_loss(
-    stats: RouterStats, top_k: int, frequency: Float[Array, "*L G E"] | None = None
-) -> Float[Array, "*L"]:
-    """Load-balancing loss of each layer: the mean over balance groups of E · Σ_e f_e · P_e.
+def load_balancing_loss(stats: RouterStats, frequency: Float[Array, "*L G C"] | None = None) -> Float[Array, "*L"]:
+    """Load-balancing loss of each layer: the mean over balance groups of C · Σ_e f_e · P_e.
 
-    f_e = tokens_per_expert / (K · tokens), which carries no gradient; P_e = mean router probability, which does. Groups
-    without a counted token are left out of the mean. `frequency`, if given, is used as f instead of that of `stats`.
+    f_e = share of the expert in the assignments made, which carries no gradient; P_e = mean router probability, which
+    does. Groups without a counted token are left out of the mean. `frequency`, if given, is used as f instead of that
+    of `stats`.
 
-    Value: 1.0 at uniform routing for every E and K; E/K when all tokens pick the same K experts with probability 1/K
+    Value: 1.0 at uniform routing for every C and K; C/K when all tokens pick the same K experts with probability 1/K
         each. docs/balancing.md converts the coefficients of other frameworks.
     Scope: balance groups, see `LossConfig.balance_batch`; a single group is the whole optimizer batch.
     Source: arXiv:2501.11873, eqs. 2–6, with f divided by K.
     """
-    num_experts = stats.prob_per_expert.shape[-1]
-    f = expert_frequency(stats.tokens_per_expert, stats.tokens, top_k) if frequency is None else frequency
+    columns = stats.prob_per_expert.shape[-1]
+    f = expert_frequency(stats.tokens_per_expert) if frequency is None else frequency
     p = stats.prob_per_expert / jnp.maximum(stats.tokens, 1.0)[..., None]
-    per_group = num_experts * jnp.sum(jax.lax.stop_gradient(f) * p, axis=-1)
+    per_group = columns * jnp.sum(jax.lax.stop_gradient(f) * p, axis=-1)
     filled = (stats.tokens > 0).astype(jnp.float32)
     return jnp.sum(per_group * filled, axis=-1) / jnp.maximum(jnp.sum(filled, axis=-1), 1.0)
 
 
-def expert_frequency(load: Float[Array, "*L G E"], tokens: Float[Array, "*L G"], top_k: int) -> Float[Array, "*L G E"]:
-    """f, the share of each expert in the assignments: from 0 to 1/K, summing to 1."""
-    return load / (top_k * jnp.maximum(tokens, 1.0))[..., None]
+def expert_frequency(load: Float[Array, "*L G C"]) -> Float[Array, "*L G C"]:
+    """f, the share of each expert in the assignments made: from 0 to 1/K, summing to 1; 0 where none was made."""
+    return load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)

@@ -40,6 +40,7 @@ class ExpertCompute:
     cfg: MoEConfig
     backend: str = "reference"  # of the grouped matmul
     activation: str = "swiglu"
+    fill: float = 1.0  # expected share of the slots that are valid, for which buffers are made
 
     def __call__(
         self, x: Float[Array, "T D"], routing: Routing, w: ExpertWeights
@@ -155,22 +156,23 @@ combine.defvjp(
 def grouped(x, routing, w, compute):
     """Computes rows sorted by expert with a grouped matmul for each matrix. Dropless; the cost follows the rows in use.
 
-    With experts on P devices, a device uses A/P of its A rows on average: buffers of A rows would mostly be empty. So
-    the first pass computes `moe.room` times the average, and further passes compute the rest where there is more. Those
-    keep nothing for the backward pass, which computes them again.
+    With experts on P devices, a device uses A·fill/P of its A rows on average: buffers of A rows would mostly be empty.
+    So the first pass computes `moe.room` times the average, and further passes compute the rest where there is more.
+    Those keep nothing for the backward pass, which computes them again.
     """
     with jax.named_scope("sort"):
         plan = keep(plan_rows(routing, w.up.shape[0]), "rows")
     weight_A = jnp.where(routing.valid, routing.weights, 0.0).reshape(-1)
-    rows, further = rows_per_pass(compute.cfg, weight_A.shape[0], w.up.shape[0])
+    rows, further = rows_per_pass(compute, weight_A.shape[0], w.up.shape[0])
     if rows == weight_A.shape[0]:
         return _compute_rows(x, weight_A, w, plan, compute), routing.valid
     return _in_passes(x, weight_A, w, plan, rows, further, compute), routing.valid
 
 
-def rows_per_pass(cfg: MoEConfig, slots: int, local: int) -> tuple[int, int]:
+def rows_per_pass(compute: ExpertCompute, slots: int, local: int) -> tuple[int, int]:
     """Rows of the first pass, at most all A, and of each further pass, a quarter of the average number."""
-    average = slots * local / cfg.num_experts
+    cfg = compute.cfg
+    average = slots * compute.fill * local / cfg.num_experts
     first, further = (8 * math.ceil(average * share / 8) for share in (cfg.room, 0.25))
     return min(first, slots), further
 
@@ -225,9 +227,10 @@ def _further_passes(plan: RowPlan, rows: int, further: int, add: Callable, start
     return jax.lax.fori_loop(0, count, lambda i, sums: add(slice_plan(plan, rows + i * further, further), sums), start)
 
 
-def capacity_rows(cfg: MoEConfig, tokens: int) -> int:
+def capacity_rows(compute: ExpertCompute, tokens: int) -> int:
     """Q: the rows of one expert for `tokens` tokens after the exchange."""
-    return max(1, -int(-cfg.capacity_factor * cfg.top_k * tokens // cfg.num_experts))
+    cfg = compute.cfg
+    return max(1, -int(-cfg.capacity_factor * compute.fill * cfg.top_k * tokens // cfg.num_experts))
 
 
 def capacity(x, routing, w, compute):
@@ -236,7 +239,7 @@ def capacity(x, routing, w, compute):
     Q depends on the tokens of one `expert` row of the mesh: unlike that of the other paths, this result depends on the
     mesh.
     """
-    rows, experts = capacity_rows(compute.cfg, x.shape[0]), w.up.shape[0]
+    rows, experts = capacity_rows(compute, x.shape[0]), w.up.shape[0]
     plan = plan_rows(routing, experts)
     first_e = jnp.cumsum(plan.sizes_e) - plan.sizes_e
     position = plan.row_A.reshape(routing.experts.shape) - first_e[routing.experts]

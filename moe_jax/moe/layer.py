@@ -1,5 +1,6 @@
 """The MoE layer: router, routed experts, shared experts. Only `_region` is manual code (`shard_map`)."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -34,18 +35,19 @@ class TokenInfo(NamedTuple):
 class MoE(nnx.Module):
     """Routed experts plus shared experts, and the statistics of the router."""
 
-    def __init__(self, model: ModelConfig, init: Init, out_std: float, program: Program):
+    def __init__(self, model: ModelConfig, num_experts: int, init: Init, out_std: float, program: Program):
         """out_std: standard deviation of the initial weights that write to the residual stream."""
-        self.cfg, self.program, activation = model.moe, program, model.activation
-        self.compute = ExpertCompute(model.moe, program.grouped_matmul, activation)
-        cfg, e, d, f = model.moe, model.moe.num_experts, model.d_model, model.moe.d_expert
-        self.w_router = init.as_float32().normal((d, e), "router_embed router_experts")
+        cfg = self.cfg = dataclasses.replace(model.moe, num_experts=num_experts)
+        self.program, activation = program, model.activation
+        self.compute = ExpertCompute(cfg, program.grouped_matmul, activation, cfg.mean_slots / cfg.top_k)
+        e, c, d, f = cfg.num_experts, cfg.router_columns, model.d_model, cfg.d_expert
+        self.w_router = init.as_float32().normal((d, c), "router_embed router_experts")
         self.w_gate = init.normal((e, d, f), "experts embed mlp") if ACTIVATIONS[activation].gated else None
         self.w_up = init.normal((e, d, f), "experts embed mlp")
         self.w_down = init.normal((e, f, d), "experts mlp embed", out_std)
         shared = cfg.num_shared_experts * f
         self.shared = GLU(d, shared, init, out_std, activation) if shared else None
-        self.router_bias = RouterBias(init.zeros((e,))) if cfg.selection_bias else None
+        self.router_bias = RouterBias(init.zeros((c,))) if cfg.selection_bias else None
 
     def __call__(
         self, x: Float[Array, "B S D"], info: TokenInfo
@@ -81,7 +83,7 @@ class MoE(nnx.Module):
         choices = choices_of(routing, probs, shape[:2]) if self.program.record else None
         with jax.named_scope("statistics"):
             stats = router_stats(logits, probs, routing, computed, counted, group, self.program.balance_groups)
-            # Sums over all devices: G·(2E+3) numbers a layer. This psum makes the balance global.
+            # Sums over all devices: G·(2C+3) numbers a layer. This psum makes the balance global.
             return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
 
 

@@ -1,24 +1,29 @@
 """Statistics of a router's choices: sums, so that any two can be added, over tokens, devices and batches.
 
-Letters: T tokens, E experts, K experts per token, G balance groups, L layers.
+A slot that is not valid is in none of them. Letters: T tokens, C router columns (the experts E), K experts per token, G
+balance groups, L layers.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.config.layers import Place
 from moe_jax.moe.routing import Routing, pick_chosen
+
+T = TypeVar("T")
 
 
 class RouterStats(NamedTuple):
     """SUMS over counted tokens, for each balance group. The scan over layers adds a leading L."""
 
     tokens: Float[Array, "*L G"]
-    tokens_per_expert: Float[Array, "*L G E"]  # assignments; sums to K · tokens
-    prob_per_expert: Float[Array, "*L G E"]  # Σ_t router probability; carries gradient
+    tokens_per_expert: Float[Array, "*L G C"]  # assignments; sums to K · tokens where all slots are valid
+    prob_per_expert: Float[Array, "*L G C"]  # Σ_t router probability; carries gradient
     z_sq: Float[Array, "*L G"]  # Σ_t logsumexp(logits)²; carries gradient
     dropped: Float[Array, "*L G"]  # assignments lost to capacity; 0 if dropless
 
@@ -26,21 +31,21 @@ class RouterStats(NamedTuple):
 class Choices(NamedTuple):
     """The experts that every token chose. Only evaluation records them, for one batch at a time."""
 
-    experts: Int[Array, "*L B S K"]
-    score: Float[Array, "*L B S"]  # Σ over the chosen K of the router probability
+    experts: Int[Array, "*L B S K"]  # −1 in a slot that is not valid
+    score: Float[Array, "*L B S"]  # Σ over the chosen of the router probability
 
 
 class ChoiceSums(NamedTuple):
     """Further SUMS over counted tokens, which need each token's `Choices`."""
 
     score: Float[Array, "L G"]
-    pairs: Float[Array, "L E E"]  # tokens that chose both; on the diagonal, tokens that chose the expert
+    pairs: Float[Array, "L C C"]  # tokens that chose both; on the diagonal, tokens that chose the expert
     kept: Float[Array, "L G"] | None  # choices that an earlier checkpoint made too; None without one
 
 
 def router_stats(
-    logits: Float[Array, "T E"],
-    probs: Float[Array, "T E"],
+    logits: Float[Array, "T C"],
+    probs: Float[Array, "T C"],
     routing: Routing,
     computed: Bool[Array, "T K"],
     counted: Bool[Array, " T"],
@@ -48,9 +53,9 @@ def router_stats(
     balance_groups: int,
 ) -> RouterStats:
     """Sums over these tokens, by balance group. `computed` is False where a valid slot was dropped."""
-    one_hot_EK = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
+    one_hot_TKC = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
     valid = routing.valid.astype(jnp.float32)
-    counts_TE = jnp.einsum("tke,tk->te", one_hot_EK, valid)
+    counts_TC = jnp.einsum("tkc,tk->tc", one_hot_TKC, valid)
     z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     member_TG = jax.nn.one_hot(group, balance_groups, dtype=jnp.float32) * counted.astype(jnp.float32)[:, None]
     dropped = jnp.sum(valid * (1.0 - computed.astype(jnp.float32)), axis=-1)
@@ -58,17 +63,27 @@ def router_stats(
     total = lambda x: jnp.einsum("tg,t...->g...", member_TG, x, precision=jax.lax.Precision.HIGHEST)
     return RouterStats(
         tokens=jnp.sum(member_TG, axis=0),
-        tokens_per_expert=total(counts_TE),
+        tokens_per_expert=total(counts_TC),
         prob_per_expert=total(probs),
         z_sq=total(jnp.square(z)),
         dropped=total(dropped),
     )
 
 
-def choices_of(routing: Routing, probs: Float[Array, "T E"], shape: tuple[int, int]) -> Choices:
+def by_depth(places: Sequence[Place], by_block: dict[str, T]) -> list[T]:
+    """The entry of each block with experts, from the first block to the last, without the leading axis L.
+
+    by_block: arrays or pytrees of them with that axis, by the block's path in the parameters.
+    """
+    entry = lambda place: jax.tree.map(lambda x: x[place.index], by_block[place.path])
+    return [entry(place) for place in places if place.path in by_block]
+
+
+def choices_of(routing: Routing, probs: Float[Array, "T C"], shape: tuple[int, int]) -> Choices:
     """The choices of these tokens, in the `shape` (B, S)."""
-    score = jnp.sum(pick_chosen(probs, routing.experts), axis=-1)
-    return Choices(routing.experts.reshape(*shape, -1), score.reshape(shape))
+    score = jnp.sum(jnp.where(routing.valid, pick_chosen(probs, routing.experts), 0.0), axis=-1)
+    experts = jnp.where(routing.valid, routing.experts, -1)
+    return Choices(experts.reshape(*shape, -1), score.reshape(shape))
 
 
 def choice_sums(
@@ -89,16 +104,17 @@ def choice_sums(
 
     def sums_of_layer(pair: tuple[Choices, Choices | None]) -> ChoiceSums:
         now, earlier = pair
-        chosen_BSE = _chosen(now, num_experts) * counted_BS1
+        chosen_BSC = _chosen(now, num_experts) * counted_BS1
         # Zeros and ones: the product is exact in any precision.
-        pairs = jnp.einsum("bse,bsf->ef", chosen_BSE, chosen_BSE, out_sharding=PartitionSpec())
+        pairs = jnp.einsum("bse,bsf->ef", chosen_BSC, chosen_BSC, out_sharding=PartitionSpec())
         kept = None
         if earlier is not None:
-            kept = by_group(jnp.sum(chosen_BSE * _chosen(earlier, num_experts), axis=-1))
+            kept = by_group(jnp.sum(chosen_BSC * _chosen(earlier, num_experts), axis=-1))
         return ChoiceSums(by_group(now.score), pairs, kept)
 
     return jax.lax.map(sums_of_layer, (now, earlier))
 
 
-def _chosen(choices: Choices, num_experts: int) -> Float[Array, "B S E"]:
+def _chosen(choices: Choices, num_experts: int) -> Float[Array, "B S C"]:
+    """1 for each expert that a token chose. A slot of −1 is a row of zeros."""
     return jnp.sum(jax.nn.one_hot(choices.experts, num_experts, dtype=jnp.float32), axis=-2)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.parallel import sharding
+from moe_jax.tree import update_at
 
 BLOCK = 512  # queries and keys of a block; the logits of one block exist at a time
 
@@ -92,7 +93,7 @@ def clip_mla(w: dict, max_logit: Float[Array, "L N"], threshold: float) -> dict:
 class Maxima(NamedTuple):
     """Statistics that are combined by maximum over micro-batches, devices and hosts; all others are summed."""
 
-    logit: dict[str, Float[Array, "L N"]]  # by stack of layers, see `max_logits`
+    logit: dict[str, Float[Array, "L N"]]  # by block, see `max_logits`
 
 
 def clip(params: dict, maxima: Maxima | None, threshold: float) -> tuple[dict, dict]:
@@ -100,10 +101,12 @@ def clip(params: dict, maxima: Maxima | None, threshold: float) -> tuple[dict, d
     if maxima is None:
         return params, {}
 
-    def clip_stack(weights: dict, max_logit: Float[Array, "L N"]) -> dict:
-        rule = clip_mla if "w_kv_down" in weights["attention"] else clip_attention
-        return {**weights, "attention": rule(weights["attention"], max_logit, threshold)}
+    for path, max_logit in maxima.logit.items():
 
+        def clipped(w: dict, max_logit=max_logit) -> dict:
+            return (clip_mla if "w_kv_down" in w else clip_attention)(w, max_logit, threshold)
+
+        params = update_at(params, f"{path}/attention", clipped)
     largest = jnp.concatenate(list(maxima.logit.values()))
     scalars = {"max_logit": jnp.max(largest), "clipped_heads": jnp.sum(largest > threshold).astype(jnp.float32)}
-    return {**params, **{name: clip_stack(params[name], x) for name, x in maxima.logit.items()}}, scalars
+    return params, scalars

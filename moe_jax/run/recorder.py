@@ -1,6 +1,7 @@
 """Logs and shows the metrics of training steps, and watches them for bad numbers."""
 
 from moe_jax.config import RunConfig
+from moe_jax.moe.stats import by_depth
 from moe_jax.run.log import Progress, Writer
 from moe_jax.train import guard
 from moe_jax.train.metrics import OneBehind, StepMetrics, Throughput, train_metrics
@@ -50,7 +51,8 @@ class Recorder:
             report = report._replace(skipped=self._watch.skipped)
         logged = step % train.log_every == 0 or step == train.steps
         if logged:
-            row = train_metrics(step, report, top_k=self._cfg.model.moe.top_k, **self._clock.read(), **self._rates)
+            layers = by_depth(self._cfg.model.places, report.router or {})
+            row = train_metrics(step, report, layers=layers, **self._clock.read(), **self._rates)
             self._writer.write(step, row)
             rate = row["tokens_per_second"]
         self._progress.update(step, float(report.loss), rate, log=logged)

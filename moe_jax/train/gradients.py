@@ -80,7 +80,7 @@ def forward(
     return net(model.Inputs(batch.tokens, batch.positions, segments, info)), net.output_matrix
 
 
-def _router_stats(cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch) -> RouterStats:
+def _router_stats(cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch) -> dict[str, RouterStats]:
     return forward(cfg, graph, params, bias, batch)[0].stats
 
 
@@ -91,7 +91,7 @@ def _micro_batch_gradients(
     bias: dict,
     step: Int[Array, ""],
     batch: Batch,
-    batch_statistics: Callable[[RouterStats], BatchStatistics],
+    batch_statistics: Callable[[dict[str, RouterStats]], BatchStatistics],
 ) -> Gradients:
     """Loss and gradients of one (micro-)batch. `batch_statistics(its stats)` gives those of the optimizer batch."""
 
@@ -101,7 +101,7 @@ def _micro_batch_gradients(
             nll = cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
         maxima = Maxima(out.max_logit) if out.max_logit else None
         sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima)
-        value, parts = losses.total_loss(sums, cfg.loss, cfg.model.moe.top_k, step, batch_statistics(out.stats))
+        value, parts = losses.total_loss(sums, cfg.loss, step, batch_statistics(out.stats))
         return value, (parts, sums)
 
     (value, (parts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -128,14 +128,13 @@ def _running(gradients_of: Callable, micro: Batch, weights: Float[Array, ""], co
     tokens = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
 
     def next_part(so_far: Gradients | None, part: Batch) -> Gradients:
-        def batch_statistics(own: RouterStats) -> BatchStatistics:
+        def batch_statistics(own: dict[str, RouterStats]) -> BatchStatistics:
             before = jax.tree.map(jnp.zeros_like, own) if so_far is None else so_far.sums.router
             return BatchStatistics(
                 weights=weights,
                 tokens=tokens,
-                load=before.tokens_per_expert + own.tokens_per_expert,
-                load_tokens=before.tokens + own.tokens,
-                prob_tokens=own.tokens,
+                load={path: before[path].tokens_per_expert + s.tokens_per_expert for path, s in own.items()},
+                prob_tokens={path: s.tokens for path, s in own.items()},
                 share=1.0 / count,
             )
 

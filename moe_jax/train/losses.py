@@ -17,7 +17,7 @@ class BatchSums(NamedTuple):
 
     nll: Float[Array, ""]  # Σ weight · negative log-likelihood, nats
     weights: Float[Array, ""]  # Σ weight of a token's target
-    router: RouterStats
+    router: dict[str, RouterStats]  # by block
     maxima: Maxima | None = None  # QK-clip needs them, the loss does not
 
 
@@ -46,21 +46,19 @@ class BatchStatistics(NamedTuple):
     """
 
     weights: Float[Array, ""]  # Σ weight, as in `BatchSums`
-    tokens: Float[Array, ""]  # counted tokens, as in `RouterStats`, of one layer
-    load: Float[Array, "L G E"]  # the assignments that f is computed from …
-    load_tokens: Float[Array, "L G"]  # … and the number of tokens they belong to
-    prob_tokens: Float[Array, "L G"]  # the number of tokens that P is a mean over
+    tokens: Float[Array, ""] | float  # counted tokens, as in `RouterStats`, of one layer
+    load: dict[str, Float[Array, "L G C"]]  # the assignments that f is computed from, by block
+    prob_tokens: dict[str, Float[Array, "L G"]]  # the number of tokens that P is a mean over, by block
     share: float  # weight of a micro-batch in a mean over them; 1 where P is a mean over the optimizer batch
 
 
-def exact_statistics(weights: Float[Array, ""], stats: RouterStats) -> BatchStatistics:
+def exact_statistics(weights: Float[Array, ""], stats: dict[str, RouterStats]) -> BatchStatistics:
     """The exact statistics: `stats` are those of the optimizer batch, and f and P are means over it."""
     return BatchStatistics(
         weights=weights,
-        tokens=jnp.sum(stats.tokens[:1]),  # every layer sees the same
-        load=stats.tokens_per_expert,
-        load_tokens=stats.tokens,
-        prob_tokens=stats.tokens,
+        tokens=next((jnp.sum(s.tokens[:1]) for s in stats.values()), 0.0),  # every layer sees the same
+        load={path: s.tokens_per_expert for path, s in stats.items()},
+        prob_tokens={path: s.tokens for path, s in stats.items()},
         share=1.0,
     )
 
@@ -68,7 +66,6 @@ def exact_statistics(weights: Float[Array, ""], stats: RouterStats) -> BatchStat
 def total_loss(
     sums: BatchSums,
     cfg: LossConfig,
-    top_k: int,
     step: Int[Array, ""] | int = 0,
     batch: BatchStatistics | None = None,
 ) -> tuple[Float[Array, ""], LossParts]:
@@ -77,11 +74,15 @@ def total_loss(
     sums: of the whole optimizer batch. With `batch`, they are of one micro-batch, and so is the result.
     """
     batch = exact_statistics(sums.weights, sums.router) if batch is None else batch
-    over_layers = jnp.mean if cfg.router_loss_layers == "mean" and len(sums.router.tokens) else jnp.sum
+    of_layers = jnp.mean if cfg.router_loss_layers == "mean" and sums.router else jnp.sum
+    join = lambda by_block: of_layers(jnp.concatenate(by_block or [jnp.zeros(0)]))
     # The router z-loss, arXiv:2202.08906, eq. 5: mean of logsumexp(router logits)² over tokens; (log E)² for zeros.
-    z = over_layers(jnp.sum(sums.router.z_sq, axis=-1)) / jnp.maximum(batch.tokens, 1.0)
+    z = join([jnp.sum(s.z_sq, axis=-1) for s in sums.router.values()]) / jnp.maximum(batch.tokens, 1.0)
     terms = cfg.load_balance
-    raw = {name: over_layers(_load_balance(sums.router, batch, cfg, term, top_k)) for name, term in terms.items()}
+    raw = {
+        name: join([_load_balance(path, s, batch, cfg, term) for path, s in sums.router.items()])
+        for name, term in terms.items()
+    }
     parts = LossParts(
         xent=sums.nll / jnp.maximum(batch.weights, 1.0),
         router_z=cfg.router_z_coef * z,
@@ -100,15 +101,14 @@ def _coef(term: LoadBalanceConfig, step: Int[Array, ""] | int) -> Float[Array, "
 
 
 def _load_balance(
-    stats: RouterStats, batch: BatchStatistics, cfg: LossConfig, term: LoadBalanceConfig, top_k: int
+    path: str, stats: RouterStats, batch: BatchStatistics, cfg: LossConfig, term: LoadBalanceConfig
 ) -> Float[Array, " L"]:
     """One term of the load-balancing loss in each layer, after merging balance groups to the term's own size."""
     fine = stats.tokens.shape[-1]
     groups = 1 if term.balance_batch == "global" else fine * cfg.balance_unit // term.balance_batch
     merge = lambda x: jnp.sum(x.reshape(x.shape[0], groups, fine // groups, *x.shape[2:]), axis=2)
-    stats = jax.tree.map(merge, stats._replace(tokens=batch.prob_tokens))
-    frequency = expert_frequency(merge(batch.load), merge(batch.load_tokens), top_k)
-    return batch.share * load_balancing_loss(stats, top_k, frequency)
+    stats = jax.tree.map(merge, stats._replace(tokens=batch.prob_tokens[path]))
+    return batch.share * load_balancing_loss(stats, expert_frequency(merge(batch.load[path])))
 
 
 def describe(cfg: LossConfig, micro_batches: int) -> str:

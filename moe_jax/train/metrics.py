@@ -3,11 +3,11 @@
 Names of metrics are written in this file only. `train_metrics` makes one flat row of a step, on the host, from values
 that `OneBehind` fetched while the device was computing the next step.
 
-Axes: `L` layers, `G` balance groups, `E` experts, `K` experts per token.
+Letters: E experts of a layer, K experts per token.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class StepMetrics(NamedTuple):
     terms: dict[str, Any] | None = None  # of the loss by name (`LossParts.scalars`), then those without coefficients
     lr: Any = 0.0
     tokens: Any = 0.0  # targets of this step: Σ weight
-    router: Any = None  # RouterStats
+    router: Any = None  # dict[str, RouterStats], by block
     clipping: dict[str, Any] | None = None  # of QK-clip, where it is on: max_logit and clipped_heads
     skipped: Any = None  # 1 if the step was skipped, else 0; in a row of the log the number of skipped steps so far
 
@@ -31,36 +31,47 @@ class StepMetrics(NamedTuple):
 # --- sums → scalars --------------------------------------------------------------------------------------------------
 
 
-def router_metrics(stats: Any, top_k: int) -> dict[str, float]:
-    """Metrics of the router from `RouterStats` (numpy or addressable arrays), summed over balance groups.
+def router_metrics(stats: Sequence[Any]) -> dict[str, float]:
+    """Metrics of the router from the `RouterStats` of each layer with experts, from the first to the last (`by_depth`).
 
-    Scalars, then the same per layer under `router/layer_03/…`:
-        max_load: E · max_e f_e with f_e = tokens_per_expert / (K · tokens); 1 is perfect balance, E/K the worst.
-            Scalar: the worst layer.
+    Balance groups are summed. Scalars, then the same of each layer under `router/layer_03/…`:
+        max_load: E · max_e f_e, where f_e is the expert's share of the assignments; 1 is perfect balance, E/K the
+            worst. Scalar: the worst layer.
         load_cv: standard deviation over mean of the experts' loads; 0 is perfect balance. Scalar: mean over layers.
         dead_experts: how many experts got no token. Scalar: sum over layers.
-        dropped: assignments lost to capacity over K · tokens, in [0, 1]. Scalar: over all layers.
-    For a layer that counted no token max_load, load_cv and dropped are 0. Without MoE layers the result is empty.
+        dropped: assignments lost to capacity over assignments, in [0, 1]. Scalar: over all layers.
+        experts_per_token: assignments over tokens, from 0 to K. Scalar: mean over layers.
+    For a layer that counted no token all but dead_experts are 0. Without MoE layers the result is empty.
     """
-    if not len(stats.tokens):
+    layers, sums = [], []
+    for one in stats:
+        tokens, load, dropped = (
+            np.asarray(x, np.float64).sum(0) for x in (one.tokens, one.tokens_per_expert, one.dropped)
+        )
+        made = max(load.sum(), 1e-9)
+        layers.append(
+            {
+                "max_load": len(load) * load.max() / made,
+                "load_cv": load.std() / max(load.mean(), 1e-9),
+                "dead_experts": (load == 0).sum(),
+                "dropped": dropped / made,
+                "experts_per_token": load.sum() / max(tokens, 1e-9),
+            }
+        )
+        sums.append((dropped, made))
+    if not layers:
         return {}
-    sums = (stats.tokens, stats.tokens_per_expert, stats.dropped)
-    tokens_L, load_LE, dropped_L = (np.asarray(x, np.float64).sum(1) for x in sums)
-    assignments_L = np.maximum(top_k * tokens_L, 1e-9)
-    layers = {
-        "max_load": load_LE.shape[-1] * load_LE.max(-1) / assignments_L,
-        "load_cv": load_LE.std(-1) / np.maximum(load_LE.mean(-1), 1e-9),
-        "dead_experts": (load_LE == 0).sum(-1),
-        "dropped": dropped_L / assignments_L,
-    }
+    every = {name: np.array([layer[name] for layer in layers], np.float64) for name in layers[0]}
+    dropped, made = np.sum(sums, axis=0)
     out = {
-        "max_load": float(layers["max_load"].max()),
-        "load_cv": float(layers["load_cv"].mean()),
-        "dead_experts": float(layers["dead_experts"].sum()),
-        "dropped": float(dropped_L.sum() / assignments_L.sum()),
+        "max_load": float(every["max_load"].max()),
+        "load_cv": float(every["load_cv"].mean()),
+        "dead_experts": float(every["dead_experts"].sum()),
+        "dropped": float(dropped / made),
+        "experts_per_token": float(every["experts_per_token"].mean()),
     }
-    for i in range(len(tokens_L)):
-        out |= {f"router/layer_{i:02d}/{name}": float(value[i]) for name, value in layers.items()}
+    for i, layer in enumerate(layers):
+        out |= {f"router/layer_{i:02d}/{name}": float(value) for name, value in layer.items()}
     return out
 
 
@@ -68,7 +79,7 @@ def train_metrics(
     step: int,
     report: StepMetrics,
     *,
-    top_k: int,
+    layers: Sequence[Any],
     tokens: float,
     tokens_per_second: float,
     step_seconds: float,
@@ -79,6 +90,7 @@ def train_metrics(
 
     report: on the host. Its terms are xent, load_balance[/<name>] and router_z, which add up to the loss, and
         load_balance_raw[/<name>] and router_z_raw, which are without coefficients.
+    layers: of its router, as `router_metrics` takes them.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward, by formula. peak: FLOP/s of all devices together. mfu is the FLOP/s of the
         model divided by peak.
@@ -93,7 +105,7 @@ def train_metrics(
         "mfu": float(tokens_per_second) * flops_per_token / peak,
         "step_seconds": float(step_seconds),
     }
-    return row | router_metrics(report.router, top_k)
+    return row | router_metrics(layers)
 
 
 def _ordered(terms: dict[str, Any]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class EvalSums(NamedTuple):
 
     nll: Float[Array, " G"]
     tokens: Float[Array, " G"]  # Σ weight
-    router: RouterStats
-    choices: ChoiceSums | None  # None unless recorded
+    router: dict[str, RouterStats]  # by block
+    choices: dict[str, ChoiceSums] | None  # None unless recorded
 
 
 def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:

@@ -13,7 +13,7 @@ from moe_jax import model, optim
 from moe_jax.config import RunConfig
 from moe_jax.moe import balance
 from moe_jax.moe.program import Program
-from moe_jax.moe.stats import choice_sums
+from moe_jax.moe.stats import RouterStats, choice_sums
 from moe_jax.nn import qk_clip
 from moe_jax.nn.layers import weight
 from moe_jax.parallel import overlap
@@ -21,6 +21,7 @@ from moe_jax.train import cross_entropy, guard
 from moe_jax.train.gradients import forward, make_gradients
 from moe_jax.train.metrics import StepMetrics
 from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, under_mesh
+from moe_jax.tree import flatten, nest
 
 
 def make_train_step(
@@ -40,9 +41,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params, clipping = qk_clip.clip(optax.apply_updates(state.params, updates), sums.maxima, cfg.optim.qk_clip)
-        counts = jnp.sum(sums.router.tokens_per_expert, axis=1)
-        update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
-        bias = jax.tree.map(lambda b: balance.update_bias(b, counts, *update), state.router_bias)
+        bias = update_biases(cfg, state.router_bias, sums.router)
         report = StepMetrics(
             loss=loss,
             terms={**parts.scalars(), **parts.raw},
@@ -60,6 +59,16 @@ def make_train_step(
         return TrainState(state.step + 1, *new), report
 
     return under_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
+
+
+def update_biases(cfg: RunConfig, router_bias: dict, stats: dict[str, RouterStats]) -> dict:
+    """Updates the selection bias of each block from the counts of the optimizer batch."""
+    update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
+    new = {}
+    for name, bias in flatten(router_bias).items():
+        counts = jnp.sum(stats[name.removesuffix("/moe/router_bias")].tokens_per_expert, axis=1)
+        new[name] = balance.update_bias(bias, counts, *update)
+    return nest(new)
 
 
 def _updates(state: TrainState) -> Int[Array, ""]:
@@ -85,9 +94,18 @@ def make_eval_step(
         member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
         choices = None
         if record:
-            before = forward(cfg, graph, *earlier, batch)[0].choices if earlier else None
-            counted, experts = batch.segment_ids > 0, cfg.model.moe.num_experts
-            choices = choice_sums(out.choices, before, counted, batch.group, num_domains, experts)
+            before = forward(cfg, graph, *earlier, batch)[0].choices if earlier else {}
+            choices = {
+                path: choice_sums(
+                    chosen,
+                    before.get(path),
+                    batch.segment_ids > 0,
+                    batch.group,
+                    num_domains,
+                    out.stats[path].tokens_per_expert.shape[-1],
+                )
+                for path, chosen in out.choices.items()
+            }
         return EvalSums(
             jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), out.stats, choices
         )

@@ -42,6 +42,7 @@ SELECTION_BIAS = flags.DEFINE_bool("selection_bias", False, "add a bias for loss
 NUM_EXPERTS = flags.DEFINE_integer("num_experts", 64, "clusters of each dense layer")
 TOP_K = flags.DEFINE_integer("top_k", None, "experts of a token; default: 2·G, or a quarter of the clusters")
 DENSE_LAYERS = flags.DEFINE_integer("dense_layers", 0, "number of layers at the start that stay dense")
+LAYERS = flags.DEFINE_string("layers", "", "which layers get experts, such as '6*(dense moe)'; see docs/config.md")
 # after the experts are made
 NOISE = flags.DEFINE_float("noise", 0.0, "standard deviation of noise on the experts, relative to that of each matrix")
 DROP = flags.DEFINE_float("drop", 0.0, "Drop-Upcycling: share of each expert's hidden units that is drawn again")
@@ -59,7 +60,7 @@ NEEDS = (
     ((EXPANSION, GRANULARITY, SCALE, SCORE, ORDER, RENORMALIZE, ROUTED_SCALING, ROUTER_STD, SHARED, SELECTION_BIAS),
      lambda: METHOD.value == "virtual_groups", "--method=virtual_groups"),
     ((NUM_EXPERTS,), lambda: METHOD.value == "cluster", "--method=cluster"),
-    ((TOP_K, DENSE_LAYERS, NOISE, DROP), lambda: METHOD.value != "none", "--method=virtual_groups or cluster"),
+    ((TOP_K, DENSE_LAYERS, LAYERS, NOISE, DROP), lambda: METHOD.value != "none", "--method=virtual_groups or cluster"),
     ((SHARED_INDICES,), lambda: DROP.value, "--drop"),
     ((DEPTH_ORDER, DEPTH_NEW), lambda: DEPTH.value, "--depth"),
 )  # fmt: skip
@@ -85,13 +86,15 @@ def chain_of_flags() -> list[Transform]:
             routed_scaling=ROUTED_SCALING.value,
             router_std=ROUTER_STD.value,
             dense_layers=DENSE_LAYERS.value,
+            layers=LAYERS.value,
             num_shared_experts=SHARED.value,
             moe={"selection_bias": True} if SELECTION_BIAS.value else {},
         )
         chain.append(groups)
     if METHOD.value == "cluster":
         chosen = max(1, NUM_EXPERTS.value // 4) if TOP_K.value is None else TOP_K.value
-        chain.append(Cluster(num_experts=NUM_EXPERTS.value, top_k=chosen, dense_layers=DENSE_LAYERS.value))
+        which = {"dense_layers": DENSE_LAYERS.value, "layers": LAYERS.value}
+        chain.append(Cluster(num_experts=NUM_EXPERTS.value, top_k=chosen, **which))
     if NOISE.value:
         chain.append(Noise(std=NOISE.value))
     if DROP.value:

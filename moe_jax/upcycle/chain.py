@@ -47,9 +47,9 @@ def require(ok: bool, name: str, value: Any, rule: str, hint: str) -> None:
 
 def require_dense(cfg: ModelConfig) -> None:
     """Raises ConfigError if the model has MoE layers."""
-    layers, dense = cfg.num_layers, cfg.num_dense_layers
-    rule = f"the model is a Mixture of Experts already, in its last {layers - dense} of {layers} layers"
-    require(layers == dense, "from", f"num_dense_layers={dense}", rule, "nearest valid: a model without MoE layers")
+    layers, routed = cfg.num_layers, cfg.num_moe_layers
+    rule = f"the model is a Mixture of Experts already, in {routed} of its {layers} layers"
+    require(not routed, "from", f"num_moe_layers={routed}", rule, "nearest valid: a model without MoE layers")
 
 
 def describe(chain: Sequence[Transform]) -> list[dict[str, Any]]:

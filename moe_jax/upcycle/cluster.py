@@ -3,7 +3,7 @@
 Letters: L layers, D model, F hidden units, E experts, f = F/E.
 """
 
-import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +15,7 @@ from moe_jax.config import ModelConfig, nearest_divisor
 from moe_jax.nn.layers import ACTIVATIONS
 from moe_jax.tree import flatten
 from moe_jax.upcycle.chain import Transform, by_table, require, require_dense
-from moe_jax.upcycle.experts import carried, check_dense_layers, moe_config
+from moe_jax.upcycle.experts import BLOCK, Blocks, moe_config, with_experts
 
 
 def assign(distance: Float[Array, "F E"]) -> Int[Array, " F"]:
@@ -67,6 +67,7 @@ class Cluster(Transform):
     num_experts: int = 64
     top_k: int = 16
     dense_layers: int = 0  # number of layers at the start that stay dense
+    layers: str = ""  # which layers get experts, as `model.layers` of the result; "": all but dense_layers
     rounds: int = 10  # iterations of k-means
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
@@ -75,28 +76,35 @@ class Cluster(Transform):
         require(e >= 1, "num_experts", e, "must be ≥ 1", "nearest valid: 1")
         nearest = nearest_divisor(f, e)
         require(f % e == 0, "num_experts", e, f"must divide the dense d_ff={f}", f"nearest valid: {nearest}")
-        check_dense_layers(self.dense_layers, cfg)
         moe = moe_config(num_experts=e, top_k=self.top_k, d_expert=f // e, combine="one")
-        return dataclasses.replace(cfg, num_dense_layers=self.dense_layers, moe=moe)
+        final = with_experts(cfg, moe, self.dense_layers, self.layers)
+        rule = f"a layer's hidden units are cut into num_experts={e} clusters, in each layer with experts"
+        require(final.expert_counts == (e,), "layers", self.layers, rule, "nearest valid: moe without a number")
+        return final
 
     def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
-        final, e, n = self.config(cfg), self.num_experts, self.dense_layers
-        gate = "w_gate" if ACTIVATIONS[cfg.activation].gated else "w_up"
-        keys = params[f"dense_layers/mlp/{gate}"][n:].astype(jnp.float32)
+        final, e = self.config(cfg), self.num_experts
+        blocks, gate = Blocks.of(final), "w_gate" if ACTIVATIONS[cfg.activation].gated else "w_up"
         of_layer = lambda pair: cluster(pair[0], e, self.rounds, pair[1])
-        unit_LF = jax.lax.map(of_layer, (keys, jax.random.split(key, keys.shape[0])))
+
+        @functools.cache
+        def units(block):
+            """The hidden units of each layer of a block [L, F], in the order of their experts."""
+            keys = blocks.take(params[f"dense_layers/mlp/{gate}"], block).astype(jnp.float32)
+            return jax.lax.map(of_layer, (keys, jax.random.split(blocks.key(key, block), keys.shape[0])))
 
         def experts(w, path):
-            layers, rows, columns = w[n:].shape
+            unit_LF, w = units(path.split("/moe/")[0]), blocks.take(w, path)
+            layers, rows, columns = w.shape
             if path.endswith("w_down"):
-                return jnp.take_along_axis(w[n:], unit_LF[..., None], axis=1).reshape(layers, e, rows // e, columns)
-            ordered = jnp.take_along_axis(w[n:], unit_LF[:, None], axis=2)
+                return jnp.take_along_axis(w, unit_LF[..., None], axis=1).reshape(layers, e, rows // e, columns)
+            ordered = jnp.take_along_axis(w, unit_LF[:, None], axis=2)
             return jnp.moveaxis(ordered.reshape(layers, rows, e, columns // e), 2, 1)
 
         rules = (
-            *carried(n),
-            (r"layers/moe/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", experts),
-            (r"layers/moe/w_router", f"dense_layers/mlp/{gate}",
+            *blocks.carried(),
+            (rf"{BLOCK}/moe/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", experts),
+            (rf"{BLOCK}/moe/w_router", f"dense_layers/mlp/{gate}",
              lambda w, path: jnp.mean(experts(w, path).astype(jnp.float32), axis=-1).swapaxes(1, 2)),
         )  # fmt: skip
         return by_table(rules, flatten(model.abstract(final).shapes), params)

@@ -18,6 +18,7 @@ from moe_jax.parallel import sharding
 from moe_jax.run import config_file, weights
 from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.train.state import abstract_weights
+from moe_jax.tree import flatten, nest
 from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
 
@@ -41,10 +42,10 @@ def source_of(text: str) -> tuple[Path, int | None]:
     return Path(text), None
 
 
-def mesh_for(num_experts: int) -> Mesh:
-    """A mesh of all devices. Its expert axis is the largest that divides the experts, and fsdp takes the rest."""
+def mesh_for(expert_counts: Sequence[int]) -> Mesh:
+    """A mesh of all devices. The expert axis is the largest that divides all numbers of experts; fsdp has the rest."""
     devices = jax.device_count()
-    expert = math.gcd(num_experts, devices)
+    expert = math.gcd(*expert_counts, devices)
     return sharding.make_mesh((1, devices // expert, expert))
 
 
@@ -77,7 +78,7 @@ def convert(
     changes = [reason for reason in _changes(chain, before) if reason]
     cfg = _new_config(configs[0], after, runs[0][0], Path(workdir))
 
-    mesh = mesh_for(after.moe.num_experts if after.num_moe_layers else jax.device_count())
+    mesh = mesh_for(after.expert_counts)
     echo(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
     origins: list[list[dict]] = []
 
@@ -148,8 +149,8 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
 def _size(cfg: ModelConfig) -> str:
     counts, experts = model.count_parameters(cfg), ""
     if cfg.num_moe_layers:
-        moe = cfg.moe
-        experts = f" with {moe.num_experts} experts of width {moe.d_expert}, {moe.top_k} a token"
+        moe, numbers = cfg.moe, " or ".join(map(str, cfg.expert_counts))
+        experts = f" with {numbers} experts of width {moe.d_expert}, {moe.top_k} a token"
     shape = f"{cfg.num_moe_layers} MoE of {cfg.num_layers} layers{experts}" if experts else f"{cfg.num_layers} layers"
     return f"{shape}, width {cfg.d_model}, {counts.total:,} parameters, {counts.active:,} active"
 
@@ -170,10 +171,12 @@ def explain(chain: Sequence[Transform], cfg: ModelConfig) -> list[str]:
         line = f"{type(transform).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
         after = transform.config(cfg)
         if isinstance(transform, VirtualGroups):
-            k = kappa(after.moe, transform.granularity)
-            factors = {n: k**power for n, power in SCALES[transform.scale][cfg.activation].items() if power}
-            line += f"\n  the sum of the routed experts is 1/κ of the dense layer, κ = {k:.4g}: "
-            line += ", ".join(f"{name} × {factor:.4g}" for name, factor in factors.items()) or "nothing is scaled"
+            for experts in after.expert_counts:
+                k = kappa(dataclasses.replace(after.moe, num_experts=experts), transform.granularity)
+                factors = {n: k**power for n, power in SCALES[transform.scale][cfg.activation].items() if power}
+                where = f" of layers with {experts} experts" if len(after.expert_counts) > 1 else ""
+                line += f"\n  the sum of the routed experts{where} is 1/κ of the dense layer, κ = {k:.4g}: "
+                line += ", ".join(f"{name} × {factor:.4g}" for name, factor in factors.items()) or "nothing is scaled"
         lines.append(line)
         cfg = after
     return lines
@@ -184,10 +187,9 @@ def _deviation(chain: Sequence[Transform], before, after, mesh: Mesh) -> dict[fl
     made = [t for t in chain if isinstance(t, VirtualGroups)]
     if not made or fixed_sum(after[0].moe):
         return {}
-    moe = after[1]["layers"]["moe"]
 
     def at(scale):
-        layers = {**after[1]["layers"], "moe": {**moe, "w_router": scale * moe["w_router"]}}
-        return logits_error(before, (after[0], {**after[1], "layers": layers}), mesh)
+        scaled = {name: scale * w if name.endswith("/moe/w_router") else w for name, w in flatten(after[1]).items()}
+        return logits_error(before, (after[0], nest(scaled)), mesh)
 
     return {scale * made[0].router_std: at(scale) for scale in ROUTER_SCALES}

@@ -5,8 +5,10 @@ per token, G shards of a dense layer, S shared experts. docs/upcycling.md has th
 """
 
 import dataclasses
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from moe_jax import model
 from moe_jax.config import ModelConfig, MoEConfig, nearest_divisor
+from moe_jax.config.layers import Place, parse, places_of
 from moe_jax.errors import ConfigError
 from moe_jax.nn.layers import ACTIVATIONS
 from moe_jax.tree import flatten
@@ -90,6 +93,7 @@ class VirtualGroups(Transform):
     routed_scaling: float = 1.0
     router_std: float = 0.02
     dense_layers: int = 0  # number of layers at the start that stay dense
+    layers: str = ""  # which layers get experts, as `model.layers` of the result; "": all but dense_layers
     num_shared_experts: int = 0  # experts of every token: S/G complete copies of the dense layer
     moe: dict[str, Any] = dataclasses.field(default_factory=dict)  # more fields of MoEConfig, e.g. selection_bias
 
@@ -110,42 +114,47 @@ class VirtualGroups(Transform):
         require(self.scale in SCALES, "scale", self.scale, f"must be one of {', '.join(SCALES)}",
                 "nearest valid: 'exact'")  # fmt: skip
         require(self.router_std >= 0, "router_std", self.router_std, "must be ≥ 0", "nearest valid: 0.0")
-        check_dense_layers(self.dense_layers, cfg)
         routing = {name: getattr(self, name) for name in ("score", "score_order", "renormalize", "routed_scaling")}
         moe = moe_config(num_experts=e * g, top_k=k, d_expert=f // g, num_shared_experts=s, **routing, **self.moe)
         require(moe.routed_scaling > 0, "routed_scaling", moe.routed_scaling, "must be > 0", "nearest valid: 1.0")
         require(e % moe.num_groups == 0, "num_groups", moe.num_groups,
                 f"must divide expansion={e}, so that no copy is in two groups",
                 f"nearest valid: {nearest_divisor(e, moe.num_groups)}")  # fmt: skip
-        return dataclasses.replace(cfg, num_dense_layers=self.dense_layers, moe=moe)
+        final = with_experts(cfg, moe, self.dense_layers, self.layers)
+        for n in final.expert_counts:
+            rule, nearest = f"moe:{n} needs a multiple of granularity={g} experts", max(g, round(n / g) * g)
+            require(n % g == 0, "layers", self.layers, rule, f"nearest valid: moe:{nearest}")
+        return final
 
     def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
         final = self.config(cfg)
-        moe, g, n = final.moe, self.granularity, self.dense_layers
+        moe, g, blocks = final.moe, self.granularity, Blocks.of(final)
         slots, k, s = moe.top_k + moe.num_shared_experts, moe.top_k, moe.num_shared_experts
         # Routed and shared experts contribute to the layer's output in proportion to their number.
-        routed, shared = kappa(moe, g) * k / slots, g / slots
+        shared = g / slots
         exponents = SCALES[self.scale][cfg.activation]
 
         def experts(w, path):
-            name = path.rsplit("/", 1)[-1]
-            return jnp.tile(scaled(shards(w[n:], name, g), routed ** exponents[name]), (1, self.expansion, 1, 1))
+            name, n = path.rsplit("/", 1)[-1], blocks.experts(path)
+            routed = kappa(dataclasses.replace(moe, num_experts=n), g) * k / slots
+            return jnp.tile(scaled(shards(blocks.take(w, path), name, g), routed ** exponents[name]), (1, n // g, 1, 1))
 
         def shared_experts(w, path):
             name = path.rsplit("/", 1)[-1]
             copies = (1, s // g, 1) if name == "w_down" else (1, 1, s // g)
-            return jnp.tile(scaled(w[n:], shared ** exponents[name]), copies)
+            return jnp.tile(scaled(blocks.take(w, path), shared ** exponents[name]), copies)
 
         def router(_, path):
-            shape = (cfg.num_layers - n, cfg.d_model, self.expansion)
-            rows = self.router_std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+            shape = (len(blocks.depths(path)), cfg.d_model, blocks.experts(path) // g)
+            own = blocks.key(key, path)
+            rows = self.router_std * jax.random.truncated_normal(own, -3.0, 3.0, shape, jnp.float32)
             return jnp.repeat(rows, g, axis=-1)
 
         rules = (
-            *carried(n),
-            (r"layers/moe/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", experts),
-            (r"layers/moe/shared/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", shared_experts),
-            (r"layers/moe/w_router", "", router),
+            *blocks.carried(),
+            (rf"{BLOCK}/moe/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", experts),
+            (rf"{BLOCK}/moe/shared/(w_gate|w_up|w_down)", r"dense_layers/mlp/\1", shared_experts),
+            (rf"{BLOCK}/moe/w_router", "", router),
         )
         return by_table(rules, flatten(model.abstract(final).shapes), params)
 
@@ -159,7 +168,9 @@ class VirtualGroups(Transform):
 
     def _harmless(self, cfg: ModelConfig, moe: MoEConfig) -> bool:
         """Whether a scale other than "exact" is exact too: κ = 1, or the paper's scale for squared ReLU."""
-        one = kappa(moe, self.granularity) == 1.0 and not self.num_shared_experts
+        counts = self.config(cfg).expert_counts
+        ones = [kappa(dataclasses.replace(moe, num_experts=n), self.granularity) == 1.0 for n in counts]
+        one = all(ones) and not self.num_shared_experts
         return one or SCALES[self.scale][cfg.activation] == SCALES["exact"][cfg.activation]
 
 
@@ -179,30 +190,106 @@ def moe_config(**fields) -> MoEConfig:
         raise e.inside("upcycle") from None
 
 
-def check_dense_layers(n: int, cfg: ModelConfig) -> None:
-    """Raises ConfigError unless at least one layer gets experts."""
+# --- which layers get experts ----------------------------------------------------------------------------------------
+
+BLOCK = r"(?:dense_)?layers(?:_\d+)?(?:/block_\d+)?"  # the path of a block in the parameters
+
+
+def with_experts(cfg: ModelConfig, moe: MoEConfig, dense_layers: int, layers: str) -> ModelConfig:
+    """The dense model with experts in some layers: those that `layers` names, or all but the first `dense_layers`."""
     last = cfg.num_layers - 1
     rule = f"must be in [0, {last}]: it is the number of the {last + 1} layers that stay dense; all others get experts"
-    require(0 <= n <= last, "dense_layers", n, rule, f"nearest valid: {min(max(n, 0), last)}")
+    nearest = min(max(dense_layers, 0), last)
+    require(0 <= dense_layers <= last, "dense_layers", dense_layers, rule, f"nearest valid: {nearest}")
+    if not layers:
+        return dataclasses.replace(cfg, num_dense_layers=dense_layers, moe=moe)
+    require(not dense_layers, "dense_layers", dense_layers, "has no effect with layers", "nearest valid: 0")
+    try:
+        stacks = parse(layers, moe.num_experts)
+        blocks = sum(stack.repeat * len(stack.unit) for stack in stacks)
+        rule = f"has {blocks} blocks, but the model has {cfg.num_layers} layers"
+        require(blocks == cfg.num_layers, "layers", layers, rule, "name each layer of the model")
+        late = any(kind.name == "late" for stack in stacks for kind in stack.unit)
+        rule = "a late block has its feed-forward layer beside the experts, so it would not compute the dense layer"
+        require(not late, "layers", layers, rule, "name dense and moe only")
+        kinds = [place.kind for place in places_of(stacks)]
+        rule = f"has no block with {moe.num_experts} experts, the number that the other options make"
+        named = moe.num_experts in [kind.experts for kind in kinds]
+        require(named, "layers", layers, rule, "nearest valid: moe without a number")
+        first = [bool(kind.experts) for kind in kinds].index(True)
+        simple = all(kind.experts == moe.num_experts for kind in kinds[first:])
+        rule = f"is the order that dense_layers={first} says without it"
+        require(not simple, "layers", layers, rule, f"nearest valid: dense_layers={first}")
+        return dataclasses.replace(cfg, num_dense_layers=0, layers=layers, moe=moe)
+    except ConfigError as e:
+        raise (e if e.name.startswith("upcycle.") else e.inside("upcycle")) from None
 
 
-def carried(n: int) -> tuple:
-    """Rules for parameters that do not change: all but the feed-forward layers, and these in the first n layers."""
-    return (
-        (r"embed|head|final_norm", r"\g<0>", lambda w, _: w),
-        (r"dense_layers/.+", r"\g<0>", lambda w, _: w[:n]),
-        (r"layers/(attention/.+|attention_norm|mlp_norm)", r"dense_layers/\1", lambda w, _: w[n:]),
-    )
+class Blocks(NamedTuple):
+    """The blocks of a model that is made of a dense one: which layers of that one each of its parameters comes from."""
+
+    places: tuple[Place, ...]
+
+    @classmethod
+    def of(cls, cfg: ModelConfig) -> "Blocks":
+        return cls(cfg.places)
+
+    def depths(self, path: str) -> list[int]:
+        """The numbers of the layers that a parameter of a block stacks."""
+        block = re.match(BLOCK, path)[0]
+        return [depth for depth, place in enumerate(self.places) if place.path == block]
+
+    def experts(self, path: str) -> int:
+        """The number of experts of the block of a parameter."""
+        return self.places[self.depths(path)[0]].kind.experts
+
+    def take(self, w: Array, path: str) -> Array:
+        """The layers of a dense model's parameter that a parameter of a block comes from."""
+        depths = self.depths(path)
+        first, last = depths[0], depths[-1]
+        return w[first : last + 1] if last - first + 1 == len(depths) else w[jnp.asarray(depths)]
+
+    def key(self, key: Key[Array, ""], path: str) -> Key[Array, ""]:
+        """The random key of a block with experts: `key` itself for the first one, so that it is all of most models."""
+        block = re.match(BLOCK, path)[0]
+        number = list(dict.fromkeys(place.path for place in self.places if place.kind.experts)).index(block)
+        return jax.random.fold_in(key, number) if number else key
+
+    def carried(self) -> tuple:
+        """Rules for parameters that do not change: all but the feed-forward layers, and these in dense blocks."""
+        own = r"attention/.+|attention_norm|mlp_norm|mlp/.+"
+        return (
+            (r"embed|head|final_norm", r"\g<0>", lambda w, _: w),
+            (rf"{BLOCK}/({own})", r"dense_layers/\1", self.take),
+        )
 
 
 # --- making experts different ----------------------------------------------------------------------------------------
 
-EXPERTS = ("layers/moe/w_gate", "layers/moe/w_up", "layers/moe/w_down")
+EXPERTS = ("w_gate", "w_up", "w_down")
+
+
+def _each_expert_matrix(
+    cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""], keys: int, change: Callable[..., Array]
+) -> dict[str, Array]:
+    """The parameters with change(name, matrices, experts, keys of the block) in the place of the experts' matrices.
+
+    keys: number of keys that a block has.
+    """
+    blocks = Blocks.of(cfg)
+
+    def changed(path, w):
+        if not (found := re.fullmatch(rf"{BLOCK}/moe/({'|'.join(EXPERTS)})", path)):
+            return w
+        name = found[1]
+        return change(name, w, blocks.experts(path), jax.random.split(blocks.key(key, path), keys))
+
+    return {path: changed(path, w) for path, w in params.items()}
 
 
 def _require_experts(cfg: ModelConfig, name: str, value: Any) -> None:
     rule = "needs a model with experts"
-    require(cfg.num_dense_layers < cfg.num_layers, name, value, rule, "put it after the transform that makes them")
+    require(cfg.num_moe_layers > 0, name, value, rule, "put it after the transform that makes them")
 
 
 @dataclass(frozen=True)
@@ -217,13 +304,12 @@ class Noise(Transform):
         return cfg
 
     def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
-        def noisy(w, key):
+        def noisy(name, w, experts, keys):
             w32 = w.astype(jnp.float32)
             size = self.std * jnp.std(w32, axis=(2, 3), keepdims=True)
-            return (w32 + size * jax.random.normal(key, w.shape, jnp.float32)).astype(w.dtype)
+            return (w32 + size * jax.random.normal(keys[EXPERTS.index(name)], w.shape, jnp.float32)).astype(w.dtype)
 
-        keys = dict(zip(EXPERTS, jax.random.split(key, len(EXPERTS)), strict=True))
-        return {path: noisy(w, keys[path]) if path in keys else w for path, w in params.items()}
+        return _each_expert_matrix(cfg, params, key, len(EXPERTS), noisy)
 
     def changes(self, cfg: ModelConfig) -> str:
         return f"noise on the experts ({self.std:g})" if self.std else ""
@@ -249,18 +335,16 @@ class Drop(Transform):
         return cfg
 
     def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
-        layers, e, f = cfg.num_layers - cfg.num_dense_layers, cfg.moe.num_experts, cfg.moe.d_expert
+        f = cfg.moe.d_expert
         count = round(self.ratio * f)
 
-        def units(key) -> Array:
-            """A mask [L, E, f] of `count` random units of every expert."""
-            order = jnp.argsort(jax.random.uniform(key, (layers, e, f)), axis=-1)
-            return jnp.argsort(order, axis=-1) < count
-
-        def redrawn(path, w, key):
-            which, values = jax.random.split(key)
-            picked = units(key_of_units if self.shared_indices else which)
-            picked = picked[..., None] if path.endswith("w_down") else picked[:, :, None, :]
+        def redrawn(name, w, experts, keys):
+            key_of_units, *rest = keys
+            which, values = jax.random.split(rest[EXPERTS.index(name)])
+            # A mask [L, E, f] of `count` random units of every expert.
+            drawn = jax.random.uniform(key_of_units if self.shared_indices else which, (w.shape[0], experts, f))
+            picked = jnp.argsort(jnp.argsort(drawn, axis=-1), axis=-1) < count
+            picked = picked[..., None] if name == "w_down" else picked[:, :, None, :]
             w32 = w.astype(jnp.float32)
             n = max(count, 1) * cfg.d_model
             over = lambda x: jnp.sum(jnp.where(picked, x, 0.0), axis=(2, 3), keepdims=True) / n
@@ -269,9 +353,7 @@ class Drop(Transform):
             new = mean + std * jax.random.normal(values, w.shape, jnp.float32)
             return jnp.where(picked, new, w32).astype(w.dtype)
 
-        key_of_units, *rest = jax.random.split(key, 1 + len(EXPERTS))
-        keys = dict(zip(EXPERTS, rest, strict=True))
-        return {path: redrawn(path, w, keys[path]) if path in keys else w for path, w in params.items()}
+        return _each_expert_matrix(cfg, params, key, 1 + len(EXPERTS), redrawn)
 
     def changes(self, cfg: ModelConfig) -> str:
         return f"{self.ratio:.0%} of the experts' hidden units are new" if round(self.ratio * cfg.moe.d_expert) else ""

@@ -81,7 +81,10 @@ def main(_):
     biases = {"": state.router_bias}
     if LOADS.value:
         by_domain, evaluate = put_batch(rows[0], mesh, cfg, by_domain=True), step.make_eval_step(cfg, mesh, 1)
-        (block,) = state.router_bias  # steer() knows models whose layers with experts are one stack
+        paths = {place.path for place in cfg.model.places if place.kind.experts}
+        if len(paths) != 1:
+            raise UserError("--loads steers models whose layers with experts lie in one stack")
+        (block,) = paths
         stats = lambda bias: evaluate(state.params, bias, by_domain).router[block]
         with jax.set_mesh(mesh):
             steered = lambda load: steer(state.router_bias, stats, cfg.model.moe, float(load))

@@ -230,9 +230,11 @@ def _tokens_table(c: Comparison) -> str:
 
 
 def in_order(kinds: Iterable[str]) -> list[str]:
-    return sorted(
-        kinds, key=lambda kind: (kind.split()[0] not in ORDER, kind.split()[0], ORDER.index(kind.split()[-1]))
-    )
+    def place(kind: str) -> tuple:
+        first, *rest = kind.partition(",")[0].split()  # after a comma stands a number of experts
+        return first not in ORDER, first, ORDER.index(rest[-1] if rest else first), kind
+
+    return sorted(kinds, key=place)
 
 
 def _rms_of(run: Finished | None, which: str, kind: str) -> str:

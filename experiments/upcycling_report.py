@@ -50,7 +50,9 @@ class Finished(NamedTuple):
 
     def apart(self) -> dict[int, float]:
         """1 − cosine of experts by step, mean over layers and kinds; {} for a dense model."""
-        return {n: 1 - float(np.mean(list(kinds.values()))) for n, kinds in self.similarity.items() if kinds}
+        return {
+            n: 1 - float(np.mean(np.concatenate(list(kinds.values())))) for n, kinds in self.similarity.items() if kinds
+        }
 
     @property
     def dense(self) -> bool:

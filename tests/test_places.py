@@ -48,6 +48,8 @@ def test_keys_of_dense_layers_that_are_no_layers_are_refused():
                        ("decoder_sparse_step", 1.5)):  # fmt: skip
         with pytest.raises(FormatError, match=key):
             read_config(hf | {key: value}, "")
+    with pytest.raises(FormatError, match="num_layers"):
+        read_config(hf | {"num_hidden_layers": 4.0, "decoder_sparse_step": 2}, "")
     with pytest.raises(FormatError, match="num_hidden_layers=20000 is too large; the largest is 10,000"):
         read_config(hf | {"num_hidden_layers": 20_000, "decoder_sparse_step": 2}, "")
 
@@ -103,6 +105,7 @@ REFUSED = {
     "2*(dense moe) moe": "upcycle.layers='2*(dense moe) moe': has 5 blocks, but the model has 4 layers",
     "dense 3*moe": "upcycle.layers='dense 3*moe': is the order that dense_layers=1 says",
     "2*(dense mo)": "upcycle.layers='2*(dense mo)': at character 10, 'mo'",
+    "moe:12 2*dense moe": "moe:12 needs a multiple of granularity × num_groups = 8, so that no copy is in two",
     "moe:7 2*dense moe": "upcycle.layers='moe:7 2*dense moe': moe:7 needs a multiple of granularity=2",
 }
 
@@ -110,9 +113,10 @@ REFUSED = {
 @pytest.mark.parametrize("layers", REFUSED)
 def test_layers_that_upcycling_refuses(layers):
     with pytest.raises(ConfigError) as raised:
-        upcycle.final_config([deep(), VirtualGroups(4, 2, 2, layers=layers)], SOURCE)
+        groups = {"num_groups": 4, "top_groups": 1} if "moe:12" in layers else {}
+        upcycle.final_config([deep(), VirtualGroups(4, 2, 2, layers=layers, moe=groups)], SOURCE)
     assert REFUSED[layers] in str(raised.value)
-    if "moe:7" not in layers:
+    if "moe:" not in layers:
         with pytest.raises(ConfigError):
             upcycle.final_config([deep(), Cluster(4, 2, layers=layers)], SOURCE)
 
@@ -155,6 +159,7 @@ def test_layers_with_the_same_number_of_experts_are_analysed_together(tmp_path):
         one.save(tmp_path / f"analysis{bank}.npz")
         np.testing.assert_array_equal(analysis.load(tmp_path / f"analysis{bank}.npz").layers, one.layers)
         assert [line.split()[0] for line in analysis.layer_table(one).splitlines()[1:]] == list(map(str, one.layers))
+        assert f"of layer {one.layers[1]} (" in figures.compare({"a run": one}, 1).get_suptitle()
         titles = [axis.get_title(loc="left") for axis in figures.expert_domain(one).axes]
         assert [t for t in titles if t] == [f"layer {n}" for n in one.layers]
     one = stacks_config("interleaved").model
@@ -216,3 +221,17 @@ def test_the_same_function_in_other_words():
     b = ModelConfig(num_layers=3, layers="moe dense moe:8", moe=MoEConfig(num_experts=4))
     c = ModelConfig(num_layers=3, layers="moe dense moe:16", moe=MoEConfig(num_experts=4))
     assert config.plain(a) == config.plain(b) != config.plain(c)
+    # In one block all experts are chosen, in another they are not: there the sum of the weights counts.
+    some = MoEConfig(num_experts=2, top_k=2)
+    d, e = (
+        ModelConfig(num_layers=4, layers="2*(moe moe:8)", moe=dataclasses.replace(some, renormalize=r)) for r in (0, 1)
+    )
+    f = ModelConfig(num_layers=4, layers="2*(moe:2 moe)", moe=dataclasses.replace(some, num_experts=8))
+    assert config.plain(d) == config.plain(f) != config.plain(e)
+
+
+def test_a_run_keeps_one_spelling():
+    """… so that it is resumed with any of them."""
+    spellings = ("2*(dense moe)", "2*( dense  moe:8 )")
+    models = {config.build_model({"layers": text, "num_layers": 4}) for text in spellings}
+    assert [made.layers for made in models] == ["2*(dense moe)"]

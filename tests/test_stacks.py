@@ -101,9 +101,13 @@ BAD = {
     "moe@512 dense": ["'@' is reserved for attention windows", "nearest valid: 'moe dense'"],
     "late dense": ["at character 1, 'late': 'late' outside a unit"],
     "2*(dense late)": ["at character 14, ')': a unit that ends with 'late'"],
-    "2*(moe moe)": ["has a shorter spelling", "nearest valid: '4*moe'"],
+    "2*(moe moe)": ["has a shorter spelling", "nearest valid: num_dense_layers=0 without it"],
+    "2*(dense moe) (dense moe)": ["has a shorter spelling", "nearest valid: '3*(dense moe)'"],
+    "2(dense moe)": ["at character 1, '2': a count is followed by '*'", "nearest valid: '2*(dense moe)'"],
+    "2x (dense moe)": ["at character 1, '2x': a count is followed by '*'", "nearest valid: '2* (dense moe)'"],
+    "2*(dense mo": ["at character 10, 'mo'", "see docs/layers.md"],  # two mistakes: neither is mended
     "2*moe 3*moe dense": ["has a shorter spelling", "nearest valid: '5*moe dense'"],
-    "(dense moe) moe": ["has a shorter spelling", "nearest valid: 'dense 2*moe'"],
+    "(dense moe) moe": ["has a shorter spelling", "nearest valid: num_dense_layers=1 without it"],
     " ": ["names no block"],
 }
 

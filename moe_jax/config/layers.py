@@ -60,8 +60,18 @@ def parse(text: str, num_experts: int) -> tuple[Stack, ...]:
     simple = _simplest(units)
     if simple != units:
         rule = "has a shorter spelling: counts for what repeats, units only for what repeats as a whole"
-        raise ConfigError("layers", text, rule, f"nearest valid: {spell(simple, num_experts)!r}")
+        hint = f"nearest valid: {spell(simple, num_experts)!r}"
+        if is_plain(simple, num_experts):
+            dense = sum(count for count, (kind,) in simple if not kind.experts)
+            hint = f"nearest valid: num_dense_layers={dense} without it"
+        raise ConfigError("layers", text, rule, hint)
     return stacks_of(units)
+
+
+def is_plain(units: Units, num_experts: int) -> bool:
+    """Whether the fields num_layers and num_dense_layers can say this order."""
+    dense, moe = (Kind("dense"),), (Kind("moe", num_experts),)
+    return [unit for _, unit in units] in ([dense], [moe], [dense, moe])
 
 
 def stacks_of(units: Units) -> tuple[Stack, ...]:
@@ -108,7 +118,8 @@ def _simplest(units: Units) -> Units:
     for count, unit in units:
         size = next(n for n in range(1, len(unit) + 1) if len(unit) % n == 0 and unit == unit[:n] * (len(unit) // n))
         count, unit = count * (len(unit) // size), unit[:size]
-        once = count == 1 and not any(kind.name == "late" for kind in unit)
+        again = bool(found) and found[-1][1] == unit
+        once = count == 1 and not again and not any(kind.name == "late" for kind in unit)
         for times, part in [(1, (kind,)) for kind in unit] if once else [(count, unit)]:
             before = found.pop()[0] if found and found[-1][1] == part else 0
             found.append((before + times, part))
@@ -116,7 +127,7 @@ def _simplest(units: Units) -> Units:
 
 
 TOKENS = re.compile(
-    r"(?P<count>\d+)\s*\*|(?P<open>\()|(?P<close>\))|(?P<block>[A-Za-z]\w*)(?P<experts>:\w*)?(?P<window>@\w*)?|(?P<other>\S)"
+    r"(?P<count>\d+)\s*\*|(?P<bare>\d+)\s*[x×]?(?=\s*[(A-Za-z])|(?P<open>\()|(?P<close>\))|(?P<block>[A-Za-z]\w*)(?P<experts>:\w*)?(?P<window>@\w*)?|(?P<other>\S)"
 )
 
 
@@ -131,8 +142,9 @@ def _number(text: str) -> int:
 class _Reader:
     """Reads a line into `units`."""
 
-    def __init__(self, text: str, num_experts: int):
-        self.text, self.num_experts = text, num_experts
+    def __init__(self, text: str, num_experts: int, *, hints: bool = True):
+        """hints: whether an error tries to mend the text."""
+        self.text, self.num_experts, self.hints = text, num_experts, hints
         self.units: Units = []
         inside: list[Kind] | None = None
         count, outer, opened = None, 1, None
@@ -143,6 +155,8 @@ class _Reader:
                     self.fail(token, "a second count: a count is followed by a block or a unit")
                 if not 0 < (count := _number(token["count"])) <= LARGEST:
                     self.fail(token, f"a count must be in [1, {LARGEST}]", "1*")
+            elif token["bare"]:
+                self.fail(token, "a count is followed by '*'", f"{token['bare']}*")
             elif token["open"]:
                 if inside is not None:
                     self.fail(token, "a unit inside a unit: name its blocks one by one")
@@ -195,8 +209,12 @@ class _Reader:
 
     def fail(self, token: re.Match, rule: str, instead: str | None = None) -> NoReturn:
         """Raises ConfigError at a token. instead: what would be valid in its place."""
-        hint = "see docs/config.md"
-        if instead is not None:
-            mended = self.text[: token.start()] + instead + self.text[token.end() :]
-            hint = f"nearest valid: {' '.join(mended.split())!r}"
+        hint = "see docs/layers.md"
+        if instead is not None and self.hints:
+            mended = " ".join((self.text[: token.start()] + instead + self.text[token.end() :]).split())
+            try:
+                _Reader(mended, self.num_experts, hints=False)
+                hint = f"nearest valid: {mended!r}"
+            except ConfigError:  # another mistake is in the rest
+                pass
         raise ConfigError("layers", self.text, f"at character {token.start() + 1}, {token[0]!r}: {rule}", hint)

@@ -156,7 +156,8 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     # What the backward pass of a layer computes again, to save memory: nothing, all but plain matrix products, what is
     # cheap, or everything (docs/performance.md).
     remat: Literal["none", "dots", "selective", "full"] = machine("none")
-    # Layers in one turn of the loop over layers. num_layers: no loop, which is faster to run and slower to compile.
+    # Layers, or units of `layers`, in one turn of the loop over them. num_layers: no loop, which is faster to run and
+    # slower to compile.
     unroll: int = machine(number(1, 1))
     # Back end of attention (docs/performance.md). "cudnn" needs a GPU, "splash" a TPU; "auto" takes the best that runs.
     attention: Literal["auto", "xla", "cudnn", "splash"] = machine("auto")
@@ -224,12 +225,13 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             except ConfigError as error:
                 rule = f"its blocks with {e} experts: moe.{error.name}={error.value!r} {error.rule}"
                 raise ConfigError("layers", text, rule, error.hint) from None
-        kinds = [stack.unit for stack in stacks]
-        dense, moe = layers_lib.Kind("dense"), layers_lib.Kind("moe", experts)
-        if kinds in ([(dense,)], [(moe,)], [(dense,), (moe,)]):
-            first = stacks[0].repeat if kinds[0] == (dense,) else 0
+        units = [(stack.repeat, stack.unit) for stack in stacks]
+        if layers_lib.is_plain(units, experts):
+            first = 0 if stacks[0].unit[0].experts else stacks[0].repeat
             rule = f"is the order that num_layers={blocks} and num_dense_layers={first} say without it"
             raise ConfigError("layers", text, rule, "nearest valid: ''")
+        # Of several spellings of an order the field keeps one, so that a run is resumed with any of them.
+        object.__setattr__(self, "layers", layers_lib.spell(units, experts))
 
     def _check_mla(self):
         rope, hint = self.mla.rope_dim, f"nearest valid: {self.mla.rope_dim + 2}"

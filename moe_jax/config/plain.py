@@ -21,11 +21,14 @@ def plain(model: ModelConfig) -> ModelConfig:
         changes["rope_scaling"] = RopeScalingConfig()
     if not model.qk_norm or model.num_heads == 1:
         changes["qk_norm_over"] = "head"
-    changes["moe"] = plain_routing(model.moe) if model.num_moe_layers else MoEConfig()
-    if model.layers:
-        smallest = model.expert_counts[0]
-        changes["layers"] = spell([(stack.repeat, stack.unit) for stack in model.stacks], smallest)
-        changes["moe"] = dataclasses.replace(changes["moe"], num_experts=smallest)
+    changes["moe"] = MoEConfig()
+    if model.num_moe_layers:
+        smallest, largest = model.expert_counts[0], model.expert_counts[-1]
+        # Where not all experts of the largest bank are chosen, nothing follows from a smaller one whose experts are.
+        changes["moe"] = plain_routing(dataclasses.replace(model.moe, num_experts=largest))
+        if model.layers:
+            changes["layers"] = spell([(stack.repeat, stack.unit) for stack in model.stacks], smallest)
+            changes["moe"] = dataclasses.replace(changes["moe"], num_experts=smallest)
     return dataclasses.replace(model, **changes)
 
 

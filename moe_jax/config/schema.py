@@ -218,7 +218,7 @@ class MeshConfig(Checked, resume=MAY_CHANGE):
 
     data: int = number(-1, -1)  # number of copies of the parameters, each of which computes its own sequences
     fsdp: int = number(1, -1)  # number of devices that share parameters, gradients and optimizer states
-    expert: int = number(1, -1)  # number of devices that share the experts; divides model.moe.num_experts
+    expert: int = number(1, -1)  # number of devices that share the experts; divides each layer's
 
     def check(self):
         for name in ("data", "fsdp", "expert"):
@@ -318,7 +318,7 @@ class RunConfig(Checked, resume=FIXED):
             require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {nearest}")
         e, target = self.model.moe.num_experts, self.loss.bias_target
         rule = f"needs layers with one number of experts, not {self.model.expert_counts}"
-        require(not target or len(self.model.expert_counts) == 1, "loss.bias_target", target, rule, "nearest valid: ()")
+        require(not target or len(self.model.expert_counts) <= 1, "loss.bias_target", target, rule, "nearest valid: ()")
         require(not target or self.model.moe.selection_bias, "loss.bias_target", target,
                  "needs model.moe.selection_bias=True", "nearest valid: ()")  # fmt: skip
         rule = f"must have model.moe.num_experts={e} numbers, or none"

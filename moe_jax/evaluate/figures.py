@@ -181,8 +181,9 @@ def compare(runs: dict[str, Analysis], layer: int) -> Figure:
         )
         axis.set_xlabel("expert", fontsize=8, color=QUIET)
     _frequency_bar(figure, image, axes, norm)
+    number = number_of(next(iter(runs.values())), layer)
     figure.suptitle(
-        f"Share of a domain's tokens sent to each expert of layer {layer} (held-out text)", fontsize=11, color=INK
+        f"Share of a domain's tokens sent to each expert of layer {number} (held-out text)", fontsize=11, color=INK
     )
     return figure
 

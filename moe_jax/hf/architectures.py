@@ -270,8 +270,9 @@ def _dense_anywhere(keys: Keys, num_layers: int, num_experts: int) -> dict[str, 
         raise FormatError(f"{keys.where}: mlp_only_layers={listed!r} must be a list of layers")
     if type(step) is not int or step < 1:
         raise FormatError(f"{keys.where}: decoder_sparse_step={step!r} must be a whole number ≥ 1")
-    if step == 1 and sorted(set(listed)) == list(range(len(set(listed)))):
-        return {"num_dense_layers": min(len(set(listed)), num_layers)}
+    listed = set(listed)
+    if type(num_layers) is not int or (step == 1 and sorted(listed) == list(range(len(listed)))):
+        return {"num_dense_layers": min(len(listed), num_layers)}  # a number that is not whole is refused later
     if num_layers > MOST_LAYERS:
         raise FormatError(f"{keys.where}: num_hidden_layers={num_layers} is too large; the largest is {MOST_LAYERS:,}")
     dense, moe = Kind("dense"), Kind("moe", num_experts)

@@ -42,7 +42,7 @@ SELECTION_BIAS = flags.DEFINE_bool("selection_bias", False, "add a bias for loss
 NUM_EXPERTS = flags.DEFINE_integer("num_experts", 64, "clusters of each dense layer")
 TOP_K = flags.DEFINE_integer("top_k", None, "experts of a token; default: 2·G, or a quarter of the clusters")
 DENSE_LAYERS = flags.DEFINE_integer("dense_layers", 0, "number of layers at the start that stay dense")
-LAYERS = flags.DEFINE_string("layers", "", "which layers get experts, such as '6*(dense moe)'; see docs/config.md")
+LAYERS = flags.DEFINE_string("layers", "", "which layers get experts, such as '6*(dense moe)'; see docs/layers.md")
 # after the experts are made
 NOISE = flags.DEFINE_float("noise", 0.0, "standard deviation of noise on the experts, relative to that of each matrix")
 DROP = flags.DEFINE_float("drop", 0.0, "Drop-Upcycling: share of each expert's hidden units that is drawn again")

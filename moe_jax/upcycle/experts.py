@@ -124,6 +124,10 @@ class VirtualGroups(Transform):
         for n in final.expert_counts:
             rule, nearest = f"moe:{n} needs a multiple of granularity={g} experts", max(g, round(n / g) * g)
             require(n % g == 0, "layers", self.layers, rule, f"nearest valid: moe:{nearest}")
+            unit = g * moe.num_groups
+            rule = f"moe:{n} needs a multiple of granularity × num_groups = {unit}, so that no copy is in two groups"
+            nearest = max(unit, round(n / unit) * unit)
+            require(n % unit == 0, "layers", self.layers, rule, f"nearest valid: moe:{nearest}")
         return final
 
     def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
@@ -253,7 +257,7 @@ class Blocks(NamedTuple):
         """The random key of a block with experts: `key` itself for the first one, so that it is all of most models."""
         block = re.match(BLOCK, path)[0]
         number = list(dict.fromkeys(place.path for place in self.places if place.kind.experts)).index(block)
-        return jax.random.fold_in(key, number) if number else key
+        return jax.random.fold_in(key, 2**20 + number) if number else key  # no key that a block makes of its own
 
     def carried(self) -> tuple:
         """Rules for parameters that do not change: all but the feed-forward layers, and these in dense blocks."""

@@ -25,7 +25,6 @@ from typing import Any
 from unittest import mock
 
 from moe_jax.train import step
-from moe_jax.train.state import init_state
 
 # "plans": what train.py prints, and the checkpoint manager; "writers": metrics, TensorBoard, and the first batch.
 PARTS = ("import", "config, devices", "data", "plans", "initialise", "writers, batch", "first step")
@@ -73,7 +72,7 @@ def run_train() -> None:
     make = step.make_train_step
     replace = {
         (data, "prepare"): around(data.prepare),
-        (step, "init_state"): around(init_state),
+        (train, "init_state"): around(train.init_state),
         (step, "make_train_step"): lambda *args: around(make(*args), report),
     }
     for (module, name), value in replace.items():

@@ -1,4 +1,4 @@
-"""What reads models by layer, for any order of blocks: Hugging Face, upcycling, analysis, counts, the mesh's rules."""
+"""Readers of models by layer, for any order of blocks: Hugging Face, upcycling, analysis, counts, the mesh's rules."""
 
 import dataclasses
 import json

@@ -196,7 +196,8 @@ def test_clipping_comes_after_the_update_and_leaves_the_momentum():
         root = np.sqrt(np.minimum(1, threshold() / largest(top[stack][i])[0]))
         np.testing.assert_allclose(a["w_q"][i], b["w_q"][i] * np.repeat(root, H), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(a["w_k"][i], b["w_k"][i] * np.repeat(root[:: N // M], H), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(a["w_o"][i], b["w_o"][i], rtol=1e-4, atol=1e-6)  # of two programs
+        scale = np.abs(b["w_o"][i]).max()  # rounding of two programs does not shrink with a single entry
+        np.testing.assert_allclose(a["w_o"][i], b["w_o"][i], rtol=0, atol=2e-6 * scale)
     for a, b in zip(jax.tree.leaves(clipped.opt_state), jax.tree.leaves(plain.opt_state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
 

@@ -123,7 +123,7 @@ def test_mistakes_point_at_their_place(spec):
 
 FIELDS = {
     "num_layers=5: layers='moe dense' has 2 blocks; nearest valid: 2": {"layers": "moe dense", "num_layers": 5},
-    "is the order that num_layers=3 and num_dense_layers=1 say without it": {"layers": "dense 2*moe", "num_layers": 3},
+    "say without it; nearest valid: num_dense_layers=1 without it": {"layers": "dense 2*moe", "num_layers": 3},
     "num_dense_layers=1: has no effect with layers": {"layers": "moe dense", "num_layers": 2, "num_dense_layers": 1},
     "moe.num_experts=8: no block of layers='dense moe:4 dense' has this number; nearest valid: 4": {
         "layers": "dense moe:4 dense", "num_layers": 3},
@@ -141,7 +141,7 @@ def test_rules_between_fields(rule):
 
 @given(st.lists(st.sampled_from([Kind("dense"), Kind("moe", 4), Kind("moe", 8)]), min_size=1, max_size=12))
 def test_every_order_has_one_spelling(kinds):
-    """Of blocks in any order the line that `units_of` gives is read as these blocks."""
+    """Reads the line that `units_of` gives for blocks in any order: it is these blocks again."""
     units = units_of(tuple(kinds))
     stacks = parse(spell(units, 8), 8)
     assert stacks == stacks_of(units)

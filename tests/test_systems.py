@@ -253,7 +253,7 @@ MIXED = ModelConfig(
 
 @pytest.mark.parametrize(("layers", "num_layers"), [("dense moe dense moe:8", 4), ("2*(late dense)", 4)])
 def test_export_refuses(layers, num_layers):
-    """By the field's name, before anything is written."""
+    """Export names the field that it cannot write, before it writes anything."""
     moe = dataclasses.replace(MIXED.moe, selection_bias=False)
     cfg = dataclasses.replace(MIXED, layers=layers, num_layers=num_layers, moe=moe)
     with pytest.raises(FormatError, match=rf"differs in layers \({re.escape(layers)} here"):

@@ -40,7 +40,7 @@ class Stack(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a block of the decoder lies in the parameters."""
+    """The place of a block of the decoder in the parameters."""
 
     path: str
     index: int  # into the leading axis

@@ -126,8 +126,9 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     d_model: int = number(128, 2)  # width of the residual stream (D)
     num_layers: int = number(4, 1)  # blocks, dense ones and MoE ones together (L)
     num_dense_layers: int = number(0, 0)  # dense blocks at the start; num_layers: a dense model
-    # Any other order of blocks, such as "12*(dense moe)", "10*(dense moe:32) 2*(dense moe:64)" with as many experts, or
-    # "4*(late dense)", whose experts are added after the next block; "": the two numbers above.
+    # Any other order of blocks (docs/layers.md), such as "12*(dense moe)", "10*(dense moe:32) 2*(dense moe:64)" with 32
+    # and 64 experts in a block, or "4*(late dense)", whose experts are added after the next block; "": the two numbers
+    # above.
     layers: str = ""
     d_ff: int = number(512, 1)  # hidden width of the dense blocks
     # Activation of every feed-forward layer, dense or expert. "swiglu" has gate, up and down matrices; "gelu" and
@@ -229,7 +230,7 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         if layers_lib.is_plain(units, experts):
             first = 0 if stacks[0].unit[0].experts else stacks[0].repeat
             rule = f"is the order that num_layers={blocks} and num_dense_layers={first} say without it"
-            raise ConfigError("layers", text, rule, "nearest valid: ''")
+            raise ConfigError("layers", text, rule, f"nearest valid: num_dense_layers={first} without it")
         # Of several spellings of an order the field keeps one, so that a run is resumed with any of them.
         object.__setattr__(self, "layers", layers_lib.spell(units, experts))
 

@@ -26,7 +26,7 @@ class RouterBias(nnx.Variable):
 
 
 class TokenInfo(NamedTuple):
-    """What the MoE layer needs to know about its tokens besides their activations."""
+    """Facts about the tokens of an MoE layer, besides their activations."""
 
     counted: Bool[Array, "B S"]  # False: padding, which uses no expert and enters no statistic
     group: Int[Array, "B S"]  # balance group of each token

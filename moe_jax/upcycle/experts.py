@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from moe_jax import model
 from moe_jax.config import ModelConfig, MoEConfig, nearest_divisor
-from moe_jax.config.layers import Place, parse, places_of
+from moe_jax.config.layers import Place, is_plain, parse
 from moe_jax.errors import ConfigError
 from moe_jax.nn.layers import ACTIVATIONS
 from moe_jax.tree import flatten
@@ -216,14 +216,13 @@ def with_experts(cfg: ModelConfig, moe: MoEConfig, dense_layers: int, layers: st
         late = any(kind.name == "late" for stack in stacks for kind in stack.unit)
         rule = "a late block has its feed-forward layer beside the experts, so it would not compute the dense layer"
         require(not late, "layers", layers, rule, "name dense and moe only")
-        kinds = [place.kind for place in places_of(stacks)]
         rule = f"has no block with {moe.num_experts} experts, the number that the other options make"
-        named = moe.num_experts in [kind.experts for kind in kinds]
+        named = any(kind.experts == moe.num_experts for stack in stacks for kind in stack.unit)
         require(named, "layers", layers, rule, "nearest valid: moe without a number")
-        first = [bool(kind.experts) for kind in kinds].index(True)
-        simple = all(kind.experts == moe.num_experts for kind in kinds[first:])
+        first = 0 if stacks[0].unit[0].experts else stacks[0].repeat
+        plain = is_plain([(stack.repeat, stack.unit) for stack in stacks], moe.num_experts)
         rule = f"is the order that dense_layers={first} says without it"
-        require(not simple, "layers", layers, rule, f"nearest valid: dense_layers={first}")
+        require(not plain, "layers", layers, rule, f"nearest valid: dense_layers={first}")
         return dataclasses.replace(cfg, num_dense_layers=0, layers=layers, moe=moe)
     except ConfigError as e:
         raise (e if e.name.startswith("upcycle.") else e.inside("upcycle")) from None

@@ -5,7 +5,7 @@
 Hardware: sized for 256 accelerators of 80 GB: 4 sequences a device
 Time: not run here
 Parameters: 6,919,161,856 total, 1,282,017,280 active (1,075,972,096 without embedding and head)
-Expect: not run here
+Expect: not trained here; docs/scaling.md has the time of a step on two H200s
 
 The released model has the same number of parameters. It was balanced over the micro-batch of one device, not over the
 global batch: set `loss.balance_batch` to the number of sequences in such a micro-batch to do the same.

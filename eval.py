@@ -72,9 +72,8 @@ def main(argv):
             written.append(file)
 
     keep(f"eval{suffix}.json", lambda path: log.write_text(path, held_out.to_json(number, result, {})))
-    found = analysis.analyse(
-        result.places, result.router, result.choices, result.domains, cfg.model.moe.top_k, EARLIER.value
-    )
+    sums = result.places, result.router, result.choices, result.domains
+    found = analysis.analyse(*sums, cfg.model.moe.top_k, EARLIER.value, cfg.model.moe.identity_experts)
     for bank, one in found.items():
         keep(f"analysis{bank}{suffix}.npz", one.save)
 

@@ -20,7 +20,7 @@ from moe_jax.evaluate.during_training import HeldOut
 from moe_jax.parallel import sharding
 from moe_jax.run import changes, checkpoint, config_file, log, replay, survive, weights
 from moe_jax.run.recorder import Recorder
-from moe_jax.train import guard, losses, metrics, step
+from moe_jax.train import guard, knobs, losses, metrics, step
 from moe_jax.train.state import abstract_state, abstract_weights, choose_program, init_state, process_rows, put_batch
 
 CONFIG = cli.define_config()
@@ -96,6 +96,8 @@ def train(preemption: survive.Preemption):
     say(program.why)
     if cfg.model.num_moe_layers:
         say(losses.describe(cfg.loss, cfg.train.micro_batches))
+    if line := knobs.describe(cfg):
+        say(line)
     say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))
 
     # --- state: the order is important --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax import config
+from moe_jax.config.layers import Kind
 from moe_jax.moe import balance
 from moe_jax.moe.layer import MoE, TokenInfo
 from moe_jax.moe.program import Program
@@ -93,14 +94,14 @@ def moe_layer(cfg: config.RunConfig, mesh: Any) -> Layer:
     shape = (cfg.data.batch_size // cfg.train.micro_batches, cfg.data.seq_len, cfg.model.d_model)
 
     def make():
-        init = Init(nnx.Rngs(0), cfg.model.init_std)
-        layer = MoE(cfg.model, cfg.model.moe.num_experts, init, cfg.model.init_std, Program.choose(cfg.model, mesh))
+        init, kind = Init(nnx.Rngs(0), cfg.model.init_std), Kind("moe", cfg.model.moe.num_experts)
+        layer = MoE(cfg.model, kind, init, cfg.model.init_std, Program.choose(cfg.model, mesh))
         return nnx.split(layer, nnx.Param, ...)
 
     def apply(params, x, graph, rest):
         info = TokenInfo(jnp.ones_like(x[:, :, 0], bool), jnp.zeros_like(x[:, :, 0], jnp.int32))
-        y, stats, _ = nnx.merge(graph, params, rest)(x, info)
-        return y, jax.tree.map(lambda a: a[None], stats)
+        out = nnx.merge(graph, params, rest)(x, info)
+        return out.y, jax.tree.map(lambda a: a[None], out.stats)
 
     dtype = cfg.model.compute_dtype
     draw = jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype, out_sharding=sharding.BATCH))

@@ -72,7 +72,7 @@ def test_no_moe_layer_is_no_nan():
     assert aux.loss == aux.terms["xent"] and aux.terms["load_balance"] == aux.terms["router_z"] == 0
     assert aux.router == {}
     rates = dict.fromkeys(("tokens", "tokens_per_second", "step_seconds", "flops_per_token", "peak"), 1.0)
-    row = metrics.train_metrics(1, aux, layers=(), **rates)
+    row = metrics.train_metrics(1, aux, router={}, **rates)
     assert all(math.isfinite(v) for v in row.values()) and "max_load" not in row
     sums = losses.BatchSums(jnp.float32(6), jnp.float32(3), {})
     for layers in ("mean", "sum"):

@@ -77,7 +77,7 @@ CHANGEABLE = {  # beside all of train, mesh and sample
 }  # fmt: skip
 OTHER_NUMBERS = {  # of the same function: they make another run, and weights of one may start the other
     "model.compute_dtype", "model.param_dtype", "model.init_std", "model.max_seq_len", "model.segment_mask",
-    "model.moe.compute", "model.moe.capacity_factor",
+    "model.moe.compute", "model.moe.capacity_factor", "model.moe.overflow",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import pytest
 from moe_jax.config import MoEConfig
 from moe_jax.moe import routing
 from moe_jax.moe.balance import load_balancing_loss
+from moe_jax.moe.routing import Facts
 from moe_jax.moe.stats import router_stats
 
 LAYERS, BATCH, SEQ = 3, 8, 5
@@ -50,7 +51,7 @@ def statistics(logits, cfg, balance_batch="global", bias=None, mask=None):
     live = jnp.ones(batch * length, bool) if mask is None else mask.reshape(-1)
 
     def layer(x):
-        plan, probs = routing.route(x, bias, live, cfg)
+        plan, probs = routing.route(x, bias, Facts(live), cfg)
         return router_stats(x, probs, plan, plan.valid, live, group, batch // size)
 
     return jax.vmap(layer)(logits.reshape(layers, -1, experts))

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config.layers import Kind
 from moe_jax.moe import experts
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights
 from moe_jax.moe.layer import MoE, TokenInfo
@@ -227,7 +228,8 @@ def set_weights(params, seed=8):
 
 def make_layer(cfg, exchange="ring"):
     model = ModelConfig(d_model=WIDTH, moe=cfg)
-    return MoE(model, cfg.num_experts, Init(nnx.Rngs(0), 1.0), 1.0, Program(exchange=exchange, balance_groups=GROUPS))
+    program = Program(exchange=exchange, balance_groups=GROUPS)
+    return MoE(model, Kind("moe", cfg.num_experts), Init(nnx.Rngs(0), 1.0), 1.0, program)
 
 
 @functools.cache
@@ -242,7 +244,7 @@ def run_layer(shape, cfg):
         x, info, cotangent = put(layer_batch())
 
         def loss(params, x):
-            y, stats, _ = nnx.merge(graph, params, rest)(x, info)
+            y, stats, *_ = nnx.merge(graph, params, rest)(x, info)
             value = jnp.sum(y * cotangent) + jnp.sum(jnp.sin(stats.prob_per_expert)) + 0.1 * jnp.sum(stats.z_sq)
             return value, (y, stats)
 

@@ -24,6 +24,7 @@ from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # n
 from moe_jax.moe import routing  # noqa: E402
 from moe_jax.moe.layer import TokenInfo  # noqa: E402
 from moe_jax.moe.program import Program  # noqa: E402
+from moe_jax.moe.routing import Facts  # noqa: E402
 from moe_jax.moe.stats import by_depth  # noqa: E402
 from moe_jax.nn.layers import weight  # noqa: E402
 from moe_jax.parallel import sharding  # noqa: E402
@@ -205,7 +206,7 @@ def test_group_limited_selection_is_that_of_transformers(groups):
             np.put_along_axis(want, experts_TK.numpy(), weights_TK.numpy(), axis=1)
             cfg = MoEConfig(num_experts=16, top_k=top_k, num_groups=groups, top_groups=kept, score="sigmoid",
                             selection_bias=True, renormalize=top_k > 1, routed_scaling=2.5)  # fmt: skip
-            plan, _ = routing.route(jnp.asarray(logits), jnp.asarray(bias), jnp.ones(200, bool), cfg)
+            plan, _ = routing.route(jnp.asarray(logits), jnp.asarray(bias), Facts(jnp.ones(200, bool)), cfg)
             got = np.zeros_like(logits)
             np.put_along_axis(got, np.asarray(plan.experts), np.asarray(plan.weights), axis=1)
             np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=f"{kept} groups kept, {top_k} experts")

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_jax.config import LoadBalanceConfig, LossConfig, MoEConfig
 from moe_jax.moe import routing
 from moe_jax.moe.balance import load_balancing_loss
+from moe_jax.moe.routing import Facts
 from moe_jax.moe.stats import RouterStats, router_stats
 from moe_jax.parallel import sharding
 from moe_jax.train import cross_entropy, losses
@@ -30,7 +31,7 @@ def stats_of(load_GE, prob_GE, top_k):
 @functools.partial(jax.jit, static_argnames=("num_groups", "cfg"))
 def route(logits, groups, num_groups, cfg):
     counted = jnp.ones(len(logits), bool)
-    chosen, probs = routing.route(logits, None, counted, cfg)
+    chosen, probs = routing.route(logits, None, Facts(counted), cfg)
     return router_stats(logits, probs, chosen, chosen.valid, counted, jnp.asarray(groups), num_groups)
 
 

@@ -99,7 +99,7 @@ def make_row(step=7, more=()):
     """more: further terms of the loss."""
     rates = {"tokens": 448, "tokens_per_second": 1000.0, "step_seconds": 0.064, "flops_per_token": 6e6, "peak": 1e12}
     return metrics.train_metrics(
-        step, make_report(dict(more)), layers=layers(make_stats(np.ones((2, 1, 4)), 2)), **rates
+        step, make_report(dict(more)), router=router_metrics(layers(make_stats(np.ones((2, 1, 4)), 2))), **rates
     )
 
 

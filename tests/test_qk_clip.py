@@ -224,11 +224,11 @@ def test_work(micro, remat):
 @pytest.mark.slow
 def test_logged():
     rates = dict(tokens=1, tokens_per_second=1, step_seconds=1, flops_per_token=1, peak=1)
-    row = metrics.train_metrics(1, after(qk_clip=threshold())[1], layers=(), **rates)
+    row = metrics.train_metrics(1, after(qk_clip=threshold())[1], router={}, **rates)
     at = list(row).index("lr")
     assert list(row)[at + 1 : at + 3] == ["max_logit", "clipped_heads"]
     assert all(type(row[name]) is float for name in ("max_logit", "clipped_heads"))
-    assert "max_logit" not in metrics.train_metrics(1, after()[1], layers=(), **rates)
+    assert "max_logit" not in metrics.train_metrics(1, after()[1], router={}, **rates)
 
 
 def test_refused_with_qk_norm():

@@ -30,7 +30,7 @@ from moe_jax.hf.architectures import write_config
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, weights
 from moe_jax.train import step
-from moe_jax.train.state import Batch, abstract_state, abstract_weights, init_state, process_rows, put_batch
+from moe_jax.train.state import abstract_batch, abstract_state, abstract_weights, init_state, process_rows, put_batch
 from moe_jax.tree import flatten
 from moe_jax.upcycle import Cluster, Depth, Drop, Transform, VirtualGroups, Width
 
@@ -103,16 +103,9 @@ def test_docstring(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_traced_on_a_mesh(name):
     cfg, mesh = toy(name), mesh_of(*MESH)
-    like = lambda field: jax.ShapeDtypeStruct(
-        (cfg.data.batch_size, cfg.data.seq_len),
-        jnp.float32 if field == "weights" else jnp.int32,
-        sharding=sharding.batch_sharding(mesh),
-    )
     state = abstract_state(cfg, mesh)
     with jax.set_mesh(mesh):
-        new, report = jax.eval_shape(
-            step.make_train_step(cfg, mesh).__wrapped__, state, Batch(*map(like, Batch._fields))
-        )
+        new, report = jax.eval_shape(step.make_train_step(cfg, mesh).__wrapped__, state, abstract_batch(cfg, mesh))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     experts = {place.path: place.kind.experts for place in cfg.model.places if place.kind.experts}
     assert {path: sums.tokens_per_expert.shape[-1] for path, sums in report.router.items()} == experts

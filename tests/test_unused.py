@@ -28,7 +28,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from moe_jax import config
 from moe_jax.parallel import sharding
 from moe_jax.train import step
-from moe_jax.train.state import Batch, abstract_state
+from moe_jax.train.state import abstract_batch, abstract_state
 
 FOLDER = Path(__file__).with_name("unused")
 VERSION = FOLDER / "jax_version.txt"
@@ -110,11 +110,8 @@ def traced(name: str) -> Any:
     made.update_from_flattened_dict(changes)
     cfg = config.build(made)
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
-    like, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
-    dtypes = [jnp.float32 if field == "weights" else jnp.int32 for field in Batch._fields]
-    batch = Batch(*(jax.ShapeDtypeStruct(like, dtype, sharding=by_row) for dtype in dtypes))
     with jax.set_mesh(mesh):
-        return step.make_train_step(cfg, mesh).__wrapped__.trace(abstract_state(cfg, mesh), batch)
+        return step.make_train_step(cfg, mesh).__wrapped__.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh))
 
 
 def operations(name: str) -> collections.Counter:

@@ -28,9 +28,9 @@ from moe_jax.train.state import init_state, put_batch
 E, K, P = 8, 4, 0.4
 
 
-def top_p(logits, bias, counted, cfg):
+def top_p(logits, bias, facts, cfg, knobs):
     """The trial router. The first expert is always taken."""
-    chosen, probs = routing.route(logits, bias, counted, cfg)
+    chosen, probs = routing.route(logits, bias, facts, cfg, knobs)
     scores = routing.pick_chosen(probs, chosen.experts)
     valid = chosen.valid & (jnp.cumsum(scores, axis=-1) - scores < P)
     return Routing(chosen.experts, jnp.where(valid, scores, 0.0), valid), probs

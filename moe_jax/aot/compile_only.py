@@ -24,7 +24,7 @@ from moe_jax.errors import UserError
 from moe_jax.moe import exchange
 from moe_jax.parallel import sharding
 from moe_jax.train import step
-from moe_jax.train.state import Batch, abstract_state, choose_program
+from moe_jax.train.state import abstract_batch, abstract_state, choose_program
 
 # Messages of JAX about the machine on which it traces, and what to do about them.
 REFUSALS = {
@@ -58,14 +58,12 @@ def mesh_of(cfg: config.RunConfig, chips: list[jax.Device]) -> jax.sharding.Mesh
 
 def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     """The compiled train step for a mesh of any devices, made from shapes alone."""
-    shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
-    dtypes = [jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields]
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for dtype in dtypes))
     # XLA's autotuning runs kernels to find the fastest, which needs a GPU.
     absent = mesh.devices.flat[0].platform == "gpu" and jax.default_backend() != "gpu"
     options = {"xla_gpu_autotune_level": 0} if absent else None
     with jax.set_mesh(mesh):
-        return step.make_train_step(cfg, mesh).__wrapped__.lower(abstract_state(cfg, mesh), batch).compile(options)
+        step_of = step.make_train_step(cfg, mesh).__wrapped__
+        return step_of.lower(abstract_state(cfg, mesh), abstract_batch(cfg, mesh)).compile(options)
 
 
 def bytes_of_device(tree: Any) -> int:

@@ -7,6 +7,7 @@ value, the rule and the nearest valid choice.
 
 from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
 from moe_jax.config.convert import build, build_model, default_config, load_balance, source, to_dict
+from moe_jax.config.explore import ExploreConfig, RampConfig
 from moe_jax.config.fields import nearest_divisor
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
@@ -26,6 +27,7 @@ from moe_jax.config.schema import (
 
 __all__ = [
     "DataConfig",
+    "ExploreConfig",
     "LoadBalanceConfig",
     "LossConfig",
     "MLAConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
+    "RampConfig",
     "RopeScalingConfig",
     "RunConfig",
     "SampleConfig",

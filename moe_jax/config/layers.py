@@ -14,8 +14,9 @@ from moe_jax.errors import ConfigError
 
 # "dense": attention, then a feed-forward layer. "moe": attention, then experts. "late" (shortcut-connected,
 # arXiv:2509.01322): a dense block whose experts read what its feed-forward layer reads, but their result is added after
-# the last block of the unit, so that their exchange between devices may run beside the blocks in between.
-KINDS = ("dense", "moe", "late")
+# the last block of the unit, so that their exchange between devices may run beside the blocks in between. "table": like
+# "moe", but a random table that is never trained names the experts of each token id (arXiv:2106.04426).
+KINDS = ("dense", "moe", "late", "table")
 
 
 class Kind(NamedTuple):

@@ -18,8 +18,17 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     d_expert: int = number(256, 1)  # hidden width of one expert (F)
     # Experts that every token uses. They are computed as one feed-forward layer of width num_shared_experts · d_expert.
     num_shared_experts: int = number(0, 0)
-    # Function that makes scores of router logits: a softmax over the experts, or the sigmoid of each logit.
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    # Where router logits come from (docs/routing.md). "linear": one matrix. "cosine": the cosine of a projection of the
+    # token and a vector of each expert, times a learned scale. "mlp": two hidden layers on a projection of the token,
+    # to which a share of the layer before's is added.
+    router: Literal["linear", "cosine", "mlp"] = "linear"
+    router_width: int = number(256, 1)  # size of that projection (R), for router="cosine" and "mlp"
+    # Who chooses. "token": a token takes its K best experts. "expert": an expert takes its K/E·S best tokens of each
+    # sequence of S, so that loads are equal; not causal, so that such a model writes no text.
+    choice: Literal["token", "expert"] = "token"
+    # Function that makes scores of router logits: a softmax over the experts, or of each logit the sigmoid or the
+    # square root of softplus.
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     # "score_topk" takes the softmax of all logits and then chooses K experts. "topk_score" chooses K logits and takes
     # the softmax over those.
     score_order: Literal["score_topk", "topk_score"] = "score_topk"
@@ -30,6 +39,10 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # Equal groups of experts, for group-limited selection (DeepSeek-V2); 1: no groups.
     num_groups: int = number(1, 1)
     top_groups: int = number(1, 1)  # groups of experts that a token may choose from, at most num_groups
+    # Further choices of the router, which compute nothing (Z): a token that takes one has fewer experts.
+    identity_experts: int = number(0, 0)
+    # What such a choice adds to the layer's result, times its combine weight: the layer's input, or nothing.
+    identity_output: Literal["input", "nothing"] = "input"
     # Balance without a loss: add a bias to each expert's score for selection only. loss.bias_update sets how it moves.
     selection_bias: bool = False
     # "grouped" sorts rows by expert and drops none. "capacity" gives each expert a fixed number of rows; the rest is
@@ -37,6 +50,9 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     compute: Literal["grouped", "dense", "capacity"] = machine("grouped", FIXED)
     # With compute="capacity" an expert takes ⌈capacity_factor · K · T / E⌉ rows.
     capacity_factor: float = machine(number(1.25, 0.01), FIXED)
+    # Which rows an expert takes first with compute="capacity": those of early tokens, a random order, or those of the
+    # largest combine weight.
+    overflow: Literal["first", "random", "score"] = machine("first", FIXED)
     # How tokens reach the experts of other devices (docs/scaling.md). "auto" takes what sends fewer bytes on TPU, and
     # "ring" on CPU and GPU.
     exchange: Literal["auto", "ring", "all_to_all"] = machine("auto")
@@ -50,17 +66,24 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
 
     @property
     def router_columns(self) -> int:
-        """Number of choices that the router has (C)."""
-        return self.num_experts
+        """Number of choices that the router has: experts, then identity experts (C)."""
+        return self.num_experts + self.identity_experts
+
+    @property
+    def slots(self) -> int:
+        """Length of a token's list of experts: K, or with expert choice every one of them."""
+        return self.router_columns if self.choice == "expert" else self.top_k
 
     @property
     def mean_slots(self) -> float:
-        """Number of experts that a token is expected to use: of its K slots, those that do something."""
-        return float(self.top_k)
+        """Number of experts that a token is expected to use: of its slots, those that compute something."""
+        return self.top_k * self.num_experts / self.router_columns
 
     def check(self):
         e, k = self.num_experts, self.top_k
-        require(k <= e, "top_k", k, f"must be ≤ num_experts={e}", f"nearest valid: {e}")
+        c = self.router_columns
+        named = f"num_experts={e}" + (f" + identity_experts={c - e}" if c > e else "")
+        require(k <= c, "top_k", k, f"must be ≤ {named}", f"nearest valid: {c}")
         g = self.num_groups
         require(e % g == 0, "num_groups", g, f"must divide num_experts={e}", f"nearest valid: {nearest_divisor(e, g)}")
         require(self.top_groups <= g, "top_groups", self.top_groups, f"must be ≤ num_groups={g}", f"nearest valid: {g}")
@@ -69,17 +92,31 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
             "exchange_chunks", self.exchange_chunks, "would change which rows compute='capacity' drops",
             "nearest valid: 1",
         )  # fmt: skip
-        most = self.top_groups * (e // g)
+        require(g == 1 or c == e, "identity_experts", c - e, "is not available with num_groups > 1", "nearest valid: 0")
+        most = self.top_groups * (e // g) if g > 1 else c
         require(
             k <= most, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {most}", f"nearest valid: {most}"
         )
         require(
-            not (self.score == "sigmoid" and self.score_order == "topk_score"),
-            "score_order", self.score_order, "needs score='softmax' (a sigmoid does not depend on the other experts)",
+            self.score == "softmax" or self.score_order == "score_topk",
+            "score_order", self.score_order, "needs score='softmax' (the others do not depend on the other experts)",
             "nearest valid: 'score_topk'",
         )  # fmt: skip
         require(not (self.renormalize and self.combine == "one"), "renormalize", True,
                 "has no effect with combine='one'", "nearest valid: False")  # fmt: skip
+        require(self.identity_experts or self.identity_output == "input", "identity_output", self.identity_output,
+                "needs identity_experts > 0", "nearest valid: 'input'")  # fmt: skip
+        require(self.compute == "capacity" or self.overflow == "first", "overflow", self.overflow,
+                "needs compute='capacity': nothing else drops rows", "nearest valid: 'first'")  # fmt: skip
+        if self.choice == "expert":
+            self._check_expert_choice()
+
+    def _check_expert_choice(self):
+        """Refuses what balances or groups the choices of tokens: with expert choice all loads are equal."""
+        usual = {"identity_experts": 0, "num_groups": 1, "selection_bias": False, "score_order": "score_topk"}
+        for name, value in usual.items():
+            mine = getattr(self, name)
+            require(mine == value, name, mine, "is not available with choice='expert'", f"nearest valid: {value!r}")
 
 
 @dataclass(frozen=True)
@@ -127,8 +164,8 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     num_layers: int = number(4, 1)  # blocks, dense ones and MoE ones together (L)
     num_dense_layers: int = number(0, 0)  # dense blocks at the start; num_layers: a dense model
     # Any other order of blocks (docs/layers.md), such as "12*(dense moe)", "10*(dense moe:32) 2*(dense moe:64)" with 32
-    # and 64 experts in a block, or "4*(late dense)", whose experts are added after the next block; "": the two numbers
-    # above.
+    # and 64 experts in a block, "4*(late dense)", whose experts are added after the next block, or "3*table 9*moe", in
+    # which a fixed table names the experts of each token id; "": the two numbers above.
     layers: str = ""
     d_ff: int = number(512, 1)  # hidden width of the dense blocks
     # Activation of every feed-forward layer, dense or expert. "swiglu" has gate, up and down matrices; "gelu" and
@@ -226,6 +263,10 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             except ConfigError as error:
                 rule = f"its blocks with {e} experts: moe.{error.name}={error.value!r} {error.rule}"
                 raise ConfigError("layers", text, rule, error.hint) from None
+        fixed = [kind.experts for stack in stacks for kind in stack.unit if kind.name == "table"]
+        rule = f"a table names experts, of which a token takes top_k={self.moe.top_k}"
+        require(min(fixed, default=self.moe.top_k) >= self.moe.top_k, "layers", text, rule,
+                f"nearest valid: {self.moe.top_k} experts in a table block")  # fmt: skip
         units = [(stack.repeat, stack.unit) for stack in stacks]
         if layers_lib.is_plain(units, experts):
             first = 0 if stacks[0].unit[0].experts else stacks[0].repeat

@@ -13,7 +13,7 @@ def plain(model: ModelConfig) -> ModelConfig:
     """
     changes: dict = {}
     kinds = {kind.name for stack in model.stacks for kind in stack.unit}
-    if kinds == {"moe"}:
+    if kinds <= {"moe", "table"}:
         changes["d_ff"] = ModelConfig.d_ff
     if not model.mla.kv_rank:
         changes["mla"] = MLAConfig()
@@ -37,8 +37,10 @@ def plain_routing(moe: MoEConfig) -> MoEConfig:
 
     Softmax and sigmoid order experts alike, but rounding makes large sigmoids equal, so the two are kept apart.
     """
-    changes: dict = {}
-    all_chosen = moe.top_k == moe.num_experts
+    changes: dict = {} if moe.router != "linear" else {"router_width": MoEConfig.router_width}
+    if moe.choice == "expert":
+        return dataclasses.replace(moe, **changes)
+    all_chosen = moe.top_k == moe.router_columns
     any_group = moe.top_groups == moe.num_groups
     if any_group:
         changes |= {"num_groups": 1, "top_groups": 1}

@@ -1,9 +1,11 @@
 """The fields of a configuration: one frozen dataclass per component, with ranges and rules. model.py has the model."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moe_jax.config.explore import ExploreConfig
 from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, changeable, nearest_divisor, newer, number, require
 from moe_jax.config.model import ModelConfig
 
@@ -280,6 +282,7 @@ class RunConfig(Checked, resume=FIXED):
     init_from: str = ""  # a run directory whose weights a new run starts from; "": fresh weights
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -291,6 +294,7 @@ class RunConfig(Checked, resume=FIXED):
         require(b % a == 0, "train.micro_batches", a, f"must divide data.batch_size={b}",
                  f"nearest valid: {nearest_divisor(b, a)}")  # fmt: skip
         self._check_loss(b)
+        self._check_routing()
         t = self.data.tokenizer
         need = {"bytes": 257, "bpe": t.vocab_size}.get(t.kind, 0)
         require(self.model.vocab_size >= need, "model.vocab_size", self.model.vocab_size,
@@ -307,6 +311,34 @@ class RunConfig(Checked, resume=FIXED):
         longest = self.model.max_seq_len
         require(self.data.seq_len <= (longest or self.data.seq_len), "data.seq_len", self.data.seq_len,
                 f"must be ≤ model.max_seq_len={longest}", f"nearest valid: {longest}")  # fmt: skip
+
+    def _check_routing(self) -> None:
+        moe, loss, explore, experts = self.model.moe, self.loss, self.explore, self.model.expert_counts
+        most = min(experts, default=0) + moe.identity_experts
+        rule = f"must be ≤ {most}, the choices that each router has"
+        require(explore.top_k <= most, "explore.top_k", explore.top_k, rule, f"nearest valid: {most}")
+        require(experts or explore == ExploreConfig(), "explore", explore, "needs layers with experts",
+                "nearest valid: the default")  # fmt: skip
+        if moe.choice == "token" or not experts:
+            return
+        rule = "is not available with model.moe.choice='expert', which makes loads equal"
+        coefs = {"loss.load_balance_coef": loss.load_balance_coef}
+        coefs |= {f"loss.more_load_balance.{name}.coef": term.coef for name, term in loss.more_load_balance.items()}
+        for name, coef in coefs.items():
+            require(coef == 0, name, coef, rule, "nearest valid: 0.0")
+        for name in ("top_k", "threshold"):
+            value = getattr(explore, name)
+            require(value == 0, f"explore.{name}", value, "is for the choices of tokens, not of experts",
+                    "nearest valid: 0")  # fmt: skip
+        rule = "must be 0 with model.moe.choice='expert', which depends on later tokens"
+        require(self.sample.tokens == 0, "sample.tokens", self.sample.tokens, rule, "nearest valid: 0")
+
+    @property
+    def trained(self) -> ModelConfig:
+        """The model as it is trained: with `explore.top_k` experts a token."""
+        if not self.explore.top_k:
+            return self.model
+        return dataclasses.replace(self.model, moe=dataclasses.replace(self.model.moe, top_k=self.explore.top_k))
 
     def _check_loss(self, b: int) -> None:
         more = self.loss.more_load_balance.items()

@@ -2,8 +2,8 @@
 
 Layers that have different numbers of experts are analysed apart, in banks of one number each.
 
-Letters: L layers with experts (of a bank), G domains, E experts, K the largest number of experts per token. The value
-of a domain without tokens is NaN.
+Letters: L layers with experts (of a bank), G domains, E router columns (experts, then identity experts, which compute
+nothing), K the largest number of experts per token. The value of a domain without tokens is NaN.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,7 @@ class Analysis(NamedTuple):
     coactivation: Float[np.ndarray, "L E E"]
     saturation: Float[np.ndarray, "L G"] | None  # None without an earlier checkpoint
     earlier_step: int | None
+    experts_per_token: Float[np.ndarray, "L G"] | None = None  # None in files of earlier versions
     layers: Int[np.ndarray, " L"] | None = None  # numbers of a bank's layers; None: 0 to L − 1, as it is the only bank
 
     def save(self, path: Path | str) -> None:
@@ -53,6 +54,7 @@ def analyse(
     domains: tuple[str, ...],
     top_k: int,
     earlier_step: int | None = None,
+    identity_experts: int = 0,
 ) -> dict[str, Analysis]:
     """All measures of a model from its sums by block, those of `held_out.evaluate(…, record=True)`.
 
@@ -65,16 +67,26 @@ def analyse(
     for experts in sorted(set(counts)):
         own = [i for i, count in enumerate(counts) if count == experts]
         bank = jax.tree.map(lambda *x: np.stack(x).astype(np.float64), *(layers[i] for i in own))
-        one = analyse_bank(*bank, domains, top_k, earlier_step)
+        one = analyse_bank(*bank, domains, top_k, earlier_step, identity_experts)
         only = len(own) == len(layers)
         found["" if only else f"_{experts}"] = one if only else one._replace(layers=np.array(own))
     return found
 
 
 def analyse_bank(
-    stats: RouterStats, choices: ChoiceSums, domains: tuple[str, ...], top_k: int, earlier_step: int | None = None
+    stats: RouterStats,
+    choices: ChoiceSums,
+    domains: tuple[str, ...],
+    top_k: int,
+    earlier_step: int | None = None,
+    identity_experts: int = 0,
 ) -> Analysis:
-    """All measures of layers with the same number of experts."""
+    """All measures of layers with the same number of experts.
+
+    What is about load, and the number of experts per token, is of those that compute something.
+    """
+    load = stats.tokens_per_expert[..., : stats.tokens_per_expert.shape[-1] - identity_experts]
+    real = stats._replace(tokens_per_expert=load)
     return Analysis(
         domains=tuple(domains),
         top_k=top_k,
@@ -82,14 +94,15 @@ def analyse_bank(
         selection_frequency=selection_frequency(stats),
         specialisation=specialisation(stats),
         overlap=overlap(high_frequency(selection_frequency(stats))),
-        dead_experts=dead_experts(stats.tokens_per_expert.sum(1)),
-        dead_experts_by_domain=np.where(stats.tokens > 0, dead_experts(stats.tokens_per_expert), np.nan),
-        max_violation=max_violation(stats),
-        dropped=stats.dropped.sum(1) / np.maximum(stats.tokens_per_expert.sum((1, 2)), 1.0),
+        dead_experts=dead_experts(load.sum(1)),
+        dead_experts_by_domain=np.where(stats.tokens > 0, dead_experts(load), np.nan),
+        max_violation=max_violation(real),
+        dropped=stats.dropped.sum(1) / np.maximum(load.sum((1, 2)), 1.0),
         topk_score=topk_score(choices, stats),
         coactivation=coactivation(choices),
         saturation=None if choices.kept is None else saturation(choices, stats),
         earlier_step=earlier_step,
+        experts_per_token=_ratio(load.sum(-1), stats.tokens),
     )
 
 
@@ -214,6 +227,9 @@ def layer_table(found: Analysis) -> str:
         "top-k score ÷ (K/E)": [f"{x:.2f}" for x in score],
         "I(expert; domain)": [f"{x:.3f} bits" for x in found.specialisation],
     }
+    used = found.experts_per_token
+    if used is not None and not np.allclose(used[~np.isnan(used)], found.top_k):
+        columns["experts a token"] = [f"{x:.2f}" for x in np.nanmean(used, axis=1)]
     if found.saturation is not None:
         columns[f"as at step {found.earlier_step}"] = [f"{x:.1%}" for x in np.nanmean(found.saturation, axis=1)]
     rows = zip(*columns.values(), strict=True)

@@ -60,6 +60,9 @@ def generate(
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
     if tokens == 0:
         return [list(p) for p in prompts]
+    if cfg.moe.choice == "expert" and cfg.num_moe_layers:
+        rule = "depends on later tokens, so that the model writes no text"
+        raise ConfigError("model.moe.choice", "expert", rule, "train with choice='token'")
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     if 0 < cfg.max_seq_len < longest + tokens:
         rule = f"exceeds model.max_seq_len={cfg.max_seq_len} after a prompt of {longest} tokens"

@@ -323,7 +323,7 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
     """
     moe = config.plain_routing(model.moe) if model.num_moe_layers else model.moe
     kinds = tuple(place.kind for place in model.places)
-    if model.layers and all(kind.name != "late" for kind in kinds):  # one spelling for each order of blocks
+    if model.layers and all(kind.name in ("dense", "moe") for kind in kinds):  # one spelling for each order of blocks
         model = dataclasses.replace(model, layers=spell(units_of(kinds), model.moe.num_experts))
     model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len, moe=moe)
     reasons = {}

@@ -10,6 +10,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.config.layers import Kind
 from moe_jax.moe.layer import MoE, TokenInfo
 from moe_jax.moe.program import Program
+from moe_jax.moe.routing import Knobs
 from moe_jax.moe.stats import Choices, RouterStats
 from moe_jax.nn.attention import Attention, KVCache
 from moe_jax.nn.layers import GLU, Init, rms_norm
@@ -24,12 +25,14 @@ class Inputs(NamedTuple):
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"] | None
     info: TokenInfo
+    knobs: Knobs | None = None  # of the step; None in evaluation
 
 
 class BlockOutput(NamedTuple):
-    """The result of one block. A scan over blocks adds a leading axis of layers to all but `x` and `late`."""
+    """The result of one block. A scan over blocks adds a leading axis of layers to all but the first three."""
 
     x: Float[Array, "B S D"] | None  # None after the scan, as is `late`
+    state: Float[Array, "B S R"] | None  # of the routers so far; None after the scan and where no router has one
     late: Float[Array, "B S D"] | None  # what a late block's experts add after the last block of its unit
     stats: RouterStats | None  # None in a block without experts
     cache: KVCache | None
@@ -49,12 +52,20 @@ class Block(nnx.Module):
         self.attention_norm = init.ones((cfg.d_model,), "norm")
         self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
-        self.moe = MoE(cfg, kind.experts, init, out_std, program) if kind.experts else None
-        self.mlp = None if kind.name == "moe" else GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation)
+        self.moe = MoE(cfg, kind, init, out_std, program) if kind.experts else None
+        fed = kind.name in ("dense", "late")
+        self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation) if fed else None
 
     def __call__(
-        self, x: Float[Array, "B S D"], inputs: Inputs, cache: KVCache | None, start: Int[Array, ""] | None
-    ) -> "BlockOutput":
+        self,
+        x: Float[Array, "B S D"],
+        state: Float[Array, "B S R"] | None,
+        layer: Int[Array, ""] | None,
+        inputs: Inputs,
+        cache: KVCache | None,
+        start: Int[Array, ""] | None,
+    ) -> BlockOutput:
+        """Runs the block. state: of the routers before. layer: number of the block in the decoder, for noise."""
         h = rms_norm(x, self.attention_norm[...], self.eps)
         counted = inputs.info.counted if self.max_logit else None
         with jax.named_scope("attention"):
@@ -64,11 +75,12 @@ class Block(nnx.Module):
         routed, stats, choices = None, None, None
         if self.moe is not None:
             with jax.named_scope("moe"):
-                routed, stats, choices = self.moe(h, inputs.info)
+                knobs = inputs.knobs and inputs.knobs._replace(key=jax.random.fold_in(inputs.knobs.key, layer))
+                routed, stats, choices, state = self.moe(h, inputs.info, inputs.tokens, state, knobs)
         if self.mlp is None:
-            return BlockOutput(x + routed, None, stats, cache, choices, max_logit)
+            return BlockOutput(x + routed, state, None, stats, cache, choices, max_logit)
         with jax.named_scope("mlp"):
-            return BlockOutput(x + self.mlp(h), routed, stats, cache, choices, max_logit)
+            return BlockOutput(x + self.mlp(h), state, routed, stats, cache, choices, max_logit)
 
 
 class Unit(nnx.Module):

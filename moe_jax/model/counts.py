@@ -21,7 +21,7 @@ class Counts:
 
 
 # Share of a leaf that one token uses, by logical axis: (config, size of the axis) → share. Other axes are used whole.
-SHARE_IN_USE = {"experts": lambda cfg, experts: cfg.moe.mean_slots / experts}
+SHARE_IN_USE = {"experts": lambda cfg, e: dataclasses.replace(cfg.moe, num_experts=e).mean_slots / e}
 
 
 def _leaves(cfg: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int, float]]:

@@ -18,6 +18,7 @@ from moe_jax.config.layers import Stack
 from moe_jax.model.blocks import Block, BlockOutput, Inputs, Unit, blocks_of
 from moe_jax.moe.layer import RouterBias
 from moe_jax.moe.program import Program
+from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.stats import Choices, RouterStats
 from moe_jax.nn.attention import KVCache
 from moe_jax.nn.layers import Init, rms_norm, weight
@@ -58,10 +59,12 @@ class Transformer(nnx.Module):
         with jax.named_scope("embedding"):
             x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
         found: dict[str, BlockOutput] = {}
+        state, first = self._router_state(x), 0
         for stack in self.cfg.stacks:
             caches = tuple((cache or {}).get(path) for path in stack.paths)
-            x, outputs = self._scan(stack, x, inputs, caches, start)
+            (x, state), outputs = self._scan(stack, (x, state), inputs, caches, start, first)
             found |= dict(zip(stack.paths, outputs, strict=True))
+            first += stack.repeat * len(stack.unit)
         hidden = rms_norm(x, self.final_norm[...], self.cfg.norm_eps)
         all_of = lambda name: {path: getattr(out, name) for path, out in found.items()}
         routed = lambda name: {path: getattr(out, name) for path, out in found.items() if out.stats is not None}
@@ -74,35 +77,49 @@ class Transformer(nnx.Module):
             max_logit=over_batch(all_of("max_logit")) if self.program.max_logit else None,
         )
 
-    def _scan(self, stack: Stack, x, inputs: Inputs, caches: tuple, start) -> tuple[Array, tuple[BlockOutput, ...]]:
-        """Runs a stack. caches, and the outputs beside the new x: one for each block of the unit."""
+    def _router_state(self, x: Float[Array, "B S D"]) -> Float[Array, "B S R"] | None:
+        """The state that the router of the first layer is given: zeros, if routers have one."""
+        if not (self.cfg.num_moe_layers and ROUTERS[self.cfg.moe.router].has_state):
+            return None
+        shape = (*x.shape[:2], self.cfg.moe.router_width)
+        return jnp.zeros(shape, jnp.float32, out_sharding=jax.typeof(x).sharding.spec)
+
+    def _scan(
+        self, stack: Stack, carry: tuple, inputs: Inputs, caches: tuple, start, first: int
+    ) -> tuple[tuple, tuple[BlockOutput, ...]]:
+        """Runs a stack. carry: x, and the state of its routers. caches, and the outputs beside the new carry: one for
+        each block of the unit. first: number of the stack's first block in the decoder."""
         graph, experts, others = nnx.split(getattr(self, stack.name), _is_expert_weight, ...)
         reduces = sharding.current_sizes().get("fsdp", 1) > 1  # the experts' gradients are summed over devices
         policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, stack.repeat)
         recompute = lambda fn, prevent_cse: jax.checkpoint(fn, policy=policy, prevent_cse=prevent_cse)
         several = len(stack.unit) > 1
 
-        def body(x, unit):
-            experts, others, caches = unit
+        size = len(stack.unit)
+        firsts = jnp.arange(first, first + size * stack.repeat, size) if inputs.knobs is not None else None
+
+        def body(carry, unit):
+            (x, state), (experts, others, caches, at) = carry, unit
             if reduces and jax.tree.leaves(experts):
                 x, experts = overlap.reduce_first(x, experts)
             waiting, outputs = [], []
-            for block, cache in zip(blocks_of(nnx.merge(graph, experts, others)), caches, strict=True):
+            blocks = blocks_of(nnx.merge(graph, experts, others))
+            for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
                 run = functools.partial(block, inputs=inputs, start=start)
                 # Block by block, so that the backward pass has one block's activations in memory, not those of a unit.
                 run = recompute(run, True) if policy is not None and several else run
-                out = run(x, cache=cache)
-                x = out.x
+                out = run(x, state, None if at is None else at + i, cache=cache)
+                x, state = out.x, out.state
                 if out.late is not None:
                     waiting.append(out.late)
-                outputs.append(out._replace(x=None, late=None))
-            return sum(waiting, x), tuple(outputs)
+                outputs.append(out._replace(x=None, state=None, late=None))
+            return (sum(waiting, x), state), tuple(outputs)
 
         if policy is not None and not several:
             # XLA cannot merge the recomputation of a layer with its forward pass across loop iterations of one layer
             # each, so that the barriers of prevent_cse would only cost time.
             body = recompute(body, unroll > 1)
-        return jax.lax.scan(body, x, (experts, others, caches), unroll=unroll)
+        return jax.lax.scan(body, carry, (experts, others, caches, firsts), unroll=unroll)
 
     @property
     def output_matrix(self) -> nnx.Param:

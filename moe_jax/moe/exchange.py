@@ -48,9 +48,10 @@ def run_experts(
     """
     chunks = math.gcd(compute.cfg.exchange_chunks, x.shape[0])
     cut = lambda a: jnp.split(a, chunks)
+    absent = [None] * chunks
     parts = [
         EXCHANGE[exchange](x_c, Routing(*routing_c), w, compute)
-        for x_c, *routing_c in zip(cut(x), *map(cut, routing), strict=True)
+        for x_c, *routing_c in zip(cut(x), *(absent if a is None else cut(a) for a in routing), strict=True)
     ]
     y, computed = zip(*parts, strict=True)
     return jnp.concatenate(y), jnp.concatenate(computed)
@@ -79,8 +80,9 @@ def all_to_all(x, routing, w, compute):
     sends_Pt = jnp.any((owner_tK[None] == jnp.arange(peers)[:, None, None]) & routing.valid[None], axis=2)
     sent, received = Blocks.of(sends_Pt), Blocks.of(jnp.any(own.valid, axis=1).reshape(sends_Pt.shape))
     to, back = received.slot_T, received.row_T
-    own = Routing(own.experts[to], permute(own.weights, to, back), own.valid[to])
-    route = Route.of(sends_Pt, sent, min(compute.cfg.top_k, peers))
+    priority = None if own.priority is None else own.priority[to]
+    own = Routing(own.experts[to], permute(own.weights, to, back), own.valid[to], priority)
+    route = Route.of(sends_Pt, sent, min(routing.experts.shape[1], peers))
     x_TD = swap(pack(x, route), sent.size_P, received.size_P)
     y_TD, computed = compute(x_TD, own, w)
     y = unpack(swap(y_TD.astype(x.dtype), received.size_P, sent.size_P), route)
@@ -112,10 +114,10 @@ _sum_and_scatter.defvjp(
 
 def _local_routing(routing: Routing, local: int) -> Routing:
     """The routing of all T tokens to this device's experts: slots of other devices' experts are not valid."""
-    gathered = Routing(*map(_gather, routing))
+    gathered = jax.tree.map(_gather, routing)
     experts = gathered.experts - jax.lax.axis_index("expert") * local
     own = gathered.valid & (experts >= 0) & (experts < local)
-    return Routing(jnp.where(own, experts, 0), gathered.weights, own)
+    return gathered._replace(experts=jnp.where(own, experts, 0), valid=own)
 
 
 # --- rows of all_to_all ----------------------------------------------------------------------------------------------
@@ -218,11 +220,11 @@ def _swap_padded(x: Array, send_P: Array, receive_P: Array) -> Array:
 
 
 def devices_per_token(cfg: MoEConfig, peers: int) -> float:
-    """Mean number of devices that hold one of a token's K experts, with uniform routing.
+    """Mean number of devices that hold one of the K experts that a token is expected to use, with uniform routing.
 
     It is P · (1 − binom(E−e, K) / binom(E, K)).
     """
-    e, k = cfg.num_experts, cfg.top_k
+    e, k = cfg.num_experts, max(1, min(round(cfg.mean_slots), cfg.num_experts))
     return peers * (1 - math.comb(e - e // peers, k) / math.comb(e, k))
 
 

@@ -86,9 +86,12 @@ class RowPlan(NamedTuple):
 
 
 def plan_rows(routing: Routing, num_experts: int) -> RowPlan:
-    """The plan of all slots. Both index arrays are permutations of 0 … A−1."""
+    """The plan of all slots, those of an expert by priority. Both index arrays are permutations of 0 … A−1."""
     key = jnp.where(routing.valid, routing.experts, num_experts).reshape(-1)
-    slot_A = jnp.argsort(key, stable=True)
+    if routing.priority is None:
+        slot_A = jnp.argsort(key, stable=True)
+    else:
+        slot_A = jnp.lexsort((-routing.priority.reshape(-1), key))
     row_A = jnp.zeros_like(slot_A).at[slot_A].set(jnp.arange(slot_A.shape[0]), unique_indices=True)
     sizes_e = jnp.sum(key[:, None] == jnp.arange(num_experts)[None, :], axis=0, dtype=jnp.int32)
     return RowPlan(slot_A, row_A, sizes_e)
@@ -230,11 +233,13 @@ def _further_passes(plan: RowPlan, rows: int, further: int, add: Callable, start
 def capacity_rows(compute: ExpertCompute, tokens: int) -> int:
     """Q: the rows of one expert for `tokens` tokens after the exchange."""
     cfg = compute.cfg
-    return max(1, -int(-cfg.capacity_factor * compute.fill * cfg.top_k * tokens // cfg.num_experts))
+    return max(1, -int(-cfg.capacity_factor * compute.fill * cfg.slots * tokens // cfg.num_experts))
 
 
 def capacity(x, routing, w, compute):
-    """Computes the first Q rows of each expert in token order, as GShard does, and drops later ones (their y is 0).
+    """Computes the first Q rows of each expert and drops the others (their y is 0).
+
+    The order is that of `Routing.priority`, or of tokens, as in GShard.
 
     Q depends on the tokens of one `expert` row of the mesh: unlike that of the other paths, this result depends on the
     mesh.

@@ -5,24 +5,30 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
+from moe_jax.config.layers import Kind
 from moe_jax.moe.exchange import run_experts
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights
 from moe_jax.moe.program import Program
-from moe_jax.moe.routing import route, router_logits
+from moe_jax.moe.routers import ROUTERS, RouterWeights, draw_table
+from moe_jax.moe.routing import Facts, Knobs, Routing, route
 from moe_jax.moe.stats import Choices, RouterStats, choices_of, router_stats
 from moe_jax.nn.layers import ACTIVATIONS, GLU, Init
 from moe_jax.nn.remat import keep
 from moe_jax.parallel import sharding
-from moe_jax.parallel.axes import as_tuple
+from moe_jax.parallel.axes import as_tuple, varying_like
+
+AXES = "router_embed router_experts"  # of w_router
+TOKENS = P(sharding.AXES, None, None)
 
 
 class RouterBias(nnx.Variable):
-    """Selection bias of each expert: a part of the train state that is updated from counts, not by an optimizer."""
+    """A part of the train state that no optimizer updates: a selection bias, which counts update, or a fixed table."""
 
 
 class TokenInfo(NamedTuple):
@@ -30,61 +36,109 @@ class TokenInfo(NamedTuple):
 
     counted: Bool[Array, "B S"]  # False: padding, which uses no expert and enters no statistic
     group: Int[Array, "B S"]  # balance group of each token
+    index: Int[Array, "B S"] | None = None  # number of each token in the optimizer batch, for noise
+
+
+class MoEOutput(NamedTuple):
+    """The result of an MoE layer."""
+
+    y: Float[Array, "B S D"]  # routed plus shared experts
+    stats: RouterStats  # of the router, summed over the whole mesh
+    choices: Choices | None  # None unless recorded
+    state: Float[Array, "B S R"] | None  # for the router of the next layer; None if no router has one
 
 
 class MoE(nnx.Module):
     """Routed experts plus shared experts, and the statistics of the router."""
 
-    def __init__(self, model: ModelConfig, num_experts: int, init: Init, out_std: float, program: Program):
+    def __init__(self, model: ModelConfig, kind: Kind, init: Init, out_std: float, program: Program):
         """out_std: standard deviation of the initial weights that write to the residual stream."""
-        cfg = self.cfg = dataclasses.replace(model.moe, num_experts=num_experts)
+        cfg = self.cfg = dataclasses.replace(model.moe, num_experts=kind.experts)
+        by_table = kind.name == "table"
+        if by_table:
+            cfg = self.cfg = dataclasses.replace(cfg, choice="token", selection_bias=False)
         self.program, activation = program, model.activation
-        self.compute = ExpertCompute(cfg, program.grouped_matmul, activation, cfg.mean_slots / cfg.top_k)
+        self.compute = ExpertCompute(cfg, program.grouped_matmul, activation, cfg.mean_slots / cfg.slots)
         e, c, d, f = cfg.num_experts, cfg.router_columns, model.d_model, cfg.d_expert
-        self.w_router = init.as_float32().normal((d, c), "router_embed router_experts")
+        router, exact = ROUTERS[cfg.router], init.as_float32()
+        # A table with weights of one leaves nothing for logits to decide.
+        self.w_router = None if by_table and cfg.combine == "one" else exact.normal((router.width(cfg, d), c), AXES)
+        weights = router.weights(cfg, d, exact) if self.w_router is not None else {}
+        self.router = RouterWeights(weights) if weights else None
         self.w_gate = init.normal((e, d, f), "experts embed mlp") if ACTIVATIONS[activation].gated else None
         self.w_up = init.normal((e, d, f), "experts embed mlp")
         self.w_down = init.normal((e, f, d), "experts mlp embed", out_std)
         shared = cfg.num_shared_experts * f
         self.shared = GLU(d, shared, init, out_std, activation) if shared else None
         self.router_bias = RouterBias(init.zeros((c,))) if cfg.selection_bias else None
+        draw = functools.partial(draw_table, vocab=model.vocab_size, experts=e, top_k=cfg.top_k)
+        self.table = RouterBias(init.drawn(draw)) if by_table else None
 
     def __call__(
-        self, x: Float[Array, "B S D"], info: TokenInfo
-    ) -> tuple[Float[Array, "B S D"], RouterStats, Choices | None]:
-        """Returns routed plus shared experts, router statistics summed over the whole mesh, and choices if recorded."""
+        self,
+        x: Float[Array, "B S D"],
+        info: TokenInfo,
+        tokens: Int[Array, "B S"] | None = None,
+        state: Float[Array, "B S R"] | None = None,
+        knobs: Knobs | None = None,
+    ) -> MoEOutput:
+        """Applies the layer. tokens: ids, for a table. state: of the layer before. knobs: of this layer."""
         if not sharding.current_sizes():
             raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
         gate = self.w_gate[...] if self.w_gate is not None else None
         w = ExpertWeights(gate, self.w_up[...], self.w_down[...])
+        router = {"w_router": self.w_router[...]} if self.w_router is not None else {}
+        router |= nnx.to_pure_dict(nnx.state(self.router)) if self.router is not None else {}
         bias = self.router_bias[...] if self.router_bias is not None else None
+        named = self.table[...].at[tokens].get(out_sharding=TOKENS) if self.table is not None else None
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
         region = jax.shard_map(
             functools.partial(self._region, specs),
-            in_specs=(sharding.BATCH, sharding.BATCH, P(), P(), specs),
-            out_specs=(sharding.BATCH, P(), sharding.BATCH),
+            in_specs=(sharding.BATCH, sharding.BATCH, sharding.BATCH, sharding.BATCH, P(), P(), P(), specs),
+            out_specs=MoEOutput(sharding.BATCH, P(), sharding.BATCH, sharding.BATCH),
             check_vma=True,
         )
-        y, stats, choices = region(x, info, self.w_router[...], bias, w)
+        out = region(x, info, named, state, router, bias, knobs, w)
         if self.shared is not None:
-            y = y + self.shared(x)
-        return y, stats, choices
+            out = out._replace(y=out.y + self.shared(x))
+        return out
 
-    def _region(self, specs, x_bSD, info, w_router, bias, w):
+    def _region(self, specs, x_bSD, info, named, state, router, bias, knobs, w):
         """Routes and computes the tokens of one device, b = B / devices sequences, and sums statistics over all."""
         shape = x_bSD.shape
-        x = x_bSD.reshape(-1, shape[-1])
-        counted, group = info.counted.reshape(-1), info.group.reshape(-1)
+        flat = lambda a: None if a is None else a.reshape(shape[0] * shape[1], *a.shape[2:])
+        x, info = flat(x_bSD), TokenInfo(*map(flat, info))
+        facts = Facts(info.counted, info.index, flat(named), shape[0])
         with jax.named_scope("router"):
-            logits = keep(router_logits(x, w_router), "router")
-            routing, probs = route(logits, bias, counted, self.cfg)
+            if router:
+                logits, state_TR = ROUTERS[self.cfg.router].logits(router, x, flat(state))
+            else:
+                logits, state_TR = varying_like(jnp.zeros((x.shape[0], self.cfg.router_columns)), x), flat(state)
+            logits = keep(logits, "router")
+            routing, probs = route(logits, bias, facts, self.cfg, knobs)
         w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
-        y, computed = run_experts(x, routing, w, self.program.exchange, self.compute)
+        y, computed = self._experts(x, routing, w)
         choices = choices_of(routing, probs, shape[:2]) if self.program.record else None
+        state = None if state is None else state_TR.reshape(state.shape)
         with jax.named_scope("statistics"):
-            stats = router_stats(logits, probs, routing, computed, counted, group, self.program.balance_groups)
+            stats = router_stats(
+                logits, probs, routing, computed, info.counted, info.group, self.program.balance_groups
+            )
             # Sums over all devices: G·(2C+3) numbers a layer. This psum makes the balance global.
-            return y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices
+            return MoEOutput(y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices, state)
+
+    def _experts(self, x: Float[Array, "T D"], routing: Routing, w: ExpertWeights) -> tuple[Array, Bool[Array, "T K"]]:
+        """The routed experts. Slots of identity experts are not sent anywhere and are never dropped."""
+        run = functools.partial(run_experts, w=w, exchange=self.program.exchange, compute=self.compute)
+        if not self.cfg.identity_experts:
+            return run(x, routing)
+        free = routing.experts >= self.cfg.num_experts
+        sent = routing._replace(experts=jnp.where(free, 0, routing.experts), valid=routing.valid & ~free)
+        y, computed = run(x, sent)
+        if self.cfg.identity_output == "input":
+            kept = jnp.sum(jnp.where(free & routing.valid, routing.weights, 0.0), axis=-1)
+            y = (y.astype(jnp.float32) + kept[:, None] * x.astype(jnp.float32)).astype(y.dtype)
+        return y, computed | free
 
 
 def _own_experts(dtype, w: Array, spec: P) -> Array:

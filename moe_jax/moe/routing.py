@@ -1,13 +1,16 @@
 """Router logits → which experts each token uses, and with what weights. Pure functions without parameters.
 
-Letters: T tokens, E experts, K experts per token.
+`route` is a list of stages: mix in noise → score → rank → limit to groups → select → weigh → validate. Each is a
+function of a few lines.
+
+Letters: T tokens, C router columns (E experts, then identity experts), K slots of a token: the experts that it chooses.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import MoEConfig
 from moe_jax.parallel.axes import varying_like
@@ -16,114 +19,244 @@ from moe_jax.parallel.axes import varying_like
 class Routing(NamedTuple):
     """The experts of each token, and their weights: all that the experts need to know."""
 
-    experts: Int[Array, "T K"]  # expert ids
+    experts: Int[Array, "T K"]  # expert ids; identity experts from E on
     weights: Float[Array, "T K"]  # combine weights, float32
     valid: Bool[Array, "T K"]  # False: this slot does nothing and costs nothing
+    priority: Float[Array, "T K"] | None = None  # what an expert of limited capacity takes first; None: token order
 
 
-def router_logits(x: Float[Array, "T D"], w: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    """Computes x·w as exactly as in float32, at bfloat16's speed if x is bfloat16.
+class Knobs(NamedTuple):
+    """What moves during training, as numbers: `step.knobs` makes them. None is off and costs nothing."""
 
-    With weights rounded to bfloat16 a router would pick other experts.
-
-    A float32 number is the sum of three bfloat16 numbers (24 bits of 3 · 8), whose products with bfloat16 are exact in
-    float32, so x·w is one product with three times the columns. The gradient of w is computed likewise. That of x,
-    which is rounded to bfloat16, is the sum of the three products that reach 2⁻¹⁶ of it. Products of float32 arrays
-    take HIGHEST, because accelerators would otherwise round to bf16 or tf32.
-    """
-    return _logits(x, varying_like(w, x))  # marked here, so that its gradient is summed over the mesh once
+    key: Key[Array, ""]  # of the step, then of the layer
+    random: Float[Array, ""] | None = None  # share of noise in the logits
+    noise: Float[Array, ""] | None = None  # factor of the Gumbel noise that the selection sees
+    temperature: Float[Array, ""] | None = None  # divisor of the logits that the threshold sees
+    threshold: Float[Array, ""] | None = None  # least score of a choice after the first
 
 
-@jax.custom_vjp
-def _logits(x, w):
-    return _logits_forward(x, w)[0]
+class Facts(NamedTuple):
+    """What the router knows of tokens besides their logits."""
 
-
-def _logits_forward(x, w):
-    if x.dtype != jnp.bfloat16:
-        return _product("td,de->te", x, w), (x, w)
-    return jnp.sum(_product("td,pde->tpe", x, jnp.stack(_thirds(w))), axis=1), (x, w)
-
-
-def _logits_backward(saved, dy):
-    x, w = saved
-    if x.dtype != jnp.bfloat16:
-        return _product("te,de->td", dy, w), _product("td,te->de", x, dy)
-    dy, w = _thirds(dy), _thirds(w)
-    dw = jnp.sum(_product("td,pte->pde", x, jnp.stack(dy)), axis=0)
-    pairs = [(0, 0), (0, 1), (1, 0)]
-    dx = _product("pte,pde->td", *(jnp.stack([parts[pair[i]] for pair in pairs]) for i, parts in enumerate((dy, w))))
-    return dx.astype(x.dtype), dw
-
-
-_logits.defvjp(_logits_forward, _logits_backward)
-
-
-def _thirds(a: Float[Array, "..."]) -> tuple[Array, Array, Array]:
-    """Three bfloat16 arrays whose sum is a."""
-    parts = []
-    for _ in range(3):
-        # XLA may remove a conversion to bfloat16 and back, which astype alone would be.
-        parts.append(jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16))
-        a = a - parts[-1].astype(a.dtype)
-    return tuple(parts)
-
-
-def _product(letters: str, a: Array, b: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
+    counted: Bool[Array, " T"]  # False: padding
+    index: Int[Array, " T"] | None = None  # number of the token in the optimizer batch, for noise
+    table: Int[Array, "T K"] | None = None  # experts that a table names
+    sequences: int = 1  # sequences of equal length that the tokens are, for expert choice
 
 
 def route(
-    logits: Float[Array, "T E"], bias: Float[Array, " E"] | None, counted: Bool[Array, " T"], cfg: MoEConfig
-) -> tuple[Routing, Float[Array, "T E"]]:
-    """Chooses the K best experts for every token (token choice).
+    logits: Float[Array, "T C"],
+    bias: Float[Array, " C"] | None,
+    facts: Facts,
+    cfg: MoEConfig,
+    knobs: Knobs | None = None,
+) -> tuple[Routing, Float[Array, "T C"]]:
+    """Chooses experts for every token.
 
     `bias` moves the selection only, never the weights (DeepSeek-V3's loss-free balancing, arXiv:2408.15664).
-    Group-limited selection ranks a group by the sum of its best two scores, however small K is, and keeps `top_groups`
-    groups (DeepSeek-V3's code). Ties go to the lower expert id.
 
-    Returns the routing and the router probabilities over *all* experts, each row summing to 1: the softmax of the
-    logits, or sigmoid scores divided by their sum. The load-balancing loss uses them.
+    Returns the routing and the router probabilities over *all* columns, each row summing to 1: the softmax of the
+    logits, or other scores divided by their sum. The load-balancing loss uses them.
     """
-    logits = logits.astype(jnp.float32)
+    logits = mix_noise(logits.astype(jnp.float32), facts, knobs)
+    scores, probs = score(logits, cfg)
+    ranked = rank(logits, scores, bias, facts, cfg, knobs)
+    if cfg.top_groups < cfg.num_groups:
+        ranked = limit_groups(ranked, cfg)
+    experts, chosen = select(ranked, facts, cfg)
+    weights = weigh(logits, scores, experts, chosen, cfg)
+    valid = validate(logits, experts, chosen, facts, cfg, knobs)
+    return Routing(experts, weights, valid, prioritise(weights, facts, cfg, knobs)), probs
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+def mix_noise(logits: Float[Array, "T C"], facts: Facts, knobs: Knobs | None) -> Float[Array, "T C"]:
+    """Mixes logits with a share `knobs.random` of normal noise of their own mean and deviation over a token's columns.
+
+    Routing begins at random and ends learned. Source: stochastic routing warm-up of Ling, arXiv:2503.05139, §3.2, which
+    takes running moments of all logits where this takes those of the token.
+    """
+    if knobs is None or knobs.random is None:
+        return logits
+    like = jax.lax.stop_gradient(logits)
+    mean, std = jnp.mean(like, axis=-1, keepdims=True), jnp.std(like, axis=-1, keepdims=True)
+    noise = _draw(jax.random.normal, knobs, "random", facts, logits)
+    return (1 - knobs.random) * logits + knobs.random * (mean + std * noise)
+
+
+def score(logits: Float[Array, "T C"], cfg: MoEConfig) -> tuple[Float[Array, "T C"], Float[Array, "T C"]]:
+    """Returns scores by `moe.score`, and them as probabilities, which sum to 1.
+
+    softmax; sigmoid (DeepSeek-V3, arXiv:2412.19437); sqrt_softplus: √log(1 + e^z) (DeepSeek-V4), which has no upper
+    bound.
+    """
     if cfg.score == "softmax":
         probs = jax.nn.softmax(logits, axis=-1)
-        scores = probs
-    else:
-        scores = jax.nn.sigmoid(logits)
-        probs = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-    # Where softmax is taken over the chosen K, logits are ranked. A selection bias adds to what is ranked.
-    ranked = logits if cfg.score_order == "topk_score" else scores
-    ranked = jax.lax.stop_gradient(ranked)
-    if bias is not None:
-        ranked = ranked + jax.lax.stop_gradient(bias.astype(jnp.float32))[None, :]
-    if cfg.top_groups < cfg.num_groups:
-        ranked = _limit_groups(ranked, cfg)
-    _, experts = jax.lax.top_k(ranked, cfg.top_k)
-    if cfg.combine == "one":
-        weights = jnp.ones(experts.shape, jnp.float32)
-    elif cfg.score_order == "topk_score":
-        weights = jax.nn.softmax(pick_chosen(logits, experts), axis=-1)
-    else:
-        weights = pick_chosen(scores, experts)
-    if cfg.renormalize:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    valid = jnp.broadcast_to(counted[:, None], experts.shape)
-    return Routing(experts, weights * cfg.routed_scaling, valid), probs
+        return probs, probs
+    scores = jax.nn.sigmoid(logits) if cfg.score == "sigmoid" else _sqrt_softplus(logits)
+    return scores, scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
 
 
-def pick_chosen(values: Float[Array, "T E"], experts: Int[Array, "T K"]) -> Float[Array, "T K"]:
-    """The values of the chosen experts. A gather's gradient would be a scatter: slow on GPUs, in no fixed order."""
-    chosen_TKE = experts[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
-    return jnp.sum(jnp.where(chosen_TKE, values[:, None, :], 0), axis=-1)
+def rank(
+    logits: Float[Array, "T C"],
+    scores: Float[Array, "T C"],
+    bias: Float[Array, " C"] | None,
+    facts: Facts,
+    cfg: MoEConfig,
+    knobs: Knobs | None,
+) -> Float[Array, "T C"]:
+    """Returns what the selection compares: scores plus bias. It carries no gradient.
+
+    Where the softmax is taken over the chosen K, logits are ranked. With Gumbel noise it is drawn for each token.
+    """
+    if knobs is not None and knobs.noise is not None:
+        logits = perturb(logits, facts, knobs)
+        scores, _ = score(logits, cfg)
+    ranked = jax.lax.stop_gradient(logits if cfg.score_order == "topk_score" else scores)
+    return ranked if bias is None else ranked + jax.lax.stop_gradient(bias.astype(jnp.float32))[None, :]
 
 
-def _limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T E"]:
-    """Sets the scores of experts outside a token's best groups to −∞."""
+def limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T E"]:
+    """Sets the scores of experts outside a token's best groups to −∞ (group-limited selection).
+
+    A group is ranked by the sum of its best two scores, however small K is, and `top_groups` groups are kept
+    (DeepSeek-V3's code).
+    """
     tokens, experts = ranked.shape
     grouped = ranked.reshape(tokens, cfg.num_groups, experts // cfg.num_groups)
     best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
     _, groups = jax.lax.top_k(jnp.sum(best, axis=-1), cfg.top_groups)
     kept = jnp.any(jax.nn.one_hot(groups, cfg.num_groups, dtype=bool), axis=1)
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
+
+
+def select(
+    ranked: Float[Array, "T C"], facts: Facts, cfg: MoEConfig
+) -> tuple[Int[Array, "T K"], Bool[Array, "T K"] | None]:
+    """Returns the experts of each token, and which slots were chosen (None: all). Ties go to the lower id.
+
+    A table's experts are those of the token's id. With expert choice a slot is an expert, all of them in order.
+    """
+    if facts.table is not None:
+        return facts.table, None
+    if cfg.choice == "token":
+        return jax.lax.top_k(ranked, cfg.top_k)[1], None
+    experts = varying_like(jnp.arange(ranked.shape[1])[None, :], ranked)
+    return jnp.broadcast_to(experts, ranked.shape), choose_tokens(ranked, facts, cfg)
+
+
+def choose_tokens(ranked: Float[Array, "T E"], facts: Facts, cfg: MoEConfig) -> Bool[Array, "T E"]:
+    """Lets each expert choose the ⌈K·S/E⌉ best tokens of each sequence of S (expert choice, arXiv:2202.09368, §3.2).
+
+    A sequence is never split over devices or micro-batches, so that the choice is the same on every mesh. Padding is
+    chosen last, and does nothing then. Ties go to the earlier token.
+    """
+    each = jnp.where(facts.counted[:, None], ranked, -jnp.inf).reshape(facts.sequences, -1, ranked.shape[1])
+    size = each.shape[1]
+    take = min(-(-cfg.top_k * size // ranked.shape[1]), size)
+    _, chosen = jax.lax.top_k(jnp.swapaxes(each, 1, 2), take)
+    none = varying_like(jnp.zeros((facts.sequences, ranked.shape[1], size), bool), ranked)
+    hit = jnp.put_along_axis(none, chosen, True, axis=2, inplace=False)
+    return jnp.swapaxes(hit, 1, 2).reshape(ranked.shape)
+
+
+def weigh(
+    logits: Float[Array, "T C"],
+    scores: Float[Array, "T C"],
+    experts: Int[Array, "T K"],
+    chosen: Bool[Array, "T K"] | None,
+    cfg: MoEConfig,
+) -> Float[Array, "T K"]:
+    """Returns combine weights: the scores of the chosen experts, the softmax over the chosen logits, or ones."""
+    if cfg.combine == "one":
+        weights = jnp.ones(experts.shape, jnp.float32)
+    elif cfg.score_order == "topk_score":
+        weights = jax.nn.softmax(pick_chosen(logits, experts), axis=-1)
+    else:
+        weights = scores if cfg.choice == "expert" else pick_chosen(scores, experts)
+    weights = weights if chosen is None else jnp.where(chosen, weights, 0.0)
+    if cfg.renormalize:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * cfg.routed_scaling
+
+
+def validate(
+    logits: Float[Array, "T C"],
+    experts: Int[Array, "T K"],
+    chosen: Bool[Array, "T K"] | None,
+    facts: Facts,
+    cfg: MoEConfig,
+    knobs: Knobs | None,
+) -> Bool[Array, "T K"]:
+    """Returns the slots that do something: not those of padding, nor those with a score under the threshold.
+
+    The threshold is EvoMoE's (arXiv:2112.14397): the scores are those of (logits + noise) / temperature. A token's
+    first choice is always kept.
+    """
+    valid = jnp.broadcast_to(facts.counted[:, None], experts.shape)
+    valid = valid if chosen is None else valid & chosen
+    if knobs is None or knobs.threshold is None:
+        return valid
+    gates, _ = score(perturb(logits, facts, knobs) / knobs.temperature, cfg)
+    first = jnp.arange(experts.shape[1])[None, :] == 0
+    return valid & (first | (pick_chosen(jax.lax.stop_gradient(gates), experts) > knobs.threshold))
+
+
+def prioritise(
+    weights: Float[Array, "T K"], facts: Facts, cfg: MoEConfig, knobs: Knobs | None
+) -> Float[Array, "T K"] | None:
+    """Returns the order in which an expert of limited capacity takes its rows, the largest first; None: token order.
+
+    "random" is the random token selection of arXiv:2201.05596. Without knobs it draws the same numbers every time.
+    """
+    if cfg.compute != "capacity" or cfg.overflow == "first":
+        return None
+    if cfg.overflow == "score":
+        return jax.lax.stop_gradient(weights)
+    return _draw(jax.random.uniform, knobs or Knobs(jax.random.key(0)), "overflow", facts, weights)
+
+
+# --- parts of them ---------------------------------------------------------------------------------------------------
+
+
+def pick_chosen(values: Float[Array, "T C"], experts: Int[Array, "T K"]) -> Float[Array, "T K"]:
+    """The values of the chosen experts. A gather's gradient would be a scatter: slow on GPUs, in no fixed order."""
+    chosen_TKC = experts[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
+    return jnp.sum(jnp.where(chosen_TKC, values[:, None, :], 0), axis=-1)
+
+
+def perturb(logits: Float[Array, "T C"], facts: Facts, knobs: Knobs) -> Float[Array, "T C"]:
+    """Adds Gumbel noise, with which the best K are a random draw of K by their softmax. Each call draws the same."""
+    if knobs.noise is None:
+        return logits
+    return logits + knobs.noise * _draw(jax.random.gumbel, knobs, "gumbel", facts, logits)
+
+
+STREAMS = ("random", "gumbel", "overflow")  # independent draws of a token
+
+
+def _draw(sample, knobs: Knobs, stream: str, facts: Facts, like: Float[Array, "T n"]) -> Float[Array, "T n"]:
+    """Draws a token's numbers from a key of the step, the layer, the stream and the token's number in the batch.
+
+    So they do not depend on the mesh or on micro-batches, and are the same when they are computed again.
+    """
+    index = jnp.arange(like.shape[0]) if facts.index is None else facts.index
+    key = jax.random.fold_in(knobs.key, STREAMS.index(stream))
+    return jax.vmap(lambda i: sample(jax.random.fold_in(key, i), like.shape[1:]))(varying_like(index, like))
+
+
+@jax.custom_jvp
+def _sqrt_softplus(z: Float[Array, "T C"]) -> Float[Array, "T C"]:
+    return jnp.sqrt(jax.nn.softplus(z))
+
+
+@_sqrt_softplus.defjvp
+def _sqrt_softplus_jvp(primals, tangents):
+    """sigmoid(z) / (2 √softplus(z)), which goes to e^(z/2) / 2 where both are too small to divide."""
+    (z,), (dz,) = primals, tangents
+    y = _sqrt_softplus(z)
+    small = 0.5 * jnp.exp(0.5 * jnp.minimum(z, 0.0))
+    slope = jnp.where(z < -20.0, small, jax.nn.sigmoid(z) / (2 * jnp.where(z < -20.0, 1.0, y)))
+    return y, slope * dz

@@ -49,12 +49,22 @@ class Init:
 
     def ones(self, shape: tuple[int, ...], axes: str) -> nnx.Param:
         """Makes a weight of ones, for the scale of a norm."""
+        return self.filled(shape, axes, 1.0)
+
+    def filled(self, shape: tuple[int, ...], axes: str, value: float) -> nnx.Param:
+        """Makes a weight whose entries are all `value`."""
         shape, names, spec = self._axes(shape, axes)
-        return nnx.Param(jnp.ones(shape, self.dtype, out_sharding=spec), axes=names)
+        return nnx.Param(jnp.full(shape, value, self.dtype, out_sharding=spec), axes=names)
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """Makes a replicated array that is not a weight: it has no axes, and no optimizer updates it."""
         return jnp.zeros(self._axes(shape, " ".join(["norm"] * len(shape)))[0], jnp.float32)
+
+    def drawn(self, draw: Callable[[Array], Array]) -> Array:
+        """Makes a replicated array that is not a weight by draw(key), with a key of its own for each layer."""
+        if self.layers is None:
+            return draw(self.rngs.params())
+        return jax.vmap(draw)(jax.random.split(self.rngs.params(), self.layers))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))  # compiled once per shape, not once per weight

@@ -22,15 +22,22 @@ RULES = (
     (r"^(embed|head)$", "adamw"),
     (r"norm$", "adamw"),
     (r"/w_router$", "router"),
+    (r"/router/w_(in|1|2)$", "router"),
+    (r"/router/(b_in|b_1|b_2|carry|log_scale)$", "adamw"),
     (r"/w_(q|k|v|o|gate|up|down|q_down|q_up|kv_down|k_rope|k_up|v_up)$", "matrix"),
 )
-PARTS = {r"/w_router$": "/moe/"}  # rule → text in the paths of the part that it belongs to
+PARTS = {  # rule → text in the paths of the part that it belongs to
+    r"/w_router$": "/moe/w_router",
+    r"/router/w_(in|1|2)$": "/router/",
+    r"/router/(b_in|b_1|b_2|carry|log_scale)$": "/router/",
+}
 
 # The axes of leaves that Muon updates; the last two are input and output of a matrix. Gate and up projections are
 # separate leaves. The router is a matrix like the others: Moonlight's released code gives Muon every weight of two or
 # more dimensions but embedding and head, and the router spectra in its paper (§3.4) are from such a run.
 GEOMETRY = (
     (r"/w_router$", "layers in out"),
+    (r"/router/w_(in|1|2)$", "layers in out"),
     (r"(^|/)attention/w_(q|k|v)$", "layers in heads"),
     (r"(^|/)attention/w_(q_down|q_up|kv_down|k_rope|k_up|v_up)$", "layers in out"),
     (r"(^|/)attention/w_o$", "layers heads out"),

@@ -4,7 +4,7 @@ from moe_jax.config import RunConfig
 from moe_jax.moe.stats import by_depth
 from moe_jax.run.log import Progress, Writer
 from moe_jax.train import guard
-from moe_jax.train.metrics import OneBehind, StepMetrics, Throughput, train_metrics
+from moe_jax.train.metrics import OneBehind, StepMetrics, Throughput, router_metrics, train_metrics
 
 
 class Recorder:
@@ -52,7 +52,8 @@ class Recorder:
         logged = step % train.log_every == 0 or step == train.steps
         if logged:
             layers = by_depth(self._cfg.model.places, report.router or {})
-            row = train_metrics(step, report, layers=layers, **self._clock.read(), **self._rates)
+            router = router_metrics(layers, self._cfg.model.moe.identity_experts)
+            row = train_metrics(step, report, router=router, **self._clock.read(), **self._rates)
             self._writer.write(step, row)
             rate = row["tokens_per_second"]
         self._progress.update(step, float(report.loss), rate, log=logged)

@@ -22,11 +22,12 @@ from moe_jax import model
 from moe_jax.config import RunConfig
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
+from moe_jax.moe.routing import Knobs
 from moe_jax.moe.stats import RouterStats
 from moe_jax.nn.layers import weight
 from moe_jax.nn.qk_clip import Maxima
 from moe_jax.parallel import sharding
-from moe_jax.train import cross_entropy, losses
+from moe_jax.train import cross_entropy, knobs, losses
 from moe_jax.train.losses import BatchStatistics, BatchSums, LossParts
 from moe_jax.train.state import Batch, choose_program, split_micro_batches
 
@@ -46,19 +47,21 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
     program: by default `choose_program`.
     """
     program = program or choose_program(cfg, mesh)
-    count_graph, count = model.abstract(cfg.model, program), cfg.train.micro_batches
-    graph = model.abstract(cfg.model, dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0))
+    count_graph, count = model.abstract(cfg.trained, program), cfg.train.micro_batches
+    graph = model.abstract(cfg.trained, dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0))
 
     def gradients(params: dict, bias: dict, batch: Batch, step: Int[Array, ""]) -> Gradients:
         if cfg.loss.shuffle_tokens:
             batch = batch._replace(group=_random_groups(cfg, batch.group.shape, step))
+        if knobs.draws_noise(cfg):
+            batch = batch._replace(index=knobs.number_tokens(batch.tokens.shape))
         gradients_of = functools.partial(_micro_batch_gradients, cfg, graph, params, bias, step)
         weights = jnp.sum(batch.weights)
         if count == 1:
             return gradients_of(batch, functools.partial(losses.exact_statistics, weights))
         micro = split_micro_batches(batch, count)
         if cfg.loss.accumulation == "exact":
-            stats_of = functools.partial(_router_stats, cfg, count_graph, params, bias)
+            stats_of = functools.partial(_router_stats, cfg, count_graph, params, bias, step)
             total = _exact(gradients_of, stats_of, micro, weights)
         else:
             total = _running(gradients_of, micro, weights, count)
@@ -71,17 +74,22 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
 
 
 def forward(
-    cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch
+    cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch, moving: Knobs | None = None
 ) -> tuple[model.Output, Float[Array, "V D"]]:
-    """Runs the model on a batch. Returns its output, and the matrix that maps hidden states to logits."""
+    """Runs the model on a batch. Returns its output, and the matrix that maps hidden states to logits.
+
+    moving: the knobs of the step, in training.
+    """
     net = graph.bind(params, bias)
     segments = batch.segment_ids if cfg.model.segment_mask else None
-    info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group)
-    return net(model.Inputs(batch.tokens, batch.positions, segments, info)), net.output_matrix
+    info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group, index=batch.index)
+    return net(model.Inputs(batch.tokens, batch.positions, segments, info, moving)), net.output_matrix
 
 
-def _router_stats(cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch) -> dict[str, RouterStats]:
-    return forward(cfg, graph, params, bias, batch)[0].stats
+def _router_stats(
+    cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, step: Int[Array, ""], batch: Batch
+) -> dict[str, RouterStats]:
+    return forward(cfg, graph, params, bias, batch, knobs.of_step(cfg, step))[0].stats
 
 
 def _micro_batch_gradients(
@@ -96,7 +104,7 @@ def _micro_batch_gradients(
     """Loss and gradients of one (micro-)batch. `batch_statistics(its stats)` gives those of the optimizer batch."""
 
     def loss(params):
-        out, matrix = forward(cfg, graph, params, bias, batch)
+        out, matrix = forward(cfg, graph, params, bias, batch, knobs.of_step(cfg, step))
         with jax.named_scope("output"):
             nll = cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
         maxima = Maxima(out.max_logit) if out.max_logit else None

@@ -31,16 +31,18 @@ class StepMetrics(NamedTuple):
 # --- sums → scalars --------------------------------------------------------------------------------------------------
 
 
-def router_metrics(stats: Sequence[Any]) -> dict[str, float]:
+def router_metrics(stats: Sequence[Any], identity_experts: int = 0) -> dict[str, float]:
     """Metrics of the router from the `RouterStats` of each layer with experts, from the first to the last (`by_depth`).
 
-    Balance groups are summed. Scalars, then the same of each layer under `router/layer_03/…`:
+    Balance groups are summed. Loads are those of experts that compute something, without the last `identity_experts`
+    columns. Scalars, then the same of each layer under `router/layer_03/…`:
         max_load: E · max_e f_e, where f_e is the expert's share of the assignments; 1 is perfect balance, E/K the
             worst. Scalar: the worst layer.
         load_cv: standard deviation over mean of the experts' loads; 0 is perfect balance. Scalar: mean over layers.
         dead_experts: how many experts got no token. Scalar: sum over layers.
         dropped: assignments lost to capacity over assignments, in [0, 1]. Scalar: over all layers.
         experts_per_token: assignments over tokens, from 0 to K. Scalar: mean over layers.
+        identity_share: share of identity experts in all assignments; only with identity experts. Scalar: mean.
     For a layer that counted no token all but dead_experts are 0. Without MoE layers the result is empty.
     """
     layers, sums = [], []
@@ -48,7 +50,9 @@ def router_metrics(stats: Sequence[Any]) -> dict[str, float]:
         tokens, load, dropped = (
             np.asarray(x, np.float64).sum(0) for x in (one.tokens, one.tokens_per_expert, one.dropped)
         )
+        chosen, load = load.sum(), load[: len(load) - identity_experts]
         made = max(load.sum(), 1e-9)
+        share = {"identity_share": 1 - load.sum() / max(chosen, 1e-9)} if identity_experts else {}
         layers.append(
             {
                 "max_load": len(load) * load.max() / made,
@@ -56,6 +60,7 @@ def router_metrics(stats: Sequence[Any]) -> dict[str, float]:
                 "dead_experts": (load == 0).sum(),
                 "dropped": dropped / made,
                 "experts_per_token": load.sum() / max(tokens, 1e-9),
+                **share,
             }
         )
         sums.append((dropped, made))
@@ -70,6 +75,8 @@ def router_metrics(stats: Sequence[Any]) -> dict[str, float]:
         "dropped": float(dropped / made),
         "experts_per_token": float(every["experts_per_token"].mean()),
     }
+    if identity_experts:
+        out["identity_share"] = float(every["identity_share"].mean())
     for i, layer in enumerate(layers):
         out |= {f"router/layer_{i:02d}/{name}": float(value) for name, value in layer.items()}
     return out
@@ -79,7 +86,7 @@ def train_metrics(
     step: int,
     report: StepMetrics,
     *,
-    layers: Sequence[Any],
+    router: dict[str, float],
     tokens: float,
     tokens_per_second: float,
     step_seconds: float,
@@ -90,7 +97,7 @@ def train_metrics(
 
     report: on the host. Its terms are xent, load_balance[/<name>] and router_z, which add up to the loss, and
         load_balance_raw[/<name>] and router_z_raw, which are without coefficients.
-    layers: of its router, as `router_metrics` takes them.
+    router: its `router_metrics`.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward, by formula. peak: FLOP/s of all devices together. mfu is the FLOP/s of the
         model divided by peak.
@@ -105,7 +112,7 @@ def train_metrics(
         "mfu": float(tokens_per_second) * flops_per_token / peak,
         "step_seconds": float(step_seconds),
     }
-    return row | router_metrics(layers)
+    return row | router
 
 
 def _ordered(terms: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class Batch(NamedTuple):
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     group: Int[Array, "B S"]  # balance group; in evaluation the domain
+    index: Int[Array, "B S"] | None = None  # number of each token in the batch, where the step draws noise
+
+
+FROM_DATA = Batch._fields[:-1]  # the fields that the data pipeline fills
 
 
 class EvalSums(NamedTuple):
@@ -103,7 +107,14 @@ def put_batch(rows: dict, mesh: Mesh, cfg: RunConfig, *, by_domain: bool = False
     # Only numpy here: an operation on the device would wait for the step that is running there.
     rows = {**rows, "group": group if by_domain else np.broadcast_to(group[:, None], rows["tokens"].shape)}
     to_global = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-    return Batch(*(to_global(np.ascontiguousarray(rows[name])) for name in Batch._fields))
+    return Batch(*(to_global(np.ascontiguousarray(rows[name])) for name in FROM_DATA))
+
+
+def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch."""
+    shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
+    dtype = lambda name: jnp.float32 if name == "weights" else jnp.int32
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype(name), sharding=by_row) for name in FROM_DATA))
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> list[int]:

@@ -64,8 +64,10 @@ def make_train_step(
 def update_biases(cfg: RunConfig, router_bias: dict, stats: dict[str, RouterStats]) -> dict:
     """Updates the selection bias of each block from the counts of the optimizer batch."""
     update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
-    new = {}
-    for name, bias in flatten(router_bias).items():
+    new = flatten(router_bias)
+    for name, bias in new.items():
+        if not name.endswith("/router_bias"):  # a fixed table
+            continue
         counts = jnp.sum(stats[name.removesuffix("/moe/router_bias")].tokens_per_expert, axis=1)
         new[name] = balance.update_bias(bias, counts, *update)
     return nest(new)

@@ -213,9 +213,11 @@ def with_experts(cfg: ModelConfig, moe: MoEConfig, dense_layers: int, layers: st
         blocks = sum(stack.repeat * len(stack.unit) for stack in stacks)
         rule = f"has {blocks} blocks, but the model has {cfg.num_layers} layers"
         require(blocks == cfg.num_layers, "layers", layers, rule, "name each layer of the model")
-        late = any(kind.name == "late" for stack in stacks for kind in stack.unit)
+        names = {kind.name for stack in stacks for kind in stack.unit}
         rule = "a late block has its feed-forward layer beside the experts, so it would not compute the dense layer"
-        require(not late, "layers", layers, rule, "name dense and moe only")
+        require("late" not in names, "layers", layers, rule, "name dense and moe only")
+        rule = "the table of a table block would not choose what the copies need"
+        require("table" not in names, "layers", layers, rule, "name dense and moe only")
         rule = f"has no block with {moe.num_experts} experts, the number that the other options make"
         named = any(kind.experts == moe.num_experts for stack in stacks for kind in stack.unit)
         require(named, "layers", layers, rule, "nearest valid: moe without a number")

@@ -17,6 +17,7 @@ from moe_jax.aot import compile_only
 from moe_jax.errors import Stopped, UserError
 from moe_jax.evaluate import generate, held_out
 from moe_jax.evaluate.during_training import HeldOut
+from moe_jax.moe import balance
 from moe_jax.parallel import sharding
 from moe_jax.run import changes, checkpoint, config_file, log, replay, survive, weights
 from moe_jax.run.recorder import Recorder
@@ -96,6 +97,8 @@ def train(preemption: survive.Preemption):
     say(program.why)
     if cfg.model.num_moe_layers:
         say(losses.describe(cfg.loss, cfg.train.micro_batches))
+        if cfg.model.moe.selection_bias:
+            say(balance.describe(cfg.loss, cfg.model))
     if line := knobs.describe(cfg):
         say(line)
     say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))

@@ -20,7 +20,7 @@ from moe_jax import cli, config, model, optim
 from moe_jax.aot import hlo, machines
 from moe_jax.optim import newton_schulz
 from moe_jax.parallel import sharding
-from moe_jax.train.state import abstract_state
+from moe_jax.train.state import abstract_state, parts_of
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5p:2x4x8", "v5p:4x8x8"], "TPU topologies, 64 and 256 chips")
@@ -45,7 +45,9 @@ def main(_):
         state = abstract_state(cfg, mesh)
         began = time.time()
         with jax.set_mesh(mesh):
-            compiled = jax.jit(optimizer.update).lower(state.params, state.opt_state, state.params).compile()
+            compiled = (
+                jax.jit(optimizer.update).lower(state.params, parts_of(state.opt_state)[0], state.params).compile()
+            )
         memory, moved = compiled.memory_analysis(), {}
         for c in hlo.collectives(compiled.as_text(), dict(mesh.shape)):
             moved[c.kind] = moved.get(c.kind, 0) + c.size  # loops once

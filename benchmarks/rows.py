@@ -122,6 +122,6 @@ def steer(bias: Any, stats: Callable[[Any], RouterStats], cfg: config.MoEConfig,
     rate = 0.3 / cfg.num_experts if cfg.score == "softmax" and cfg.score_order == "score_topk" else 0.1
     for i in range(100):
         counts = jnp.sum(stats(bias).tokens_per_expert, axis=1)
-        move = lambda b, c=counts, i=i: balance.update_bias(b, c.reshape(b.shape), rate * 0.94**i, target=target)
+        move = lambda b, c=counts, i=i: balance.update_bias(b, c.reshape(b.shape), rate * 0.94**i, target=target)[0]
         bias = jax.tree.map(move, bias)
     return bias

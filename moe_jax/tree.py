@@ -29,6 +29,13 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def at_path(tree: dict[str, Any], path: str) -> Any:
+    """What lies in nested dicts at a path, such as `layers/attention`; None if nothing does."""
+    for name in path.split("/"):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
 def update_at(tree: dict[str, Any], path: str, fn: Callable[[Any], Any]) -> dict[str, Any]:
     """The nested dicts with `fn` applied to what lies at a path, such as `layers/attention`."""
     name, _, rest = path.partition("/")

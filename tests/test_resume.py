@@ -161,6 +161,8 @@ def get_config():
     config = runpy.run_path("configs/debug.py")["get_config"]()
     config.data.sources = {"text": config_lib.source(kind="files", path="@/text/*.txt", validation_fraction=0.2)}
     config.train.update(steps=@STEPS, checkpoint_every=@EVERY, eval_every=4)
+    config.model.moe.selection_bias = True
+    config.loss.bias_update = "adamw"  # whose state is one more part of the optimizer's
     return config
 """.replace("@STEPS", str(STEPS)).replace("@EVERY", str(EVERY))
 

@@ -312,7 +312,7 @@ def everything(name: str, shape, *args, **kwargs) -> dict:
     @jax.jit
     def one(state, batch):
         found = gradients(state.params, state.router_bias, batch, 1)
-        return found._asdict() | {"bias": step.update_biases(cfg, state.router_bias, found.sums.router)}
+        return found._asdict() | {"bias": step.update_biases(cfg, state.router_bias, found.sums.router, {})}
 
     with jax.set_mesh(mesh):
         return jax.device_get(one(state, put_batch(batch_rows(0.25), mesh, cfg)))

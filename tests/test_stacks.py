@@ -253,7 +253,7 @@ def everything(name: str, shape, *args, paddings=PADDING, **kwargs) -> list[dict
         updates, _ = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
         params, clipping = step.qk_clip.clip(params, sums.maxima, cfg.optim.qk_clip)
-        bias = step.update_biases(cfg, state.router_bias, sums.router)
+        bias, _ = step.update_biases(cfg, state.router_bias, sums.router, {})
         return {"loss": loss, "parts": parts, "sums": sums, "grads": grads, "params": params, "bias": bias} | clipping
 
     with jax.set_mesh(mesh):

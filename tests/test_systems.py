@@ -27,9 +27,10 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.layers import Place
 from moe_jax.errors import FormatError
 from moe_jax.hf.architectures import write_config
+from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, weights
-from moe_jax.train import step
+from moe_jax.train import metrics, step
 from moe_jax.train.state import abstract_batch, abstract_state, abstract_weights, init_state, process_rows, put_batch
 from moe_jax.tree import flatten
 from moe_jax.upcycle import Cluster, Depth, Drop, Transform, VirtualGroups, Width
@@ -233,6 +234,21 @@ def test_longcat_is_the_report_s_loop():
     np.testing.assert_allclose(hidden, want, rtol=1e-4, atol=1e-4)
     (found,) = stats.values()
     np.testing.assert_array_equal(found.tokens_per_expert[:, 0], loads)
+
+
+@pytest.mark.slow
+def test_quantile_makes_loads_equal():
+    """On one batch again and again, of weights that do not move: the worst layer's largest load falls to the mean's."""
+    cfg, mesh = toy("quantile"), mesh_of(1, 1, 1)
+    assert not any(term.coef for term in cfg.loss.load_balance.values()) and cfg.loss.bias_update == "quantile"
+    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=0.0))
+    train_step, state, worst = step.make_train_step(cfg, mesh), init_state(cfg, mesh), []
+    for _ in range(5):
+        state, report = train_step(state, put_batch(batch_rows(cfg), mesh, cfg))
+        worst.append(metrics.router_metrics(by_depth(cfg.model.places, report.router))["max_load"])
+    assert worst[0] > 1.5 > 1.2 > worst[1] >= worst[-1], worst
+    for bias in jax.tree.leaves(state.router_bias):
+        np.testing.assert_allclose(np.mean(bias, -1), 0, atol=1e-6)
 
 
 # --- what an order of blocks does with the rest of the library; more of it in test_stacks.py and test_places.py -------

@@ -43,6 +43,8 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     identity_experts: int = number(0, 0)
     # What such a choice adds to the layer's result, times its combine weight: the layer's input, or nothing.
     identity_output: Literal["input", "nothing"] = "input"
+    # Experts that a token uses on average, identity experts not counted, which the selection bias aims at; 0: no aim.
+    expert_budget: float = machine(number(0.0, 0.0), FIXED)
     # Balance without a loss: add a bias to each expert's score for selection only. loss.bias_update sets how it moves.
     selection_bias: bool = False
     # "grouped" sorts rows by expert and drops none. "capacity" gives each expert a fixed number of rows; the rest is
@@ -77,7 +79,7 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     @property
     def mean_slots(self) -> float:
         """Number of experts that a token is expected to use: of its slots, those that compute something."""
-        return self.top_k * self.num_experts / self.router_columns
+        return self.expert_budget or self.top_k * self.num_experts / self.router_columns
 
     def check(self):
         e, k = self.num_experts, self.top_k
@@ -108,8 +110,18 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
                 "needs identity_experts > 0", "nearest valid: 'input'")  # fmt: skip
         require(self.compute == "capacity" or self.overflow == "first", "overflow", self.overflow,
                 "needs compute='capacity': nothing else drops rows", "nearest valid: 'first'")  # fmt: skip
+        if self.expert_budget:
+            self._check_budget()
         if self.choice == "expert":
             self._check_expert_choice()
+
+    def _check_budget(self):
+        def rule(ok: bool, text: str, nearest: float = 0.0) -> None:
+            require(ok, "expert_budget", self.expert_budget, text, f"nearest valid: {nearest}")
+
+        rule(self.identity_experts > 0, "needs identity_experts > 0: what else may a token choose?")
+        rule(self.selection_bias, "needs selection_bias=True, which is what it moves")
+        rule(self.expert_budget < self.top_k, f"must be < top_k={self.top_k}", self.top_k - 1)
 
     def _check_expert_choice(self):
         """Refuses what balances or groups the choices of tokens: with expert choice all loads are equal."""

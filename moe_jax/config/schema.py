@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moe_jax.config.balance import check_bias_update
 from moe_jax.config.explore import ExploreConfig
 from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, changeable, nearest_divisor, newer, number, require
 from moe_jax.config.model import ModelConfig
@@ -52,10 +53,12 @@ class LossConfig(Checked, resume=FIXED):
     router_z_coef: float = number(0.001, 0.0)  # weight of the router z-loss; 0: off
     # Whether router losses, load-balancing and z, are averaged or added up over MoE layers.
     router_loss_layers: Literal["mean", "sum"] = "mean"
-    # Update of the bias of model.moe.selection_bias after a step: rate · sign(target load − load). "centred" subtracts
-    # the mean of the signs (Moonlight).
-    bias_update: Literal["sign", "centred"] = "sign"
-    bias_update_rate: float = number(0.001, 0.0)  # rate in the update of the selection bias
+    # Update of the bias of model.moe.selection_bias after a step: bias + rate · direction. The direction is the sign of
+    # target load − load ("sign"), the same minus its mean ("centred", Moonlight), target share − share
+    # ("proportional", LongCat-Flash), or AdamW's of that ("adamw", ZAYA1). "quantile" has no rate: it solves for the
+    # bias (docs/balancing.md).
+    bias_update: Literal["sign", "centred", "proportional", "adamw", "quantile"] = "sign"
+    bias_update_rate: float = number(0.001, 0.0)  # rate in the update of the selection bias; not for "quantile"
     bias_target: tuple[float, ...] = ()  # relative target load of each expert, for the selection bias; (): equal loads
 
     def check(self):
@@ -355,6 +358,7 @@ class RunConfig(Checked, resume=FIXED):
                  "needs model.moe.selection_bias=True", "nearest valid: ()")  # fmt: skip
         rule = f"must have model.moe.num_experts={e} numbers, or none"
         require(len(target) in (0, e), "loss.bias_target", target, rule, "nearest valid: ()")
+        check_bias_update(self.loss, self.model, self.explore)
 
     @property
     def balance_unit(self) -> int:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.config.layers import Kind
+from moe_jax.moe import quantile
 from moe_jax.moe.exchange import run_experts
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights
 from moe_jax.moe.program import Program
@@ -121,9 +122,11 @@ class MoE(nnx.Module):
         choices = choices_of(routing, probs, shape[:2]) if self.program.record else None
         state = None if state is None else state_TR.reshape(state.shape)
         with jax.named_scope("statistics"):
-            stats = router_stats(
-                logits, probs, routing, computed, info.counted, info.group, self.program.balance_groups
-            )
+            groups = self.program.balance_groups
+            stats = router_stats(logits, probs, routing, computed, info.counted, info.group, groups)
+            if (bins := self.program.histogram_bins) and bias is not None:
+                asked = quantile.histogram(logits, bias, routing.experts, info.counted, bins)
+                stats = stats._replace(histogram=asked)
             # Sums over all devices: G·(2C+3) numbers a layer. This psum makes the balance global.
             return MoEOutput(y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices, state)
 

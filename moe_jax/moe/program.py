@@ -21,6 +21,7 @@ class Program:
     balance_groups: int = 1  # in evaluation the domains
     record: bool = False  # each token's choices: `Output.choices`
     max_logit: bool = False  # each head's largest attention logit: `Output.max_logit`
+    histogram_bins: int = 0  # bins of `RouterStats.histogram`; 0: none
     why: str = dataclasses.field(default="", compare=False)  # one line about the choice of the back ends
 
     @classmethod

@@ -19,13 +19,15 @@ T = TypeVar("T")
 
 
 class RouterStats(NamedTuple):
-    """SUMS over counted tokens, for each balance group. The scan over layers adds a leading L."""
+    """SUMS over counted tokens, for each balance group but in `histogram`. The scan over layers adds a leading L."""
 
     tokens: Float[Array, "*L G"]
     tokens_per_expert: Float[Array, "*L G C"]  # assignments; sums to K · tokens where all slots are valid
     prob_per_expert: Float[Array, "*L G C"]  # Σ_t router probability; carries gradient
     z_sq: Float[Array, "*L G"]  # Σ_t logsumexp(logits)²; carries gradient
     dropped: Float[Array, "*L G"]  # assignments lost to capacity; 0 if dropless
+    # Of all groups together; None unless the program asks for it (moe/quantile.py).
+    histogram: Int[Array, "*L C bins"] | None = None
 
 
 class Choices(NamedTuple):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import model
 from moe_jax.config import RunConfig
+from moe_jax.moe import quantile
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.moe.routing import Knobs
@@ -48,7 +49,9 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
     """
     program = program or choose_program(cfg, mesh)
     count_graph, count = model.abstract(cfg.trained, program), cfg.train.micro_batches
-    graph = model.abstract(cfg.trained, dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0))
+    bins = quantile.BINS if cfg.loss.bias_update == "quantile" else 0
+    training = dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0, histogram_bins=bins)
+    graph = model.abstract(cfg.trained, training)
 
     def gradients(params: dict, bias: dict, batch: Batch, step: Int[Array, ""]) -> Gradients:
         if cfg.loss.shuffle_tokens:

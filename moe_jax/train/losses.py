@@ -107,7 +107,7 @@ def _load_balance(
     fine = stats.tokens.shape[-1]
     groups = 1 if term.balance_batch == "global" else fine * cfg.balance_unit // term.balance_batch
     merge = lambda x: jnp.sum(x.reshape(x.shape[0], groups, fine // groups, *x.shape[2:]), axis=2)
-    stats = jax.tree.map(merge, stats._replace(tokens=batch.prob_tokens[path]))
+    stats = jax.tree.map(merge, stats._replace(tokens=batch.prob_tokens[path], histogram=None))
     return batch.share * load_balancing_loss(stats, expert_frequency(merge(batch.load[path])))
 
 

@@ -14,9 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import model, optim
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.moe import balance
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import ChoiceSums, RouterStats
 from moe_jax.parallel import sharding
+from moe_jax.tree import flatten, nest
 
 
 class TrainState(NamedTuple):
@@ -25,7 +27,22 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: dict
     router_bias: dict  # {} without model.moe.selection_bias
-    opt_state: Any
+    opt_state: Any  # see `parts_of`
+
+
+def parts_of(opt_state: Any) -> tuple[Any, dict]:
+    """The parts of `TrainState.opt_state`: the optimizer's state, and those of the controllers of selection biases in
+    the tree of `router_bias`, {} if they have none."""
+    return (opt_state["optimizer"], opt_state["controllers"]) if isinstance(opt_state, dict) else (opt_state, {})
+
+
+def join_parts(optimizer: Any, controllers: dict) -> Any:
+    """Makes `TrainState.opt_state` of its parts, the inverse of `parts_of`.
+
+    Without controllers it is the optimizer's state alone, as in checkpoints of versions that had none: Orbax refuses a
+    checkpoint that lacks a field, even an empty one.
+    """
+    return {"optimizer": optimizer, "controllers": controllers} if controllers else optimizer
 
 
 class Batch(NamedTuple):
@@ -79,7 +96,11 @@ def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = N
 def _init(cfg: RunConfig, jit: Callable, weights: tuple[dict, dict] | None = None) -> TrainState:
     params, bias = weights or model.init(cfg.model, jax.random.key(cfg.seed))
     opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim).init)(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, bias, opt_state)
+    controllers = {}
+    if cfg.loss.bias_update in balance.WITH_STATE:
+        start = jit(balance.CONTROLLERS[cfg.loss.bias_update].init)
+        controllers = nest({path: start(b) for path, b in flatten(bias).items() if path.endswith("/router_bias")})
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, join_parts(opt_state, controllers))
 
 
 def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:

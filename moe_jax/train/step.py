@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from moe_jax import model, optim
 from moe_jax.config import RunConfig
-from moe_jax.moe import balance
+from moe_jax.moe import balance, quantile
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import RouterStats, choice_sums
 from moe_jax.nn import qk_clip
@@ -20,8 +20,8 @@ from moe_jax.parallel import overlap
 from moe_jax.train import cross_entropy, guard
 from moe_jax.train.gradients import forward, make_gradients
 from moe_jax.train.metrics import StepMetrics
-from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, under_mesh
-from moe_jax.tree import flatten, nest
+from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, join_parts, parts_of, under_mesh
+from moe_jax.tree import at_path, flatten, nest
 
 
 def make_train_step(
@@ -39,19 +39,20 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, limits=None):
         loss, parts, sums, grads = gradients(state.params, state.router_bias, batch, state.step)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            moments, controllers = parts_of(state.opt_state)
+            updates, moments = optimizer.update(grads, moments, state.params)
             params, clipping = qk_clip.clip(optax.apply_updates(state.params, updates), sums.maxima, cfg.optim.qk_clip)
-        bias = update_biases(cfg, state.router_bias, sums.router)
+        bias, controllers = update_biases(cfg, state.router_bias, sums.router, controllers)
         report = StepMetrics(
             loss=loss,
             terms={**parts.scalars(), **parts.raw},
             grad_norm=optax.tree.norm(grads),
             lr=jnp.asarray(lr(_updates(state)), jnp.float32),
             tokens=sums.weights,
-            router=sums.router,
+            router={path: stats._replace(histogram=None) for path, stats in sums.router.items()},
             clipping=clipping or None,
         )
-        new = (params, bias, opt_state)
+        new = (params, bias, join_parts(moments, controllers))
         if cfg.train.skip_nonfinite:
             bad = guard.is_bad(loss, report.grad_norm, limits)
             new, tokens = guard.unless(bad, (new, sums.weights), (tuple(state[1:]), 0.0))
@@ -61,21 +62,36 @@ def make_train_step(
     return under_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
 
 
-def update_biases(cfg: RunConfig, router_bias: dict, stats: dict[str, RouterStats]) -> dict:
-    """Updates the selection bias of each block from the counts of the optimizer batch."""
-    update = (cfg.loss.bias_update_rate, cfg.loss.bias_update, cfg.loss.bias_target)
-    new = flatten(router_bias)
+def update_biases(
+    cfg: RunConfig, router_bias: dict, stats: dict[str, RouterStats], controllers: dict
+) -> tuple[dict, dict]:
+    """Updates the selection bias of each block from the sums of the optimizer batch. The next step uses the result.
+
+    controllers: the states of those with one (`parts_of`). Returns the biases and these states.
+    """
+    loss, moe, new, states = cfg.loss, cfg.trained.moe, flatten(router_bias), {}
+    experts = {place.path: place.kind.experts for place in cfg.model.places}
     for name, bias in new.items():
         if not name.endswith("/router_bias"):  # a fixed table
             continue
-        counts = jnp.sum(stats[name.removesuffix("/moe/router_bias")].tokens_per_expert, axis=1)
-        new[name] = balance.update_bias(bias, counts, *update)
-    return nest(new)
+        path = name.removesuffix("/moe/router_bias")
+        if loss.bias_update == "quantile":
+            new[name] = quantile.update_bias(bias, stats[path].histogram, moe.top_k)
+            continue
+        target, moved = loss.bias_target, 0
+        if moe.expert_budget:
+            moved = experts[path]
+            target = balance.budget_target(bias.shape[-1], moved, moe.top_k, moe.expert_budget)
+        load, before = jnp.sum(stats[path].tokens_per_expert, axis=1), at_path(controllers, name)
+        update = (loss.bias_update_rate, loss.bias_update, target, moved)
+        new[name], states[name] = balance.update_bias(bias, load, *update, before)
+    return nest(new), nest({name: state for name, state in states.items() if state is not None})
 
 
 def _updates(state: TrainState) -> Int[Array, ""]:
     """The number of optimizer updates so far: steps that were not skipped."""
-    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+    moments, _ = parts_of(state.opt_state)  # a controller has a count of its own
+    counts = optax.tree_utils.tree_get_all_with_path(moments, "count")
     return counts[0][1] if counts else state.step
 
 

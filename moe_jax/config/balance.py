@@ -1,0 +1,54 @@
+"""Rules between `loss.bias_update` and the fields that it depends on, in the loss and in the model."""
+
+from typing import Any
+
+from moe_jax.config.fields import require
+
+
+def check_bias_update(loss: Any, model: Any, explore: Any) -> None:
+    """Raises ConfigError for an update of selection biases that this model or the other losses do not allow.
+
+    loss, model, explore: the `LossConfig`, `ModelConfig` and `ExploreConfig` of a run.
+    """
+    form = loss.bias_update
+    known = form in ("sign", "centred") or model.moe.selection_bias
+    require(known, "loss.bias_update", form, "needs model.moe.selection_bias=True", "nearest valid: 'sign'")
+    if model.moe.expert_budget:
+        _check_budget(loss, model.moe)
+    if form == "quantile":
+        _check_quantile(loss, model)
+        rule = "changes the choices, but loss.bias_update='quantile' is computed for those that scores and biases make"
+        require(not (explore.moves or explore.top_k), "explore", explore, rule, "nearest valid: the default")
+
+
+def _check_budget(loss: Any, moe: Any) -> None:
+    def rule(ok: bool, text: str) -> None:
+        require(ok, "model.moe.expert_budget", moe.expert_budget, text, "nearest valid: 0.0")
+
+    form = loss.bias_update
+    rule(not loss.bias_target, "is not available with loss.bias_target, another target")
+    rule(form != "centred", "is not available with loss.bias_update='centred', which keeps the mean of the biases")
+    rule(form != "quantile", "is not available with loss.bias_update='quantile', which makes all loads equal")
+
+
+def _check_quantile(loss: Any, model: Any) -> None:
+    moe, why = model.moe, "with loss.bias_update='quantile', which"
+
+    def rule(ok: bool, name: str, value: Any, text: str, nearest: Any) -> None:
+        require(ok, name, value, text, f"nearest valid: {nearest}")
+
+    target, score, groups, k = loss.bias_target, moe.score, moe.num_groups, moe.top_k
+    rule(not target, "loss.bias_target", target, f"must be () {why} makes all loads equal", "()")
+    for name, term in loss.load_balance.items():
+        field = "load_balance_coef" if name == "load_balance" else f"more_load_balance.{name.split('/')[1]}.coef"
+        rule(not term.coef, f"loss.{field}", term.coef, f"must be 0 {why} balances without a loss", 0.0)
+    # Scores of a softmax are in (0, 1) too, but shrink like 1/E: most of the bins would be empty, and one too wide.
+    rule(
+        score == "sigmoid", "model.moe.score", score, f"must be 'sigmoid' {why} counts scores from 0 to 1", "'sigmoid'"
+    )
+    rule(groups == 1, "model.moe.num_groups", groups, f"must be 1 {why} compares all experts", 1)
+    columns = min(model.expert_counts, default=moe.num_experts) + moe.router_columns - moe.num_experts
+    rule(columns > 1, "loss.bias_update", loss.bias_update, "needs layers with more than one expert", "'sign'")
+    rule(
+        k < columns, "model.moe.top_k", k, f"must be < {columns} {why} needs an expert that is not chosen", columns - 1
+    )

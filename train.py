@@ -17,7 +17,7 @@ from moe_jax.aot import compile_only
 from moe_jax.errors import Stopped, UserError
 from moe_jax.evaluate import generate, held_out
 from moe_jax.evaluate.during_training import HeldOut
-from moe_jax.moe import balance
+from moe_jax.moe import balance, router_losses
 from moe_jax.parallel import sharding
 from moe_jax.run import changes, checkpoint, config_file, log, replay, survive, weights
 from moe_jax.run.recorder import Recorder
@@ -50,6 +50,7 @@ def main(argv):
 def train(preemption: survive.Preemption):
     # --- configuration: every rule is checked before anything is compiled ---------------------------------------------
     cfg = config.build(CONFIG.value)
+    router_losses.check(cfg)
     if COMPILE_ONLY.value:
         return compile_only.main(cfg, COMPILE_ONLY.value)
     workdir = Path(WORKDIR.value)

@@ -26,7 +26,7 @@ _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.
 # Groups whose entries the user names, and how a config file makes an entry.
 _ENTRIES = {
     "data.sources": "config.source(kind='files', path='…')",
-    "loss.more_load_balance": "config.load_balance(coef=0.01, balance_batch=1)",
+    "loss.more": "config.router_loss(kind='load_balance', coef=0.01, balance_batch=1)",
 }
 
 HEARTBEAT = 20  # seconds after which a process that does not answer counts as dead

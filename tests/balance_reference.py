@@ -1,7 +1,8 @@
-"""The load-balancing loss of a one-block model in NumPy, float64: what `test_balance_exact.py` compares with.
+"""The router losses of a one-block model in NumPy, float64: what `test_balance_exact.py` compares with.
 
-Written from the paper (arXiv:2501.11873), with loops over groups and micro-batches. Gradients are complex-step
-derivatives, exact to rounding: no autodiff and no code of the product. Letters: B sequences of S tokens, E experts.
+Written from the papers (load balancing: arXiv:2501.11873), with loops over groups and micro-batches. Gradients are
+complex-step derivatives, exact to rounding: no autodiff and no code of the product. Letters: B sequences of S tokens, E
+experts.
 """
 
 import numpy as np
@@ -26,7 +27,7 @@ def _softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
-def router_probabilities(p: dict, tokens, positions, segments, head_dim: int):
+def router_logits(p: dict, tokens, positions, segments, head_dim: int):
     """[B, S, E] of the first block: embedding, causal attention inside segments, router."""
     b, s = tokens.shape
     x = p["embed"][tokens]
@@ -39,7 +40,12 @@ def router_probabilities(p: dict, tokens, positions, segments, head_dim: int):
     attention = _softmax(np.where(seen, scores, -1e9))
     x = x + np.einsum("bnsz,bznh->bsnh", attention, v).reshape(b, s, -1) @ p["layers/attention/w_o"][0]
     h = _norm(x, p["layers/mlp_norm"][0])
-    return _softmax(h @ p["layers/moe/w_router"][0])
+    return h @ p["layers/moe/w_router"][0]
+
+
+def router_probabilities(*args):
+    """[B, S, E]: the softmax of `router_logits`."""
+    return _softmax(router_logits(*args))
 
 
 def choices(probabilities, top_k: int):
@@ -60,6 +66,28 @@ def loss_of_scope(prob, chosen, counted, balance_batch: int):
             f = chosen[mine][live].mean(0) / top_k
             values.append(experts * (f @ prob[mine][live].mean(0)))
     return np.mean(values)
+
+
+def in_groups(x, over: int):
+    """[B, S, over]: probabilities or choices summed over groups of neighbouring experts."""
+    return np.stack([part.sum(-1) for part in np.split(x, over, axis=-1)], axis=-1)
+
+
+def router_z(logits, counted):
+    """Mean over counted tokens of logsumexp²."""
+    top = logits.real.max(-1)
+    return np.mean((np.log(np.exp(logits - top[..., None]).sum(-1)) + top)[counted] ** 2)
+
+
+def mutual_information(prob, counted, balance_batch: int):
+    """−Σ P log(P / (P_G P_E)) over groups of sequences and experts; a group without tokens adds nothing."""
+    starts = range(0, len(prob), balance_batch)
+    sums = [prob[s : s + balance_batch][counted[s : s + balance_batch]].sum(0) for s in starts]
+    joint, value = np.array(sums) / sum(row.sum() for row in sums), 0.0
+    for row in joint:
+        for p, column in zip(row, joint.sum(0), strict=True):
+            value -= p * np.log(p / (row.sum() * column)) if p.real > 0 else 0.0
+    return value
 
 
 def algorithm_1(prob, chosen, counted, micro_batches: int):

@@ -77,7 +77,7 @@ def test_no_moe_layer_is_no_nan():
     sums = losses.BatchSums(jnp.float32(6), jnp.float32(3), {})
     for layers in ("mean", "sum"):
         value, parts = losses.total_loss(sums, config.LossConfig(router_loss_layers=layers))
-        assert float(value) == 2 and not parts.router_z
+        assert float(value) == 2 and not parts.router["router_z"]
 
 
 def test_no_moe_layer_in_evaluation():

@@ -1,7 +1,7 @@
-"""Every scope of the load-balancing loss, value and gradient, equals a float64 NumPy reference on the whole batch.
+"""Every router loss in every scope, value and gradient, equals a float64 NumPy reference on the whole batch.
 
 Whatever computes it: meshes × micro-batches × rematerialisation × padding, one process or two. Weights of zero switch
-cross-entropy off, so the gradient is the load-balancing loss' own, through router, attention and embedding.
+cross-entropy off, so the gradient is the router losses' own, through router, attention and embedding.
 """
 
 import functools
@@ -22,26 +22,32 @@ from tests import two_processes
 B, S, V, E, K, HEAD = 64, 5, 11, 4, 2, 4
 SCOPES = {"load_balance": "global", "load_balance/eight": "8", "load_balance/each": "1"}
 ALONE, *OTHERS = SCOPES
-COEFS = {"load_balance": 0.7, "load_balance/eight": 0.9, "load_balance/each": 1.1}
+OVER = {"load_balance/pairs": 2}  # groups of experts
+ROWS = (*SCOPES, "load_balance/pairs", "mutual_information/apart", "router_z")
+SCOPES |= {"load_balance/pairs": "8", "mutual_information/apart": "16"}
+COEFS = {"load_balance": 0.7, "load_balance/eight": 0.9, "load_balance/each": 1.1, "load_balance/pairs": 1.3,
+         "mutual_information/apart": 0.8, "router_z": 0.05}  # fmt: skip
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
 EVERYTHING = list(itertools.product(MESHES, [1, 2, 4, 8], ["none", "full"]))
-FAST = [(MESHES[i], a, ["none", "full"][i % 2]) for i in range(1, 4) for j, a in enumerate([1, 2, 4, 8])
-        if j == (i * 3 + 1) % 4]  # fmt: skip
+FAST = [((8, 1, 1), 8, "none"), ((2, 2, 2), 2, "full"), ((1, 2, 4), 4, "none")]
 LEAVES = ("embed", "layers/attention/w_k", "layers/attention/w_o", "layers/attention/w_q", "layers/attention/w_v",
           "layers/attention_norm", "layers/mlp_norm", "layers/moe/w_router")  # fmt: skip
 
 
-def run_config(micro=1, remat="none", accumulation="exact", scopes=tuple(SCOPES), shuffle=False) -> config.RunConfig:
+def run_config(micro=1, remat="none", accumulation="exact", rows=ROWS, shuffle=False) -> config.RunConfig:
     c = config.default_config()
     c.model.update(vocab_size=V, d_model=6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=HEAD,
                    compute_dtype="float32", remat=remat, init_std=0.6)  # fmt: skip
     c.model.moe.update(num_experts=E, top_k=K, d_expert=4)
-    first, *more = scopes
+    first, *more = rows
     c.loss.update(load_balance_coef=COEFS[first], balance_batch=SCOPES[first], router_z_coef=0.0)
     c.loss.update(accumulation=accumulation, shuffle_tokens=shuffle)
-    c.loss.more_load_balance = {
-        name.split("/")[1]: config.load_balance(coef=COEFS[name], balance_batch=SCOPES[name]) for name in more
-    }
+    if "router_z" in more:
+        c.loss.router_z_coef = COEFS[more.pop(more.index("router_z"))]
+    entry = lambda kind, name: config.router_loss(
+        kind=kind, coef=COEFS[name], balance_batch=SCOPES[name], over=OVER.get(name, 0)
+    )
+    c.loss.more = {name.split("/")[1]: entry(name.split("/")[0], name) for name in more}
     c.data.update(batch_size=B, seq_len=S)
     c.data.tokenizer.update(kind="huggingface", path="none")
     c.train.micro_batches = micro
@@ -86,15 +92,25 @@ def expected(padding: bool, names: tuple[str, ...], micro_batches: int = 0) -> t
     params = {name: leaf.astype(np.float64) for name, leaf in flatten(initial_params()).items() if name in LEAVES}
     assert len(params) == len(LEAVES)
     counted = rows["segment_ids"] > 0
-    prob_of = lambda p: reference.router_probabilities(p, rows["tokens"], rows["positions"], rows["segment_ids"], HEAD)
+    inputs = (rows["tokens"], rows["positions"], rows["segment_ids"], HEAD)
+    prob_of = lambda p: reference.router_probabilities(p, *inputs)
     chosen = reference.choices(prob_of(params), K)
+
+    def value(name, p, prob):
+        size = B if SCOPES.get(name) in ("global", None) else int(SCOPES[name])
+        if name == "router_z":
+            return reference.router_z(reference.router_logits(p, *inputs), counted)
+        if name.startswith("mutual_information"):
+            return reference.mutual_information(prob, counted, size)
+        groups = OVER.get(name, E)
+        of = (reference.in_groups(x, groups) for x in (prob, chosen))
+        return reference.loss_of_scope(*of, counted, size)
 
     def terms(p):
         prob = prob_of(p)
         if micro_batches:
             return {"load_balance": COEFS["load_balance"] * reference.algorithm_1(prob, chosen, counted, micro_batches)}
-        size = lambda name: B if SCOPES[name] == "global" else int(SCOPES[name])
-        return {n: COEFS[n] * reference.loss_of_scope(prob, chosen, counted, size(n)) for n in names}
+        return {name: COEFS[name] * value(name, p, prob) for name in names}
 
     return terms(params), reference.gradients(lambda p: sum(terms(p).values()), params)
 
@@ -102,7 +118,11 @@ def expected(padding: bool, names: tuple[str, ...], micro_batches: int = 0) -> t
 @functools.cache
 def compiled(mesh_shape, cfg_arguments):
     """The mesh, parameters on it, and the jitted gradients: the one of training steps."""
-    cfg = run_config(*cfg_arguments)
+    return programs(mesh_shape, run_config(*cfg_arguments))
+
+
+def programs(mesh_shape, cfg: config.RunConfig):
+    """As `compiled`, of a configuration."""
     mesh = sharding.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh).params)
     put = lambda x, to: jax.make_array_from_callback(x.shape, to, lambda index: x[index])
@@ -118,17 +138,20 @@ def compiled(mesh_shape, cfg_arguments):
 
 
 def check(mesh_shape, cfg_arguments, padding: bool, want: tuple[dict, dict]) -> None:
-    cfg, mesh, params, run = compiled(mesh_shape, cfg_arguments)
+    compare(mesh_shape, compiled(mesh_shape, cfg_arguments), padding, want)
+
+
+def compare(mesh_shape, program: tuple, padding: bool, want: tuple[dict, dict]) -> None:
+    """program: of `programs`. want: the terms of the loss that are not 0, and the gradients of their sum."""
+    cfg, mesh, params, run = program
     rows = batch_rows(padding)
     mine = process_rows(mesh, B)
     with jax.set_mesh(mesh):
         parts, grads = run(params, put_batch({k: v[mine] for k, v in rows.items()}, mesh, cfg))
     values, want_grads = want
-    if set(values) != set(parts.load_balance):  # a scope alone is the main loss
-        values = dict(zip(parts.load_balance, values.values(), strict=True))
-    assert float(parts.xent) == float(parts.router_z) == 0.0
-    for name, value in values.items():
-        np.testing.assert_allclose(parts.load_balance[name], value, rtol=1e-6, err_msg=name)
+    assert set(values) <= set(parts.scalars())
+    for name, value in ((name, values.get(name, 0.0)) for name in parts.scalars()):
+        np.testing.assert_allclose(parts.scalars()[name], value, rtol=1e-6, atol=5e-7, err_msg=name)
     largest = max(np.abs(g).max() for g in want_grads.values())
     for name, grad in flatten(jax.tree.map(lambda g: g.addressable_data(0), grads)).items():
         if name in LEAVES:
@@ -143,24 +166,25 @@ def check(mesh_shape, cfg_arguments, padding: bool, want: tuple[dict, dict]) -> 
 
 def check_all(mesh_shape, micro, remat) -> None:
     for padding in (False, True):
-        check(mesh_shape, (micro, remat), padding, expected(padding, tuple(SCOPES)))
+        check(mesh_shape, (micro, remat), padding, expected(padding, ROWS))
 
 
 @pytest.mark.parametrize(("mesh", "micro", "remat"), FAST)
-def test_every_scope(mesh, micro, remat):
+def test_every_loss(mesh, micro, remat):
     check_all(mesh, micro, remat)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "micro", "remat"), [c for c in EVERYTHING if c not in FAST])
-def test_every_scope_full(mesh, micro, remat):
+def test_every_loss_full(mesh, micro, remat):
     check_all(mesh, micro, remat)
 
 
 @pytest.mark.parametrize("name", [ALONE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_one_scope_alone(name):
     """Without the finer groups that several scopes share."""
-    check((2, 2, 2), (4, "none", "exact", (name,)), True, expected(True, (name,)))
+    values, grads = expected(True, (name,))
+    check((2, 2, 2), (4, "none", "exact", (name,)), True, ({"load_balance": values[name]}, grads))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +227,7 @@ def test_shuffled_tokens(mesh, micro):
 
 def test_scopes_differ():
     """The narrower the scope, the higher the loss of the same batch: nothing above is equal by accident."""
-    values = [expected(True, tuple(SCOPES))[0][n] / COEFS[n] for n in SCOPES]
+    values = [expected(True, ROWS)[0][n] / COEFS[n] for n in (ALONE, *OTHERS)]
     assert values[0] > 1.0 and values[1] > 1.02 * values[0] and values[2] > 1.02 * values[1]
 
 

@@ -63,6 +63,7 @@ def write_files(root: Path) -> None:
         "bad_source": "config.data.sources = {'text': config_lib.source(kind='files')}",
         "no_sources": "config.data.sources = {}",
         "bug": "config.optim.lr = 1 / 0",
+        "no_such_loss": "config.loss.more = {'a': config_lib.router_loss(kind='mutual', coef=0.1)}",
         "no_platform": "import jax; jax.config.update('jax_platforms', 'cup')",  # as JAX_PLATFORMS=cup
         "no_plugin": "import jax; jax.config.update('jax_platforms', 'rocm')",
     }
@@ -203,8 +204,8 @@ OVERRIDES = {
     ],
     "data.cache_dir={d}/a_file": ["config.data.cache_dir='", "(is a file)", "set $MOE_JAX_CACHE or"],
     "train.wandb_project=x": ["config.train.wandb_project='x': needs Weights & Biases, which is not", "pip install"],
-    "loss.more_load_balance.micro.coef=0.1": ["a config file makes a new entry", "config.load_balance("],
-    "data.sources.more.path=x": ["more: is not a field; nearest valid name: text; a ", "config.source(kind='files'"],
+    "loss.more.micro.coef=0.1": ["a config file makes a new entry", "config.router_loss("],
+    "data.sources.other.path=x": ["other: is not a field; nearest valid name: text; a ", "config.source(kind='files'"],
     "data.seq_len=1000000": ["config.data.seq_len=1000000: must be ≤ ", "data.sources.text", "nearest valid: "],
 }  # fmt: skip
 
@@ -255,6 +256,9 @@ OTHER = {
     "train.py --config={d}/configs/not_a_group.py --workdir={d}/runs/x": ["sources.text='x.txt': must be a group"],
     "train.py --config={d}/configs/bad_source.py --workdir={d}/runs/x": ["config.path='': is needed for kind='files'"],
     "train.py --config={d}/configs/no_sources.py --workdir={d}/runs/x": ["config.data.sources={}: must name at least"],
+    "train.py --config={d}/configs/no_such_loss.py --workdir={d}/runs/x": [
+        "config.loss.more.a.kind='mutual': must be one of load_balance", "nearest valid: 'mutual_information'",
+    ],
     # flags
     "train.py": ["--workdir is needed"],
     "train.py --config={d}/configs/good.py": ["--workdir is needed"],

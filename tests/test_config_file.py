@@ -77,7 +77,7 @@ CHANGEABLE = {  # beside all of train, mesh and sample
 }  # fmt: skip
 OTHER_NUMBERS = {  # of the same function: they make another run, and weights of one may start the other
     "model.compute_dtype", "model.param_dtype", "model.init_std", "model.max_seq_len", "model.segment_mask",
-    "model.moe.compute", "model.moe.capacity_factor", "model.moe.overflow",
+    "model.moe.compute", "model.moe.capacity_factor", "model.moe.overflow", "model.moe.expert_budget",
 }  # fmt: skip
 
 
@@ -137,6 +137,26 @@ def test_a_field_newer_than_the_run_has_its_default(tmp_path):
     assert resume(tmp_path, RunConfig()) == (RunConfig(), [])
     with pytest.raises(CheckpointError, match=r'config\.init_from: "" in the run, "runs/a" now'):
         resume(tmp_path, RunConfig(init_from="runs/a"))
+
+
+def test_a_run_that_knows_a_field_by_its_earlier_name_goes_on(tmp_path):
+    more = {"micro": {"coef": 0.1, "balance_batch": 2, "start_step": 3, "stop_step": 0}}
+    save_config(tmp_path, RunConfig())
+    edit(tmp_path, loss__more=..., loss__more_load_balance=more)
+    cfg = load_config(tmp_path)
+    assert cfg.loss.more == {"micro": config.RouterLossConfig("load_balance", 0.1, 2, 3)}
+    assert resume(tmp_path, cfg) == (cfg, []) and differences(tmp_path, cfg) == {}
+    other = having(loss__more={"micro": {**more["micro"], "kind": "mutual_information"}})
+    with pytest.raises(
+        CheckpointError, match=r'more\.micro\.kind: "load_balance" in the run, "mutual_information" now'
+    ):
+        resume(tmp_path, other)
+    begin(tmp_path, dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=2000)), 41)
+    assert "more_load_balance" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert history(tmp_path) == [{"from_step": 41, "changed": {"train.steps": [1000, 2000]}}]
+    edit(tmp_path, loss__more_load_balance=more)  # both names: the earlier one is no field
+    with pytest.raises(ConfigError, match="more_load_balance"):
+        load_config(tmp_path)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe import routing
-from moe_jax.moe.balance import load_balancing_loss
+from moe_jax.moe.router_losses import load_balancing_loss
 from moe_jax.moe.routing import Facts
 from moe_jax.moe.stats import router_stats
 

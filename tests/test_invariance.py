@@ -175,7 +175,7 @@ def test_balance_scope_does_not_depend_on_mesh_or_micro_batches(balance_batch):
 @pytest.mark.slow
 def test_scopes_differ():
     """The same batch has another load-balancing loss in every scope: nothing above is equal by accident."""
-    values = [oracle(0.25, scope)["parts"].load_balance["load_balance"] for scope in ("1", "8", "global")]
+    values = [oracle(0.25, scope)["parts"].router["load_balance"] for scope in ("1", "8", "global")]
     assert values[0] > 1.02 * values[1] > 1.02**2 * values[2]
 
 
@@ -211,5 +211,5 @@ def test_dropping_the_group_dimension_is_another_loss():
     sums = oracle(0.25)["sums"]
     merged = sums._replace(router=jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router))
     cfg = run_config().loss
-    parts = [losses.total_loss(s, cfg)[1].load_balance["load_balance"] for s in (sums, merged)]
+    parts = [losses.total_loss(s, cfg)[1].router["load_balance"] for s in (sums, merged)]
     assert abs(parts[0] - parts[1]) > 1e-3

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.config import LoadBalanceConfig, LossConfig, MoEConfig
+from moe_jax.config import LossConfig, MoEConfig, RouterLossConfig
 from moe_jax.moe import routing
-from moe_jax.moe.balance import load_balancing_loss
+from moe_jax.moe.router_losses import load_balancing_loss
 from moe_jax.moe.routing import Facts
 from moe_jax.moe.stats import RouterStats, router_stats
 from moe_jax.parallel import sharding
@@ -242,8 +242,8 @@ def test_raw_values_do_not_depend_on_the_coefficients():
         "router_z_raw": router_z(sums.router["layers"]),
     }
     for coef, z, more, stop in ((0.3, 0.07, 0.2, 0), (0.0, 0.0, 0.0, 0), (0.1, 0.001, 0.0, 3)):
-        later = {"then": LoadBalanceConfig(more, "global", start_step=5)}
-        cfg = LossConfig(coef, 1, stop, router_z_coef=z, more_load_balance=later)
+        later = {"then": RouterLossConfig("load_balance", more, "global", start_step=5)}
+        cfg = LossConfig(coef, 1, stop, router_z_coef=z, more=later)
         loss, parts = total_loss(sums, cfg, 4)
         assert parts.raw.keys() == want.keys()
         for name, value in want.items():
@@ -253,8 +253,11 @@ def test_raw_values_do_not_depend_on_the_coefficients():
 
 def test_losses_of_several_scopes_come_and_go_with_their_steps():
     """Per sequence until step 3, global from step 3 on, and 1 % of per-sequence beside it from step 5 on."""
-    more = {"then": LoadBalanceConfig(0.3, "global", 3), "micro": LoadBalanceConfig(0.003, 1, 5)}
-    cfg = LossConfig(load_balance_coef=0.3, balance_batch=1, load_balance_stop=3, more_load_balance=more)
+    more = {
+        "then": RouterLossConfig("load_balance", 0.3, "global", 3),
+        "micro": RouterLossConfig("load_balance", 0.003, 1, 5),
+    }
+    cfg = LossConfig(load_balance_coef=0.3, balance_batch=1, load_balance_stop=3, more=more)
     moe = MoEConfig(num_experts=4, top_k=2)
     sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
     each = 0.3 * np.mean(load_balancing_loss(sums.router["layers"]))
@@ -262,7 +265,7 @@ def test_losses_of_several_scopes_come_and_go_with_their_steps():
     whole = 0.3 * np.mean(load_balancing_loss(merged))
     assert abs(each / whole - 1) > 1e-3
     want = {0: (each, 0, 0), 2: (each, 0, 0), 3: (0, whole, 0), 4: (0, whole, 0), 5: (0, whole, each / 100)}
-    parts_at = jax.jit(lambda step: total_loss(sums, cfg, step)[1].load_balance)
+    parts_at = jax.jit(lambda step: total_loss(sums, cfg, step)[1].router)
     for step, values in want.items():
         parts = parts_at(step)
         names = ("load_balance", "load_balance/then", "load_balance/micro")
@@ -293,10 +296,19 @@ def test_an_empty_batch_has_a_finite_loss_and_gradient():
 
 
 def test_describe_names_every_loss_and_the_approximation():
-    more = {"then": LoadBalanceConfig(0.3, "global", 3), "off": LoadBalanceConfig(0.0, 2)}
-    cfg = LossConfig(load_balance_coef=0.1, balance_batch=1, load_balance_stop=3, more_load_balance=more)
-    text = "0.1 over each sequence until step 3 + 0.3 over the optimizer batch after step 3"
-    assert losses.describe(cfg, 1) == f"load-balancing loss, mean over layers, exact: {text}"
+    more = {
+        "then": RouterLossConfig("load_balance", 0.3, "global", 3, over=4),
+        "off": RouterLossConfig("load_balance", 0.0, 2),
+        "apart": RouterLossConfig("mutual_information", 0.01, 2),
+    }
+    cfg = LossConfig(load_balance_coef=0.1, balance_batch=1, load_balance_stop=3, more=more)
+    text = (
+        "0.1 load_balance over each sequence until step 3 + 0.001 router_z + 0.3 load_balance of 4 groups of experts "
+        "over the optimizer batch after step 3 + 0.01 mutual_information over 2 sequences"
+    )
+    assert losses.describe(cfg, 1) == f"router losses, mean over layers, exact: {text}"
     running = losses.describe(dataclasses.replace(cfg, accumulation="running", shuffle_tokens=True), 2)
-    assert "an approximation" in running and "0.1 over each sequence at random, token by token" in running
-    assert losses.describe(LossConfig(load_balance_coef=0.0), 1) == "load-balancing loss: none"
+    assert "an approximation" in running and "0.1 load_balance over each sequence at random, token by token" in running
+    only_z = LossConfig(load_balance_coef=0.0, accumulation="running")
+    assert losses.describe(only_z, 2) == "router losses, mean over layers, exact: 0.001 router_z"
+    assert losses.describe(dataclasses.replace(only_z, router_z_coef=0.0), 1) == "router losses: none"

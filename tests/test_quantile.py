@@ -267,14 +267,14 @@ def test_refused_by_name():
         model = dataclasses.replace(cfg.model, moe=dataclasses.replace(cfg.model.moe, **(moe or {})))
         return dataclasses.replace(cfg, model=model, loss=dataclasses.replace(cfg.loss, **(loss or {})))
 
-    more = {"micro": config.LoadBalanceConfig(coef=0.1)}
+    more = {"micro": config.RouterLossConfig(coef=0.1)}
     for words, changes in {
         r"model.moe.score='softmax': must be 'sigmoid' with loss.bias_update='quantile'": {"moe": {"score": "softmax"}},
         r"model.moe.num_groups=2: must be 1 .*nearest valid: 1": {"moe": {"num_groups": 2, "top_groups": 2}},
         r"model.moe.top_k=8: must be < 8 .*nearest valid: 7": {"moe": {"top_k": 8}},
         r"loss.bias_update='quantile': needs model.moe.selection_bias": {"moe": {"selection_bias": False}},
         r"loss.load_balance_coef=0.1: must be 0 .*nearest valid: 0.0": {"loss": {"load_balance_coef": 0.1}},
-        r"loss.more_load_balance.micro.coef=0.1: must be 0": {"loss": {"more_load_balance": more}},
+        r"loss.more.micro.coef=0.1: must be 0": {"loss": {"more": more}},
         r"loss.bias_target=.*: must be \(\)": {"loss": {"bias_target": (1.0,) * E}},
     }.items():
         with pytest.raises(ConfigError, match=words):

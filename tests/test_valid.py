@@ -16,8 +16,8 @@ from test_invariance import assert_same, batch_rows, run_config
 from moe_jax.config import MoEConfig
 from moe_jax.evaluate import analysis
 from moe_jax.moe import layer, routing
-from moe_jax.moe.balance import expert_frequency
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights
+from moe_jax.moe.router_losses import expert_frequency
 from moe_jax.moe.routing import Routing
 from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
@@ -77,7 +77,7 @@ def test_the_batch_is_the_same_on_a_mesh_and_f_is_a_share(trial):
     np.testing.assert_allclose(expert_frequency(stats.tokens_per_expert).sum(-1), 1, rtol=1e-6)
     f, p = stats.tokens_per_expert / made[..., None], stats.prob_per_expert / stats.tokens[..., None]
     balance = np.mean(E * (f.astype(np.float64) * p).sum(-1))
-    np.testing.assert_allclose(want.parts.load_balance["load_balance"], 0.5 * balance, rtol=1e-5)
+    np.testing.assert_allclose(want.parts.router["load_balance"], 0.5 * balance, rtol=1e-5)
     row = metrics.router_metrics(by_depth(trial_config().model.places, want.sums.router))
     np.testing.assert_allclose(row["experts_per_token"], np.mean(made.sum(1) / stats.tokens.sum(1)), rtol=1e-6)
 

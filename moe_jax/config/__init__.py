@@ -6,29 +6,26 @@ value, the rule and the nearest valid choice.
 """
 
 from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
-from moe_jax.config.convert import build, build_model, default_config, load_balance, source, to_dict
+from moe_jax.config.convert import build, build_model, default_config, router_loss, source, to_dict
+from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.config.explore import ExploreConfig, RampConfig
 from moe_jax.config.fields import nearest_divisor
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
-    DataConfig,
-    LoadBalanceConfig,
     LossConfig,
     MeshConfig,
     OptimConfig,
+    RouterLossConfig,
     RunConfig,
     SampleConfig,
-    SourceConfig,
-    TokenizerConfig,
     TrainConfig,
 )
 
 __all__ = [
     "DataConfig",
     "ExploreConfig",
-    "LoadBalanceConfig",
     "LossConfig",
     "MLAConfig",
     "MeshConfig",
@@ -37,6 +34,7 @@ __all__ = [
     "OptimConfig",
     "RampConfig",
     "RopeScalingConfig",
+    "RouterLossConfig",
     "RunConfig",
     "SampleConfig",
     "SourceConfig",
@@ -52,11 +50,11 @@ __all__ = [
     "for_evaluation",
     "is_machine",
     "is_new_default",
-    "load_balance",
     "may_change",
     "nearest_divisor",
     "plain",
     "plain_routing",
+    "router_loss",
     "source",
     "to_dict",
 ]

@@ -39,9 +39,8 @@ def _check_quantile(loss: Any, model: Any) -> None:
 
     target, score, groups, k = loss.bias_target, moe.score, moe.num_groups, moe.top_k
     rule(not target, "loss.bias_target", target, f"must be () {why} makes all loads equal", "()")
-    for name, term in loss.load_balance.items():
-        field = "load_balance_coef" if name == "load_balance" else f"more_load_balance.{name.split('/')[1]}.coef"
-        rule(not term.coef, f"loss.{field}", term.coef, f"must be 0 {why} balances without a loss", 0.0)
+    for field, coef in loss.load_balance_coefs.items():
+        rule(not coef, field, coef, f"must be 0 {why} balances without a loss", 0.0)
     # Scores of a softmax are in (0, 1) too, but shrink like 1/E: most of the bins would be empty, and one too wide.
     rule(
         score == "sigmoid", "model.moe.score", score, f"must be 'sigmoid' {why} counts scores from 0 to 1", "'sigmoid'"

@@ -54,20 +54,23 @@ def fields(root: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, type
 
 
 def complete(values: Any, root: type = RunConfig) -> Any:
-    """The values of a run of an earlier version, with values for the fields that the run lacks.
+    """The values of a run of an earlier version, under the names of today and with values for the fields it lacks.
 
-    A missing field takes the value `was` of its metadata, where it has one. Other values stay unchanged.
+    A field that the run knows by an earlier name (`renamed`) takes that value. A missing field takes the value `was` of
+    its metadata, where it has one. Other values stay unchanged.
     """
     if not isinstance(values, dict):
         return values
     hints, made = typing.get_type_hints(root), dict(values)
     for f in dataclasses.fields(root):
         hint = hints[f.name]
+        if f.metadata.get("renamed") in made and f.name not in made:
+            made[f.name] = made.pop(f.metadata["renamed"])
         if dataclasses.is_dataclass(hint):
-            made[f.name] = complete(values.get(f.name, {}), hint)
-        elif typing.get_origin(hint) is dict and isinstance(values.get(f.name), dict):
+            made[f.name] = complete(made.get(f.name, {}), hint)
+        elif typing.get_origin(hint) is dict and isinstance(made.get(f.name), dict):
             entry = typing.get_args(hint)[1]
-            made[f.name] = {key: complete(value, entry) for key, value in values[f.name].items()}
+            made[f.name] = {key: complete(value, entry) for key, value in made[f.name].items()}
         elif "was" in f.metadata:
             made.setdefault(f.name, f.metadata["was"])
     return made

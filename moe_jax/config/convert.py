@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import ml_collections
 
+from moe_jax.config.data import SourceConfig
 from moe_jax.config.fields import require
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.schema import LoadBalanceConfig, RunConfig, SourceConfig
+from moe_jax.config.schema import RouterLossConfig, RunConfig
 from moe_jax.errors import ConfigError
 
 
@@ -113,9 +114,9 @@ def source(**fields) -> ml_collections.ConfigDict:
     return _locked(SourceConfig, fields)
 
 
-def load_balance(**fields) -> ml_collections.ConfigDict:
-    """A loss for `config.loss.more_load_balance`. It has every field, so that the command line can override each."""
-    return _locked(LoadBalanceConfig, fields)
+def router_loss(**fields) -> ml_collections.ConfigDict:
+    """A loss for `config.loss.more`. It has every field, so that the command line can override each."""
+    return _locked(RouterLossConfig, fields)
 
 
 def _locked(cls: type, fields: dict) -> ml_collections.ConfigDict:

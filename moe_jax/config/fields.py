@@ -71,6 +71,11 @@ def newer(default, was):
     return _marked(default, was=was)
 
 
+def renamed(old: str) -> dict[str, str]:
+    """Metadata of a field that earlier versions named `old`: runs that have `old` resume with its value."""
+    return {"renamed": old}
+
+
 class Checked:
     """The base class of a component, `class XConfig(Checked, resume=…, weights=…)`.
 

@@ -111,6 +111,6 @@ def for_evaluation(cfg: RunConfig, num_devices: int) -> tuple[RunConfig, tuple[i
     expert = math.gcd(*cfg.model.expert_counts, num_devices)
     b = -(-cfg.data.batch_size // num_devices) * num_devices
     data = dataclasses.replace(cfg.data, batch_size=b)
-    loss = dataclasses.replace(cfg.loss, balance_batch="global", more_load_balance={}, shuffle_tokens=False)
+    loss = dataclasses.replace(cfg.loss, balance_batch="global", more={}, shuffle_tokens=False)
     train = dataclasses.replace(cfg.train, micro_batches=1)
     return dataclasses.replace(cfg, data=data, loss=loss, train=train), (num_devices // expert, 1, expert)

@@ -1,4 +1,7 @@
-"""The fields of a configuration: one frozen dataclass per component, with ranges and rules. model.py has the model."""
+"""The fields of a configuration: one frozen dataclass per component, with ranges and rules.
+
+model.py has the model, data.py the data, explore.py what moves in the router during training.
+"""
 
 import dataclasses
 import math
@@ -6,26 +9,31 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_jax.config.balance import check_bias_update
+from moe_jax.config.data import DataConfig
 from moe_jax.config.explore import ExploreConfig
-from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, changeable, nearest_divisor, newer, number, require
+from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, number, renamed, require
 from moe_jax.config.model import ModelConfig
 
 Scope = int | Literal["global"]  # sequences that are balanced together; "global": the whole optimizer batch
 
 
 @dataclass(frozen=True)
-class LoadBalanceConfig(Checked, resume=FIXED):
-    """A further load-balancing loss with its own weight, scope and steps. The config file chooses its name.
+class RouterLossConfig(Checked, resume=FIXED):
+    """A further loss of the routers with its own weight, scope and steps. The config file chooses its name.
 
-    The loss is logged as `load_balance/<name>`.
+    The loss is logged as `<kind>/<name>`.
     """
 
+    # "load_balance", "router_z", "mutual_information", or another name in the table of moe_jax/moe/router_losses.py.
+    kind: str = "load_balance"
     coef: float = number(0.0, 0.0)  # weight of this loss
-    # Sequences over which expert frequencies are computed: 1, any divisor of the batch, or "global" (the optimizer
-    # batch).
+    # Sequences over which the statistics are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
     balance_batch: Scope = "global"
     start_step: int = number(0, 0)  # the last step without this loss; steps count from 1, as in metrics.jsonl
     stop_step: int = number(0, 0)  # the last step with this loss; 0: the run's last step
+    # With kind="load_balance": number of equal groups of experts, such as those of one device, that are balanced
+    # instead of experts; it divides the experts of every layer. 0: each expert is balanced by itself.
+    over: int = number(0, 0)
 
     def check(self):
         _check_scope(self.balance_batch)
@@ -42,9 +50,9 @@ class LossConfig(Checked, resume=FIXED):
     balance_batch: Scope = "global"
     # The last step with this loss, to switch the scope during a run; 0: the run's last step.
     load_balance_stop: int = number(0, 0)
-    # A config file makes entries, with `load_balance` of moe_jax.config:
-    # `config.loss.more_load_balance = {"micro": load_balance(coef=0.01, balance_batch=1)}`.
-    more_load_balance: dict[str, LoadBalanceConfig] = field(default_factory=dict)
+    # A config file makes entries, with `router_loss` of moe_jax.config:
+    # `config.loss.more = {"micro": router_loss(kind="load_balance", coef=0.01, balance_batch=1)}`.
+    more: dict[str, RouterLossConfig] = field(default_factory=dict, metadata=renamed("more_load_balance"))
     # Ablation (arXiv:2501.11873, §5): tokens are assigned at random to groups as large as balance_batch sequences.
     shuffle_tokens: bool = False
     # "exact": any number of micro-batches gives the loss of the optimizer batch. "running": a micro-batch sees the
@@ -63,22 +71,29 @@ class LossConfig(Checked, resume=FIXED):
 
     def check(self):
         _check_scope(self.balance_batch)
-        for name in self.more_load_balance:
-            require(name.isidentifier(), "more_load_balance", name, "names must be words of letters, digits and _",
+        for name in self.more:
+            require(name.isidentifier(), "more", name, "names must be words of letters, digits and _",
                     "nearest valid: 'micro'")  # fmt: skip
         require(min(self.bias_target, default=1.0) >= 0 and sum(self.bias_target or (1.0,)) > 0, "bias_target",
                 self.bias_target, "must be ≥ 0 and not all 0", "nearest valid: ()")  # fmt: skip
 
     @property
-    def load_balance(self) -> dict[str, LoadBalanceConfig]:
-        """A dict of all load-balancing losses by the name under which they are logged."""
-        main = LoadBalanceConfig(self.load_balance_coef, self.balance_batch, 0, self.load_balance_stop)
-        return {"load_balance": main} | {f"load_balance/{name}": more for name, more in self.more_load_balance.items()}
+    def router_losses(self) -> dict[str, RouterLossConfig]:
+        """A dict of all losses of the routers by the name under which they are logged."""
+        main = RouterLossConfig("load_balance", self.load_balance_coef, self.balance_batch, 0, self.load_balance_stop)
+        z = RouterLossConfig("router_z", self.router_z_coef)
+        return {"load_balance": main, "router_z": z} | {f"{m.kind}/{name}": m for name, m in self.more.items()}
+
+    @property
+    def load_balance_coefs(self) -> dict[str, float]:
+        """The weight of each load-balancing loss by the name of its field."""
+        more = {f"loss.more.{name}.coef": m.coef for name, m in self.more.items() if m.kind == "load_balance"}
+        return {"loss.load_balance_coef": self.load_balance_coef} | more
 
     @property
     def balance_unit(self) -> int:
         """Sequences of the finest balance group, of which every loss' groups consist; 0: the optimizer batch."""
-        return math.gcd(*(b.balance_batch for b in self.load_balance.values() if b.balance_batch != "global"))
+        return math.gcd(*(b.balance_batch for b in self.router_losses.values() if b.balance_batch != "global"))
 
 
 def _check_scope(scope: int | str) -> None:
@@ -133,88 +148,6 @@ class OptimConfig(Checked, resume=FIXED):
         rule = f"must be {need} with coefficients={self.coefficients!r}"
         steps = self.newton_schulz_steps
         require(steps == need, "newton_schulz_steps", steps, rule, f"nearest valid: {need}")
-
-
-@dataclass(frozen=True)
-class SourceConfig(Checked, resume=FIXED):
-    """A source of documents. The config file chooses its name."""
-
-    kind: Literal["tfds", "files"] = "tfds"  # a TFDS data set, or files on this machine
-    name: str = ""  # with kind="tfds": "stdlib_text", or any TFDS name such as "c4/en:3.0.1"
-    data_dir: str = ""  # with kind="tfds": folder of the prepared data set; "": tfds in data.cache_dir
-    path: str = ""  # with kind="files": a path or glob of .txt, .jsonl, .parquet or .csv files, also with .gz
-    # What is one document of a .txt file. "file": the complete file; a large one is cut into pieces of about 20,000
-    # characters. "auto": with fewer than 20 text files, pieces of about 1 % of the source, cut at blank lines; else
-    # like "file". "blank_lines": the text between blank lines. "separator": the text between separators. A number:
-    # pieces of about that number of characters.
-    documents: int | Literal["auto", "file", "blank_lines", "separator"] = newer("auto", was="file")
-    separator: str = ""  # text between two documents, for documents="separator" only
-    text_field: str = "text"  # field or column that has the text
-    domain: str = ""  # label of every document; "": the value of domain_field, else the name of the source
-    domain_field: str = ""  # field or column that has a document's label; "": none
-    split: str = "train"  # with kind="tfds": split to train on
-    validation_split: str = "validation"  # with kind="tfds": split that is held out
-    # With kind="files": share of documents that is held out. A hash of the document decides which.
-    validation_fraction: float = number(0.05, 0.0, 0.9)
-    weight: float = number(1.0, 0.0)  # share of this source in the mixture, relative to the others
-
-    def check(self):
-        require(self.kind != "tfds" or self.name, "name", self.name, "is needed for kind='tfds'", "try 'stdlib_text'")
-        require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
-        how, cuts = self.documents, self.documents == "separator"
-        require(isinstance(how, str) or how >= 1, "documents", how, "must be ≥ 1 or a word", "nearest valid: 1")
-        require(self.kind == "files" or how in ("auto", "file"), "documents", how, "is for .txt files only",
-                "nearest valid: 'auto'")  # fmt: skip
-        rule = "is needed for documents='separator'" if cuts else "has no effect without documents='separator'"
-        require(bool(self.separator) == cuts, "separator", self.separator, rule, "for example '<|endoftext|>'")
-
-
-@dataclass(frozen=True)
-class TokenizerConfig(Checked, resume=FIXED):
-    """The tokenizer. A run directory keeps its own copy."""
-
-    # "bpe" is trained on the corpus. "huggingface" and "sentencepiece" are read from `path`.
-    kind: Literal["bytes", "bpe", "huggingface", "sentencepiece"] = "bytes"
-    vocab_size: int = number(4096, 257)  # with kind="bpe": tokens of the vocabulary
-    train_bytes: int = number(10_000_000, 1)  # with kind="bpe": bytes of text that it is trained on, at most
-    path: str = ""  # with kind="huggingface": a tokenizer.json; with kind="sentencepiece": a .model file
-    # Token between documents, where `path` is read; "": the first of the usual names that the tokenizer has.
-    end_of_text: str = ""
-    # Token that every document begins with. "auto": what the tokenizer's files say; "none": no token but end_of_text
-    # between documents; else the name of a token.
-    begin_of_text: str = newer("auto", was="none")
-
-    def check(self):
-        need = self.kind in ("huggingface", "sentencepiece")
-        require(bool(self.path) or not need, "path", self.path, f"is needed for kind={self.kind!r}", "a tokenizer file")
-        rule = "must be 'auto', 'none' or a token" if need else f"must be 'auto' or 'none' for kind={self.kind!r}"
-        ok = bool(self.begin_of_text) if need else self.begin_of_text in ("auto", "none")
-        require(ok, "begin_of_text", self.begin_of_text, rule, "nearest valid: 'auto'")
-
-
-def _default_sources():
-    return {"stdlib": SourceConfig(kind="tfds", name="stdlib_text", domain_field="domain")}
-
-
-@dataclass(frozen=True)
-class DataConfig(Checked, resume=FIXED):
-    """Batches and the text in them."""
-
-    batch_size: int = number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
-    seq_len: int = number(256, 2)  # tokens of a sequence (S)
-    # A config file makes entries, with `source` of moe_jax.config:
-    # `config.data.sources = {"mine": source(kind="files", path="…")}`.
-    # The default is one entry, `stdlib`: text of Python's standard library, which is the TFDS data set "stdlib_text".
-    sources: dict[str, SourceConfig] = field(default_factory=_default_sources)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    num_workers: int = changeable(number(0, 0, 256))  # reader processes; 0: threads of this process read
-    cache_dir: str = changeable("")  # folder of prepared data; "": $MOE_JAX_CACHE, else ~/.cache/moe_jax
-
-    def check(self):
-        require(bool(self.sources), "sources", {}, "must name at least one source", "see config.SourceConfig")
-        require("" not in self.sources, "sources", "", "must have names that are not empty", "nearest valid: 'text'")
-        total = sum(s.weight for s in self.sources.values())
-        require(total > 0, "sources", {k: s.weight for k, s in self.sources.items()}, "weights must not all be 0")
 
 
 @dataclass(frozen=True)
@@ -325,9 +258,7 @@ class RunConfig(Checked, resume=FIXED):
         if moe.choice == "token" or not experts:
             return
         rule = "is not available with model.moe.choice='expert', which makes loads equal"
-        coefs = {"loss.load_balance_coef": loss.load_balance_coef}
-        coefs |= {f"loss.more_load_balance.{name}.coef": term.coef for name, term in loss.more_load_balance.items()}
-        for name, coef in coefs.items():
+        for name, coef in loss.load_balance_coefs.items():
             require(coef == 0, name, coef, rule, "nearest valid: 0.0")
         for name in ("top_k", "threshold"):
             value = getattr(explore, name)
@@ -344,13 +275,18 @@ class RunConfig(Checked, resume=FIXED):
         return dataclasses.replace(self.model, moe=dataclasses.replace(self.model.moe, top_k=self.explore.top_k))
 
     def _check_loss(self, b: int) -> None:
-        more = self.loss.more_load_balance.items()
-        scopes = {"": self.loss.balance_batch} | {f"more_load_balance.{n}.": m.balance_batch for n, m in more}
+        more = self.loss.more.items()
+        scopes = {"": self.loss.balance_batch} | {f"more.{n}.": m.balance_batch for n, m in more}
         for prefix, g in scopes.items():
             nearest = nearest_divisor(b, g) if g != "global" else g
             rule = f"must divide data.batch_size={b} or be 'global'"
             name = f"loss.{prefix}balance_batch"
             require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {nearest}")
+        counts = self.model.expert_counts
+        for name, m in more:
+            fits = not m.over or all(count % m.over == 0 for count in counts)
+            require(fits, f"loss.more.{name}.over", m.over, f"must divide the layers' numbers of experts, {counts}",
+                    f"nearest valid: {nearest_divisor(math.gcd(*counts) or 1, m.over)}")  # fmt: skip
         e, target = self.model.moe.num_experts, self.loss.bias_target
         rule = f"needs layers with one number of experts, not {self.model.expert_counts}"
         require(not target or len(self.model.expert_counts) <= 1, "loss.bias_target", target, rule, "nearest valid: ()")

@@ -1,6 +1,6 @@
-"""Balancing the load of experts: the load-balancing loss and the update of selection biases.
+"""Balancing the load of experts without a loss: the update of selection biases. router_losses.py has the losses.
 
-Letters: L layers, G balance groups, C router columns: the experts that a token may choose.
+Letters: L layers, C router columns: the experts that a token may choose.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from moe_jax.config import LossConfig, ModelConfig
 from moe_jax.moe import quantile
-from moe_jax.moe.stats import RouterStats
 
 
 def _stateless(direction: Callable[[Array, Array], Array]) -> optax.GradientTransformationExtraArgs:
@@ -88,31 +87,6 @@ def budget_target(columns: int, num_experts: int, top_k: int, budget: float) -> 
     """
     identity, share = columns - num_experts, budget / top_k
     return (share / num_experts,) * num_experts + ((1.0 - share) / max(identity, 1),) * identity
-
-
-def load_balancing_loss(stats: RouterStats, frequency: Float[Array, "*L G C"] | None = None) -> Float[Array, "*L"]:
-    """Load-balancing loss of each layer: the mean over balance groups of C · Σ_e f_e · P_e.
-
-    f_e = share of the expert in the assignments made, which carries no gradient; P_e = mean router probability, which
-    does. Groups without a counted token are left out of the mean. `frequency`, if given, is used as f instead of that
-    of `stats`.
-
-    Value: 1.0 at uniform routing for every C and K; C/K when all tokens pick the same K experts with probability 1/K
-        each. docs/balancing.md converts the coefficients of other frameworks.
-    Scope: balance groups, see `LossConfig.balance_batch`; a single group is the whole optimizer batch.
-    Source: arXiv:2501.11873, eqs. 2–6, with f divided by K.
-    """
-    columns = stats.prob_per_expert.shape[-1]
-    f = expert_frequency(stats.tokens_per_expert) if frequency is None else frequency
-    p = stats.prob_per_expert / jnp.maximum(stats.tokens, 1.0)[..., None]
-    per_group = columns * jnp.sum(jax.lax.stop_gradient(f) * p, axis=-1)
-    filled = (stats.tokens > 0).astype(jnp.float32)
-    return jnp.sum(per_group * filled, axis=-1) / jnp.maximum(jnp.sum(filled, axis=-1), 1.0)
-
-
-def expert_frequency(load: Float[Array, "*L G C"]) -> Float[Array, "*L G C"]:
-    """f, the share of each expert in the assignments made: from 0 to 1/K, summing to 1; 0 where none was made."""
-    return load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
 
 
 def describe(loss: LossConfig, model: ModelConfig) -> str:

@@ -1,9 +1,10 @@
 """Loss and gradients of one optimizer batch, in one micro-batch or many.
 
-The loss is defined on the optimizer batch; micro-batches save memory and do not change it. A first pass through the
-layers sums the expert counts of all micro-batches. A second pass computes each micro-batch with the frequencies of the
-whole batch in its loss, which is then linear in the micro-batch's sums. So the loss and gradients of all micro-batches
-add up to those of the whole batch, for any number of micro-batches.
+The loss is a function of the sums of the optimizer batch, and need not be linear in them; micro-batches save memory and
+do not change it. A first pass through the layers sums the router statistics of all micro-batches, and the slopes of the
+loss, its derivatives by each sum, are taken there. A second pass adds up, over micro-batches, the gradient of
+Σ slope · the micro-batch's own sum. By the chain rule that is the gradient of the whole batch, for any loss and any
+number of micro-batches. A loss that is linear in the sums has the same slopes everywhere, and needs no first pass.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import model
 from moe_jax.config import RunConfig
-from moe_jax.moe import quantile
+from moe_jax.moe import quantile, router_losses
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.moe.routing import Knobs
@@ -29,15 +30,15 @@ from moe_jax.nn.layers import weight
 from moe_jax.nn.qk_clip import Maxima
 from moe_jax.parallel import sharding
 from moe_jax.train import cross_entropy, knobs, losses
-from moe_jax.train.losses import BatchStatistics, BatchSums, LossParts
+from moe_jax.train.losses import BatchSums, LossParts
 from moe_jax.train.state import Batch, choose_program, split_micro_batches
 
 
 class Gradients(NamedTuple):
     """Loss and gradients of an optimizer batch, or the part of them that one micro-batch contributes."""
 
-    loss: Float[Array, ""]
-    parts: LossParts
+    loss: Float[Array, ""] | None  # None in a part, where only the whole batch has one
+    parts: LossParts | None
     sums: BatchSums
     grads: dict  # in the tree of the parameters
 
@@ -45,8 +46,9 @@ class Gradients(NamedTuple):
 def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -> Callable[..., Gradients]:
     """Makes the function (params, router_bias, batch, step) → `Gradients` of the optimizer batch.
 
-    program: by default `choose_program`.
+    program: by default `choose_program`. Raises ConfigError for a router loss that is not in the table.
     """
+    router_losses.check(cfg)
     program = program or choose_program(cfg, mesh)
     count_graph, count = model.abstract(cfg.trained, program), cfg.train.micro_batches
     bins = quantile.BINS if cfg.loss.bias_update == "quantile" else 0
@@ -58,16 +60,18 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
             batch = batch._replace(group=_random_groups(cfg, batch.group.shape, step))
         if knobs.draws_noise(cfg):
             batch = batch._replace(index=knobs.number_tokens(batch.tokens.shape))
-        gradients_of = functools.partial(_micro_batch_gradients, cfg, graph, params, bias, step)
-        weights = jnp.sum(batch.weights)
+        moving = knobs.of_step(cfg, step)
+        total_loss = functools.partial(losses.total_loss, cfg=cfg.loss, step=step, moe=cfg.trained.moe)
+        gradients_of = functools.partial(_gradients_of, cfg, graph, params, bias, moving)
         if count == 1:
-            return gradients_of(batch, functools.partial(losses.exact_statistics, weights))
+            return gradients_of(batch, total_loss)
         micro = split_micro_batches(batch, count)
-        if cfg.loss.accumulation == "exact":
-            stats_of = functools.partial(_router_stats, cfg, count_graph, params, bias, step)
-            total = _exact(gradients_of, stats_of, micro, weights)
+        if cfg.loss.accumulation == "running":
+            total = _running(gradients_of, total_loss, micro, count)
         else:
-            total = _running(gradients_of, micro, weights, count)
+            stats_of = functools.partial(_router_stats, cfg, count_graph, params, bias, moving)
+            first_pass = cfg.model.num_moe_layers > 0 and losses.needs_whole_batch(cfg.loss)
+            total = _exact(gradients_of, total_loss, micro, stats_of if first_pass else None)
         return total._replace(grads=jax.tree.map(lambda g, p: g.astype(p.dtype), total.grads, params))
 
     return gradients
@@ -90,29 +94,29 @@ def forward(
 
 
 def _router_stats(
-    cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, step: Int[Array, ""], batch: Batch
+    cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, moving: Knobs | None, batch: Batch
 ) -> dict[str, RouterStats]:
-    return forward(cfg, graph, params, bias, batch, knobs.of_step(cfg, step))[0].stats
+    return forward(cfg, graph, params, bias, batch, moving)[0].stats
 
 
-def _micro_batch_gradients(
+def _gradients_of(
     cfg: RunConfig,
     graph: model.Graph,
     params: dict,
     bias: dict,
-    step: Int[Array, ""],
+    moving: Knobs | None,
     batch: Batch,
-    batch_statistics: Callable[[dict[str, RouterStats]], BatchStatistics],
+    loss_of: Callable[[BatchSums], tuple[Float[Array, ""], LossParts | None]],
 ) -> Gradients:
-    """Loss and gradients of one (micro-)batch. `batch_statistics(its stats)` gives those of the optimizer batch."""
+    """Loss and gradients of one (micro-)batch. loss_of: sums of this batch → the loss, and its parts."""
 
     def loss(params):
-        out, matrix = forward(cfg, graph, params, bias, batch, knobs.of_step(cfg, step))
+        out, matrix = forward(cfg, graph, params, bias, batch, moving)
         with jax.named_scope("output"):
             nll = cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
         maxima = Maxima(out.max_logit) if out.max_logit else None
         sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima)
-        value, parts = losses.total_loss(sums, cfg.loss, step, batch_statistics(out.stats))
+        value, parts = loss_of(sums)
         return value, (parts, sums)
 
     (value, (parts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -127,31 +131,44 @@ def _cast_gradients(part: Gradients) -> Gradients:
 # --- sums over micro-batches -----------------------------------------------------------------------------------------
 
 
-def _exact(gradients_of: Callable, stats_of: Callable, micro: Batch, weights: Float[Array, ""]) -> Gradients:
-    """Sums micro-batches, each with the statistics of the whole batch. A first pass finds these: `stats_of`, which
-    computes no logits and no gradients."""
-    statistics = losses.exact_statistics(weights, _sum_over(lambda _, part: stats_of(part), micro))
-    return _sum_over(lambda _, part: _cast_gradients(gradients_of(part, lambda stats: statistics)), micro)
+def _exact(gradients_of: Callable, total_loss: Callable, micro: Batch, stats_of: Callable | None) -> Gradients:
+    """Sums the gradients of micro-batches, each with the slopes of the loss at the sums of the whole batch.
+
+    stats_of: the first pass of a micro-batch, which computes no logits and no gradients; None if the loss is linear.
+    """
+    weights = jnp.sum(micro.weights)
+    if stats_of:
+        whole = BatchSums(jnp.zeros(()), weights, _sum_over(lambda _, part: stats_of(part), micro))
+        slopes = jax.grad(lambda sums: total_loss(sums)[0], allow_int=True)(whole)
+        loss_of = lambda sums: (losses.dot(slopes, sums), None)
+    else:
+        tokens = _counted(micro)
+        loss_of = lambda sums: (total_loss(sums._replace(weights=weights), tokens=tokens)[0], None)
+    only_sums = lambda part: _cast_gradients(gradients_of(part, loss_of))._replace(loss=None, parts=None)
+    total = _sum_over(lambda _, part: only_sums(part), micro)
+    loss, parts = total_loss(total.sums)
+    return total._replace(loss=loss, parts=parts)
 
 
-def _running(gradients_of: Callable, micro: Batch, weights: Float[Array, ""], count: int) -> Gradients:
+def _running(gradients_of: Callable, total_loss: Callable, micro: Batch, count: int) -> Gradients:
     """Averages micro-batches as in arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch."""
-    tokens = jnp.sum(micro.segment_ids > 0).astype(jnp.float32)
+    weights, tokens = jnp.sum(micro.weights), _counted(micro)
 
     def next_part(so_far: Gradients | None, part: Batch) -> Gradients:
-        def batch_statistics(own: dict[str, RouterStats]) -> BatchStatistics:
-            before = jax.tree.map(jnp.zeros_like, own) if so_far is None else so_far.sums.router
-            return BatchStatistics(
-                weights=weights,
-                tokens=tokens,
-                load={path: before[path].tokens_per_expert + s.tokens_per_expert for path, s in own.items()},
-                prob_tokens={path: s.tokens for path, s in own.items()},
-                share=1.0 / count,
-            )
+        def loss_of(sums: BatchSums):
+            before = jax.tree.map(jnp.zeros_like, sums.router) if so_far is None else so_far.sums.router
+            counts = {path: before[path].tokens_per_expert + s.tokens_per_expert for path, s in sums.router.items()}
+            router = {path: s._replace(tokens_per_expert=counts[path]) for path, s in sums.router.items()}
+            return total_loss(sums._replace(weights=weights, router=router), tokens=tokens, share=1.0 / count)
 
-        return _cast_gradients(gradients_of(part, batch_statistics))
+        return _cast_gradients(gradients_of(part, loss_of))
 
     return _sum_over(next_part, micro)
+
+
+def _counted(batch: Batch) -> Float[Array, ""]:
+    """The number of counted tokens, as in `RouterStats` of one layer."""
+    return jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
 
 
 def _sum_over(fn: Callable, micro: Batch) -> Any:

@@ -95,8 +95,8 @@ def train_metrics(
 ) -> dict[str, float]:
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
-    report: on the host. Its terms are xent, load_balance[/<name>] and router_z, which add up to the loss, and
-        load_balance_raw[/<name>] and router_z_raw, which are without coefficients.
+    report: on the host. Its terms are xent, load_balance, router_z and <kind>/<name> of `loss.more`, which add up to
+        the loss, and load_balance_raw, router_z_raw and <kind>_raw/<name>, which are without coefficients.
     router: its `router_metrics`.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward, by formula. peak: FLOP/s of all devices together. mfu is the FLOP/s of the
@@ -117,9 +117,14 @@ def train_metrics(
 
 def _ordered(terms: dict[str, Any]) -> dict[str, Any]:
     """Terms of the loss in the order of the log. A jitted function returns them sorted by name."""
-    named = lambda kind: [name for name in terms if name.split("/")[0] == kind]  # with load_balance/<name>
-    names = ["xent", *named("load_balance"), "router_z", *named("load_balance_raw"), *named("router_z_raw")]
-    return {name: terms[name] for name in names}
+    first = ["xent", "load_balance", "router_z"]  # then other kinds of router losses, then all without coefficients
+
+    def place(name: str) -> tuple[bool, int, str]:
+        kind = name.split("/")[0]
+        plain = kind.removesuffix("_raw")
+        return kind != plain, first.index(plain) if plain in first else len(first), name
+
+    return {name: terms[name] for name in sorted(terms, key=place)}
 
 
 def eval_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import model
-from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.config import LossConfig, ModelConfig, RunConfig
 from moe_jax.data import tokenizers
 from moe_jax.errors import CheckpointError
 from moe_jax.parallel import sharding
@@ -126,6 +126,8 @@ def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path)
     if own := tokenizers.own_file(tokenizer, source):
         tokenizer = dataclasses.replace(tokenizer, path=str(workdir / own.name))
     data, loss = dataclasses.replace(cfg.data, tokenizer=tokenizer), dataclasses.replace(cfg.loss, bias_target=())
+    if not after.moe.selection_bias:  # nothing for another update to move
+        loss = dataclasses.replace(loss, bias_update=LossConfig.bias_update)
     return dataclasses.replace(cfg, init_from="", model=after, loss=loss, data=data)
 
 

@@ -1,0 +1,88 @@
+"""Fields of the data: sources of documents, the tokenizer, and batches."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_jax.config.fields import FIXED, Checked, changeable, newer, number, require
+
+
+@dataclass(frozen=True)
+class SourceConfig(Checked, resume=FIXED):
+    """A source of documents. The config file chooses its name."""
+
+    kind: Literal["tfds", "files"] = "tfds"  # a TFDS data set, or files on this machine
+    name: str = ""  # with kind="tfds": "stdlib_text", or any TFDS name such as "c4/en:3.0.1"
+    data_dir: str = ""  # with kind="tfds": folder of the prepared data set; "": tfds in data.cache_dir
+    path: str = ""  # with kind="files": a path or glob of .txt, .jsonl, .parquet or .csv files, also with .gz
+    # What is one document of a .txt file. "file": the complete file; a large one is cut into pieces of about 20,000
+    # characters. "auto": with fewer than 20 text files, pieces of about 1 % of the source, cut at blank lines; else
+    # like "file". "blank_lines": the text between blank lines. "separator": the text between separators. A number:
+    # pieces of about that number of characters.
+    documents: int | Literal["auto", "file", "blank_lines", "separator"] = newer("auto", was="file")
+    separator: str = ""  # text between two documents, for documents="separator" only
+    text_field: str = "text"  # field or column that has the text
+    domain: str = ""  # label of every document; "": the value of domain_field, else the name of the source
+    domain_field: str = ""  # field or column that has a document's label; "": none
+    split: str = "train"  # with kind="tfds": split to train on
+    validation_split: str = "validation"  # with kind="tfds": split that is held out
+    # With kind="files": share of documents that is held out. A hash of the document decides which.
+    validation_fraction: float = number(0.05, 0.0, 0.9)
+    weight: float = number(1.0, 0.0)  # share of this source in the mixture, relative to the others
+
+    def check(self):
+        require(self.kind != "tfds" or self.name, "name", self.name, "is needed for kind='tfds'", "try 'stdlib_text'")
+        require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
+        how, cuts = self.documents, self.documents == "separator"
+        require(isinstance(how, str) or how >= 1, "documents", how, "must be ≥ 1 or a word", "nearest valid: 1")
+        require(self.kind == "files" or how in ("auto", "file"), "documents", how, "is for .txt files only",
+                "nearest valid: 'auto'")  # fmt: skip
+        rule = "is needed for documents='separator'" if cuts else "has no effect without documents='separator'"
+        require(bool(self.separator) == cuts, "separator", self.separator, rule, "for example '<|endoftext|>'")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(Checked, resume=FIXED):
+    """The tokenizer. A run directory keeps its own copy."""
+
+    # "bpe" is trained on the corpus. "huggingface" and "sentencepiece" are read from `path`.
+    kind: Literal["bytes", "bpe", "huggingface", "sentencepiece"] = "bytes"
+    vocab_size: int = number(4096, 257)  # with kind="bpe": tokens of the vocabulary
+    train_bytes: int = number(10_000_000, 1)  # with kind="bpe": bytes of text that it is trained on, at most
+    path: str = ""  # with kind="huggingface": a tokenizer.json; with kind="sentencepiece": a .model file
+    # Token between documents, where `path` is read; "": the first of the usual names that the tokenizer has.
+    end_of_text: str = ""
+    # Token that every document begins with. "auto": what the tokenizer's files say; "none": no token but end_of_text
+    # between documents; else the name of a token.
+    begin_of_text: str = newer("auto", was="none")
+
+    def check(self):
+        need = self.kind in ("huggingface", "sentencepiece")
+        require(bool(self.path) or not need, "path", self.path, f"is needed for kind={self.kind!r}", "a tokenizer file")
+        rule = "must be 'auto', 'none' or a token" if need else f"must be 'auto' or 'none' for kind={self.kind!r}"
+        ok = bool(self.begin_of_text) if need else self.begin_of_text in ("auto", "none")
+        require(ok, "begin_of_text", self.begin_of_text, rule, "nearest valid: 'auto'")
+
+
+def _default_sources():
+    return {"stdlib": SourceConfig(kind="tfds", name="stdlib_text", domain_field="domain")}
+
+
+@dataclass(frozen=True)
+class DataConfig(Checked, resume=FIXED):
+    """Batches and the text in them."""
+
+    batch_size: int = number(16, 1)  # sequences of one optimizer step, over all devices and micro-batches
+    seq_len: int = number(256, 2)  # tokens of a sequence (S)
+    # A config file makes entries, with `source` of moe_jax.config:
+    # `config.data.sources = {"mine": source(kind="files", path="…")}`.
+    # The default is one entry, `stdlib`: text of Python's standard library, which is the TFDS data set "stdlib_text".
+    sources: dict[str, SourceConfig] = field(default_factory=_default_sources)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    num_workers: int = changeable(number(0, 0, 256))  # reader processes; 0: threads of this process read
+    cache_dir: str = changeable("")  # folder of prepared data; "": $MOE_JAX_CACHE, else ~/.cache/moe_jax
+
+    def check(self):
+        require(bool(self.sources), "sources", {}, "must name at least one source", "see config.SourceConfig")
+        require("" not in self.sources, "sources", "", "must have names that are not empty", "nearest valid: 'text'")
+        total = sum(s.weight for s in self.sources.values())
+        require(total > 0, "sources", {k: s.weight for k, s in self.sources.items()}, "weights must not all be 0")

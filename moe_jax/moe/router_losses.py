@@ -1,0 +1,160 @@
+"""Losses of routers: a table of functions of what the routers did on one whole optimizer batch.
+
+A loss is a function of the summed statistics of the layers of a bank, one value a layer. It may be any differentiable
+function: train/gradients.py makes its gradient that of the whole batch, in one micro-batch or many. Two lines add one,
+and a third switches it on:
+
+    def variation(stats: RouterStats) -> Float[Array, " L"]: ...
+    LOSSES["variation"] = RouterLoss(variation)
+    config.loss.more = {"even": router_loss(kind="variation", coef=0.01)}
+
+Letters: L layers, G balance groups, C router columns: the experts, then columns without one; J groups of columns.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.config import RunConfig, nearest_divisor
+from moe_jax.config.fields import require
+from moe_jax.moe.stats import RouterStats
+
+
+class RouterLoss(NamedTuple):
+    """A row of the table: the function, and what it says of itself."""
+
+    # (statistics `[L, G, C]`, G groups of the loss' own scope) → `[L]`.
+    of: Callable[..., Float[Array, " L"]]
+    # The function is a sum over tokens, linear in the statistics, and the loss the mean over tokens. Micro-batches add
+    # up to it, so it needs no first pass. It has no scope: it gets the finest groups.
+    linear: bool = False
+    targets: bool = False  # it takes `targets` and `identity`, as `load_balancing_loss` does: `over` has a meaning
+    compares_groups: bool = False  # it is 0 for a single balance group
+
+
+# --- the losses ------------------------------------------------------------------------------------------------------
+
+
+def load_balancing_loss(stats: RouterStats, targets: tuple[float, ...] = (), identity: int = 0) -> Float[Array, "*L"]:
+    """Load-balancing loss of each layer: the mean over balance groups of C · Σ_e f_e · P_e.
+
+    f_e = share of the expert in the assignments made, which carries no gradient; P_e = mean router probability, which
+    does. Groups without a counted token are left out of the mean.
+
+    targets: those of `column_targets`, for columns that are balanced in J groups: Σ_j f_j / target_j · P_j, where f_j
+        and P_j are sums over the columns of the group. (): each column by itself, with the target 1/C.
+    identity: the number of columns without an expert, the last ones; they are the last group.
+
+    Value: 1.0 at uniform routing for every C and K, and where each group has its target share of f or P; C/K when all
+        tokens pick the same K experts with probability 1/K each. docs/balancing.md converts the coefficients of other
+        frameworks.
+    Scope: balance groups, see `LossConfig.balance_batch`; a single group is the whole optimizer batch.
+    Source: arXiv:2501.11873, eqs. 2–6, with f divided by K; groups of columns: arXiv:2509.01322, eqs. 3–5, where f
+        counts assignments.
+    """
+    load, prob = stats.tokens_per_expert, stats.prob_per_expert
+    if targets:
+        groups = len(targets) - (identity > 0)
+        load, prob = (_sum_columns(x, x.shape[-1] - identity, groups) for x in (load, prob))
+    f = jax.lax.stop_gradient(expert_frequency(load))
+    p = prob / jnp.maximum(stats.tokens, 1.0)[..., None]
+    if targets:
+        target = jnp.asarray(targets, jnp.float32).reshape((1,) * (f.ndim - 1) + (-1,))
+        per_group = jnp.sum(f / target * p, axis=-1)
+    else:
+        per_group = prob.shape[-1] * jnp.sum(f * p, axis=-1)
+    filled = (stats.tokens > 0).astype(jnp.float32)
+    return jnp.sum(per_group * filled, axis=-1) / jnp.maximum(jnp.sum(filled, axis=-1), 1.0)
+
+
+def expert_frequency(load: Float[Array, "*L G C"]) -> Float[Array, "*L G C"]:
+    """f, the share of each expert in the assignments made: from 0 to 1/K, summing to 1; 0 where none was made."""
+    return load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
+
+
+def column_targets(columns: int, identity: int = 0, over: int = 0, budget: float = 0.0) -> tuple[float, ...]:
+    """The share of all assignments that each group of columns should get; () for columns that are alone and equal.
+
+    identity: columns without an expert, the last ones: together one more group.
+    over: number of equal groups of the experts; 0: each expert is a group.
+    budget: share of the assignments that experts should get, K_e/K; 0: as many as they have of the columns.
+    """
+    if not (over or identity):
+        return ()
+    experts = columns - identity
+    share, groups = budget or experts / columns, over or experts
+    return (share / groups,) * groups + ((1.0 - share,) if identity else ())
+
+
+def _sum_columns(x: Float[Array, "*L G C"], experts: int, groups: int) -> Float[Array, "*L G J"]:
+    """Sums over groups of columns: `groups` equal ones of the first columns, `experts`, and one of the rest."""
+    routed = jnp.sum(x[..., :experts].reshape(*x.shape[:-1], groups, experts // groups), axis=-1)
+    if experts == x.shape[-1]:
+        return routed
+    return jnp.concatenate([routed, jnp.sum(x[..., experts:], axis=-1, keepdims=True)], axis=-1)
+
+
+def router_z(stats: RouterStats) -> Float[Array, "*L"]:
+    """The router z-loss, summed over tokens: logsumexp(router logits)²; (log C)² a token for logits of zero.
+
+    Source: arXiv:2202.08906, eq. 5.
+    """
+    return jnp.sum(stats.z_sq, axis=-1)
+
+
+def mutual_information(stats: RouterStats) -> Float[Array, "*L"]:
+    """Minus the mutual information of a token's balance group and its router column, in nats, of each layer.
+
+    −Σ P log(P / (P_G P_C)), where P[g, c] is the share of the summed router probabilities that lies in group g and
+    column c, and P_G and P_C are its marginals. 0 where all groups use the columns alike; −log G for G equal groups
+    that share no column. Groups weigh as much as they have tokens. A group without any adds nothing.
+
+    Source: Mod-Squad, arXiv:2212.08066, whose groups are tasks, without the 1e-4 that its code adds.
+    """
+    total = jnp.sum(stats.prob_per_expert, axis=(-2, -1), keepdims=True)
+    joint = stats.prob_per_expert / jnp.where(total > 0, total, 1.0)
+    apart = jnp.sum(joint, axis=-1, keepdims=True) * jnp.sum(joint, axis=-2, keepdims=True)
+    there = (joint > 0) & (apart > 0)  # 0 · log 0 = 0, with a gradient of 0
+    ratio = jnp.where(there, joint, 1.0) / jnp.where(there, apart, 1.0)
+    return -jnp.sum(joint * jnp.log(ratio), axis=(-2, -1))
+
+
+LOSSES = {
+    "load_balance": RouterLoss(load_balancing_loss, targets=True),
+    "router_z": RouterLoss(router_z, linear=True),
+    "mutual_information": RouterLoss(mutual_information, compares_groups=True),
+}
+
+
+# --- how they are used -----------------------------------------------------------------------------------------------
+
+
+def merge_groups(stats: RouterStats, groups: int) -> RouterStats:
+    """The statistics of fewer balance groups, each a sum over neighbours. Integers have no groups and stay."""
+
+    def merge(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jnp.sum(x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]), axis=2)
+
+    return jax.tree.map(merge, stats)
+
+
+def check(cfg: RunConfig) -> None:
+    """Raises ConfigError for an entry of loss.more whose kind is not in the table, or does not use what is set."""
+    b = cfg.data.batch_size
+    for name, term in cfg.loss.more.items():
+        at, kind, scope = f"loss.more.{name}.", term.kind, term.balance_batch
+        close = difflib.get_close_matches(kind, LOSSES, 1, 0.0)[0]
+        require(kind in LOSSES, f"{at}kind", kind, f"must be one of {', '.join(LOSSES)}", f"nearest valid: {close!r}")
+        row, unused = LOSSES[kind], f"has no effect on kind={kind!r}"
+        require(row.targets or not term.over, f"{at}over", term.over, unused, "nearest valid: 0")
+        rule = f"{unused}, a mean over tokens"
+        require(not row.linear or scope == "global", f"{at}balance_batch", scope, rule, "nearest valid: 'global'")
+        rule = f"must be < data.batch_size={b} with kind={kind!r}, which compares groups of sequences"
+        require(not row.compares_groups or scope not in ("global", b), f"{at}balance_batch", scope, rule,
+                f"nearest valid: {b // nearest_divisor(b, 2)}")  # fmt: skip

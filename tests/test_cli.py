@@ -174,6 +174,18 @@ OVERRIDES = {
     "optim.warmup_steps=1000": ["config.optim.warmup_steps=1000: must be < train.steps=1000", "nearest valid: 999"],
     "model.moe.score_order=topk_score model.moe.score=sigmoid": ["score_order='topk_score': needs", "softmax"],
     "data.sources.text.weight=0": ["config.data.sources={'text': 0.0}: weights must not all be 0"],
+    # routing
+    "model.moe.router=linaer": ["config.model.moe.router='linaer': must be one of", "nearest valid: 'linear'"],
+    "explore.random.start=1.0": ["config.explore.random.start=1.0: has no effect with steps=0", "nearest valid: 0.0"],
+    "explore.random.start=nan": ["config.explore.random.start=nan: must be finite and ≥ 0", "nearest valid: 0"],
+    "explore.random.start=1 explore.random.steps=5 explore.random.form=exponential": [
+        "config.explore.random.form='exponential': needs start > 0 and end > 0", "'linear'"],
+    "explore.top_k=5": ["config.explore.top_k=5: must be ≤ 4, the choices that each router has", "nearest valid: 4"],
+    "explore.noise=1.0 model.num_dense_layers=4": ["config.explore.noise=1.0: needs layers with experts"],
+    "model.moe.choice=expert": ["config.loss.load_balance_coef=0.01: is not available with", "nearest valid: 0.0"],
+    "model.moe.choice=expert loss.load_balance_coef=0": ["config.sample.tokens=120: must be 0 with", "valid: 0"],
+    "model.moe.identity_experts=1 model.moe.num_groups=2": ["identity_experts=1: is not available with num_groups"],
+    "model.layers=4*table model.moe.selection_bias=true": ["config.model.moe.selection_bias=True: has no effect"],
     # the machine
     "mesh.data=3": ["config.mesh=(3, 1, 1): must multiply to the 1 devices present", "-1"],
     "mesh.fsdp=2": ["config.mesh.data=-1: the other axes' 2 must divide the 1 devices present", "nearest valid"],

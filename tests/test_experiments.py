@@ -4,9 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments import balance_report, balance_scope
+from experiments import balance_report, balance_scope, pool, routing, routing_report
+from moe_jax import config as config_lib
 from moe_jax.errors import ConfigError
 
 LABELS = {"scope_1": ("each sequence", (0, 1, 2)), "global": ("the global batch", (0, 1)), "none": ("none", (0,))}
@@ -138,3 +140,83 @@ def test_files(finished):
     assert results["global"]["runs"][0]["domains"] == {"code": 6.0, "prose": 10.0}
     for name in ("scope.png", "specialisation.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+# --- routers and balance ---------------------------------------------------------------------------------------------
+
+
+def routing_run(folder: Path, loads: list[float], columns: list[list[int]], **settings) -> None:
+    """One layer, two domains of 100 tokens, three experts and an identity expert, top-2."""
+    folder.mkdir(parents=True)
+    moe = {"top_k": 2, "num_experts": 3, "identity_experts": 1}
+    config = {"seed": 0, "model": {"moe": moe}, "loss": settings, "optim": {"lr": 0.1}, "train": {"steps": len(loads)}}
+    config["data"] = {"batch_size": 4, "seq_len": 8}
+    rows = [{"kind": "train", "step": i + 1, "xent": 2.0, "max_load": load, "load_cv": load / 2,
+             "experts_per_token": 1.5, "step_seconds": 0.1} for i, load in enumerate(loads)]  # fmt: skip
+    result = {"domains": [{"domain": d, "perplexity": p} for d, p in (("code", 6.0), ("poetry", 10.0), ("all", 8.0))]}
+    result |= {"dropped": 3, "tokens_per_layer_and_domain": [[100, 100]], "tokens_per_expert": [columns]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "eval.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def test_steps_until():
+    """The running mean over 20 steps is under 1.5 once its window has fewer than five loads of 3."""
+    loads = np.array([3.0] * 30 + [1.0] * 30)
+    steps = np.arange(1, 61)
+    assert routing_report.steps_until(steps, loads, 1.5) == 46
+    assert routing_report.steps_until(steps, np.ones(60), 1.5) == 1
+    again = np.where(steps == 50, 20.0, loads)  # the mean rises above the limit once more, and stays there to the end
+    assert routing_report.steps_until(steps, again, 1.5) == np.inf
+    lost = np.where(steps == 3, np.nan, 1.0)  # an unknown load is not under the limit
+    assert routing_report.steps_until(steps, lost, 1.5) == 23
+
+
+def test_routing_report(tmp_path):
+    routing_run(tmp_path / "sign" / "seed0", [3.0] * 30 + [1.3] * 30, [[100, 100, 0, 0], [100, 0, 100, 0]])
+    # Code: 1.9 experts a token, poetry 1.1. The identity expert has the largest load, which does not count.
+    columns = [[70, 60, 60, 10], [50, 30, 30, 90]]
+    routing_run(tmp_path / "identity" / "seed0", [1.1] * 60, columns, expert_budget=1.5)
+    (tmp_path / "mlp" / "seed0").mkdir(parents=True)  # still running
+    found = routing_report.load(tmp_path, {name: arm.seeds for name, arm in routing.ARMS.items()})
+    labels = {name: arm.label for name, arm in routing.ARMS.items()}
+    routing_report.write(tmp_path, found, labels)
+
+    sign, identity = found["sign", 0], found["identity", 0]
+    assert (sign.numbers["until_1.5"], sign.numbers["until_1.2"]) == (48, np.inf)
+    assert (identity.numbers["until_1.5"], identity.numbers["until_1.2"]) == (1, 1)
+    assert identity.experts_by_domain == {"code": [1.9], "poetry": [1.1]}
+    assert identity.numbers["held_out_max_load"] == pytest.approx(120 / 100)
+    assert identity.numbers["dropped"] == pytest.approx(3 / 300)
+    assert sign.numbers["max_load"] == pytest.approx((3.0 + 1.3) / 2) and sign.numbers["max_load_end"] == 1.3
+    assert sign.bits == [pytest.approx(0.5)]
+
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| bias, sign (1) | 8.00 |  | 2.15 | 1.30 | 1.075 | 0.650 | 48 | never | 1.50 | 0.500 |" in text
+    assert "| code | 1.90 | 1.90 |" in text and "Experts a held-out token, bias, sign" not in text
+    assert routing_report.read(tmp_path / "results.json") == found
+    for name in ("loads.png", "experts_by_domain.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
+    """A known run stands for an arm with the same settings, and for no other."""
+    configs = {run.arm: (run, pool.load_config(routing.CONFIG, str(domains), run.overrides))
+               for run in routing.planned(tmp_path, list(routing.ARMS), {})}  # fmt: skip
+    assert configs["identity"][1].model.moe.mean_slots == 4 == configs["global"][1].model.moe.top_k
+    numbers = dict.fromkeys(routing_report.COLUMNS, 1.0)
+    series = {name: [1.0, 1.0] for name in routing_report.SERIES}
+    settings = {name: routing_report.settings_of(config_lib.to_dict(cfg)) for name, (_, cfg) in configs.items()}
+    known = {(name, 0): routing_report.Finished(name, 0, settings[name], numbers, [1, 2], series, {"law": 2.0},
+                                                {"law": [4.0]}, [0.1]) for name in configs}  # fmt: skip
+    assert all(routing.is_known(run, cfg, known) for run, cfg in configs.values())
+    renamed = {("sign", 0): known["quantile", 0]._replace(arm="sign")}
+    assert not routing.is_known(*configs["sign"], renamed) and not routing.is_known(*configs["mlp"], renamed)
+
+    file = tmp_path / "known.json"
+    file.write_text(routing_report.as_text(list(known.values())), encoding="utf-8")
+    flags = [f"--data={domains}", f"--out={tmp_path}/out", f"--known={file}"]
+    monkeypatch.setattr(sys, "argv", ["routing", *flags])
+    monkeypatch.setattr(pool, "run_all", lambda *_: pytest.fail("nothing is to be run"))
+    assert routing.main() == 0
+    assert "| bias, quantile (1) | 1.00 |" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")

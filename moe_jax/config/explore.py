@@ -10,8 +10,8 @@ from moe_jax.config.fields import FIXED, Checked, number, require
 class RampConfig(Checked, resume=FIXED):
     """A number that goes from `start` in the first step to `end`, in `steps` steps, and stays there."""
 
-    start: float = 0.0  # value in the first step
-    end: float = 0.0  # value from step number `steps` on, counted from 0
+    start: float = number(0.0, 0.0)  # value in the first step
+    end: float = number(0.0, 0.0)  # value from step number `steps` on, counted from 0
     steps: int = number(0, 0)  # length of the ramp; 0: `end` from the first step on
     form: Literal["linear", "exponential"] = "linear"  # along a line, or by one factor in every step
 

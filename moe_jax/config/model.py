@@ -279,6 +279,13 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         rule = f"a table names experts, of which a token takes top_k={self.moe.top_k}"
         require(min(fixed, default=self.moe.top_k) >= self.moe.top_k, "layers", text, rule,
                 f"nearest valid: {self.moe.top_k} experts in a table block")  # fmt: skip
+        chosen = any(kind.name in ("moe", "late") for stack in stacks for kind in stack.unit)
+        if fixed and not chosen:
+            usual = MoEConfig()
+            for name in ("choice", "selection_bias", "identity_experts"):
+                value, default = getattr(self.moe, name), getattr(usual, name)
+                require(value == default, f"moe.{name}", value, f"has no effect: tables choose in layers={text!r}",
+                        f"nearest valid: {default!r}")  # fmt: skip
         units = [(stack.repeat, stack.unit) for stack in stacks]
         if layers_lib.is_plain(units, experts):
             first = 0 if stacks[0].unit[0].experts else stacks[0].repeat

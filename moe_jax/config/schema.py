@@ -253,8 +253,11 @@ class RunConfig(Checked, resume=FIXED):
         most = min(experts, default=0) + moe.identity_experts
         rule = f"must be ≤ {most}, the choices that each router has"
         require(explore.top_k <= most, "explore.top_k", explore.top_k, rule, f"nearest valid: {most}")
-        require(experts or explore == ExploreConfig(), "explore", explore, "needs layers with experts",
-                "nearest valid: the default")  # fmt: skip
+        for f in dataclasses.fields(explore):
+            value, default = getattr(explore, f.name), getattr(ExploreConfig(), f.name)
+            shown = value if isinstance(value, int | float) else "a ramp"
+            require(experts or value == default, f"explore.{f.name}", shown, "needs layers with experts",
+                    "nearest valid: the default")  # fmt: skip
         if moe.choice == "token" or not experts:
             return
         rule = "is not available with model.moe.choice='expert', which makes loads equal"

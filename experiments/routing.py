@@ -1,0 +1,126 @@
+"""Trains one model with several routers and ways of balancing its experts, and compares them.
+
+    python -m experiments.multi_domain_text data/domains --local=FOLDER
+    python -m experiments.routing --data=data/domains --out=runs/routing --known=docs/routing_runs.json
+
+Every arm is `configs/balance_scope.py` with the fields of `ARMS` changed. All arms use about the same FLOPs a token.
+Runs with the same seed have the same batches. The text is tokenised once, and then each GPU trains `--per_gpu` runs at
+a time; without a GPU they run one after the other. Run the same command to resume: finished runs are kept, and the
+others start from their last checkpoint. `--known=FILE` names a results.json (docs/routing_runs.json has the published
+runs), whose runs are compared with the others. They are not run again if their router, losses and steps are those of
+the arm. The comparison is OUT/table.md, OUT/results.json, OUT/loads.png and OUT/experts_by_domain.png. `--report_only`
+writes only these.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import pool, routing_report
+from experiments.pool import Run
+from moe_jax import config as config_lib
+from moe_jax import terminal
+from moe_jax.cli import expanded
+
+CONFIG = "configs/balance_scope.py"
+load_config = functools.partial(pool.load_config, CONFIG)
+
+
+class Arm(NamedTuple):
+    label: str
+    overrides: dict[str, Any]
+    seeds: tuple[int, ...] = (0,)
+
+
+# Balance by a selection bias alone, in the form of DeepSeek-V3.
+BIAS = {
+    "loss.load_balance_coef": 0.0,
+    "model.moe.selection_bias": "true",
+    "model.moe.score": "sigmoid",
+    "model.moe.renormalize": "true",
+}
+ARMS = {
+    "global": Arm("global loss", {}),
+    "sign": Arm("bias, sign", BIAS | {"loss.bias_update": "sign"}),
+    "quantile": Arm("bias, quantile", BIAS | {"loss.bias_update": "quantile"}),
+    # A width of D/8, as in ZAYA1. With 256 the router would cost a sixth of the experts' FLOPs.
+    "mlp": Arm("global loss, MLP router", {"model.moe.router": "mlp", "model.moe.router_width": 64}),
+    # At equal use of its 48 columns a token has 6 · 32/48 = 4 experts, which is the budget too.
+    "identity": Arm(
+        "bias, identity experts",
+        BIAS
+        | {
+            "model.moe.identity_experts": 16,
+            "model.moe.top_k": 6,
+            "loss.expert_budget": 4.0,
+            "loss.bias_update": "proportional",
+            "loss.bias_update_rate": 0.5,  # a load 10 % off its target moves the bias by 0.001 a step, as "sign" does
+        },
+    ),
+}
+DEFAULTS = {"train.log_every": 1, "train.keep_checkpoints": 1, "sample.tokens": 0}
+
+
+def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
+    """Every arm with its first seed, then the other seeds, so that the finished runs can be compared at any time."""
+    pairs = sorted(((seed, name) for name in names for seed in ARMS[name].seeds), key=lambda pair: pair[0])
+    return [
+        Run(name, seed, out / name / f"seed{seed}", DEFAULTS | extra | ARMS[name].overrides | {"seed": seed})
+        for seed, name in pairs
+    ]
+
+
+def is_known(run: Run, cfg: config_lib.RunConfig, known: dict[tuple[str, int], routing_report.Finished]) -> bool:
+    """Whether a run with the router, losses and length of this one is among the known ones."""
+    found = known.get((run.arm, run.seed))
+    return found is not None and found.is_of(config_lib.to_dict(cfg))
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
+    pool.add_flags(parser, "runs/routing")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    return arguments, names, pool.extra_fields(parser, arguments)
+
+
+def main() -> int:
+    arguments, names, extra = parse()
+    out, failed = arguments.out.resolve(), []
+    known = routing_report.read(arguments.known) if arguments.known else {}
+    if not arguments.report_only:
+        folder = str(Path(arguments.data).resolve())
+        runs = planned(out, names, extra)
+        configs = pool.checked_configs(CONFIG, folder, runs)
+        if configs is None:
+            return 2
+        runs = [run for run in runs if not is_known(run, configs[run.arm], known)]
+        if runs:  # else all of it is known
+            jax.config.update("jax_platforms", "cpu")  # of this process only
+            pool.prepare(configs[runs[0].arm], out)
+            pool.give_tokenizer(out, runs)
+            jobs = [pool.training(run, CONFIG, folder) for run in runs]
+            failed = pool.run_all(lambda: jobs, arguments.gpus, arguments.per_gpu)
+    finished = known | routing_report.load(out, {name: arm.seeds for name, arm in ARMS.items()})
+    if not finished:
+        print(f"error: {out} holds no finished run", file=sys.stderr)
+        return 1
+    routing_report.write(out, finished, {name: arm.label for name, arm in ARMS.items()})
+    print((out / "table.md").read_text(encoding="utf-8"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    terminal.replace_unprintable()
+    sys.exit(main())

@@ -57,6 +57,8 @@ def main(argv):
     for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
         echo(line)
     echo(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
+    if cfg.model.num_moe_layers and cfg.model.moe.choice == "expert":
+        echo("experts choose tokens, later ones too: these losses are not comparable with those of a causal model")
 
     # --- numbers ------------------------------------------------------------------------------------------------------
     result = held_out.evaluate(

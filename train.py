@@ -90,7 +90,7 @@ def train(preemption: survive.Preemption):
     # --- model --------------------------------------------------------------------------------------------------------
     program = choose_program(cfg, mesh)
     counts = model.count_parameters(cfg.model)
-    flops = model.flops_per_token(cfg.model, cfg.data.seq_len)
+    flops = model.flops_per_token(cfg.trained, cfg.data.seq_len)
     peak, peak_source = chips.peak_flops(device)
     say(f"devices: {mesh.size} × {device.device_kind}, mesh {dict(mesh.shape)}")
     say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
@@ -99,7 +99,7 @@ def train(preemption: survive.Preemption):
     if cfg.model.num_moe_layers:
         say(losses.describe(cfg.loss, cfg.train.micro_batches))
         if cfg.model.moe.selection_bias:
-            say(balance.describe(cfg.loss, cfg.model))
+            say(balance.describe(cfg.loss, cfg.trained))
     if line := knobs.describe(cfg):
         say(line)
     say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))

@@ -56,7 +56,7 @@ ARMS = {
         | {
             "model.moe.identity_experts": 16,
             "model.moe.top_k": 6,
-            "loss.expert_budget": 4.0,
+            "model.moe.expert_budget": 4.0,
             "loss.bias_update": "proportional",
             "loss.bias_update_rate": 0.5,  # a load 10 % off its target moves the bias by 0.001 a step, as "sign" does
         },

@@ -280,7 +280,7 @@ def experts_by_domain(run: Finished, label: str) -> Figure:
     ordered = sorted(found, key=lambda name: found[name].mean())
     figure = Figure((7.2, 0.27 * len(ordered) + 1.3), layout="constrained")
     axis = figure.subplots()
-    budget = run.settings.get("loss.expert_budget")
+    budget = run.settings.get("model.moe.expert_budget")
     if budget:
         axis.axvline(budget, color=QUIET, lw=0.9, ls="--", zorder=1)
         axis.annotate(f"budget {budget:g}", (budget, 0.0), xycoords=("data", "axes fraction"), xytext=(3, 3),

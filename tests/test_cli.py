@@ -181,7 +181,7 @@ OVERRIDES = {
     "explore.random.start=1 explore.random.steps=5 explore.random.form=exponential": [
         "config.explore.random.form='exponential': needs start > 0 and end > 0", "'linear'"],
     "explore.top_k=5": ["config.explore.top_k=5: must be ≤ 4, the choices that each router has", "nearest valid: 4"],
-    "explore.noise=1.0 model.num_dense_layers=4": ["config.explore.noise=1.0: needs layers with experts"],
+    "explore.noise=1.0 model.num_dense_layers=4": ["config.explore.noise=1.0: needs layers whose router chooses"],
     "model.moe.choice=expert": ["config.loss.load_balance_coef=0.01: is not available with", "nearest valid: 0.0"],
     "model.moe.choice=expert loss.load_balance_coef=0": ["config.sample.tokens=120: must be 0 with", "valid: 0"],
     "model.moe.identity_experts=1 model.moe.num_groups=2": ["identity_experts=1: is not available with num_groups"],

@@ -244,3 +244,13 @@ def test_checkpoints_without_their_configuration_are_refused(tmp_path):
         CheckpointError, match=r"config\.json does not exist, but checkpoint 6 is of a run that had one"
     ):
         config_file.resume(tmp_path, RunConfig())
+
+
+def test_a_group_that_a_run_does_not_have_takes_its_default():
+    """… which need not be that of its fields: a temperature is 1, another ramp 0."""
+    made = config.build(config.default_config())
+    values = dataclasses.asdict(made)
+    for group in [f.name for f in dataclasses.fields(made) if dataclasses.is_dataclass(getattr(made, f.name))]:
+        assert group not in classes.complete({k: v for k, v in values.items() if k != group}) or group == "data", group
+    del values["explore"]["temperature"]
+    assert "temperature" not in classes.complete(values)["explore"]

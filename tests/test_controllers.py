@@ -108,9 +108,9 @@ def test_a_budget_is_refused():
     cfg = test_guard.CHECKED
     with pytest.raises(ConfigError, match=r"expert_budget=1.0: needs identity_experts > 0.*valid: 0.0"):
         dataclasses.replace(cfg.model.moe, expert_budget=1.0)
-    with pytest.raises(ConfigError, match=r"expert_budget=2.0: must be < top_k=2.*valid: 1"):
+    with pytest.raises(ConfigError, match=r"expert_budget=2.0: must be between 1 and 2, and neit"):
         dataclasses.replace(cfg.model.moe, identity_experts=1, expert_budget=2.0)
-    moe = dataclasses.replace(cfg.model.moe, identity_experts=1, expert_budget=1.0)
+    moe = dataclasses.replace(cfg.model.moe, identity_experts=2, expert_budget=1.0)
     loss = dataclasses.replace(cfg.loss, bias_update="centred")
     with pytest.raises(ConfigError, match=r"model.moe.expert_budget=1.0: is not available with loss.bias_update='c"):
         dataclasses.replace(cfg, loss=loss, model=dataclasses.replace(cfg.model, moe=moe))

@@ -102,6 +102,7 @@ def test_clusters_noise_and_new_units_anywhere():
 
 REFUSED = {
     "2*(late dense)": "upcycle.layers='2*(late dense)': a late block has its feed-forward layer beside the experts",
+    "table 3*moe": "upcycle.layers='table 3*moe': the table of a table block would not choose what the copies need",
     "2*(dense moe) moe": "upcycle.layers='2*(dense moe) moe': has 5 blocks, but the model has 4 layers",
     "dense 3*moe": "upcycle.layers='dense 3*moe': is the order that dense_layers=1 says",
     "2*(dense mo)": "upcycle.layers='2*(dense mo)': at character 10, 'mo'",

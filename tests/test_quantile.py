@@ -279,6 +279,8 @@ def test_refused_by_name():
     }.items():
         with pytest.raises(ConfigError, match=words):
             change(**changes)
+    with pytest.raises(ConfigError, match=r"loss.bias_update='quantile': must be .* with explore"):
+        dataclasses.replace(cfg, explore=config.ExploreConfig(noise=1.0))
     layers = dataclasses.replace(cfg.model, num_layers=2, layers="moe moe:2")
     with pytest.raises(ConfigError, match=r"model.moe.top_k=2: must be < 2"):
         dataclasses.replace(cfg, model=layers)

@@ -25,11 +25,13 @@ from moe_jax.moe.experts import ExpertCompute, ExpertWeights, capacity, capacity
 from moe_jax.moe.layer import MoE, TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.moe.routing import Facts, Knobs, Routing
+from moe_jax.moe.stats import RouterStats
 from moe_jax.nn.layers import Init
 from moe_jax.parallel import sharding
-from moe_jax.train import knobs, metrics, step
+from moe_jax.train import knobs, losses, metrics, step
 from moe_jax.train.gradients import make_gradients
 from moe_jax.train.knobs import ramp_at
+from moe_jax.train.losses import BatchSums
 from moe_jax.train.state import abstract_batch, abstract_state, init_state, put_batch
 from moe_jax.tree import flatten
 
@@ -213,6 +215,40 @@ def test_the_threshold_keeps_the_first_and_what_exceeds_it():
     assert slots == sorted(slots, reverse=True) and slots[0] == 8 and slots[-1] < 1.01
 
 
+@pytest.mark.parametrize("order", ["score_topk", "topk_score"])
+def test_what_is_left_under_a_threshold_shares_the_whole_weight(order):
+    cfg = MoEConfig(num_experts=4, top_k=4, renormalize=order == "score_topk", score_order=order)
+    plan, _ = routed(np.float32([[3, 2.9, 0, 0], [3, 0, 0, 0]]), cfg, knobs=knobs_of(threshold=0.3, temperature=1.0))
+    assert plan.valid.tolist() == [[True, True, False, False], [True, False, False, False]]
+    pair = special.softmax([3, 2.9])
+    np.testing.assert_allclose(plan.weights, [[*pair, 0, 0], [1, 0, 0, 0]], rtol=1e-5)
+
+
+def test_noise_and_threshold_leave_tables_alone():
+    cfg, logits = MoEConfig(num_experts=6, top_k=2), normal(T, 6)
+    facts = Facts(jnp.ones(T, bool), jnp.arange(T), routers.draw_table(jax.random.key(0), T, 6, 2))
+    plain, _ = routed(logits, cfg, facts)
+    moved, _ = routed(logits, cfg, facts, knobs_of(random=0.9, noise=1.0, threshold=0.5, temperature=1.0))
+    jax.tree.map(np.testing.assert_array_equal, moved, plain)
+
+
+def test_losses_that_balance_leave_tables_out():
+    """A table's loads are fixed: only the z-loss sees its router, and nothing sees one that is not there."""
+    cfg = routers_config("cosine")
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(shape).random(shape), jnp.float32)
+    bank = lambda n: RouterStats(draw(n, 1) + 9, draw(n, 1, 8), draw(n, 1, 8), draw(n, 1), jnp.zeros((n, 1)))
+    sums = BatchSums(0.0, 1.0, {"layers": bank(2), "layers_2": bank(1)})  # the second is the table's
+    chosen = sums._replace(router={"layers": sums.router["layers"]})
+    loss = dataclasses.replace(cfg.loss, load_balance_coef=1.0, router_loss_layers="sum", balance_batch="global")
+    raw = lambda *args, **kwargs: losses.total_loss(*args, **kwargs)[1].raw
+    for combine, weighed in (("score", sums), ("one", chosen)):
+        moe = dataclasses.replace(cfg.model.moe, combine=combine, renormalize=combine == "score")
+        found = raw(sums, loss, model=dataclasses.replace(cfg.model, moe=moe), tokens=10.0)
+        want = {"load_balance_raw": raw(chosen, loss), "router_z_raw": raw(weighed, loss, tokens=10.0)}
+        for name, other in want.items():
+            np.testing.assert_allclose(found[name], other[name], rtol=1e-6)
+
+
 def test_a_table_chooses_and_scores_weigh():
     cfg, logits = MoEConfig(num_experts=6, top_k=2, score="sigmoid", renormalize=True), normal(T, 6)
     table = routers.draw_table(jax.random.key(0), T, 6, 2)
@@ -252,13 +288,14 @@ def test_what_an_expert_takes_first():
 
 # --- the whole batch, on meshes ---------------------------------------------------------------------------------------
 
+MLP = (
+    {"num_experts": 4, "top_k": 2, "router": "mlp", "router_width": 8, "identity_experts": 2},
+    ExploreConfig(RampConfig(1.0, 0.2, 4), 1.0, 0.1, RampConfig(2.0, 0.5, 4, "exponential"), 3),
+)
 MODELS = {
-    # A state carried over dense and table blocks and stacks, identity experts, and everything that `explore` moves.
-    "mlp": (
-        {"layers": "2*(dense moe) table", "num_layers": 5},
-        {"num_experts": 4, "top_k": 2, "router": "mlp", "router_width": 8, "identity_experts": 2},
-        ExploreConfig(RampConfig(1.0, 0.2, 4), 1.0, 0.1, RampConfig(2.0, 0.5, 4, "exponential"), 3),
-    ),
+    # A state carried over layers, identity experts, and all that `explore` moves.
+    "mlp": ({"layers": "", "num_layers": 2}, *MLP),
+    "mlp in any order": ({"layers": "dense 2*(late dense) moe:8", "num_layers": 6}, *MLP),
     "cosine": (
         {"layers": "dense 2*moe table", "num_layers": 4},
         {"num_experts": 8, "top_k": 2, "router": "cosine", "router_width": 8, "score": "sqrt_softplus",
@@ -266,7 +303,7 @@ MODELS = {
         ExploreConfig(noise=0.5),
     ),
     "expert choice": (
-        {"layers": "", "num_layers": 3, "num_dense_layers": 1},
+        {"layers": "", "num_layers": 1},
         {"num_experts": 4, "top_k": 2, "choice": "expert", "selection_bias": False},
         ExploreConfig(RampConfig(0.5, 0.0, 4)),
     ),
@@ -345,13 +382,15 @@ def test_invariance(name, case):
     assert_same(got, want)
     grads = flatten(got["grads"])
     names = {path.rsplit("/", 1)[1] for path in grads if "/router/" in path}
-    assert names == {"mlp": set(SHAPES["mlp"]), "cosine": set(SHAPES["cosine"])}.get(name, {"w_router"}) - {"w_router"}
+    assert names == {"mlp": set(SHAPES["mlp"]), "cosine": set(SHAPES["cosine"])}.get(name.split()[0], {"w_router"}) - {
+        "w_router"
+    }
     for path, grad in grads.items():
         if "/router/" in path:
             assert np.abs(grad).max() > 1e-6, path
     for stats_of in got["sums"].router.values():
         made = stats_of.tokens_per_expert.sum(-1)
-        if name == "mlp":  # some slots are under the threshold
+        if name.startswith("mlp"):  # some slots are under the threshold
             assert (made < 2.95 * stats_of.tokens).all() and (made >= stats_of.tokens).all()
         if name == "expert choice":
             loads = stats_of.tokens_per_expert.sum(1)
@@ -364,13 +403,10 @@ def test_evaluation_has_no_noise():
     assert knobs.of_step(dataclasses.replace(cfg, explore=ExploreConfig()), 0) is None
     assert cfg.trained.moe.top_k == 3 and cfg.model.moe.top_k == 2
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    state = abstract_state(cfg, mesh)
-    inputs = {"train": (state, abstract_batch(cfg, mesh)), "eval": (*state[1:3], abstract_batch(cfg, mesh))}
-    steps = {"train": step.make_train_step(cfg, mesh), "eval": step.make_eval_step(cfg, mesh, 1)}
     with jax.set_mesh(mesh):
-        programs = {name: str(steps[name].__wrapped__.trace(*inputs[name]).jaxpr) for name in steps}
-    assert ["random_bits" in programs[name] for name in ("train", "eval")] == [True, False]
-    assert [f"k={k}" in programs[name] for name, k in (("train", 3), ("eval", 3), ("eval", 2))] == [True, False, True]
+        evaluation = step.make_eval_step(cfg, mesh, 1).__wrapped__
+        program = str(evaluation.trace(*abstract_state(cfg, mesh)[1:3], abstract_batch(cfg, mesh)).jaxpr)
+    assert "random_bits" not in program and "k=2" in program and "k=3" not in program
 
 
 def test_ramps():
@@ -379,6 +415,12 @@ def test_ramps():
     np.testing.assert_allclose([ramp_at(line, n) for n in (0, 1, 4, 9)], [1.0, 0.8, 0.2, 0.2], rtol=1e-6)
     np.testing.assert_allclose([ramp_at(factor, n) for n in (0, 2, 4, 9)], [2.0, 1.0, 0.5, 0.5], rtol=1e-6)
     assert ramp_at(RampConfig(0.3, 0.3), 7) == np.float32(0.3)
+
+
+@pytest.mark.parametrize("fields", [{"steps": 5}, {"start": 1.0}, {"start": 1.0, "end": 1.0, "form": "exponential"}])
+def test_a_ramp_without_effect_is_refused(fields):
+    with pytest.raises(ConfigError, match="has no effect"):
+        RampConfig(**fields)
 
 
 def test_expert_choice_writes_no_text():
@@ -410,6 +452,7 @@ def identity_layer(identity: int, exchange="ring"):
     return MoE(model, Kind("moe", 8), Init(nnx.Rngs(0), 1.0), 1.0, Program(exchange=exchange))
 
 
+@pytest.mark.slow
 def test_identity_slots_cost_no_memory():
     """The buffers of a layer's gradient fall as the expected share of real experts: half of the choices are real."""
 
@@ -455,6 +498,15 @@ def test_identity_slots_are_not_sent(monkeypatch):
 
 
 REFUSED = {
+    "identity experts in a table": (
+        "cosine",
+        "moe",
+        {"identity_experts": 2},
+        r"identity_experts=2: is not available with",
+    ),
+    "K of training in a table": ("cosine", "explore", {"top_k": 3}, r"explore\.top_k=3: is not available with table"),
+    "one choice under a threshold": ("identity", "explore", {"top_k": 1, "threshold": 0.1}, r"explore\.threshold=0\.1"),
+    "a target beside identity experts": ("identity", "loss", {"bias_target": (1.0,) * 4}, r"loss\.bias_target"),
     "a threshold for experts' choices": ("expert choice", "explore", {"threshold": 0.1}, r"explore\.threshold"),
     "more experts than there are": ("mlp", "explore", {"top_k": 7}, r"explore\.top_k=7: must be ≤ 6"),
     "a balancing loss": ("expert choice", "loss", {"load_balance_coef": 0.1}, r"loss\.load_balance_coef"),
@@ -467,7 +519,24 @@ def test_refused(case):
     name, group, changes, message = REFUSED[case]
     cfg = routers_config(name)
     with pytest.raises(ConfigError, match=message):
+        if group == "moe":
+            group, changes = "model", {"moe": dataclasses.replace(cfg.model.moe, **changes)}
         dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **changes)})
+
+
+def test_refused_together():
+    """The K of training is checked as a model's, and losses must reach a router."""
+    cfg = routers_config("identity")
+    moe = dataclasses.replace(cfg.model.moe, expert_budget=0.5)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
+    with pytest.raises(ConfigError, match=r"explore\.top_k=6: as expert_budget must be between 2 and 4"):
+        dataclasses.replace(cfg, explore=ExploreConfig(top_k=6))
+    plain = run_config()
+    moe = dataclasses.replace(plain.model.moe, selection_bias=False, combine="one")
+    tables = dataclasses.replace(plain.model, layers="2*table", num_layers=2, num_dense_layers=0, moe=moe)
+    for changes, name in (({}, "load_balance_coef"), ({"load_balance_coef": 0.0}, "router_z_coef")):
+        with pytest.raises(ConfigError, match=rf"loss\.{name}=.* reaches no router"):
+            dataclasses.replace(plain, model=tables, loss=dataclasses.replace(plain.loss, **changes))
 
 
 @pytest.mark.parametrize(
@@ -476,6 +545,9 @@ def test_refused(case):
         ({"choice": "expert", "selection_bias": True}, "selection_bias"),
         ({"choice": "expert", "identity_experts": 2}, "identity_experts"),
         ({"identity_output": "nothing"}, "identity_output"),
+        ({"compute": "capacity", "overflow": "score", "combine": "one"}, "overflow"),
+        ({"choice": "expert", "compute": "capacity"}, "compute"),
+        ({"router_width": 8}, "router_width"),
         ({"overflow": "random"}, "overflow"),
         ({"identity_experts": 2, "num_groups": 2, "top_groups": 1}, "identity_experts"),
         ({"top_k": 11, "identity_experts": 2}, r"must be ≤ num_experts=8 \+ identity_experts=2"),

@@ -275,9 +275,9 @@ CASES = [
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        pytest.param(name, case, marks=[] if (name, i) == ("mixed", 0) else pytest.mark.slow)
+        pytest.param(name, case, marks=pytest.mark.slow)  # test_routers.py has an order of blocks in the fast part
         for name in MODELS
-        for i, case in enumerate(CASES)
+        for case in CASES
     ],
 )
 def test_invariance(name, case):

@@ -445,12 +445,12 @@ PLAIN = ModelConfig(
     vocab_size=512, d_model=16, num_layers=4, num_dense_layers=1, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
     qk_norm=True, compute_dtype="float32", moe=config.MoEConfig(num_experts=4, top_k=2, d_expert=8, renormalize=True),
 )  # fmt: skip
-# Late blocks, two numbers of experts, a table, identity experts, and a router whose state passes all of them.
+# Late blocks, two numbers of experts, a table, and a router whose state passes all of them.
 MIXED = dataclasses.replace(
     PLAIN, num_layers=7, num_dense_layers=0, layers="2*(late dense moe:8) table",
-    moe=dataclasses.replace(PLAIN.moe, selection_bias=True, router="mlp", router_width=8, identity_experts=2),
+    moe=dataclasses.replace(PLAIN.moe, selection_bias=True, router="mlp", router_width=8),
 )  # fmt: skip
-EXPLORE = ExploreConfig(RampConfig(0.5, 0.0, 3), noise=0.5, threshold=0.1, top_k=3)
+EXPLORE = ExploreConfig(RampConfig(0.5, 0.0, 3), noise=0.5, threshold=0.1)
 
 NOT_WRITTEN = [
     ("layers", "dense moe dense moe:8"), ("layers", "2*(late dense)"), ("layers", "table 3*moe"),

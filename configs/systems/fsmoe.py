@@ -24,6 +24,7 @@ def get_config():
     model.moe.num_experts = 16
     model.moe.top_k = 2
     model.moe.d_expert = 128
+    model.moe.renormalize = True
     model.moe.router = "cosine"
     model.moe.router_width = 16
     model.moe.exchange = "all_to_all"

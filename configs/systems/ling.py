@@ -24,6 +24,7 @@ def get_config():
     model.moe.num_experts = 16
     model.moe.top_k = 4
     model.moe.d_expert = 64
+    model.moe.renormalize = True
     model.moe.num_shared_experts = 1
 
     config.explore.random.start = 1.0

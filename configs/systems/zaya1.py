@@ -9,7 +9,7 @@ Paper: Training Foundation Models on a Full-Stack AMD Platform: Compute, Network
 Parameters: 4,485,504 total, 1,524,819 active
 Exact: router logits equal to a loop over the layers; a layer that is skipped adds exactly 0 (tests/test_systems.py)
 Not reproduced: its sizes and data; its attention (CCA) and the learned scales of its residual stream; the start of the
-    skip's selection bias at −1, and the hyperparameters of its update, which were not published. The skip is balanced
+    skip's selection bias at −1, and the numbers of the biases' AdamW, which were not published. The skip is balanced
     like an expert here.
 """
 
@@ -32,6 +32,7 @@ def get_config():
 
     config.optim.name = "muon"
 
+    config.loss.bias_update = "adamw"
     config.loss.load_balance_coef = 0.0
     config.loss.router_z_coef = 0.0
     return config

@@ -131,7 +131,7 @@ def bytes_sent(cfg: config.RunConfig, report: Report) -> dict[tuple[str, str], t
     The buffer of a ragged exchange has the size of the worst case. Its bytes are counted at uniform routing.
     """
     peers, out = report.mesh["expert"], {}
-    moe_of = lambda experts: dataclasses.replace(cfg.model.moe, num_experts=experts)
+    moe_of = lambda experts: dataclasses.replace(cfg.trained.moe, num_experts=experts)
     layers = [exchange.devices_per_token(moe_of(n), peers) for p in cfg.model.places if (n := p.kind.experts)]
     used = sum(layers) / len(layers) / peers if layers else 1  # a mean over layers
     for c in report.sent:

@@ -5,10 +5,10 @@ from typing import Any
 from moe_jax.config.fields import require
 
 
-def check_bias_update(loss: Any, model: Any, explore: Any) -> None:
+def check_bias_update(loss: Any, model: Any) -> None:
     """Raises ConfigError for an update of selection biases that this model or the other losses do not allow.
 
-    loss, model, explore: the `LossConfig`, `ModelConfig` and `ExploreConfig` of a run.
+    loss, model: the `LossConfig` and `ModelConfig` of a run.
     """
     form = loss.bias_update
     known = form in ("sign", "centred") or model.moe.selection_bias
@@ -17,8 +17,6 @@ def check_bias_update(loss: Any, model: Any, explore: Any) -> None:
         _check_budget(loss, model.moe)
     if form == "quantile":
         _check_quantile(loss, model)
-        rule = "changes the choices, but loss.bias_update='quantile' is computed for those that scores and biases make"
-        require(not (explore.moves or explore.top_k), "explore", explore, rule, "nearest valid: the default")
 
 
 def _check_budget(loss: Any, moe: Any) -> None:
@@ -38,6 +36,8 @@ def _check_quantile(loss: Any, model: Any) -> None:
         require(ok, name, value, text, f"nearest valid: {nearest}")
 
     target, score, groups, k = loss.bias_target, moe.score, moe.num_groups, moe.top_k
+    rate, usual = loss.bias_update_rate, type(loss).bias_update_rate
+    rule(rate == usual, "loss.bias_update_rate", rate, f"has no effect {why} has no rate", usual)
     rule(not target, "loss.bias_target", target, f"must be () {why} makes all loads equal", "()")
     for field, coef in loss.load_balance_coefs.items():
         rule(not coef, field, coef, f"must be 0 {why} balances without a loss", 0.0)
@@ -46,7 +46,7 @@ def _check_quantile(loss: Any, model: Any) -> None:
         score == "sigmoid", "model.moe.score", score, f"must be 'sigmoid' {why} counts scores from 0 to 1", "'sigmoid'"
     )
     rule(groups == 1, "model.moe.num_groups", groups, f"must be 1 {why} compares all experts", 1)
-    columns = min(model.expert_counts, default=moe.num_experts) + moe.router_columns - moe.num_experts
+    columns = min(model.routed_counts, default=moe.num_experts) + moe.identity_experts
     rule(columns > 1, "loss.bias_update", loss.bias_update, "needs layers with more than one expert", "'sign'")
     rule(
         k < columns, "model.moe.top_k", k, f"must be < {columns} {why} needs an expert that is not chosen", columns - 1

@@ -67,7 +67,9 @@ def complete(values: Any, root: type = RunConfig) -> Any:
         if f.metadata.get("renamed") in made and f.name not in made:
             made[f.name] = made.pop(f.metadata["renamed"])
         if dataclasses.is_dataclass(hint):
-            made[f.name] = complete(made.get(f.name, {}), hint)
+            inner = complete(made.get(f.name, {}), hint)
+            if inner or f.name in made:  # else the group takes its default, which need not be that of its fields
+                made[f.name] = inner
         elif typing.get_origin(hint) is dict and isinstance(made.get(f.name), dict):
             entry = typing.get_args(hint)[1]
             made[f.name] = {key: complete(value, entry) for key, value in made[f.name].items()}

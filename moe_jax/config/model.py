@@ -110,22 +110,32 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
                 "needs identity_experts > 0", "nearest valid: 'input'")  # fmt: skip
         require(self.compute == "capacity" or self.overflow == "first", "overflow", self.overflow,
                 "needs compute='capacity': nothing else drops rows", "nearest valid: 'first'")  # fmt: skip
+        require(self.combine == "score" or self.overflow != "score", "overflow", self.overflow,
+                "has no effect with combine='one': all weights are equal", "nearest valid: 'first'")  # fmt: skip
+        require(self.router != "linear" or self.router_width == MoEConfig.router_width, "router_width",
+                self.router_width, "has no effect with router='linear'",
+                f"nearest valid: {MoEConfig.router_width}")  # fmt: skip
         if self.expert_budget:
             self._check_budget()
         if self.choice == "expert":
             self._check_expert_choice()
 
     def _check_budget(self):
-        def rule(ok: bool, text: str, nearest: float = 0.0) -> None:
-            require(ok, "expert_budget", self.expert_budget, text, f"nearest valid: {nearest}")
+        def rule(ok: bool, text: str) -> None:
+            require(ok, "expert_budget", self.expert_budget, text, "nearest valid: 0.0")
 
         rule(self.identity_experts > 0, "needs identity_experts > 0: what else may a token choose?")
         rule(self.selection_bias, "needs selection_bias=True, which is what it moves")
-        rule(self.expert_budget < self.top_k, f"must be < top_k={self.top_k}", self.top_k - 1)
+        k, e, z = self.top_k, self.num_experts, self.identity_experts
+        low, high = max(k - z, 0), min(k, e)
+        rule(low < self.expert_budget < high, f"must be between {low} and {high}, and neither: a token makes "
+             f"top_k={k} choices of num_experts={e} and identity_experts={z}")  # fmt: skip
 
     def _check_expert_choice(self):
         """Refuses what balances or groups the choices of tokens: with expert choice all loads are equal."""
         usual = {"identity_experts": 0, "num_groups": 1, "selection_bias": False, "score_order": "score_topk"}
+        require(self.compute != "capacity", "compute", self.compute, "drops rows, but with choice='expert' loads are "
+                "equal", "nearest valid: 'grouped'")  # fmt: skip
         for name, value in usual.items():
             mine = getattr(self, name)
             require(mine == value, name, mine, "is not available with choice='expert'", f"nearest valid: {value!r}")
@@ -230,6 +240,18 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         return layers_lib.places_of(self.stacks)
 
     @property
+    def table_paths(self) -> set[str]:
+        """The paths of blocks whose experts a table names."""
+        blocks = (block for stack in self.stacks for block in zip(stack.paths, stack.unit, strict=True))
+        return {path for path, kind in blocks if kind.name == "table"}
+
+    @property
+    def routed_counts(self) -> tuple[int, ...]:
+        """The numbers of experts of blocks whose router chooses, the smallest first; () if none does."""
+        kinds = {kind for stack in self.stacks for kind in stack.unit}
+        return tuple(sorted({kind.experts for kind in kinds if kind.name in ("moe", "late")}))
+
+    @property
     def expert_counts(self) -> tuple[int, ...]:
         """The numbers of experts that its blocks have, the smallest first; () for a dense model."""
         return tuple(sorted({kind.experts for stack in self.stacks for kind in stack.unit} - {0}))
@@ -279,10 +301,12 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         rule = f"a table names experts, of which a token takes top_k={self.moe.top_k}"
         require(min(fixed, default=self.moe.top_k) >= self.moe.top_k, "layers", text, rule,
                 f"nearest valid: {self.moe.top_k} experts in a table block")  # fmt: skip
-        chosen = any(kind.name in ("moe", "late") for stack in stacks for kind in stack.unit)
-        if fixed and not chosen:
-            usual = MoEConfig()
-            for name in ("choice", "selection_bias", "identity_experts"):
+        identity, usual = self.moe.identity_experts, MoEConfig()
+        rule = f"is not available with table blocks, whose tables name experts: layers={text!r}"
+        require(not (fixed and identity), "moe.identity_experts", identity, rule, "nearest valid: 0")
+        if fixed and not self.routed_counts:
+            names = ("choice", "selection_bias", *(("router",) if self.moe.combine == "one" else ()))
+            for name in names:
                 value, default = getattr(self.moe, name), getattr(usual, name)
                 require(value == default, f"moe.{name}", value, f"has no effect: tables choose in layers={text!r}",
                         f"nearest valid: {default!r}")  # fmt: skip

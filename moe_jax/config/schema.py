@@ -10,7 +10,7 @@ from typing import Literal
 
 from moe_jax.config.balance import check_bias_update
 from moe_jax.config.data import DataConfig
-from moe_jax.config.explore import ExploreConfig
+from moe_jax.config.explore import ExploreConfig, check_routing
 from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, number, renamed, require
 from moe_jax.config.model import ModelConfig
 
@@ -230,7 +230,7 @@ class RunConfig(Checked, resume=FIXED):
         require(b % a == 0, "train.micro_batches", a, f"must divide data.batch_size={b}",
                  f"nearest valid: {nearest_divisor(b, a)}")  # fmt: skip
         self._check_loss(b)
-        self._check_routing()
+        check_routing(self)
         t = self.data.tokenizer
         need = {"bytes": 257, "bpe": t.vocab_size}.get(t.kind, 0)
         require(self.model.vocab_size >= need, "model.vocab_size", self.model.vocab_size,
@@ -247,28 +247,6 @@ class RunConfig(Checked, resume=FIXED):
         longest = self.model.max_seq_len
         require(self.data.seq_len <= (longest or self.data.seq_len), "data.seq_len", self.data.seq_len,
                 f"must be ≤ model.max_seq_len={longest}", f"nearest valid: {longest}")  # fmt: skip
-
-    def _check_routing(self) -> None:
-        moe, loss, explore, experts = self.model.moe, self.loss, self.explore, self.model.expert_counts
-        most = min(experts, default=0) + moe.identity_experts
-        rule = f"must be ≤ {most}, the choices that each router has"
-        require(explore.top_k <= most, "explore.top_k", explore.top_k, rule, f"nearest valid: {most}")
-        for f in dataclasses.fields(explore):
-            value, default = getattr(explore, f.name), getattr(ExploreConfig(), f.name)
-            shown = value if isinstance(value, int | float) else "a ramp"
-            require(experts or value == default, f"explore.{f.name}", shown, "needs layers with experts",
-                    "nearest valid: the default")  # fmt: skip
-        if moe.choice == "token" or not experts:
-            return
-        rule = "is not available with model.moe.choice='expert', which makes loads equal"
-        for name, coef in loss.load_balance_coefs.items():
-            require(coef == 0, name, coef, rule, "nearest valid: 0.0")
-        for name in ("top_k", "threshold"):
-            value = getattr(explore, name)
-            require(value == 0, f"explore.{name}", value, "is for the choices of tokens, not of experts",
-                    "nearest valid: 0")  # fmt: skip
-        rule = "must be 0 with model.moe.choice='expert', which depends on later tokens"
-        require(self.sample.tokens == 0, "sample.tokens", self.sample.tokens, rule, "nearest valid: 0")
 
     @property
     def trained(self) -> ModelConfig:
@@ -287,6 +265,10 @@ class RunConfig(Checked, resume=FIXED):
             require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {nearest}")
         counts = self.model.expert_counts
         for name, m in more:
+            alone = m.over == 1 and not self.model.moe.identity_experts
+            require(
+                not alone, f"loss.more.{name}.over", 1, "is one group, which is always balanced", "nearest valid: 0"
+            )
             fits = not m.over or all(count % m.over == 0 for count in counts)
             require(fits, f"loss.more.{name}.over", m.over, f"must divide the layers' numbers of experts, {counts}",
                     f"nearest valid: {nearest_divisor(math.gcd(*counts) or 1, m.over)}")  # fmt: skip
@@ -295,9 +277,12 @@ class RunConfig(Checked, resume=FIXED):
         require(not target or len(self.model.expert_counts) <= 1, "loss.bias_target", target, rule, "nearest valid: ()")
         require(not target or self.model.moe.selection_bias, "loss.bias_target", target,
                  "needs model.moe.selection_bias=True", "nearest valid: ()")  # fmt: skip
+        identity = self.model.moe.identity_experts
+        require(not (target and identity), "loss.bias_target", target, "is not available with identity_experts",
+                "nearest valid: ()")  # fmt: skip
         rule = f"must have model.moe.num_experts={e} numbers, or none"
         require(len(target) in (0, e), "loss.bias_target", target, rule, "nearest valid: ()")
-        check_bias_update(self.loss, self.model, self.explore)
+        check_bias_update(self.loss, self.model)
 
     @property
     def balance_unit(self) -> int:

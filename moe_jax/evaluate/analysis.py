@@ -69,7 +69,7 @@ def analyse(
         bank = jax.tree.map(lambda *x: np.stack(x).astype(np.float64), *(layers[i] for i in own))
         one = analyse_bank(*bank, domains, top_k, earlier_step, identity_experts)
         only = len(own) == len(layers)
-        found["" if only else f"_{experts}"] = one if only else one._replace(layers=np.array(own))
+        found["" if only else f"_{experts - identity_experts}"] = one if only else one._replace(layers=np.array(own))
     return found
 
 

@@ -57,7 +57,7 @@ class MoE(nnx.Module):
         cfg = self.cfg = dataclasses.replace(model.moe, num_experts=kind.experts)
         by_table = kind.name == "table"
         if by_table:
-            cfg = self.cfg = dataclasses.replace(cfg, choice="token", selection_bias=False)
+            cfg = self.cfg = dataclasses.replace(cfg, choice="token", selection_bias=False, num_groups=1, top_groups=1)
         self.program, activation = program, model.activation
         self.compute = ExpertCompute(cfg, program.grouped_matmul, activation, cfg.mean_slots / cfg.slots)
         e, c, d, f = cfg.num_experts, cfg.router_columns, model.d_model, cfg.d_expert
@@ -123,7 +123,8 @@ class MoE(nnx.Module):
         state = None if state is None else state_TR.reshape(state.shape)
         with jax.named_scope("statistics"):
             groups = self.program.balance_groups
-            stats = router_stats(logits, probs, routing, computed, info.counted, info.group, groups)
+            in_order = self.cfg.choice == "expert"
+            stats = router_stats(logits, probs, routing, computed, info.counted, info.group, groups, in_order)
             if (bins := self.program.histogram_bins) and bias is not None:
                 asked = quantile.histogram(logits, bias, routing.experts, info.counted, bins)
                 stats = stats._replace(histogram=asked)

@@ -158,3 +158,6 @@ def check(cfg: RunConfig) -> None:
         rule = f"must be < data.batch_size={b} with kind={kind!r}, which compares groups of sequences"
         require(not row.compares_groups or scope not in ("global", b), f"{at}balance_batch", scope, rule,
                 f"nearest valid: {b // nearest_divisor(b, 2)}")  # fmt: skip
+        rule = f"with kind={kind!r} would compare the groups of a micro-batch only"
+        require(not row.compares_groups or cfg.loss.accumulation == "exact", "loss.accumulation",
+                cfg.loss.accumulation, rule, "nearest valid: 'exact'")  # fmt: skip

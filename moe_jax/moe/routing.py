@@ -1,7 +1,7 @@
 """Router logits → which experts each token uses, and with what weights. Pure functions without parameters.
 
-`route` is a list of stages: mix in noise → score → rank → limit to groups → select → weigh → validate. Each is a
-function of a few lines.
+`route` is a list of stages: mix in noise → score → perturb → rank → limit to groups → select → cut → weigh → validate.
+Each is a function of a few lines.
 
 Letters: T tokens, C router columns (E experts, then identity experts), K slots of a token: the experts that it chooses.
 """
@@ -58,14 +58,17 @@ def route(
     Returns the routing and the router probabilities over *all* columns, each row summing to 1: the softmax of the
     logits, or other scores divided by their sum. The load-balancing loss uses them.
     """
-    logits = mix_noise(logits.astype(jnp.float32), facts, knobs)
+    moving = knobs if facts.table is None else None  # what a table names, no noise changes
+    logits = mix_noise(logits.astype(jnp.float32), facts, moving)
     scores, probs = score(logits, cfg)
-    ranked = rank(logits, scores, bias, facts, cfg, knobs)
+    seen = perturb(logits, facts, moving)
+    ranked = rank(seen, scores if seen is logits else score(seen, cfg)[0], bias, cfg)
     if cfg.top_groups < cfg.num_groups:
         ranked = limit_groups(ranked, cfg)
     experts, chosen = select(ranked, facts, cfg)
+    chosen = cut(seen, experts, chosen, cfg, moving)
     weights = weigh(logits, scores, experts, chosen, cfg)
-    valid = validate(logits, experts, chosen, facts, cfg, knobs)
+    valid = validate(experts, chosen, facts)
     return Routing(experts, weights, valid, prioritise(weights, facts, cfg, knobs)), probs
 
 
@@ -99,21 +102,20 @@ def score(logits: Float[Array, "T C"], cfg: MoEConfig) -> tuple[Float[Array, "T 
     return scores, scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
 
 
+def perturb(logits: Float[Array, "T C"], facts: Facts, knobs: Knobs | None) -> Float[Array, "T C"]:
+    """Adds Gumbel noise, with which the best K are a random draw of K by their softmax. Weights do not see it."""
+    if knobs is None or knobs.noise is None:
+        return logits
+    return logits + knobs.noise * _draw(jax.random.gumbel, knobs, "gumbel", facts, logits)
+
+
 def rank(
-    logits: Float[Array, "T C"],
-    scores: Float[Array, "T C"],
-    bias: Float[Array, " C"] | None,
-    facts: Facts,
-    cfg: MoEConfig,
-    knobs: Knobs | None,
+    logits: Float[Array, "T C"], scores: Float[Array, "T C"], bias: Float[Array, " C"] | None, cfg: MoEConfig
 ) -> Float[Array, "T C"]:
     """Returns what the selection compares: scores plus bias. It carries no gradient.
 
-    Where the softmax is taken over the chosen K, logits are ranked. With Gumbel noise it is drawn for each token.
+    Where the softmax is taken over the chosen K, logits are ranked.
     """
-    if knobs is not None and knobs.noise is not None:
-        logits = perturb(logits, facts, knobs)
-        scores, _ = score(logits, cfg)
     ranked = jax.lax.stop_gradient(logits if cfg.score_order == "topk_score" else scores)
     return ranked if bias is None else ranked + jax.lax.stop_gradient(bias.astype(jnp.float32))[None, :]
 
@@ -162,6 +164,24 @@ def choose_tokens(ranked: Float[Array, "T E"], facts: Facts, cfg: MoEConfig) -> 
     return jnp.swapaxes(hit, 1, 2).reshape(ranked.shape)
 
 
+def cut(
+    logits: Float[Array, "T C"],
+    experts: Int[Array, "T K"],
+    chosen: Bool[Array, "T K"] | None,
+    cfg: MoEConfig,
+    knobs: Knobs | None,
+) -> Bool[Array, "T K"] | None:
+    """Leaves out chosen experts with a score under the threshold, but not a token's first.
+
+    Source: EvoMoE, arXiv:2112.14397: the scores are those of (logits + noise) / temperature.
+    """
+    if knobs is None or knobs.threshold is None:
+        return chosen
+    gates, _ = score(logits / knobs.temperature, cfg)
+    first = jnp.arange(experts.shape[1])[None, :] == 0
+    return first | (pick_chosen(jax.lax.stop_gradient(gates), experts) > knobs.threshold)
+
+
 def weigh(
     logits: Float[Array, "T C"],
     scores: Float[Array, "T C"],
@@ -169,11 +189,15 @@ def weigh(
     chosen: Bool[Array, "T K"] | None,
     cfg: MoEConfig,
 ) -> Float[Array, "T K"]:
-    """Returns combine weights: the scores of the chosen experts, the softmax over the chosen logits, or ones."""
+    """Returns combine weights: the scores of the chosen experts, the softmax over the chosen logits, or ones.
+
+    What is not chosen weighs 0, and enters no sum.
+    """
     if cfg.combine == "one":
         weights = jnp.ones(experts.shape, jnp.float32)
     elif cfg.score_order == "topk_score":
-        weights = jax.nn.softmax(pick_chosen(logits, experts), axis=-1)
+        picked = pick_chosen(logits, experts)
+        weights = jax.nn.softmax(picked if chosen is None else jnp.where(chosen, picked, -jnp.inf), axis=-1)
     else:
         weights = scores if cfg.choice == "expert" else pick_chosen(scores, experts)
     weights = weights if chosen is None else jnp.where(chosen, weights, 0.0)
@@ -182,26 +206,10 @@ def weigh(
     return weights * cfg.routed_scaling
 
 
-def validate(
-    logits: Float[Array, "T C"],
-    experts: Int[Array, "T K"],
-    chosen: Bool[Array, "T K"] | None,
-    facts: Facts,
-    cfg: MoEConfig,
-    knobs: Knobs | None,
-) -> Bool[Array, "T K"]:
-    """Returns the slots that do something: not those of padding, nor those with a score under the threshold.
-
-    The threshold is EvoMoE's (arXiv:2112.14397): the scores are those of (logits + noise) / temperature. A token's
-    first choice is always kept.
-    """
+def validate(experts: Int[Array, "T K"], chosen: Bool[Array, "T K"] | None, facts: Facts) -> Bool[Array, "T K"]:
+    """Returns the slots that do something: those that are chosen, of tokens that are not padding."""
     valid = jnp.broadcast_to(facts.counted[:, None], experts.shape)
-    valid = valid if chosen is None else valid & chosen
-    if knobs is None or knobs.threshold is None:
-        return valid
-    gates, _ = score(perturb(logits, facts, knobs) / knobs.temperature, cfg)
-    first = jnp.arange(experts.shape[1])[None, :] == 0
-    return valid & (first | (pick_chosen(jax.lax.stop_gradient(gates), experts) > knobs.threshold))
+    return valid if chosen is None else valid & chosen
 
 
 def prioritise(
@@ -225,13 +233,6 @@ def pick_chosen(values: Float[Array, "T C"], experts: Int[Array, "T K"]) -> Floa
     """The values of the chosen experts. A gather's gradient would be a scatter: slow on GPUs, in no fixed order."""
     chosen_TKC = experts[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
     return jnp.sum(jnp.where(chosen_TKC, values[:, None, :], 0), axis=-1)
-
-
-def perturb(logits: Float[Array, "T C"], facts: Facts, knobs: Knobs) -> Float[Array, "T C"]:
-    """Adds Gumbel noise, with which the best K are a random draw of K by their softmax. Each call draws the same."""
-    if knobs.noise is None:
-        return logits
-    return logits + knobs.noise * _draw(jax.random.gumbel, knobs, "gumbel", facts, logits)
 
 
 STREAMS = ("random", "gumbel", "overflow")  # independent draws of a token

@@ -53,11 +53,18 @@ def router_stats(
     counted: Bool[Array, " T"],
     group: Int[Array, " T"],
     balance_groups: int,
+    in_order: bool = False,
 ) -> RouterStats:
-    """Sums over these tokens, by balance group. `computed` is False where a valid slot was dropped."""
-    one_hot_TKC = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
+    """Sums over these tokens, by balance group. `computed` is False where a valid slot was dropped.
+
+    in_order: slot k of each token is column k (expert choice), so that no array of K · C numbers a token is made.
+    """
     valid = routing.valid.astype(jnp.float32)
-    counts_TC = jnp.einsum("tkc,tk->tc", one_hot_TKC, valid)
+    if in_order:
+        counts_TC = valid
+    else:
+        one_hot_TKC = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32)
+        counts_TC = jnp.einsum("tkc,tk->tc", one_hot_TKC, valid)
     z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     member_TG = jax.nn.one_hot(group, balance_groups, dtype=jnp.float32) * counted.astype(jnp.float32)[:, None]
     dropped = jnp.sum(valid * (1.0 - computed.astype(jnp.float32)), axis=-1)
@@ -95,10 +102,11 @@ def choice_sums(
     group: Int[Array, "B S"],
     balance_groups: int,
     num_experts: int,
+    in_order: bool = False,
 ) -> ChoiceSums:
     """Sums over the batch, one layer at a time, so that only one layer's token × expert matrix exists.
 
-    earlier: the choices of another checkpoint for the same tokens.
+    earlier: the choices of another checkpoint for the same tokens. in_order: as in `router_stats`.
     """
     counted_BS1 = counted.astype(jnp.float32)[:, :, None]
     member_BSG = jax.nn.one_hot(group, balance_groups, dtype=jnp.float32) * counted_BS1
@@ -106,17 +114,19 @@ def choice_sums(
 
     def sums_of_layer(pair: tuple[Choices, Choices | None]) -> ChoiceSums:
         now, earlier = pair
-        chosen_BSC = _chosen(now, num_experts) * counted_BS1
+        chosen_BSC = _chosen(now, num_experts, in_order) * counted_BS1
         # Zeros and ones: the product is exact in any precision.
         pairs = jnp.einsum("bse,bsf->ef", chosen_BSC, chosen_BSC, out_sharding=PartitionSpec())
         kept = None
         if earlier is not None:
-            kept = by_group(jnp.sum(chosen_BSC * _chosen(earlier, num_experts), axis=-1))
+            kept = by_group(jnp.sum(chosen_BSC * _chosen(earlier, num_experts, in_order), axis=-1))
         return ChoiceSums(by_group(now.score), pairs, kept)
 
     return jax.lax.map(sums_of_layer, (now, earlier))
 
 
-def _chosen(choices: Choices, num_experts: int) -> Float[Array, "B S C"]:
+def _chosen(choices: Choices, num_experts: int, in_order: bool) -> Float[Array, "B S C"]:
     """1 for each expert that a token chose. A slot of −1 is a row of zeros."""
+    if in_order:
+        return (choices.experts >= 0).astype(jnp.float32)
     return jnp.sum(jax.nn.one_hot(choices.experts, num_experts, dtype=jnp.float32), axis=-2)

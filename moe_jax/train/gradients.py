@@ -61,7 +61,7 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
         if knobs.draws_noise(cfg):
             batch = batch._replace(index=knobs.number_tokens(batch.tokens.shape))
         moving = knobs.of_step(cfg, step)
-        total_loss = functools.partial(losses.total_loss, cfg=cfg.loss, step=step, moe=cfg.trained.moe)
+        total_loss = functools.partial(losses.total_loss, cfg=cfg.loss, step=step, model=cfg.trained)
         gradients_of = functools.partial(_gradients_of, cfg, graph, params, bias, moving)
         if count == 1:
             return gradients_of(batch, total_loss)

@@ -1,12 +1,13 @@
 """The training loss: `total_loss` is the one place that joins coefficients to losses."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import LossConfig, MoEConfig, RouterLossConfig
+from moe_jax.config import LossConfig, ModelConfig, MoEConfig, RouterLossConfig
 from moe_jax.moe.router_losses import LOSSES, column_targets, merge_groups
 from moe_jax.moe.stats import RouterStats
 from moe_jax.nn.qk_clip import Maxima
@@ -41,7 +42,7 @@ def total_loss(
     sums: BatchSums,
     cfg: LossConfig,
     step: Int[Array, ""] | int = 0,
-    moe: MoEConfig | None = None,
+    model: ModelConfig | None = None,
     *,
     tokens: Float[Array, ""] | None = None,
     share: float = 1.0,
@@ -49,20 +50,27 @@ def total_loss(
     """The training loss at `step`: nats per token, and the router losses averaged (or summed) over layers.
 
     sums: of the whole optimizer batch.
-    moe: of the model; None: every router column is an expert.
+    model: decides which blocks have a router, and which of its columns are experts; None: all of them. Blocks whose
+        experts a table names have no balance to gain, so that only losses that are linear see their routers.
     tokens: counted tokens that a linear router loss is a mean over; None: those of `sums`.
     share: weight of the other router losses.
     """
     if tokens is None:
         tokens = next((jnp.sum(s.tokens[:1]) for s in sums.router.values()), 0.0)  # every layer sees the same
-    of_layers = jnp.mean if cfg.router_loss_layers == "mean" and sums.router else jnp.sum
-    join = lambda of_bank: of_layers(jnp.concatenate([of_bank(s) for s in sums.router.values()] or [jnp.zeros(0)]))
+    tables = model.table_paths if model else set()
+    chosen = [s for path, s in sums.router.items() if path not in tables]
+    weighed = chosen if model is None or model.moe.combine == "one" else list(sums.router.values())
+
+    def join(of_bank: Callable[[RouterStats], Array], banks: list[RouterStats]) -> Array:
+        of_layers = jnp.mean if cfg.router_loss_layers == "mean" and banks else jnp.sum
+        return of_layers(jnp.concatenate([of_bank(stats) for stats in banks] or [jnp.zeros(0)]))
+
     router, raw = {}, {}
     for name, term in cfg.router_losses.items():
         if LOSSES[term.kind].linear:
-            value = join(LOSSES[term.kind].of) / jnp.maximum(tokens, 1.0)
+            value = join(LOSSES[term.kind].of, weighed) / jnp.maximum(tokens, 1.0)
         else:
-            value = join(lambda stats, term=term: share * _of_bank(stats, cfg, term, moe))
+            value = join(lambda stats, term=term: share * _of_bank(stats, cfg, term, model and model.moe), chosen)
         router[name] = _coef(term, step) * value if term.coef else jnp.zeros_like(value)
         raw[name.replace(term.kind, f"{term.kind}_raw", 1)] = value
     parts = LossParts(sums.nll / jnp.maximum(sums.weights, 1.0), router, raw)

@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: dict
-    router_bias: dict  # {} without model.moe.selection_bias
+    router_bias: dict  # selection biases and the tables of table blocks; {} without any
     opt_state: Any  # see `parts_of`
 
 
@@ -72,7 +72,7 @@ class EvalSums(NamedTuple):
 def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:
     """Chooses how the model of a run is computed on a mesh, in training."""
     tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
-    chosen = Program.choose(cfg.model, mesh, tokens, cfg.data.seq_len)
+    chosen = Program.choose(cfg.trained, mesh, tokens, cfg.data.seq_len)
     return dataclasses.replace(chosen, balance_groups=cfg.balance_groups)
 
 

@@ -121,6 +121,7 @@ def make_eval_step(
                     batch.group,
                     num_domains,
                     out.stats[path].tokens_per_expert.shape[-1],
+                    in_order=cfg.model.moe.choice == "expert" and path not in cfg.model.table_paths,
                 )
                 for path, chosen in out.choices.items()
             }

@@ -488,7 +488,7 @@ def test_identity_slots_are_not_sent(monkeypatch):
             bias = jnp.where(jnp.arange(16) < 8, 1.0 if real else -1.0, 0.0)
             layer.router_bias[...] = bias
             graph, state = nnx.split(layer)
-            y = jax.jit(lambda state: nnx.merge(graph, state)(x, info).y)(state)  # noqa: B023
+            y = jax.jit(lambda state, graph=graph: nnx.merge(graph, state)(x, info).y)(state)
             jax.effects_barrier()
             if not real:
                 probs = jax.nn.softmax(jax.device_get(x) @ jax.device_get(layer.w_router[...]), axis=-1)

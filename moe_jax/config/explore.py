@@ -36,7 +36,7 @@ class RampConfig(Checked, resume=FIXED):
 
 @dataclass(frozen=True)
 class ExploreConfig(Checked, resume=FIXED):
-    """What the router does in training only (docs/routing.md): noise is drawn anew for each token, step and layer."""
+    """Settings of the router for training only (docs/routing.md). Noise is drawn for each token, step and layer."""
 
     # Share of noise that is mixed into router logits, with their own mean and deviation: Ling's warm-up of routing from
     # 1 to 0.
@@ -112,6 +112,6 @@ def _check_top_k(cfg: Any) -> None:
     require(not cfg.model.table_paths, "explore.top_k", k, "is not available with table blocks, whose tables name "
             f"top_k={moe.top_k} experts", "nearest valid: 0")  # fmt: skip
     try:
-        cfg.trained  # noqa: B018
+        _ = cfg.trained
     except ConfigError as error:
         raise ConfigError("explore.top_k", k, f"as {error.name} {error.rule}", "nearest valid: 0") from None

@@ -92,7 +92,7 @@ def budget_target(columns: int, num_experts: int, top_k: int, budget: float) -> 
 def describe(loss: LossConfig, model: ModelConfig) -> str:
     """Describes in one line how the selection biases move, and what quantile balancing counts."""
     if loss.bias_update == "quantile":
-        columns = max(model.expert_counts, default=0) + model.moe.router_columns - model.moe.num_experts
+        columns = max(model.routed_counts, default=0) + model.moe.identity_experts
         count = f"{quantile.BINS:,} bins for each of {columns:,} experts, {4 * quantile.BINS * columns:,} bytes a layer"
         return f"selection bias: quantile over the optimizer batch, {count}"
     budget, k = model.moe.expert_budget, model.moe.top_k

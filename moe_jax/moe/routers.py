@@ -1,4 +1,4 @@
-"""Where router logits come from: a function of each token's own activations, and a table that names experts by id.
+"""Router logits from each token's own activations, and the table that names experts by token id.
 
 A kind of router is an entry of `ROUTERS`: the weights that it has besides `w_router`, the last matrix, and the function
 that computes logits. All compute in float32. They run inside the `shard_map` of layer.py, on the tokens of one device.

@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
 
 class Knobs(NamedTuple):
-    """What moves during training, as numbers: `step.knobs` makes them. None is off and costs nothing."""
+    """Numbers that move during training; train/knobs.py makes them. None is off and costs nothing."""
 
     key: Key[Array, ""]  # of the step, then of the layer
     random: Float[Array, ""] | None = None  # share of noise in the logits
@@ -36,7 +36,7 @@ class Knobs(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the router knows of tokens besides their logits."""
+    """Facts about tokens that the router uses besides their logits."""
 
     counted: Bool[Array, " T"]  # False: padding
     index: Int[Array, " T"] | None = None  # number of the token in the optimizer batch, for noise

@@ -1,4 +1,4 @@
-"""What moves in the router during training (`explore`), as numbers that the model takes: `Knobs` of a step."""
+"""The `Knobs` of a step: what `explore` moves in the router during training, as numbers that the model takes."""
 
 import jax
 import jax.numpy as jnp

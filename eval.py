@@ -3,7 +3,8 @@
     python eval.py --workdir=runs/quickstart
 
 Writes eval.json, analysis.npz, figures/ and sample.txt into the run directory. Files of these names cover all held-out
-text and the newest checkpoint. With --batches or another --step the names contain them: eval.200.8batches.json.
+text and the newest checkpoint. With --batches or another --step the names contain them: eval.200.8batches.json; those
+of the average of the weights (--weights=ema) begin with eval.ema, analysis.ema or sample.ema.
 """
 
 import sys
@@ -24,6 +25,9 @@ STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the 
 EARLIER = flags.DEFINE_integer("earlier", None, "earlier checkpoint of the run to compare the experts' choices with")
 LIMIT = flags.DEFINE_integer("batches", 0, "evaluate this many batches, spread over the held-out text; 0: all", 0)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt to continue, may be repeated; default: config.sample.prompt")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "trained", ["trained", "ema"], "evaluate the trained weights, or their average (config.optim.ema)"
+)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 
 
@@ -51,12 +55,12 @@ def main(argv):
         cli.check_earlier(EARLIER.value, STEP.value, steps)
         number, _ = checkpoints.contents(STEP.value)
         before = checkpoints.data_state(number)
-    abstract = abstract_weights(cfg.model, mesh)
-    params, bias, _ = weights.load_weights(workdir, *abstract, step=number)
-    earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value)[:2]
+    abstract, average = abstract_weights(cfg.model, mesh), WEIGHTS.value == "ema"
+    params, bias, _ = weights.load_weights(workdir, *abstract, step=number, average=average)
+    earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value, average=average)[:2]
     for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
         echo(line)
-    echo(f"checkpoint of step {number}, mesh {dict(mesh.shape)}")
+    echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")
     if cfg.model.num_moe_layers and cfg.model.moe.choice == "expert":
         echo("experts choose tokens, later ones too: these losses are not comparable with those of a causal model")
 
@@ -65,7 +69,7 @@ def main(argv):
         cfg, mesh, params, bias, corpus, limit=LIMIT.value,
         record=True, earlier=earlier,
     )  # fmt: skip
-    suffix, written, drawn = held_out.suffix(result, number, steps[-1]), [], []
+    suffix, written, drawn = ".ema" * average + held_out.suffix(result, number, steps[-1]), [], []
 
     def keep(file, write):
         """Writes a result to its file as soon as it exists. Printing comes last, since it may fail."""
@@ -112,7 +116,7 @@ def main(argv):
     files = ", ".join(dict.fromkeys(written))
     echo(f"\nwritten in {workdir}: {files}, figures/: {', '.join(name for name, _ in drawn) or 'none'}")
     if suffix:
-        echo(f"eval.json is reserved for all held-out text at the newest checkpoint, {steps[-1]}")
+        echo(f"eval.json is reserved for all held-out text at the newest checkpoint, {steps[-1]}, as it was trained")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from moe_jax.run import changes, checkpoint, config_file, log, replay, survive, 
 from moe_jax.run.recorder import Recorder
 from moe_jax.train import guard, knobs, losses, metrics, step
 from moe_jax.train.state import abstract_state, abstract_weights, choose_program, init_state, process_rows, put_batch
+from moe_jax.tree import flatten
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "run directory; made if missing, resumed if not")
@@ -32,6 +33,9 @@ COMPILE_ONLY = flags.DEFINE_string(
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 RESUME_STEP = flags.DEFINE_integer("resume_step", None, "go on from this checkpoint; later ones are set aside", 1)
 ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "go on though the text is not what it was at the checkpoint")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "trained", ["trained", "ema"], "which weights of config.init_from: the trained ones, or their average"
+)
 REPLAY = cli.define_path("replay", None, "take the step of a dump again, and nothing else; see docs/survival.md")
 
 
@@ -51,6 +55,9 @@ def train(preemption: survive.Preemption):
     # --- configuration: every rule is checked before anything is compiled ---------------------------------------------
     cfg = config.build(CONFIG.value)
     router_losses.check(cfg)
+    optim.check_groups(cfg)
+    if WEIGHTS.value == "ema" and not cfg.init_from:
+        raise UserError("--weights=ema needs --config.init_from, whose weights it chooses")
     if COMPILE_ONLY.value:
         return compile_only.main(cfg, COMPILE_ONLY.value)
     workdir = Path(WORKDIR.value)
@@ -89,8 +96,9 @@ def train(preemption: survive.Preemption):
 
     # --- model --------------------------------------------------------------------------------------------------------
     program = choose_program(cfg, mesh)
-    counts = model.count_parameters(cfg.model)
-    flops = model.flops_per_token(cfg.trained, cfg.data.seq_len)
+    counts, graph = model.count_parameters(cfg.model), model.abstract(cfg.model)
+    frozen = optim.frozen_paths(cfg.optim, flatten(graph.shapes))
+    flops = model.flops_per_token(cfg.trained, cfg.data.seq_len, frozen)
     peak, peak_source = chips.peak_flops(device)
     say(f"devices: {mesh.size} × {device.device_kind}, mesh {dict(mesh.shape)}")
     say(f"peak: {peak / 1e12:.2f} TFLOP/s each ({peak_source})")
@@ -102,7 +110,7 @@ def train(preemption: survive.Preemption):
             say(balance.describe(cfg.loss, cfg.trained))
     if line := knobs.describe(cfg):
         say(line)
-    say(optim.describe(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim))
+    say(optim.describe(cfg.optim, graph, dict(mesh.shape), cfg.model.head_dim))
 
     # --- state: the order is important --------------------------------------------------------------------------------
     # 1. the newest complete checkpoint of this run directory; 2. the weights of config.init_from, the optimizer fresh;
@@ -131,9 +139,11 @@ def train(preemption: survive.Preemption):
         if line := optim.describe_stretch(cfg.optim, saved.get("steps", steps), steps, start - watch.skipped):
             say(line)
     elif cfg.init_from:
-        params, bias, origin = weights.load_weights(cfg.init_from, *abstract_weights(cfg.model, mesh), cast=True)
+        average, abstract = WEIGHTS.value == "ema", abstract_weights(cfg.model, mesh)
+        params, bias, origin = weights.load_weights(cfg.init_from, *abstract, cast=True, average=average)
         state = init_state(cfg, mesh, (params, bias))
-        say(f"starting from the weights of {cfg.init_from}, with a fresh optimizer state")
+        which = "average of the weights" if average else "weights"
+        say(f"starting from the {which} of {cfg.init_from}, with a fresh optimizer state")
         for line in differs:
             say(line)
     else:
@@ -209,6 +219,9 @@ def train(preemption: survive.Preemption):
     lock.close()
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")
     say(held_out.table(result, baselines))
+    if evaluation.of_average:
+        say("\nthe average of the weights (optim.ema) on the same text")
+        say(held_out.table(evaluation.of_average, baselines))
     say(f"\nsample\n{text}")
     if name != "eval.json":
         say(f"\neval.json stays, which is of this step and of more text; this evaluation is in {name}")

@@ -18,9 +18,10 @@ from absl import flags
 
 from moe_jax import cli, config, model, optim
 from moe_jax.aot import hlo, machines
-from moe_jax.optim import newton_schulz
+from moe_jax.optim import groups, newton_schulz
 from moe_jax.parallel import sharding
 from moe_jax.train.state import abstract_state, parts_of
+from moe_jax.tree import flatten
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5p:2x4x8", "v5p:4x8x8"], "TPU topologies, 64 and 256 chips")
@@ -43,11 +44,10 @@ def main(_):
         devices = machines.devices(name)
         mesh = sharding.make_mesh(shape_of(len(devices), cfg), devices)
         state = abstract_state(cfg, mesh)
+        trained, _ = groups.split(state.params, optim.frozen_paths(cfg.optim, flatten(state.params)))
         began = time.time()
         with jax.set_mesh(mesh):
-            compiled = (
-                jax.jit(optimizer.update).lower(state.params, parts_of(state.opt_state)[0], state.params).compile()
-            )
+            compiled = jax.jit(optimizer.update).lower(trained, parts_of(state.opt_state).optimizer, trained).compile()
         memory, moved = compiled.memory_analysis(), {}
         for c in hlo.collectives(compiled.as_text(), dict(mesh.shape)):
             moved[c.kind] = moved.get(c.kind, 0) + c.size  # loops once

@@ -27,12 +27,13 @@ import numpy as np
 from absl import flags
 
 from benchmarks.rows import milliseconds, random_rows, steer, where
-from moe_jax import chips, cli, config, data, model
+from moe_jax import chips, cli, config, data, model, optim
 from moe_jax.errors import UserError
 from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.train import metrics, step
 from moe_jax.train.state import choose_program, init_state, process_rows, put_batch
+from moe_jax.tree import flatten
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "timed steps", 1)
@@ -110,7 +111,8 @@ def main(_):
             turns[load].append((time.perf_counter() - began) / STEPS.value)
 
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    flops = model.flops_per_token(cfg.model, cfg.data.seq_len) * tokens
+    frozen = optim.frozen_paths(cfg.optim, flatten(model.abstract(cfg.model).shapes))
+    flops = model.flops_per_token(cfg.model, cfg.data.seq_len, frozen) * tokens
     peak, source = chips.peak_flops(device)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
     for load, taken in turns.items():

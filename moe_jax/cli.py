@@ -27,6 +27,7 @@ _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.
 _ENTRIES = {
     "data.sources": "config.source(kind='files', path='…')",
     "loss.more": "config.router_loss(kind='load_balance', coef=0.01, balance_batch=1)",
+    "optim.groups": "config.parameter_group(match='^embed$', weight_decay=0.0)",
 }
 
 HEARTBEAT = 20  # seconds after which a process that does not answer counts as dead

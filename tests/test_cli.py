@@ -64,6 +64,7 @@ def write_files(root: Path) -> None:
         "no_sources": "config.data.sources = {}",
         "bug": "config.optim.lr = 1 / 0",
         "no_such_loss": "config.loss.more = {'a': config_lib.router_loss(kind='mutual', coef=0.1)}",
+        "no_such_group": "config.optim.groups = {'a': config_lib.parameter_group(match='/w_ruoter$', freeze=True)}",
         "no_platform": "import jax; jax.config.update('jax_platforms', 'cup')",  # as JAX_PLATFORMS=cup
         "no_plugin": "import jax; jax.config.update('jax_platforms', 'rocm')",
     }
@@ -217,6 +218,7 @@ OVERRIDES = {
     "data.cache_dir={d}/a_file": ["config.data.cache_dir='", "(is a file)", "set $MOE_JAX_CACHE or"],
     "train.wandb_project=x": ["config.train.wandb_project='x': needs Weights & Biases, which is not", "pip install"],
     "loss.more.micro.coef=0.1": ["a config file makes a new entry", "config.router_loss("],
+    "optim.groups.a.lr=0.1": ["a config file makes a new entry", "config.parameter_group("],
     "data.sources.other.path=x": ["other: is not a field; nearest valid name: text; a ", "config.source(kind='files'"],
     "data.seq_len=1000000": ["config.data.seq_len=1000000: must be ≤ ", "data.sources.text", "nearest valid: "],
 }  # fmt: skip
@@ -271,7 +273,12 @@ OTHER = {
     "train.py --config={d}/configs/no_such_loss.py --workdir={d}/runs/x": [
         "config.loss.more.a.kind='mutual': must be one of load_balance", "nearest valid: 'mutual_information'",
     ],
+    "train.py --config={d}/configs/no_such_group.py --workdir={d}/runs/x": [
+        "config.optim.groups.a.match='/w_ruoter$': matches no parameter of ", "valid: 'layers/moe/w_router'",
+    ],
     # flags
+    TRAIN + "--weights=ema": ["--weights=ema needs --config.init_from"],
+    TRAIN + "--weights=emma": ["--weights=emma", "ema"],
     "train.py": ["--workdir is needed"],
     "train.py --config={d}/configs/good.py": ["--workdir is needed"],
     "train.py --workdir={d}/runs/x": ["--config is needed, for example --config=configs/quickstart.py"],

@@ -69,8 +69,8 @@ def test_only_the_named_have_a_state():
     with_leaves = [f for f, c in balance.CONTROLLERS.items() if jax.tree.leaves(c.init(jnp.zeros(3)))]
     assert with_leaves == list(balance.WITH_STATE)
     optimizer = (optax.EmptyState(),)
-    assert join_parts(optimizer, {}) is optimizer and parts_of(optimizer) == (optimizer, {})
-    assert parts_of(join_parts(optimizer, {"a": 1})) == (optimizer, {"a": 1})
+    assert join_parts(optimizer, {}) is optimizer and parts_of(optimizer) == (optimizer, {}, {})
+    assert parts_of(join_parts(optimizer, {"a": 1})) == (optimizer, {"a": 1}, {})
 
 
 # --- a budget of experts ---------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_skipped_steps_and_resumed_runs(form, tmp_path):
     assert run.take(2, poisoned(rows_of(2))).skipped == 1
     assert leaves(run.state[1:]) == before and any(np.any(b) for b in jax.tree.leaves(run.state.router_bias))
 
-    _, controllers = parts_of(run.state.opt_state)
+    controllers = parts_of(run.state.opt_state).controllers
     names = [name for name in leaves(run.state.opt_state) if "controllers" in name]
     if form == "adamw":
         mu = optax.tree.get(controllers["layers"]["moe"]["router_bias"], "mu")

@@ -23,7 +23,7 @@ from scipy import special, stats
 from test_model import forward, init, inputs_of, plain_attention, plain_glu, plain_norm, under_mesh
 from test_resume import write_text
 
-from moe_jax import config, model, upcycle
+from moe_jax import config, model, optim, upcycle
 from moe_jax.config import ExploreConfig, ModelConfig, RampConfig, RunConfig
 from moe_jax.config.layers import Place
 from moe_jax.errors import FormatError
@@ -36,6 +36,7 @@ from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, weights
 from moe_jax.train import knobs, metrics, step
+from moe_jax.train.gradients import make_gradients
 from moe_jax.train.state import abstract_batch, abstract_state, abstract_weights, init_state, process_rows, put_batch
 from moe_jax.tree import flatten
 from moe_jax.upcycle import Cluster, Depth, Drop, Transform, VirtualGroups, Width
@@ -46,6 +47,7 @@ SOURCE = "base"  # the dense model that upcycling starts from
 # What the first command of an upcycled system does to it.
 CHAINS: dict[str, list[Transform]] = {
     "aquila": [Depth(6), Width(256, 512, 4), VirtualGroups(8, 1, 2)],
+    "cpm2": [VirtualGroups(8, 1, 1)],
     "drop_upcycling": [VirtualGroups(8, 1, 2), Drop(0.5)],
     "emoe": [Cluster(16, 4, dense_layers=2)],
     "llama3_meets_moe": [VirtualGroups(8, 1, 2)],
@@ -127,7 +129,7 @@ def test_traced_on_a_mesh(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step(name):
-    """Changes every parameter, routes every token, and ends with finite numbers."""
+    """Changes every parameter that is not frozen, routes every token, and ends with finite numbers."""
     cfg, mesh = toy(name), mesh_of(*MESH)
     state = init_state(cfg, mesh)
     before = jax.device_get(state.params)
@@ -139,8 +141,9 @@ def test_a_step(name):
         least = 1 if cfg.explore.threshold else moe.top_k
         assert (made >= least * tokens).all() and (made <= moe.top_k * tokens).all(), path
         assert moe.compute == "capacity" or not np.any(sums.dropped), path
+    frozen = optim.frozen_paths(cfg.optim, flatten(before))
     for path, w in flatten(jax.device_get(after.params)).items():
-        assert np.isfinite(w).all() and (w != flatten(before)[path]).any(), path
+        assert np.isfinite(w).all() and (w != flatten(before)[path]).any() == (path not in frozen), path
 
 
 # --- upcycled systems ------------------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ def test_the_upcycling_command(name, runs):
         *_, origin = weights.load_weights(made, *abstract_weights(cfg.model, mesh_of(1, 1, 1)))
     assert origin[-1]["chain"] == json.loads(json.dumps(upcycle.describe(CHAINS[name])))
     error = float(re.search(r"relative error of the logits on random tokens: (\S+)", ran.stdout)[1])
-    exact = name == "llama3_meets_moe"
+    exact = name in ("cpm2", "llama3_meets_moe")
     assert (error < 1e-5) == exact == ("function: the same as that of the dense model" in ran.stdout)
 
 
@@ -276,6 +279,24 @@ def test_deepseek_v4_weighs_what_the_table_names():
     np.testing.assert_array_equal(plan.experts, table)
     scores = np.sqrt(np.log1p(np.exp(np.take_along_axis(logits, table, 1))))
     np.testing.assert_allclose(plan.weights, 1.5 * scores / scores.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_cpm2_keeps_its_projection():
+    """The router has neither gradient nor moment, all else has both; the expert is the best column, with the weight 1;
+    random inputs use every expert."""
+    cfg, mesh = toy("cpm2"), mesh_of(*MESH)
+    router, state = "layers/moe/w_router", abstract_state(cfg, mesh)
+    with jax.set_mesh(mesh):
+        grads = jax.eval_shape(make_gradients(cfg, mesh), state.params, {}, abstract_batch(cfg, mesh), 0).grads
+    assert set(flatten(state.params)) - set(flatten(grads)) == {router}
+    moments = [path for path in flatten(state.opt_state) if path.endswith(tuple(flatten(state.params)))]
+    assert len(moments) == 2 * len(flatten(grads)) and not any(path.endswith(router) for path in moments)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(8192, 128)) @ rng.normal(size=(128, 8))
+    plan = routed("cpm2", logits)
+    np.testing.assert_array_equal(plan.experts, logits.argmax(1)[:, None])
+    assert (plan.weights == 1).all() and plan.valid.all()
+    assert np.abs(np.bincount(plan.experts[:, 0]) / 1024 - 1).max() < 0.4
 
 
 @functools.cache

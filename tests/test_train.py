@@ -71,7 +71,7 @@ def run(root: Path, program: str, *flags: str, **how) -> subprocess.CompletedPro
 
 def rows(root: Path, kind: str, workdir: str = "run") -> list[dict]:
     lines = [json.loads(line) for line in (root / workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {line["kind"] for line in lines} <= {"train", "eval"}
+    assert {line["kind"] for line in lines} <= {"train", "eval", "eval_ema"}
     return [line for line in lines if line["kind"] == kind]
 
 

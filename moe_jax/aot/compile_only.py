@@ -24,7 +24,8 @@ from moe_jax.errors import UserError
 from moe_jax.moe import exchange
 from moe_jax.parallel import sharding
 from moe_jax.train import step
-from moe_jax.train.state import abstract_batch, abstract_state, choose_program
+from moe_jax.train.state import abstract_batch, abstract_state, choose_program, parts_of
+from moe_jax.tree import flatten
 
 # Messages of JAX about the machine on which it traces, and what to do about them.
 REFUSALS = {
@@ -32,6 +33,7 @@ REFUSALS = {
     "at least Hopper": "JAX traces cuDNN's attention to packed segments on a machine with a Hopper GPU only; "
     "nearest valid: --config.model.segment_mask=false, or --config.model.attention=xla",
 }
+AVERAGE = "average of the weights"  # a kind of memory, beside the parameters and the moments
 
 
 class Report(NamedTuple):
@@ -98,8 +100,10 @@ def compile_report(cfg: config.RunConfig, topology: str) -> Report:
     """The report for a config on a machine. Compilation takes minutes. Raises UserError and ConfigError."""
     mesh, began = mesh_of(cfg, machines.devices(topology)), time.perf_counter()
     state = abstract_state(cfg, mesh)
+    parts = parts_of(state.opt_state)
     memory = {"parameters": bytes_of_device((state.params, state.router_bias)),
-              "moments": bytes_of_device(state.opt_state)}  # fmt: skip
+              "moments": bytes_of_device((parts.optimizer, parts.controllers))}  # fmt: skip
+    memory |= {AVERAGE: bytes_of_device(parts.ema)} if parts.ema else {}
     capacity = machines.chip(topology).memory * (GPU_SHARE if machines.is_gpu(topology) else 1)
     sent, text = [], ""
     try:
@@ -141,6 +145,22 @@ def bytes_sent(cfg: config.RunConfig, report: Report) -> dict[tuple[str, str], t
     return dict(sorted(out.items(), key=lambda item: -item[1][1]))
 
 
+def flops_of_step(cfg: config.RunConfig) -> float:
+    """FLOPs of the model in a step on all chips, by formula. Frozen weights have no gradient of their own."""
+    frozen = optim.frozen_paths(cfg.optim, flatten(model.abstract(cfg.model).shapes))
+    return model.flops_per_token(cfg.model, cfg.data.seq_len, frozen) * cfg.data.batch_size * cfg.data.seq_len
+
+
+def bytes_of_state(cfg: config.RunConfig, report: Report) -> tuple[float, float]:
+    """Bytes on a chip of what a step reads and writes once, and of the gradients. These are as large as the parameters,
+    but for the share of them that is frozen."""
+    shapes = flatten(model.abstract(cfg.model).shapes)
+    frozen = optim.frozen_paths(cfg.optim, shapes)
+    share = sum(x.size for path, x in shapes.items() if path not in frozen) / sum(x.size for x in shapes.values())
+    state = sum(report.memory.get(name, 0.0) for name in ("parameters", "moments", AVERAGE))
+    return state, share * report.memory["parameters"]
+
+
 def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
     """Seconds a step that arithmetic, memory, links and network of a chip need at the rates of its data sheet.
 
@@ -150,15 +170,16 @@ def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
     """
     _, memory_rate, link_rate, network_rate = machines.chip(report.topology)
     m, a, chips = cfg.model, cfg.train.micro_batches, math.prod(report.mesh.values())
-    flops = model.flops_per_token(m, cfg.data.seq_len) * cfg.data.batch_size * cfg.data.seq_len / chips
+    flops = flops_of_step(cfg) / chips
     twice = a > 1 and cfg.loss.accumulation == "exact"
     passes = 3 + (m.remat == "full") + twice
-    flops *= passes / 3
+    forward = model.flops_per_token(m, cfg.data.seq_len) * cfg.data.batch_size * cfg.data.seq_len / chips / 3
+    flops += (passes - 3) * forward
     if optim.owners(cfg.optim)["matrix"] == "muon":
         flops += optim.muon_plan(cfg.optim, model.abstract(m), report.mesh, m.head_dim).flops
-    state = report.memory["parameters"] + report.memory["moments"]
+    state, gradients = bytes_of_state(cfg, report)
     weights = model.count_parameters(m).total * jnp.dtype(m.compute_dtype).itemsize / report.mesh["expert"]
-    moved = 2 * state + 2 * a * report.memory["parameters"] + 2 * weights * passes * a
+    moved = 2 * state + 2 * a * gradients + 2 * weights * passes * a
     sent = bytes_sent(cfg, report).items()
     over = lambda network: sum(size for (kind, _), (_, size) in sent if (kind == hlo.NETWORK) == network)
     peak, _ = peak_flops(machines.devices(report.topology)[0])
@@ -168,7 +189,7 @@ def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
 
 def suggestions(cfg: config.RunConfig, report: Report) -> str:
     """The smallest change that should make the step fit, estimated in proportion and not compiled."""
-    state, total, chips = report.memory["parameters"] * 2 + report.memory["moments"], sum(report.memory.values()), 0
+    state, total = sum(bytes_of_state(cfg, report)), sum(report.memory.values())
     chips, a = math.prod(report.mesh.values()), cfg.train.micro_batches
     rows, free = cfg.data.batch_size // chips, report.capacity - state
     if free > 0.1 * report.capacity:  # the state fits
@@ -201,7 +222,7 @@ def lines(cfg: config.RunConfig, report: Report) -> Iterator[str]:
     verdict = "fits" if report.fits else "DOES NOT FIT"
     yield f"{verdict}: {gb(total)} of {gb(report.capacity)} a chip, {source}; compiled in {report.seconds:.0f} s"
     yield "memory: " + ", ".join(f"{name} {gb(n)}" for name, n in report.memory.items())
-    flops = model.flops_per_token(m, cfg.data.seq_len) * tokens
+    flops = flops_of_step(cfg)
     yield f"FLOPs by formula: {flops / 1e12:,.2f} TFLOP a step, {flops / chips / 1e12:,.2f} TFLOP a chip"
     if not report.fits:
         yield f"the smallest change that should make it fit (estimated, not compiled): {suggestions(cfg, report)}"

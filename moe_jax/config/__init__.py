@@ -6,7 +6,7 @@ value, the rule and the nearest valid choice.
 """
 
 from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
-from moe_jax.config.convert import build, build_model, default_config, router_loss, source, to_dict
+from moe_jax.config.convert import build, build_model, default_config, parameter_group, router_loss, source, to_dict
 from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.config.explore import ExploreConfig, RampConfig
 from moe_jax.config.fields import nearest_divisor
@@ -14,6 +14,7 @@ from moe_jax.config.machine import check_devices, check_steps, check_vocabulary,
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
+    GroupConfig,
     LossConfig,
     MeshConfig,
     OptimConfig,
@@ -26,6 +27,7 @@ from moe_jax.config.schema import (
 __all__ = [
     "DataConfig",
     "ExploreConfig",
+    "GroupConfig",
     "LossConfig",
     "MLAConfig",
     "MeshConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "is_new_default",
     "may_change",
     "nearest_divisor",
+    "parameter_group",
     "plain",
     "plain_routing",
     "router_loss",

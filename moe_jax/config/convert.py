@@ -11,7 +11,7 @@ import ml_collections
 from moe_jax.config.data import SourceConfig
 from moe_jax.config.fields import require
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.schema import RouterLossConfig, RunConfig
+from moe_jax.config.schema import GroupConfig, RouterLossConfig, RunConfig
 from moe_jax.errors import ConfigError
 
 
@@ -117,6 +117,11 @@ def source(**fields) -> ml_collections.ConfigDict:
 def router_loss(**fields) -> ml_collections.ConfigDict:
     """A loss for `config.loss.more`. It has every field, so that the command line can override each."""
     return _locked(RouterLossConfig, fields)
+
+
+def parameter_group(**fields) -> ml_collections.ConfigDict:
+    """A group for `config.optim.groups`. It has every field, so that the command line can override each."""
+    return _locked(GroupConfig, fields)
 
 
 def _locked(cls: type, fields: dict) -> ml_collections.ConfigDict:

@@ -5,6 +5,7 @@ model.py has the model, data.py the data, explore.py what moves in the router du
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,7 @@ from moe_jax.config.data import DataConfig
 from moe_jax.config.explore import ExploreConfig, check_routing
 from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, number, renamed, require
 from moe_jax.config.model import ModelConfig
+from moe_jax.errors import ConfigError
 
 Scope = int | Literal["global"]  # sequences that are balanced together; "global": the whole optimizer batch
 
@@ -107,6 +109,36 @@ def _check_steps(start: int, stop: int, name: str) -> None:
 
 
 @dataclass(frozen=True)
+class GroupConfig(Checked, resume=FIXED):
+    """A group of parameters that are trained otherwise, or not at all (docs/finetuning.md). The config file chooses its
+    name.
+
+    Where groups overlap their factors are multiplied, and one that freezes is enough.
+    """
+
+    # Regular expression that is searched in the paths of the parameters, such as "^embed$" or "/moe/w_(gate|up|down)$".
+    # A group without a parameter is refused.
+    match: str = ""
+    lr: float = number(1.0, 0.0)  # factor of the learning rate
+    weight_decay: float = number(1.0, 0.0)  # factor of the weight decay; 0: these parameters do not decay
+    # These parameters stay as they are, without gradients and moments. A frozen router keeps its selection bias too.
+    freeze: bool = False
+
+    def check(self):
+        hint = "nearest valid: '^embed$'"
+        require(bool(self.match), "match", self.match, "must be a regular expression over paths of parameters", hint)
+        try:
+            re.compile(self.match)
+        except re.error as e:
+            hint = f"nearest valid: {re.escape(self.match)!r}"
+            raise ConfigError("match", self.match, f"is not a regular expression: {e}", hint) from None
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            rule = "has no effect with freeze=True"
+            require(value == 1 or not self.freeze, name, value, rule, "nearest valid: 1.0")
+
+
+@dataclass(frozen=True)
 class OptimConfig(Checked, resume=FIXED):
     """The optimizer and its learning rate. docs/muon.md has Muon's formulas."""
 
@@ -119,7 +151,8 @@ class OptimConfig(Checked, resume=FIXED):
     warmup_steps: int = number(0, 0)  # steps in which the learning rate rises to lr; fewer than train.steps
     decay_fraction: float = number(0.2, 0.0, 1.0)  # share of the steps after the warm-up in which "wsd" decreases
     final_lr_fraction: float = number(0.1, 0.0, 1.0)  # learning rate of the last step / lr; not for "constant"
-    # Decoupled weight decay, multiplied by the learning rate. Every parameter decays, norms included.
+    # Decoupled weight decay, multiplied by the learning rate. Every parameter decays, norms included, but for what
+    # `groups` says.
     weight_decay: float = number(0.1, 0.0)
     clip_norm: float = number(1.0, 0.0)  # a gradient with a larger global norm is scaled down to this norm; 0: off
     beta1: float = number(0.9, 0.0, 1.0)  # AdamW's decay of the first moment
@@ -142,8 +175,19 @@ class OptimConfig(Checked, resume=FIXED):
     # Largest attention logit of a head (Kimi K2: 100). A head above it has w_q and w_k scaled down after the step;
     # 0: off. Not with model.qk_norm.
     qk_clip: float = number(0.0, 0.0)
+    # Decay of an exponential moving average of the weights, which is evaluated and saved beside them; 0: off
+    # (docs/finetuning.md).
+    ema: float = number(0.0, 0.0, 1.0)
+    # A config file makes entries, with `parameter_group` of moe_jax.config:
+    # `config.optim.groups = {"embedding": parameter_group(match="^embed$", weight_decay=0.0)}`.
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
 
     def check(self):
+        for name in self.groups:
+            require(name.isidentifier(), "groups", name, "names must be words of letters, digits and _",
+                    "nearest valid: 'embedding'")  # fmt: skip
+        require(self.ema < 1, "ema", self.ema, "must be < 1: an average with it would never move",
+                "nearest valid: 0.999")  # fmt: skip
         need = {"jordan": self.newton_schulz_steps, "deepseek_v4": 10}.get(self.coefficients, 5)
         rule = f"must be {need} with coefficients={self.coefficients!r}"
         steps = self.newton_schulz_steps

@@ -21,6 +21,9 @@ STEP = flags.DEFINE_integer("step", None, "export: the checkpoint; default: the 
 DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"],
                           "export: dtype of the files; default: that of the parameters")  # fmt: skip
 
+WEIGHTS = flags.DEFINE_enum("weights", "trained", ["trained", "ema"],
+                            "export: the trained weights, or their average (config.optim.ema)")  # fmt: skip
+
 
 def main(argv):
     command = argv[1] if len(argv) == 2 else " ".join(argv[1:])
@@ -32,7 +35,7 @@ def main(argv):
     elif command == "export":
         if not TO.value or FROM.value:
             raise UserError("export needs --workdir=RUN and --to=DIR, and no --from")
-        export_run(WORKDIR.value, TO.value, at=STEP.value, dtype=DTYPE.value)
+        export_run(WORKDIR.value, TO.value, at=STEP.value, dtype=DTYPE.value, average=WEIGHTS.value == "ema")
     else:
         raise UserError(f"unknown command {command!r}; nearest valid: import or export")
 

@@ -161,19 +161,20 @@ def _run_config(model: ModelConfig, tokenizer: dict[str, str], seq_len: int) -> 
 
 def export_run(
     workdir: str | os.PathLike, target: str | os.PathLike, *, at: int | None = None, dtype: str = "",
-    mesh: Mesh | None = None, max_file: int = 5_000_000_000, echo: Callable[[str], Any] = print,
+    average: bool = False, mesh: Mesh | None = None, max_file: int = 5_000_000_000, echo: Callable[[str], Any] = print,
 ) -> str:  # fmt: skip
     """Writes a run's weights as a directory that transformers' `from_pretrained` loads. Returns the architecture.
 
     at: a checkpoint; by default the newest. dtype: dtype of the files, by default that of the parameters. max_file:
-        largest number of bytes of a file.
+        largest number of bytes of a file. average: True writes the average of the weights (`optim.ema`).
     Raises FormatError if no supported architecture computes the run's model, or if a weight is not finite in `dtype`.
     Nothing is written then.
     """
     target, workdir = weights.check_free(target), Path(workdir).expanduser()
     cfg = load_config(workdir)
     dtype = np.dtype(safetensors.DTYPES[_code(dtype or cfg.model.param_dtype)])
-    params, bias, origin = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh or whole_mesh()), step=at)
+    abstract = abstract_weights(cfg.model, mesh or whole_mesh())
+    params, bias, origin = weights.load_weights(workdir, *abstract, step=at, average=average)
     source = next((event for event in origin if event.get("event") == "import"), {})
     name, hf = write_config(cfg.model, cfg.data.seq_len, source.get("architecture", ""))
     hf |= source.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}

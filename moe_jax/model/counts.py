@@ -42,14 +42,17 @@ def count_parameters(cfg: ModelConfig) -> Counts:
     return Counts(total, active, active - tables)
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+def flops_per_token(cfg: ModelConfig, seq_len: int, frozen: frozenset[str] = frozenset()) -> float:
     """Model FLOPs of one training token, forward and backward: 6 per active matmul weight, plus causal attention.
+
+    A third of the 6 is the weight's own gradient, which the parameters at the paths `frozen` do not have.
 
     The output matrix counts as a matmul, the embedding look-up does not. Attention is two products with S/2 keys on
     average: 6·S·N·H a layer; in MLA the product with values has their head size. Recomputation is not counted: these
     are the FLOPs of the model, MFU's numerator, not those that the hardware does.
     """
     looked_up = () if cfg.tie_embeddings else ("embed",)
-    matmul = sum(used for path, names, _, used in _leaves(cfg) if "norm" not in names and path not in looked_up)
+    matmul = {path: used for path, names, _, used in _leaves(cfg) if "norm" not in names and path not in looked_up}
+    fixed = sum(used for path, used in matmul.items() if path in frozen)
     heads = cfg.num_heads * (cfg.head_dim + cfg.v_dim)
-    return 6.0 * matmul + 3.0 * cfg.num_layers * seq_len * heads
+    return 6.0 * sum(matmul.values()) - 2.0 * fixed + 3.0 * cfg.num_layers * seq_len * heads

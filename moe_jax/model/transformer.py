@@ -89,7 +89,9 @@ class Transformer(nnx.Module):
     ) -> tuple[tuple, tuple[BlockOutput, ...]]:
         """Runs a stack. carry: x, and the state of its routers. caches, and the outputs beside the new carry: one for
         each block of the unit. first: number of the stack's first block in the decoder."""
-        graph, experts, others = nnx.split(getattr(self, stack.name), _is_expert_weight, ...)
+        is_trained = lambda path: "/".join((stack.name, *map(str, path))) not in self.program.frozen
+        waits = lambda path, variable: _is_expert_weight(variable) and is_trained(path)
+        graph, experts, others = nnx.split(getattr(self, stack.name), waits, ...)
         reduces = sharding.current_sizes().get("fsdp", 1) > 1  # the experts' gradients are summed over devices
         policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, stack.repeat)
         recompute = lambda fn, prevent_cse: jax.checkpoint(fn, policy=policy, prevent_cse=prevent_cse)
@@ -152,7 +154,7 @@ class Graph(NamedTuple):
         return nnx.merge(self.definition, params, router_bias)
 
 
-def _is_expert_weight(_, variable: nnx.Variable) -> bool:
+def _is_expert_weight(variable: nnx.Variable) -> bool:
     return "experts" in variable.get_metadata().get("axes", ())
 
 

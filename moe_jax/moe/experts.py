@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_jax.config import MoEConfig
@@ -200,28 +201,41 @@ def _compute_rows(x, weight_A, w: ExpertWeights, plan: RowPlan, compute: ExpertC
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _in_passes(x, weight_A, w, plan, rows: int, further: int, compute: ExpertCompute):
     """Computes the rows of a plan of all slots: `rows` at first, then `further` at a time."""
-    return _in_passes_forward(x, weight_A, w, plan, rows, further, compute)[0]
+    y = _compute_rows(x, weight_A, w, slice_plan(plan, 0, rows), compute)
+    return _further_passes(plan, rows, further, lambda part, y: y + _compute_rows(x, weight_A, w, part, compute), y)
 
 
 def _in_passes_forward(x, weight_A, w, plan, rows, further, compute):
-    y, back = jax.vjp(lambda *args: _compute_rows(*args, slice_plan(plan, 0, rows), compute), x, weight_A, w)
-    add = lambda part, y: y + _compute_rows(x, weight_A, w, part, compute)
-    return _further_passes(plan, rows, further, add, y), (back, x, weight_A, w, plan)
+    """Splits the arguments into those with a gradient and the frozen ones. A loop of further passes would carry the
+    gradients of these too, and compute them, though nobody wants them."""
+    where = lambda node: isinstance(node, CustomVJPPrimal)
+    pick = lambda which: lambda p: p.value if p.perturbed in which else None
+    moving, fixed = (jax.tree.map(pick(which), (x, weight_A, w), is_leaf=where) for which in ((True,), (False,)))
+    plan = jax.tree.map(pick((True, False)), plan, is_leaf=where)
+    compute_rows = lambda moving, part: _compute_rows(*_filled(moving, fixed), part, compute)
+    y, back = jax.vjp(lambda moving: compute_rows(moving, slice_plan(plan, 0, rows)), moving)
+    add = lambda part, y: y + compute_rows(moving, part)
+    return _further_passes(plan, rows, further, add, y), (back, moving, fixed, plan)
 
 
 def _in_passes_backward(rows, further, compute, saved, dy):
-    back, x, weight_A, w, plan = saved
+    back, moving, fixed, plan = saved
     # `combine` rounds dy so too. Without this, XLA writes it in float32 even for a loop of no passes.
-    rounded = dy.astype(x.dtype)
+    rounded = dy.astype(_filled(moving, fixed)[0].dtype)
 
     def add(part, grads):
-        _, again = jax.vjp(lambda *args: _compute_rows(*args, part, compute), x, weight_A, w)
-        return jax.tree.map(jnp.add, grads, again(rounded.astype(dy.dtype)))
+        _, again = jax.vjp(lambda moving: _compute_rows(*_filled(moving, fixed), part, compute), moving)
+        return jax.tree.map(jnp.add, grads, again(rounded.astype(dy.dtype))[0])
 
-    return *_further_passes(plan, rows, further, add, back(dy)), None
+    return *_further_passes(plan, rows, further, add, back(dy)[0]), None
 
 
-_in_passes.defvjp(_in_passes_forward, _in_passes_backward)
+_in_passes.defvjp(_in_passes_forward, _in_passes_backward, symbolic_zeros=True)
+
+
+def _filled(moving: Any, fixed: Any) -> Any:
+    """Joins two trees, each of which has None where the other has a leaf."""
+    return jax.tree.map(lambda m, f: f if m is None else m, moving, fixed, is_leaf=lambda node: node is None)
 
 
 def _further_passes(plan: RowPlan, rows: int, further: int, add: Callable, start):

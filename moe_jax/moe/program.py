@@ -22,6 +22,7 @@ class Program:
     record: bool = False  # each token's choices: `Output.choices`
     max_logit: bool = False  # each head's largest attention logit: `Output.max_logit`
     histogram_bins: int = 0  # bins of `RouterStats.histogram`; 0: none
+    frozen: frozenset[str] = frozenset()  # paths of parameters that nothing differentiates by
     why: str = dataclasses.field(default="", compare=False)  # one line about the choice of the back ends
 
     @classmethod

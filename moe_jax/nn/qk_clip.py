@@ -96,17 +96,25 @@ class Maxima(NamedTuple):
     logit: dict[str, Float[Array, "L N"]]  # by block, see `max_logits`
 
 
-def clip(params: dict, maxima: Maxima | None, threshold: float) -> tuple[dict, dict]:
-    """Applies QK-clip to all layers, from the maxima of the step's own forward pass. Also returns what is logged."""
+def clip(
+    params: dict, maxima: Maxima | None, threshold: float, frozen: frozenset[str] = frozenset()
+) -> tuple[dict, dict]:
+    """Applies QK-clip to all layers, from the maxima of the step's own forward pass. Also returns what is logged.
+
+    frozen: paths of parameters that must not change. Layers in which a scaled weight is frozen are not clipped.
+    """
     if maxima is None:
         return params, {}
+    fixed = lambda path: any(f"{path}/attention/{name}" in frozen for name in ("w_q", "w_q_up", "w_k", "w_k_up"))
+    able = {path: max_logit for path, max_logit in maxima.logit.items() if not fixed(path)}
 
-    for path, max_logit in maxima.logit.items():
+    for path, max_logit in able.items():
 
         def clipped(w: dict, max_logit=max_logit) -> dict:
             return (clip_mla if "w_kv_down" in w else clip_attention)(w, max_logit, threshold)
 
         params = update_at(params, f"{path}/attention", clipped)
     largest = jnp.concatenate(list(maxima.logit.values()))
-    scalars = {"max_logit": jnp.max(largest), "clipped_heads": jnp.sum(largest > threshold).astype(jnp.float32)}
+    counted = jnp.concatenate([largest[:0], *able.values()]) if frozen else largest
+    scalars = {"max_logit": jnp.max(largest), "clipped_heads": jnp.sum(counted > threshold).astype(jnp.float32)}
     return params, scalars

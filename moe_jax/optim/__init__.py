@@ -1,5 +1,7 @@
 """Optimizers: Muon on one device and on many, AdamW, and which of them updates which parameter."""
 
+from moe_jax.optim.groups import check as check_groups
+from moe_jax.optim.groups import frozen_paths
 from moe_jax.optim.optimizer import (
     describe,
     describe_stretch,
@@ -12,8 +14,10 @@ from moe_jax.optim.optimizer import (
 )
 
 __all__ = [
+    "check_groups",
     "describe",
     "describe_stretch",
+    "frozen_paths",
     "label_params",
     "make_optimizer",
     "matrices_of",

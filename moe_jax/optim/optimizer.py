@@ -1,5 +1,6 @@
 """The optimizer: who updates which parameter, learning-rate schedules, and the chain of clipping, AdamW and Muon."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +10,16 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import OptimConfig
-from moe_jax.optim import muon, newton_schulz
+from moe_jax.optim import groups, muon, newton_schulz
 from moe_jax.optim.plan import Plan, make_plan
 from moe_jax.optim.spread import Matrices
 from moe_jax.parallel import sharding
-from moe_jax.tree import path_of
+from moe_jax.tree import flatten, path_of
 
 # The first match counts. `label_params` refuses a parameter without a rule, and a rule without a parameter unless it
 # belongs to a part that the model does not have (`PARTS`).
 # Weight decay applies to all: without it the scales of norms and the output RMS grow (arXiv:2502.16982, app. D).
+# Groups (groups.py) may make exceptions.
 RULES = (
     (r"^(embed|head)$", "adamw"),
     (r"norm$", "adamw"),
@@ -46,8 +48,11 @@ GEOMETRY = (
 )
 
 
-def label_params(params: Any) -> Any:
-    """The label of every parameter, in the tree of `params`. Raises ValueError where the table is not total."""
+def label_params(params: Any, some: bool = False) -> Any:
+    """The label of every parameter, in the tree of `params`. Raises ValueError where the table is not total.
+
+    some: whether `params` are some of a model's parameters, so that a rule may match none of them.
+    """
     unused = {pattern for pattern, _ in RULES}
 
     def label(path, _):
@@ -61,7 +66,7 @@ def label_params(params: Any) -> Any:
     labels = jax.tree_util.tree_map_with_path(label, params)
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     unused -= {pattern for pattern, part in PARTS.items() if not any(part in path for path in paths)}
-    if unused:
+    if unused and not some:
         raise ValueError(f"optimizer rules that match no parameter: {sorted(unused)}")
     return labels
 
@@ -121,7 +126,10 @@ def matrices_of(cfg: OptimConfig, head_dim: int = 0) -> Callable[[str, Any], Mat
 
 
 def make_optimizer(cfg: OptimConfig, steps: int, head_dim: int = 0) -> optax.GradientTransformation:
-    """Chains global-norm clipping with AdamW or Muon by label. Only `cfg.per_head` needs `head_dim`."""
+    """Chains global-norm clipping with AdamW or Muon by label. Only `cfg.per_head` needs `head_dim`.
+
+    Its parameters are those that are trained (`groups.split`).
+    """
     lr = schedule(cfg, steps)
     adamw = optax.adamw(lr, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay)
     if cfg.name == "adamw":
@@ -141,7 +149,9 @@ def make_optimizer(cfg: OptimConfig, steps: int, head_dim: int = 0) -> optax.Gra
         )
         by_label = {"adamw": adamw, "router": matrix if cfg.router == "muon" else adamw, "matrix": matrix}
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    return optax.chain(clip, optax.partition(by_label, label_params))
+    some = any(group.freeze for group in cfg.groups.values())
+    labels = functools.partial(label_params, some=True) if some else label_params
+    return groups.with_factors(optax.chain(clip, optax.partition(by_label, labels)), cfg)
 
 
 def owners(cfg: OptimConfig) -> dict[str, str]:
@@ -159,25 +169,31 @@ def muon_plan(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
     owner, rule = owners(cfg), matrices_of(cfg, head_dim)
-    labels = {path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(label_params(graph.shapes))}
+    labels = flatten(label_params(graph.shapes))
     return make_plan(
         jax.tree.map(placed, graph.shapes, graph.axes),
         lambda path, leaf: rule(path, leaf) if owner[labels[path]] == "muon" else None,
         coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
         dtype=jnp.dtype(cfg.newton_schulz_dtype),
         in_place=("expert",),
+        frozen=groups.frozen_paths(cfg, labels),
     )
 
 
 def describe(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int = 0) -> str:
     """Describes which optimizer updates how many parameters of a `model.Graph`, and Muon's cost on such a mesh."""
-    labels = jax.tree.leaves(label_params(graph.shapes))
-    owner = owners(cfg)
+    labels, shapes = flatten(label_params(graph.shapes)), flatten(graph.shapes)
+    owner, frozen = owners(cfg), groups.frozen_paths(cfg, shapes)
     sums = {label: 0 for label in owner}
-    for label, x in zip(labels, jax.tree.leaves(graph.shapes), strict=True):
-        sums[label] += x.size
+    for path, x in shapes.items():
+        sums[labels[path]] += 0 if path in frozen else x.size
     lines = ["; ".join(f"{label}: {owner[label]}, {n:,} parameters" for label, n in sums.items())]
-    norms = [x for path, x in jax.tree_util.tree_leaves_with_path(graph.shapes) if path_of(path).endswith("norm")]
+    if frozen:
+        lines[0] += f"; frozen: {sum(shapes[path].size for path in frozen):,} parameters"
+    lines += groups.describe(cfg, graph.shapes)
+    if cfg.ema:
+        lines += [f"average of the weights: decay {cfg.ema:g}, {sum(sums.values()):,} parameters in float32"]
+    norms = [x for path, x in shapes.items() if path.endswith("norm") and path not in frozen]
     # AdamW's largest step. Half the distance from 1 down to the next bfloat16 number is 2^-9: a smaller step is lost.
     step = cfg.lr * (1 + cfg.weight_decay)
     if step < 2**-9 and any(x.dtype == jnp.bfloat16 for x in norms):

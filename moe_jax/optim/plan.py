@@ -103,13 +103,15 @@ def make_plan(
     coefficients: str | Coefficients = "jordan",
     dtype: Any = jnp.bfloat16,
     in_place: tuple[str, ...] = (),
+    frozen: frozenset[str] = frozenset(),
 ) -> Plan:
     """Plans Muon for all parameters: arrays, or ShapeDtypeStructs with a sharding (an abstract mesh is enough).
 
     `matrices` gives None for leaves that AdamW updates. AdamW's traffic is that of arXiv:2502.16982, §2.3: float32
     gradients are reduce-scattered over the mesh axes that shard a leaf, and its parameters gathered in their own dtype;
     over the other mesh axes gradients are all-reduced. in_place: mesh axes of expert parallelism. Where they shard
-    batch axes of matrices, weights stay on their device.
+    batch axes of matrices, weights stay on their device. frozen: paths of leaves that are gathered, but have neither
+    gradients nor states.
     """
     chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
     with_muon, adamw_bytes, state_bytes, adamw_state_bytes, devices = {}, 0, 0, 0, 1
@@ -121,11 +123,14 @@ def make_plan(
         inner = {a % x.ndim for a in where.axes} if where is not None else set(range(x.ndim))
         gathered = [tuple(n for n in names if i in inner or n not in in_place) for i, names in enumerate(placed.used)]
         replicas = placed.parts(placed.idle)
-        adamw_bytes += local * (placed.parts(*gathered) - 1) * (4 + x.dtype.itemsize)
+        trained = name not in frozen
+        adamw_bytes += local * (placed.parts(*gathered) - 1) * (4 * trained + x.dtype.itemsize)
+        devices = max(devices, math.prod(placed.sizes.values()))
+        if not trained:
+            continue
         adamw_bytes += 2 * 4 * local * (replicas - 1) // replicas
         state_bytes += states * local * x.dtype.itemsize
         adamw_state_bytes += 2 * local * x.dtype.itemsize
-        devices = max(devices, math.prod(placed.sizes.values()))
         if where is not None:
             with_muon[name] = x
     groups = layout(with_muon, matrices)

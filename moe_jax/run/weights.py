@@ -19,7 +19,7 @@ from moe_jax import config
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.run.checkpoint import PLACEHOLDER, Checkpoints, barrier, check_fits
 from moe_jax.run.config_file import load_config, save_config
-from moe_jax.tree import flatten_config
+from moe_jax.tree import flatten, flatten_config, nest
 
 CASTABLE = ("float32", "bfloat16")
 HOST_BYTES = 2 * 2**30  # limit of the host's memory for weights on their way to the disk
@@ -92,13 +92,17 @@ def load_weights(
     *,
     step: int | None = None,
     cast: bool = False,
+    average: bool = False,
 ) -> tuple[dict, dict, list[dict]]:
     """Parameters, router biases and origin of a run directory, of weights or of training, on any mesh.
 
     abstract_params, abstract_bias: the results of `abstract_weights`, with the shardings to load the weights to.
     step: a checkpoint of a training run; by default the newest. Its optimizer state is not read.
     cast: True converts between float32 and bfloat16; False refuses a dtype that differs.
-    Raises CheckpointError that names the first parameter whose presence, shape or dtype differs.
+    average: True gives the average of the weights (`optim.ema`) instead, in the dtype of the parameters. What has no
+        average, router biases and frozen parameters, is that of the checkpoint.
+    Raises CheckpointError that names the first parameter whose presence, shape or dtype differs, and for a checkpoint
+    without an average.
     """
     workdir = Path(workdir).expanduser()
     if not workdir.is_dir():
@@ -110,13 +114,30 @@ def load_weights(
         have = {name: saved.get(name) or {} for name in want}
         as_saved = jax.tree.map(_in_dtype_of, want, have) if cast and _alike(want, have) else want
         check_fits(as_saved, have, checkpoints.name(step))
-        state, (data, *_) = checkpoints.read({**rest, **{n: as_saved[n] for n in want if n in saved}}, step)
+        targets = {**rest, **{n: as_saved[n] for n in want if n in saved}}
+        targets = _targets_of_average(targets, saved, checkpoints.name(step)) if average else targets
+        state, (data, *_) = checkpoints.read(targets, step)
     loaded = {name: state.get(name) or {} for name in want}
+    if average:
+        loaded["params"] = nest(flatten(loaded["params"]) | flatten(state["opt_state"]["ema"]))
     loaded = jax.tree.map(lambda x, a: x if x.dtype == a.dtype else jnp.astype(x, a.dtype), loaded, want)
     origin = data.get("origin", [])
     if "step" in saved:
         origin = [*origin, {"event": "train", "workdir": str(workdir), "steps": step, "tokens": data.get("tokens")}]
+        origin[-1] |= {"weights": "ema"} if average else {}
     return loaded["params"], loaded["router_bias"], origin
+
+
+def _targets_of_average(targets: dict, saved: dict, where: str) -> dict:
+    """What to read for the average of the weights: `opt_state/ema`, sharded as the parameters, instead of those."""
+    parts, params = saved.get("opt_state"), flatten(targets["params"])
+    average = flatten(parts.get("ema", {})) if isinstance(parts, dict) else {}
+    if not average:
+        raise CheckpointError(f"{where} has no average of the weights (optim.ema=0); nearest valid: --weights=trained")
+    like = lambda x, a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=x.sharding)
+    ema = nest({path: like(params[path], a) for path, a in average.items()})
+    rest = {path: PLACEHOLDER if path in average else x for path, x in params.items()}
+    return targets | {"params": nest(rest), "opt_state": targets["opt_state"] | {"ema": ema}}
 
 
 def _alike(want: dict, have: dict) -> bool:

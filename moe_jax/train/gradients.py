@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from moe_jax import model
+from moe_jax import model, optim
 from moe_jax.config import RunConfig
 from moe_jax.moe import quantile, router_losses
 from moe_jax.moe.layer import TokenInfo
@@ -28,10 +28,12 @@ from moe_jax.moe.routing import Knobs
 from moe_jax.moe.stats import RouterStats
 from moe_jax.nn.layers import weight
 from moe_jax.nn.qk_clip import Maxima
+from moe_jax.optim import groups
 from moe_jax.parallel import sharding
 from moe_jax.train import cross_entropy, knobs, losses
 from moe_jax.train.losses import BatchSums, LossParts
 from moe_jax.train.state import Batch, choose_program, split_micro_batches
+from moe_jax.tree import flatten
 
 
 class Gradients(NamedTuple):
@@ -40,19 +42,22 @@ class Gradients(NamedTuple):
     loss: Float[Array, ""] | None  # None in a part, where only the whole batch has one
     parts: LossParts | None
     sums: BatchSums
-    grads: dict  # in the tree of the parameters
+    grads: dict  # in the tree of the parameters, without the frozen ones (`groups.split`)
 
 
 def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -> Callable[..., Gradients]:
     """Makes the function (params, router_bias, batch, step) → `Gradients` of the optimizer batch.
 
-    program: by default `choose_program`. Raises ConfigError for a router loss that is not in the table.
+    program: by default `choose_program`. Raises ConfigError for a router loss that is not in the table, and for a group
+    of parameters that matches none.
     """
     router_losses.check(cfg)
+    optim.check_groups(cfg)
     program = program or choose_program(cfg, mesh)
     count_graph, count = model.abstract(cfg.trained, program), cfg.train.micro_batches
     bins = quantile.BINS if cfg.loss.bias_update == "quantile" else 0
-    training = dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0, histogram_bins=bins)
+    frozen = optim.frozen_paths(cfg.optim, flatten(count_graph.shapes))
+    training = dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0, histogram_bins=bins, frozen=frozen)
     graph = model.abstract(cfg.trained, training)
 
     def gradients(params: dict, bias: dict, batch: Batch, step: Int[Array, ""]) -> Gradients:
@@ -62,7 +67,8 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
             batch = batch._replace(index=knobs.number_tokens(batch.tokens.shape))
         moving = knobs.of_step(cfg, step)
         total_loss = functools.partial(losses.total_loss, cfg=cfg.loss, step=step, model=cfg.trained)
-        gradients_of = functools.partial(_gradients_of, cfg, graph, params, bias, moving)
+        trained, fixed = groups.split(params, frozen)
+        gradients_of = functools.partial(_gradients_of, cfg, graph, trained, fixed, bias, moving)
         if count == 1:
             return gradients_of(batch, total_loss)
         micro = split_micro_batches(batch, count)
@@ -72,7 +78,7 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
             stats_of = functools.partial(_router_stats, cfg, count_graph, params, bias, moving)
             first_pass = cfg.model.num_moe_layers > 0 and losses.needs_whole_batch(cfg.loss)
             total = _exact(gradients_of, total_loss, micro, stats_of if first_pass else None)
-        return total._replace(grads=jax.tree.map(lambda g, p: g.astype(p.dtype), total.grads, params))
+        return total._replace(grads=jax.tree.map(lambda g, p: g.astype(p.dtype), total.grads, trained))
 
     return gradients
 
@@ -102,16 +108,20 @@ def _router_stats(
 def _gradients_of(
     cfg: RunConfig,
     graph: model.Graph,
-    params: dict,
+    trained: dict,
+    fixed: dict,
     bias: dict,
     moving: Knobs | None,
     batch: Batch,
     loss_of: Callable[[BatchSums], tuple[Float[Array, ""], LossParts | None]],
 ) -> Gradients:
-    """Loss and gradients of one (micro-)batch. loss_of: sums of this batch → the loss, and its parts."""
+    """Loss and gradients of one (micro-)batch. loss_of: sums of this batch → the loss, and its parts.
 
-    def loss(params):
-        out, matrix = forward(cfg, graph, params, bias, batch, moving)
+    trained, fixed: the parameters, of which only the former have gradients.
+    """
+
+    def loss(trained):
+        out, matrix = forward(cfg, graph, groups.join(trained, fixed), bias, batch, moving)
         with jax.named_scope("output"):
             nll = cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
         maxima = Maxima(out.max_logit) if out.max_logit else None
@@ -119,7 +129,7 @@ def _gradients_of(
         value, parts = loss_of(sums)
         return value, (parts, sums)
 
-    (value, (parts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, (parts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     return Gradients(value, parts, sums, grads)
 
 

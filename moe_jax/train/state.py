@@ -17,7 +17,9 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.moe import balance
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import ChoiceSums, RouterStats
+from moe_jax.optim import groups
 from moe_jax.parallel import sharding
+from moe_jax.train import average
 from moe_jax.tree import flatten, nest
 
 
@@ -30,19 +32,29 @@ class TrainState(NamedTuple):
     opt_state: Any  # see `parts_of`
 
 
-def parts_of(opt_state: Any) -> tuple[Any, dict]:
-    """The parts of `TrainState.opt_state`: the optimizer's state, and those of the controllers of selection biases in
-    the tree of `router_bias`, {} if they have none."""
-    return (opt_state["optimizer"], opt_state["controllers"]) if isinstance(opt_state, dict) else (opt_state, {})
+class Parts(NamedTuple):
+    """The parts of `TrainState.opt_state`. All but the first are {} unless something that is on needs them."""
+
+    optimizer: Any  # of the parameters that are trained (`groups.split`)
+    controllers: dict  # the states of the controllers of selection biases, in the tree of `router_bias`
+    ema: dict  # the average of the weights, in the tree of the parameters that are trained
 
 
-def join_parts(optimizer: Any, controllers: dict) -> Any:
+def parts_of(opt_state: Any) -> Parts:
+    """The parts of `TrainState.opt_state`."""
+    if not isinstance(opt_state, dict):
+        return Parts(opt_state, {}, {})
+    return Parts(opt_state["optimizer"], opt_state.get("controllers", {}), opt_state.get("ema", {}))
+
+
+def join_parts(optimizer: Any, controllers: dict | None = None, ema: dict | None = None) -> Any:
     """Makes `TrainState.opt_state` of its parts, the inverse of `parts_of`.
 
-    Without controllers it is the optimizer's state alone, as in checkpoints of versions that had none: Orbax refuses a
-    checkpoint that lacks a field, even an empty one.
+    A part that is empty is not there. Without any it is the optimizer's state alone, as in checkpoints of versions that
+    had none: Orbax refuses a checkpoint that lacks a field, even an empty one.
     """
-    return {"optimizer": optimizer, "controllers": controllers} if controllers else optimizer
+    more = {name: part for name, part in (("controllers", controllers), ("ema", ema)) if part}
+    return {"optimizer": optimizer, **more} if more else optimizer
 
 
 class Batch(NamedTuple):
@@ -95,12 +107,16 @@ def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = N
 
 def _init(cfg: RunConfig, jit: Callable, weights: tuple[dict, dict] | None = None) -> TrainState:
     params, bias = weights or model.init(cfg.model, jax.random.key(cfg.seed))
-    opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim).init)(params)
+    frozen = optim.frozen_paths(cfg.optim, flatten(params))
+    trained, _ = groups.split(params, frozen)
+    opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim).init)(trained)
     controllers = {}
     if cfg.loss.bias_update in balance.WITH_STATE:
-        start = jit(balance.CONTROLLERS[cfg.loss.bias_update].init)
-        controllers = nest({path: start(b) for path, b in flatten(bias).items() if path.endswith("/router_bias")})
-    return TrainState(jnp.zeros((), jnp.int32), params, bias, join_parts(opt_state, controllers))
+        start, fixed = jit(balance.CONTROLLERS[cfg.loss.bias_update].init), groups.fixed_biases(frozen, params, bias)
+        moves = lambda path: path.endswith("/router_bias") and path not in fixed
+        controllers = nest({path: start(b) for path, b in flatten(bias).items() if moves(path)})
+    ema = jit(average.start)(trained) if cfg.optim.ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, join_parts(opt_state, controllers, ema))
 
 
 def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:

@@ -16,8 +16,9 @@ from moe_jax.moe.program import Program
 from moe_jax.moe.stats import RouterStats, choice_sums
 from moe_jax.nn import qk_clip
 from moe_jax.nn.layers import weight
+from moe_jax.optim import groups
 from moe_jax.parallel import overlap
-from moe_jax.train import cross_entropy, guard
+from moe_jax.train import average, cross_entropy, guard
 from moe_jax.train.gradients import forward, make_gradients
 from moe_jax.train.metrics import StepMetrics
 from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, join_parts, parts_of, under_mesh
@@ -39,10 +40,16 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, limits=None):
         loss, parts, sums, grads = gradients(state.params, state.router_bias, batch, state.step)
         with jax.named_scope("optimizer"):
-            moments, controllers = parts_of(state.opt_state)
-            updates, moments = optimizer.update(grads, moments, state.params)
-            params, clipping = qk_clip.clip(optax.apply_updates(state.params, updates), sums.maxima, cfg.optim.qk_clip)
-        bias, controllers = update_biases(cfg, state.router_bias, sums.router, controllers)
+            moments, controllers, ema = parts_of(state.opt_state)
+            frozen = optim.frozen_paths(cfg.optim, flatten(state.params))
+            trained, fixed = groups.split(state.params, frozen)
+            updates, moments = optimizer.update(grads, moments, trained)
+            params = groups.join(optax.apply_updates(trained, updates), fixed)
+            params, clipping = qk_clip.clip(params, sums.maxima, cfg.optim.qk_clip, frozen)
+            if cfg.optim.ema:
+                ema = average.update(ema, groups.split(params, frozen)[0], cfg.optim.ema, _updates(state))
+        biases = groups.fixed_biases(frozen, state.params, state.router_bias)
+        bias, controllers = update_biases(cfg, state.router_bias, sums.router, controllers, biases)
         report = StepMetrics(
             loss=loss,
             terms={**parts.scalars(), **parts.raw},
@@ -52,7 +59,7 @@ def make_train_step(
             router={path: stats._replace(histogram=None) for path, stats in sums.router.items()},
             clipping=clipping or None,
         )
-        new = (params, bias, join_parts(moments, controllers))
+        new = (params, bias, join_parts(moments, controllers, ema))
         if cfg.train.skip_nonfinite:
             bad = guard.is_bad(loss, report.grad_norm, limits)
             new, tokens = guard.unless(bad, (new, sums.weights), (tuple(state[1:]), 0.0))
@@ -63,16 +70,18 @@ def make_train_step(
 
 
 def update_biases(
-    cfg: RunConfig, router_bias: dict, stats: dict[str, RouterStats], controllers: dict
-) -> tuple[dict, dict]:
+    cfg: RunConfig, router_bias: dict, stats: dict[str, RouterStats], controllers: dict,
+    fixed: frozenset[str] = groups.NOTHING,
+) -> tuple[dict, dict]:  # fmt: skip
     """Updates the selection bias of each block from the sums of the optimizer batch. The next step uses the result.
 
     controllers: the states of those with one (`parts_of`). Returns the biases and these states.
+    fixed: the paths of biases that are not updated (`groups.fixed_biases`).
     """
     loss, moe, new, states = cfg.loss, cfg.trained.moe, flatten(router_bias), {}
     experts = {place.path: place.kind.experts for place in cfg.model.places}
     for name, bias in new.items():
-        if not name.endswith("/router_bias"):  # a fixed table
+        if not name.endswith("/router_bias") or name in fixed:  # a table, or the bias of a frozen router
             continue
         path = name.removesuffix("/moe/router_bias")
         if loss.bias_update == "quantile":
@@ -90,7 +99,7 @@ def update_biases(
 
 def _updates(state: TrainState) -> Int[Array, ""]:
     """The number of optimizer updates so far: steps that were not skipped."""
-    moments, _ = parts_of(state.opt_state)  # a controller has a count of its own
+    moments = parts_of(state.opt_state).optimizer  # a controller has a count of its own
     counts = optax.tree_utils.tree_get_all_with_path(moments, "count")
     return counts[0][1] if counts else state.step
 

@@ -1,0 +1,136 @@
+"""Groups of parameters: factors of the learning rate and the weight decay, and parameters that are not trained.
+
+A group is a regular expression over the paths of parameters (`optim.groups`). Where groups overlap their factors are
+multiplied, and one group that freezes is enough. So their order means nothing.
+
+A frozen parameter is split off before the loss is differentiated (`split`). Nothing below sees it: there is no gradient
+of it, no moment, no share in the norm that clipping takes, no decay. The factors of the others act around the optimizer
+(`with_factors`), whose own leaves stay together: Muon moves the same groups of matrices with and without factors.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax import model
+from moe_jax.config import OptimConfig, RunConfig
+from moe_jax.config.fields import require
+from moe_jax.tree import flatten, nest, path_of
+
+NOTHING: frozenset[str] = frozenset()
+
+
+def check(cfg: RunConfig) -> None:
+    """Raises ConfigError for a group that matches no parameter of the model, and if no parameter is left to train."""
+    if not cfg.optim.groups:
+        return
+    paths = list(flatten(model.abstract(cfg.model).shapes))
+    for name, group in cfg.optim.groups.items():
+        close = difflib.get_close_matches(group.match, paths, 1, 0.0)[0]
+        found = any(re.search(group.match, path) for path in paths)
+        rule = f"matches no parameter of {len(paths)}"
+        require(found, f"optim.groups.{name}.match", group.match, rule, f"nearest valid: {close!r}")
+    frozen = frozen_paths(cfg.optim, paths)
+    last = [name for name, group in cfg.optim.groups.items() if group.freeze][-1:]
+    for name in last:
+        require(len(frozen) < len(paths), f"optim.groups.{name}.freeze", True, "leaves no parameter to train",
+                "nearest valid: False")  # fmt: skip
+
+
+# --- frozen parameters -----------------------------------------------------------------------------------------------
+
+
+def frozen_paths(cfg: OptimConfig, paths: Iterable[str]) -> frozenset[str]:
+    """The paths of the frozen parameters among `paths`, which may be a dict by path."""
+    patterns = [group.match for group in cfg.groups.values() if group.freeze]
+    return frozenset(path for path in paths if any(re.search(p, path) for p in patterns)) if patterns else NOTHING
+
+
+def split(params: dict, frozen: frozenset[str]) -> tuple[dict, dict]:
+    """Splits nested dicts of parameters into those that are trained and the frozen ones, {} if there are none."""
+    if not frozen:
+        return params, {}
+    flat = flatten(params)
+    return tuple(nest({p: x for p, x in flat.items() if (p in frozen) == which}) for which in (False, True))
+
+
+def join(trained: dict, fixed: dict) -> dict:
+    """Joins both parts of `split` again. Other trees of trained parameters may take the place of the first."""
+    return nest(flatten(fixed) | flatten(trained)) if fixed else trained
+
+
+def fixed_biases(frozen: frozenset[str], params: dict, router_bias: dict) -> frozenset[str]:
+    """The paths of the selection biases that stay as they are: those of routers all of whose parameters are frozen."""
+    if not frozen:
+        return NOTHING
+    found = set()
+    for name in flatten(router_bias):
+        block = name.removesuffix("router_bias")
+        router = [path for path in flatten(params) if path.startswith((f"{block}w_router", f"{block}router/"))]
+        if router and frozen.issuperset(router):
+            found.add(name)
+    return frozenset(found)
+
+
+# --- factors ---------------------------------------------------------------------------------------------------------
+
+
+def factor(cfg: OptimConfig, which: str, path: str) -> float:
+    """The product of the factors of all groups that match a path. which: "lr" or "weight_decay"."""
+    return math.prod(getattr(group, which) for group in cfg.groups.values() if re.search(group.match, path))
+
+
+def with_factors(optimizer: optax.GradientTransformation, cfg: OptimConfig) -> optax.GradientTransformation:
+    """Multiplies the learning rate and the weight decay of each parameter by its factors. The state stays the same.
+
+    optimizer: one whose update is rate · (direction + decay · parameter), and that uses parameters for nothing else.
+    So the parameter times a factor decays with that factor, and the update times a factor has that factor's rate.
+    """
+    if all(group.lr == group.weight_decay == 1 for group in cfg.groups.values()):
+        return optimizer
+
+    def update(grads, state, params=None):
+        decayed = None if params is None else _scaled(cfg, "weight_decay", params)
+        updates, state = optimizer.update(grads, state, decayed)
+        return _scaled(cfg, "lr", updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _scaled(cfg: OptimConfig, which: str, tree: Any) -> Any:
+    def one(path, x):
+        by = factor(cfg, which, path_of(path))
+        if by == 1:
+            return x
+        # In float32: the factor itself may not be a bfloat16 number.
+        return jnp.zeros_like(x) if by == 0 else (x.astype(jnp.float32) * by).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def describe(cfg: OptimConfig, shapes: dict) -> list[str]:
+    """Lines about the groups: how many parameters each has, and what it does to them."""
+    flat, lines = flatten(shapes), []
+    frozen = frozen_paths(cfg, flat)
+    for name, group in cfg.groups.items():
+        found = {path: x.size for path, x in flat.items() if re.search(group.match, path)}
+        does = [f"{word} × {value:g}" for word, value in
+                (("learning rate", group.lr), ("weight decay", group.weight_decay)) if value != 1]  # fmt: skip
+        if group.freeze:
+            router = any(re.search("/(w_router$|router/)", path) for path in found)
+            does += ["frozen, and the selection bias if all of its router is"] if router else ["frozen"]
+        also = sum(flat[path].size for path in found if path in frozen)
+        rest = f"; {also:,} of them frozen by another group" if also and not group.freeze else ""
+        tensors = "tensor" if len(found) == 1 else "tensors"
+        what = ", ".join(does) or "as all others"
+        lines.append(f"group {name}: {sum(found.values()):,} parameters in {len(found)} {tensors}, {what}{rest}")
+    return lines

@@ -1,5 +1,7 @@
 """Errors that a user can mend. Each says in one line what is wrong; `cli.run` prints it without a traceback."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -53,3 +55,9 @@ def shown(value: Any, most: int = 200) -> str:
     """The repr of a value, cut after `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """The hint of an error message that names the choice most similar to `value`."""
+    close = difflib.get_close_matches(str(value), list(choices), 1, 0.0)
+    return f"nearest valid: {close[0]!r}" if close else "there is no valid choice"

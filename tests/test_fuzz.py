@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_jax import cli, config
-from moe_jax.data import corpus, sources, tokenizers
+from moe_jax.data import answers, corpus, roles, sources, tokenizers
+from moe_jax.data.packing import WholeRows
 from moe_jax.data.rows import PackedRows
 from moe_jax.errors import CheckpointError, ConfigError, FileError, UserError
 from moe_jax.evaluate import analysis
@@ -111,6 +112,15 @@ def write_store(folder: Path) -> None:
     corpus._write_store(folder, documents, tokenizers.BytesTokenizer(), "x", False)
 
 
+def write_answers(folder: Path) -> None:
+    folder.mkdir()
+    tokenizer, fields = tokenizers.BytesTokenizer(), config.SourceConfig(name="x", prompt="{q}", completion="{a}")
+    made = roles.Roles("s", fields)
+    documents = [made.document({"q": "one " * i, "a": "two" * i}, "d", "x") for i in range(1, 9)]
+    encode = answers.EncodeAnswers("s", fields, tokenizer, None)
+    corpus._write_store(folder, documents, tokenizer, "x", False, False, encode)
+
+
 def write_analysis(path: Path) -> None:
     fields = {name: np.ones((2, 2)) for name in analysis.Analysis._fields}
     np.savez_compressed(path, **fields | {"domains": np.array(["a", "b"]), "top_k": 2, "earlier_step": 1})
@@ -141,6 +151,7 @@ def whole(tmp_path_factory) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     write_analysis(folder / "analysis.npz")
     write_store(folder / "store")
+    write_answers(folder / "answers")
     write_gguf(folder / "m.gguf")
     lines = "".join(json.dumps({"text": f"line {i}", "domain": "d"}) + "\n" for i in range(9))
     (folder / "a.jsonl").write_text(lines, encoding="utf-8")
@@ -179,13 +190,15 @@ READERS = {  # file → what reads it, given its folder
     "m.gguf": lambda folder: gguf._check_lengths(folder / "m.gguf"),
     **{f"store/{name}": lambda folder: rows_of(folder / "store")
        for name in ("meta.json", "offsets.npy", "domains.npy", "tokens.npy", "bytes.npy")},
+    **{f"answers/{name}": lambda folder: rows_of(folder / "answers", WholeRows)
+       for name in ("meta.json", "offsets.npy", "learned.npy")},
 }  # fmt: skip
 EXPECTED = {"m.gguf": (*SAID, KeyError, ValueError)}  # an unknown type, no bytes: open_model says it
 
 
-def rows_of(folder: Path):
+def rows_of(folder: Path, kind=PackedRows):
     try:
-        rows = PackedRows(corpus.TokenStore(folder), 4, 0)
+        rows = kind(corpus.TokenStore(folder), 4, 0)
     except ValueError as e:  # the caller prepares the store anew
         raise FileError(str(e)) from None
     return [rows[i] for i in range(min(len(rows), 50))]
@@ -196,6 +209,7 @@ def check_file(whole: Path, tmp_path: Path, name: str, data: bytes):
     if not folder.exists():
         folder.mkdir()
         (folder / "store").mkdir()
+        (folder / "answers").mkdir()
         for path in whole.rglob("*"):
             if path.is_file():
                 os.link(path, folder / path.relative_to(whole))

@@ -134,6 +134,9 @@ def test_throughput_leaves_compilation_and_pauses_out(monkeypatch):
     now[0] += 1
     clock.add(30)
     assert clock.read() == {"tokens": 1080.0, "tokens_per_second": 15.0, "step_seconds": 2.0}
+    now[0] += 2
+    clock.add(5, seen=40)  # the model reads prompts, and learns answers
+    assert clock.read() == {"tokens": 1085.0, "tokens_per_second": 20.0, "step_seconds": 2.0}
 
     only_one = Throughput()
     now[0] += 50

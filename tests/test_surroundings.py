@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import cli, data, terminal
 from moe_jax.config import DataConfig
-from moe_jax.data import pipeline, sources
+from moe_jax.data import batches, sources
 from moe_jax.errors import ConfigError, UserError
 
 
@@ -40,18 +40,18 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_readers_without_shared_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "SHARED_MEMORY", tmp_path)
-    free = lambda size: monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=size))
+    monkeypatch.setattr(batches, "SHARED_MEMORY", tmp_path)
+    free = lambda size: monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=size))
     free(6 * 2**20)
-    pipeline._check_shared_memory(2, 2**20)
+    batches.check_shared_memory(2, 2**20)
     free(6 * 2**20 - 1)
     with pytest.raises(
         ConfigError, match=r"num_workers=2: reader processes need up to 6.0 MiB in .*; nearest valid: 0"
     ):
-        pipeline._check_shared_memory(2, 2**20)
-    monkeypatch.setattr(pipeline.tempfile, "TemporaryFile", lambda **_: os.open(tmp_path / "no" / "file", os.O_RDONLY))
+        batches.check_shared_memory(2, 2**20)
+    monkeypatch.setattr(batches.tempfile, "TemporaryFile", lambda **_: os.open(tmp_path / "no" / "file", os.O_RDONLY))
     with pytest.raises(ConfigError, match=r"cannot be written \(No such file or directory\); nearest valid: 0"):
-        pipeline._check_shared_memory(2, 2**20)
+        batches.check_shared_memory(2, 2**20)
 
 
 def test_float64_is_switched_off(monkeypatch, capsys):

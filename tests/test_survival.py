@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax import cli
-from moe_jax.data import pipeline
+from moe_jax.data import batches as batches_lib
 from moe_jax.errors import Busy, CheckpointError, Stopped
 from moe_jax.evaluate import held_out
 from moe_jax.run import checksums, survive
@@ -384,8 +384,8 @@ def test_readers_that_are_killed_are_started_again(monkeypatch, capsys):
         yield from ({"number": np.array([first + i])} for i in range(deliveries))
         raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
 
-    monkeypatch.setattr(pipeline, "_batches", readers)
-    batches = pipeline.TrainIterator(None, 2, [0], num_workers=1)
+    monkeypatch.setattr(batches_lib, "read_batches", readers)
+    batches = batches_lib.TrainIterator(None, 2, [0], num_workers=1)
     assert [int(next(batches)["number"][0]) for _ in range(5)] == [0, 1, 2, 3, 4] and begun == [0, 2, 4]
     assert capsys.readouterr().err.count("exit code -9.); new ones start at batch") == 2
     deliveries = 0

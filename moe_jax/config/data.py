@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_jax.config.fields import FIXED, Checked, changeable, newer, number, require
+from moe_jax.config.template import fields_of
+from moe_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,17 @@ class SourceConfig(Checked, resume=FIXED):
     documents: int | Literal["auto", "file", "blank_lines", "separator"] = newer("auto", was="file")
     separator: str = ""  # text between two documents, for documents="separator" only
     text_field: str = "text"  # field or column that has the text
+    # For fine-tuning on answers (docs/finetuning.md): templates of a document's two parts, with names of fields in
+    # braces, such as prompt="{question}\n" and completion="{answer}". The model learns the completion, and reads the
+    # prompt. "": every document is a text.
+    prompt: str = ""
+    completion: str = ""  # the part that is learned, with the end-of-text token after it
+    # Field that has a list of messages with `role` and `content`. The model learns the answers, which are the messages
+    # of the assistant. "": none.
+    messages_field: str = ""
+    # With messages_field: path of a Jinja template of chats, or the name of one of the tokenizer's; "": the tokenizer's
+    # own.
+    chat_template: str = ""
     domain: str = ""  # label of every document; "": the value of domain_field, else the name of the source
     domain_field: str = ""  # field or column that has a document's label; "": none
     split: str = "train"  # with kind="tfds": split to train on
@@ -36,8 +49,31 @@ class SourceConfig(Checked, resume=FIXED):
         require(isinstance(how, str) or how >= 1, "documents", how, "must be ≥ 1 or a word", "nearest valid: 1")
         require(self.kind == "files" or how in ("auto", "file"), "documents", how, "is for .txt files only",
                 "nearest valid: 'auto'")  # fmt: skip
+        self._check_roles()
         rule = "is needed for documents='separator'" if cuts else "has no effect without documents='separator'"
         require(bool(self.separator) == cuts, "separator", self.separator, rule, "for example '<|endoftext|>'")
+
+    def _check_roles(self) -> None:
+        for name, other in (("prompt", "completion"), ("completion", "prompt")):
+            template, example = getattr(self, name), f"for example '{{{name}}}'"
+            require(bool(template) or not getattr(self, other), name, template, f"is needed beside {other}", example)
+            try:
+                fields = fields_of(template)
+            except ValueError as error:
+                raise ConfigError(name, template, str(error), example) from None
+            hint = f"nearest valid: '{{{template}}}'" if template.isidentifier() else example
+            require(bool(fields) or not template, name, template, "names no field in braces", hint)
+        require(not (self.prompt and self.messages_field), "messages_field", self.messages_field,
+                "is not for a source with prompt and completion", "nearest valid: ''")  # fmt: skip
+        require(self.text_field == "text" or not self.has_roles, "text_field", self.text_field,
+                "has no effect on a source of prompts and answers", "nearest valid: 'text'")  # fmt: skip
+        require(not self.chat_template or bool(self.messages_field), "chat_template", self.chat_template,
+                "has no effect without messages_field", "nearest valid: ''")  # fmt: skip
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether only the answers in a document are learned."""
+        return bool(self.prompt or self.messages_field)
 
 
 @dataclass(frozen=True)
@@ -86,3 +122,8 @@ class DataConfig(Checked, resume=FIXED):
         require("" not in self.sources, "sources", "", "must have names that are not empty", "nearest valid: 'text'")
         total = sum(s.weight for s in self.sources.values())
         require(total > 0, "sources", {k: s.weight for k, s in self.sources.items()}, "weights must not all be 0")
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether some text that is trained on has prompts, which are read and not learned."""
+        return any(source.has_roles and source.weight > 0 for source in self.sources.values())

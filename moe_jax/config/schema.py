@@ -288,6 +288,9 @@ class RunConfig(Checked, resume=FIXED):
         require(not (self.optim.per_head and self.model.mla.kv_rank), "optim.per_head", True,
                 "is not available with model.mla.kv_rank > 0, whose heads have several sizes",
                 "nearest valid: False")  # fmt: skip
+        for name in (name for name, source in self.data.sources.items() if source.has_roles):
+            require(self.model.segment_mask, "model.segment_mask", False, f"must be True with data.sources.{name}, "
+                    "whose documents have prompts and must not see one another", "nearest valid: True")  # fmt: skip
         longest = self.model.max_seq_len
         require(self.data.seq_len <= (longest or self.data.seq_len), "data.seq_len", self.data.seq_len,
                 f"must be ≤ model.max_seq_len={longest}", f"nearest valid: {longest}")  # fmt: skip

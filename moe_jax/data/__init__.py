@@ -2,6 +2,7 @@
 
 from moe_jax.data import record
 from moe_jax.data.corpus import TokenStore
+from moe_jax.data.packing import WholeRows
 from moe_jax.data.pipeline import Corpus, Rows, TrainIterator, prepare
 from moe_jax.data.rows import PackedRows
 from moe_jax.data.sources import cache_folder, check_sources
@@ -15,6 +16,7 @@ __all__ = [
     "TokenStore",
     "Tokenizer",
     "TrainIterator",
+    "WholeRows",
     "cache_folder",
     "check_sources",
     "load_tokenizer",

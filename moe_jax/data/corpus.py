@@ -1,10 +1,12 @@
 """Token stores on disk: the tokens of one split of one source, made once and read by every run.
 
 A store holds every document once, as `[end_of_text, tokens…]`, and one more `end_of_text` at the end. With a tokenizer
-that has a `begin_of_text` it holds `[begin_of_text, tokens…, end_of_text]`, and one more `begin_of_text`. A store is
-written to a temporary folder, which is renamed when complete. So a killed run leaves no incomplete store, and several
-processes may prepare the same store at the same time. A run that opens a store compares its checksums; a damaged store
-is written again.
+that has a `begin_of_text` it holds `[begin_of_text, tokens…, end_of_text]`, and one more `begin_of_text`. A store of
+documents with roles (roles.py) holds complete documents, one more `end_of_text`, and which tokens are learned.
+
+A store is written to a temporary folder, which is renamed when complete. So a killed run leaves no incomplete store,
+and several processes may prepare the same store at the same time. A run that opens a store compares its checksums; a
+damaged store is written again.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -33,7 +35,21 @@ _VERSION = 2
 BAD_HEADER = (SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 _BATCH = 64  # documents tokenised together
 _LARGE = 4 * 2**30  # bytes: the checksums of a larger store are compared only if the file system reports a change
-_ARRAYS = ("tokens", "offsets", "domains", "bytes", "text")
+_ARRAYS = ("tokens", "offsets", "domains", "bytes", "text", "learned")
+
+
+class Encoded(NamedTuple):
+    """A document as it lies in a store."""
+
+    document: dict[str, Any]
+    tokens: np.ndarray | None  # [n] with special tokens; None for a blank document, which is left out
+    text: bytes  # UTF-8 of what is learned
+    lost: int  # bytes of it that no token represents
+    learned: np.ndarray | None = None  # [n] bool; None: all tokens
+    notes: tuple[str, ...] = ()  # what the user should know, each a plural such as "blank documents, left out"
+
+
+Encoder = Callable[[Sequence[dict[str, Any]]], list[Encoded]]
 
 
 class TokenStore:
@@ -41,7 +57,9 @@ class TokenStore:
 
     tokens: [N] uint16 or uint32.
     offsets: [D+1] int64, the first token of each document; the last entry is the closing token's.
-    document_domains: [D] int32, indices into `domains`. document_bytes: [D] int64, UTF-8 bytes of the text.
+    document_domains: [D] int32, indices into `domains`. document_bytes: [D] int64, UTF-8 bytes of the text, or of the
+        answers in it.
+    learned: [N] uint8, 1 for a token that is learned; None: all are.
     lost_bytes: for each domain, the number of bytes that no token represents, if any.
     text: held-out splits only, [Σ document_bytes] uint8, the documents one after another.
     content: a hash of all arrays. notes: lines about what the reader left out.
@@ -73,6 +91,7 @@ class TokenStore:
             self.document_domains = self._load("domains", self.num_documents)
             self.document_bytes = self._load("bytes", self.num_documents)
             self.text = self._load("text", int(self.document_bytes.sum())) if "text" in self.checksums else None
+            self.learned = self._load("learned", meta["tokens"]) if "learned" in self.checksums else None
             self._check()
         except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, *BAD_HEADER) as error:
             raise ValueError(f"{self.folder} is not a complete token store: {error}") from error
@@ -90,6 +109,8 @@ class TokenStore:
         integers = all(a.dtype.kind in "iu" for a in (self.tokens, self.offsets, inside, self.document_bytes))
         ordered = integers and tuple(self.offsets[[0, -1]]) == ends and bool((np.diff(self.offsets) > 0).all())
         outside = len(inside) and not 0 <= inside.min() <= inside.max() < len(self.domains)
+        if self.learned is not None and self.learned.dtype != np.uint8:
+            raise ValueError("learned has another dtype")
         if not ordered or outside or not 0 <= self.end_of_text < 2**31:
             raise ValueError("offsets or domain ids are inconsistent")
 
@@ -111,6 +132,8 @@ class TokenStore:
 
     def targets_per_document(self) -> np.ndarray:
         """Number of predicted tokens of each document, [D] int64, the end_of_text after it included."""
+        if self.learned is not None:
+            return np.add.reduceat(self.learned, self.offsets[:-1], dtype=np.int64)
         return np.diff(self.offsets) - (self.begin_of_text is not None)
 
     def texts(self) -> Iterator[tuple[str, str]]:
@@ -147,11 +170,12 @@ def prepare_store(
     description: str = "",
     progress: bool = False,
     keep_text: bool = False,
+    encode: Encoder | None = None,
 ) -> TokenStore:
     """The store in `folder`. A missing or damaged store is written first; damage is reported on stderr.
 
     documents: returns the sequence of `{"text", "domain"}`; called only if the store must be written.
-    keep_text: whether the store also holds the text.
+    keep_text: whether the store also holds the text. encode: of documents with roles; None: they are texts.
     """
     try:
         return _opened(folder)
@@ -164,7 +188,7 @@ def prepare_store(
     partial = temporary / folder.name
     try:
         partial.mkdir()
-        _write_store(partial, documents(), tokenizer, description, progress, keep_text)
+        _write_store(partial, documents(), tokenizer, description, progress, keep_text, encode)
         return _publish(partial, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -193,22 +217,34 @@ def _publish(partial: Path, folder: Path) -> TokenStore:
     return TokenStore(folder)
 
 
-class _Encode:
-    """Turns a batch of documents into (ids, bytes lost, document) of each."""
+class EncodeText:
+    """Turns a batch of texts into `Encoded`: all of their tokens are learned."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, description: str):
+        self._tokenizer, self._description = tokenizer, description
+        begin, end = tokenizer.begin_of_text, np.asarray([tokenizer.end_of_text], np.int32)
+        self._front, self._back = (end, end[:0]) if begin is None else (np.asarray([begin], np.int32), end)
 
-    def __call__(self, documents: Sequence[dict[str, str]]) -> list[tuple[np.ndarray | None, int, dict[str, str]]]:
-        """A list of (ids, bytes lost, document). A blank document has None for ids, and is left out later."""
+    def __call__(self, documents: Sequence[dict[str, str]]) -> list[Encoded]:
         kept = [d for d in documents if d["text"].strip()]
         made = self._tokenizer.encode_and_count([d["text"] for d in kept])
-        full = [(ids, lost, d) for (ids, lost), d in zip(made, kept, strict=True)]
-        return [*full, *((None, 0, d) for d in documents if not d["text"].strip())]
+        full = [self._encoded(d, ids, lost) for (ids, lost), d in zip(made, kept, strict=True)]
+        return [*full, *(Encoded(d, None, b"", 0, None, (docs.BLANK,)) for d in documents if not d["text"].strip())]
+
+    def _encoded(self, document: dict[str, str], ids: np.ndarray, lost: int) -> Encoded:
+        if np.isin(ids, [self._tokenizer.end_of_text, *self._front]).any():
+            raise RuntimeError(f"{self._description}: the tokenizer made a special token from text")
+        return Encoded(document, np.concatenate([self._front, ids, self._back]), document["text"].encode(), lost)
 
 
 def _write_store(
-    folder: Path, documents: Sequence, tokenizer: Tokenizer, description: str, progress: bool, keep_text: bool = False
+    folder: Path,
+    documents: Sequence,
+    tokenizer: Tokenizer,
+    description: str,
+    progress: bool,
+    keep_text: bool = False,
+    encode: Encoder | None = None,
 ) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     lengths, domains, sizes = [], [], []
@@ -216,44 +252,47 @@ def _write_store(
     least: dict[str, float] = {}
     counts: Counter[str] = Counter()
     lost: dict[str, int] = {}
-    begin, end = tokenizer.begin_of_text, np.asarray([tokenizer.end_of_text], dtype)
-    front, back = (end, end[:0]) if begin is None else (np.asarray([begin], dtype), end)
+    begin, roles = tokenizer.begin_of_text, encode is not None
+    closing = np.asarray([tokenizer.end_of_text if begin is None or roles else begin], dtype)
+    encode = encode or EncodeText(tokenizer, description)
     with (
         open(folder / "tokens.raw", "wb") as file,
         open(folder / "text.raw", "wb") as text_file,
+        open(folder / "learned.raw", "wb") as learned_file,
         tqdm(total=len(documents), desc=f"tokenize {description}", unit="doc", disable=not progress) as bar,
     ):
         if len(documents):
-            read = grain.MapDataset.source(documents).batch(_BATCH, batch_fn=list).map(_Encode(tokenizer))
+            read = grain.MapDataset.source(documents).batch(_BATCH, batch_fn=list).map(encode)
             iterator = iter(read.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
             for batch in iterator:
-                for ids, dropped, document in batch:
-                    text, domain = document["text"], document["domain"]
-                    counts[docs.BLANK] += ids is None
+                for made in batch:
+                    document, tokens = made.document, made.tokens
+                    counts.update(made.notes)
                     counts[docs.REPLACED] += "replaced" in document
-                    if ids is None:
+                    if tokens is None:
                         continue
-                    if np.isin(ids, [tokenizer.end_of_text, *front]).any():
-                        raise RuntimeError(f"{description}: the tokenizer made a special token from text")
-                    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+                    if not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
                         raise RuntimeError(f"{description}: the tokenizer made ids beyond its vocabulary")
-                    marked = np.concatenate([front, ids.astype(dtype), back])
-                    marked.tofile(file)
-                    raw = text.encode("utf-8")
+                    tokens.astype(dtype).tofile(file)
+                    if roles:
+                        made.learned.astype(np.uint8).tofile(learned_file)
                     if keep_text:
-                        text_file.write(raw)
-                    lengths.append(len(marked))
+                        text_file.write(made.text)
+                    domain = document["domain"]
+                    lengths.append(len(tokens))
                     domains.append(numbers.setdefault(domain, len(numbers)))
-                    sizes.append(len(raw))
-                    if dropped:
-                        lost[domain] = lost.get(domain, 0) + dropped
-                    least[domain] = min(least.get(domain, 1.0), docs.least_fraction(text))
+                    sizes.append(len(made.text))
+                    if made.lost:
+                        lost[domain] = lost.get(domain, 0) + made.lost
+                    least[domain] = min(least.get(domain, 1.0), docs.share_of(document))
                 bar.update(min(_BATCH, len(documents) - bar.n))
             iterator.close()
-        front.tofile(file)
+        closing.tofile(file)
+        np.zeros(1, np.uint8).tofile(learned_file)
     total = sum(lengths) + 1
     _as_array(folder, "tokens", dtype, total)
-    _as_array(folder, "text", np.uint8, sum(sizes)) if keep_text else (folder / "text.raw").unlink()
+    for name, kept, size in (("text", keep_text, sum(sizes)), ("learned", roles, total)):
+        _as_array(folder, name, np.uint8, size) if kept else (folder / f"{name}.raw").unlink()
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
     np.save(folder / "domains.npy", np.asarray(domains, np.int32))
     np.save(folder / "bytes.npy", np.asarray(sizes, np.int64))
@@ -262,7 +301,8 @@ def _write_store(
     meta |= {} if begin is None else {"begin_of_text": begin}
     meta |= {"lost_bytes": lost} if lost else {}
     meta["cut"] = getattr(documents, "cut", False)
-    meta["notes"] = [*getattr(documents, "notes", ()), *_account(description, counts)]
+    lines = encode.lines() if roles else ()
+    meta["notes"] = [*getattr(documents, "notes", ()), *lines, *_account(description, counts)]
     arrays = {name: path for name in _ARRAYS if (path := folder / f"{name}.npy").exists()}
     meta["checksums"] = {name: checksum(path) for name, path in arrays.items()}
     parts = [

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LARGEST = 1_000_000  # bytes: a larger text file is never one document
@@ -87,6 +87,16 @@ def held_out(text: str, fraction: float) -> bool:
 def least_fraction(text: str) -> float:
     """The `validation_fraction` above which a document is held out."""
     return _number(text) / 2**64
+
+
+def is_held_out(document: Mapping[str, Any], fraction: float) -> bool:
+    """Whether a document is in the validation split. The prompt decides for one with roles, else the complete text."""
+    return document["share"] < fraction if "share" in document else held_out(document["text"], fraction)
+
+
+def share_of(document: Mapping[str, Any]) -> float:
+    """The number that `validation_fraction` is compared with: `share` of a document with roles, else of its text."""
+    return document["share"] if "share" in document else least_fraction(document["text"])
 
 
 # --- a text file -----------------------------------------------------------------------------------------------------

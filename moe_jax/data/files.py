@@ -1,7 +1,6 @@
 """Local files as a source of documents."""
 
 import csv
-import difflib
 import glob
 import os
 import zlib
@@ -14,15 +13,10 @@ from moe_jax.data import documents, readers
 from moe_jax.data.digests import Remembered, content_hash, stamp
 from moe_jax.data.documents import Account, Documents
 from moe_jax.data.readers import EXTENSIONS, Unreadable, extension, place
-from moe_jax.errors import ConfigError
+from moe_jax.data.roles import Roles
+from moe_jax.errors import ConfigError, nearest
 
-Document = tuple[str, str]  # text, domain
-
-
-def nearest(value: str, choices: Sequence[str]) -> str:
-    """The hint of an error message that names the choice most similar to `value`."""
-    close = difflib.get_close_matches(str(value), list(choices), 1, 0.0)
-    return f"nearest valid: {close[0]!r}" if close else "there is no valid choice"
+Document = dict[str, Any]
 
 
 class FilesSource:
@@ -40,6 +34,7 @@ class FilesSource:
         self._stamps: list[list[int]] = []
         self._splits: dict[str, Documents] = {}
         self._account = Account()
+        self._roles = Roles(name, cfg) if cfg.has_roles else None
         self._check_documents()
 
     def _error(self, field: str, rule: str, hint: str = "") -> ConfigError:
@@ -69,6 +64,9 @@ class FilesSource:
                 raise self._error("path", rule, nearest(extension(path), EXTENSIONS))
             if self.cfg.domain_field and extension(path) == ".txt":
                 raise self._error("domain_field", f"is set, but {path.name} has no fields", "set domain instead")
+            if self.cfg.has_roles and extension(path) == ".txt":
+                field = "messages_field" if self.cfg.messages_field else "prompt"
+                raise self._error(field, f"is set, but {path.name} has no fields", nearest(".txt", EXTENSIONS[1:]))
         return found
 
     def _check_documents(self) -> None:
@@ -79,7 +77,7 @@ class FilesSource:
     def cutting(self, path: str) -> tuple:
         """The settings that decide which documents a file gives. With "auto" all files of the source belong to them."""
         if extension(Path(path)) != ".txt":
-            return (self.cfg.text_field,)
+            return tuple(self._roles.identity) if self._roles else (self.cfg.text_field,)
         auto = sorted(map(os.path.realpath, self.files)) if self.cfg.documents == "auto" else []
         return self.cfg.documents, self.cfg.separator, *auto
 
@@ -100,7 +98,8 @@ class FilesSource:
         kinds = [[extension(path) + path.suffix * (path.suffix == ".gz"), h] for path, h in self._named_contents()]
         fields = [cfg.text_field, cfg.domain, cfg.domain_field, cfg.validation_fraction]
         fields += [str(cfg.documents), cfg.separator] if self._texts else []
-        return {"kind": "files", "name": self.name, "split": split, "files": kinds, "fields": fields}
+        roles = {"roles": self._roles.identity} if self._roles else {}
+        return {"kind": "files", "name": self.name, "split": split, "files": kinds, "fields": fields} | roles
 
     def _named_contents(self) -> Iterator[tuple[Path, str]]:
         return zip(self.files, self.contents(), strict=True)
@@ -116,9 +115,9 @@ class FilesSource:
             self.contents()  # hashes the files first, so that a later change is noticed
             train, validation, pieces = [], [], 0
             for path in self.files:
-                for text, domain in self._read(path):
-                    chosen = validation if documents.held_out(text, self.cfg.validation_fraction) else train
-                    chosen.append({"text": text, "domain": domain})
+                for document in self._read(path):
+                    held_out = documents.is_held_out(document, self.cfg.validation_fraction)
+                    (validation if held_out else train).append(document)
                     pieces += extension(path) == ".txt"
             for path, before in zip(self.files, self._stamps, strict=True):
                 if stamp(path) != before:
@@ -146,30 +145,40 @@ class FilesSource:
         pieces = documents.cut(text, self.cfg.documents, self.cfg.separator, self._texts)
         if not pieces:
             self._account.add(documents.BLANK, str(path))
-        return ((piece, self.cfg.domain or self.name) for piece in pieces)
+        return ({"text": piece, "domain": self.cfg.domain or self.name} for piece in pieces)
 
     def _read_rows(self, path: Path) -> Iterator[Document]:
-        text, domain = self.cfg.text_field, self.cfg.domain_field if not self.cfg.domain else ""
-        needed = {"text_field": text} | ({"domain_field": domain} if domain else {})
-        names, rows = readers.open_rows(path, list(needed.values()))
+        domain = self.cfg.domain_field if not self.cfg.domain else ""
+        needed = self._roles.columns if self._roles else [("text_field", self.cfg.text_field)]
+        needed = [*needed, ("domain_field", domain)] if domain else needed
+        names, rows = readers.open_rows(path, [name for _, name in needed])
         if names:
             self._check_fields(path, needed, names)
         found, first = set(), None
         for number, row in rows:
             if names is None:  # each row of a .jsonl has its own fields; a field that no row has is a mistake
                 first = row if first is None else first
-                found.update(field for field, name in needed.items() if name in row)
+                found.update(pair for pair in needed if pair[1] in row)
             yield from self._document(row, place(path, number), domain)
         if first is not None:
-            self._check_fields(path, {f: name for f, name in needed.items() if f not in found}, list(first))
+            self._check_fields(path, [pair for pair in needed if pair not in found], list(first))
 
-    def _check_fields(self, path: Path, needed: dict[str, str], names: Sequence[Any]) -> None:
+    def _check_fields(self, path: Path, needed: Sequence[tuple[str, str]], names: Sequence[Any]) -> None:
+        """Raises ConfigError for a field that the file does not have. needed: (field of the config, field of rows)."""
         names = [str(name) for name in names if name is not None]
-        for field, name in needed.items():
+        for field, name in needed:
             if name not in names:
-                raise self._error(field, f"is not a field of {path.name}: {', '.join(names)}", nearest(name, names))
+                what = "" if getattr(self.cfg, field) == name else f"names {name!r}, which "
+                rule = f"{what}is not a field of {path.name}: {', '.join(names)}"
+                raise self._error(field, rule, nearest(name, names))
 
     def _document(self, row: dict, where: str, domain_field: str) -> Iterator[Document]:
+        if self._roles:
+            document = self._roles.document(row, self._domain(row, where, domain_field), where)
+            if document.pop("replaced", ""):
+                self._account.add(documents.REPLACED, where)
+            yield document
+            return
         value = row.get(self.cfg.text_field)
         if value is not None and not isinstance(value, str | bytes):
             raise self._error("text_field", f"holds {type(value).__name__}, not text: {where}")
@@ -179,10 +188,13 @@ class FilesSource:
             return
         if replaced:
             self._account.add(documents.REPLACED, where)
+        yield {"text": text, "domain": self._domain(row, where, domain_field)}
+
+    def _domain(self, row: dict, where: str, domain_field: str) -> str:
         domain = self.cfg.domain or self.name
         if domain_field:
             domain = documents.domain_of(row.get(domain_field), "")
             if not domain:
                 domain = self.name
                 self._account.add(f"documents without {domain_field!r}, assigned to the domain {domain!r}", where)
-        yield text, domain
+        return domain

@@ -87,6 +87,18 @@ def keeps_everything(spec: dict) -> bool:
     return by_bytes and model.get("type") == "BPE" and words >= set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
+def with_offsets(spec: dict, special: bool):
+    """The tokenizer with complete spans. special: whether special tokens that a text spells become those tokens."""
+    import tokenizers
+
+    # The post-processor would trim spans.
+    made = tokenizers.Tokenizer.from_str(json.dumps(spec | {"post_processor": None}))
+    made.no_truncation()
+    made.no_padding()
+    made.encode_special_tokens = not special
+    return made
+
+
 def with_unknown(spec: dict, tokenizer):
     """The tokenizer with an unknown token, added if it has none, and the id of that token.
 
@@ -96,11 +108,7 @@ def with_unknown(spec: dict, tokenizer):
 
     model = spec["model"]
     vocab, word = model.get("vocab"), model.get("unk_token")
-    # The post-processor would trim spans.
-    made = tokenizers.Tokenizer.from_str(json.dumps(spec | {"post_processor": None}))
-    made.no_truncation()
-    made.no_padding()
-    made.encode_special_tokens = True
+    made = with_offsets(spec, special=False)
     if isinstance(vocab, list):
         if model.get("unk_id") is not None:
             return made, model["unk_id"]

@@ -1,37 +1,39 @@
 """Turns a `DataConfig` into batches: prepared stores, one Grain pipeline, and an iterator whose state is a count.
 
 Batch s of the optimizer consists of the elements s·B … s·B+B−1 of one infinite sequence, which depends on (config,
-seed) alone. The sequence has the rows of `rows.PackedRows` of each source, shuffled anew each epoch, mixed by weight,
-and in random order within a batch. A process asks for its `rows` of each batch and reads only these. Neither that split
-nor `num_workers` changes the content of a batch.
+seed) alone. The sequence has the rows of `rows.PackedRows` of each source (of `packing.WholeRows` for one with roles),
+shuffled anew each epoch, mixed by weight, and in random order within a batch. A process asks for its `rows` of each
+batch and reads only these. Neither that split nor `num_workers` changes the content of a batch.
 
 A batch is the dict of `PackedRows`, stacked to [n, S], and `sequence_ids` [n] int32, the index of each row in the
 optimizer batch. `n`: rows of this process; `S`: tokens of a row.
 """
 
-import hashlib
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from moe_jax.config import DataConfig
-from moe_jax.data import record, tokenizers
+from moe_jax.data import chat, record, tokenizers
+from moe_jax.data.answers import open_roles
+from moe_jax.data.batches import (
+    Rows,
+    TrainIterator,
+    ValidationRows,
+    check_rows,
+    check_shared_memory,
+    random_key,
+    read_batches,
+)
 from moe_jax.data.corpus import TokenStore, prepare_store, store_folder
 from moe_jax.data.held_out import NotHeldOut, not_held_out
+from moe_jax.data.packing import WholeRows
 from moe_jax.data.rows import PackedRows, padding_row, permutation
 from moe_jax.data.sources import SPLITS, Source, Split, check_cache, check_sources, open_source
 from moe_jax.errors import ConfigError
-
-Rows = dict[str, np.ndarray]
-SHARED_MEMORY = Path("/dev/shm")
-BUFFERED = 2  # batches that each reader process has ready
 
 
 def prepare(
@@ -47,22 +49,25 @@ def prepare(
     cache = check_cache(cfg)
     sources = {name: open_source(name, source, cache, progress) for name, source in cfg.sources.items()}
     tokenizer = tokenizers.load_or_make(cfg.tokenizer, workdir, lambda: _training_text(cfg, sources), init_from)
-    stores = {}
+    stores, templates = {}, set()
     for name, source in sources.items():
-        for split in SPLITS:
-            if _is_read(cfg, name, split):
-                folder = store_folder(cache, source.identity(split), tokenizer)
-                read = lambda source=source, split=split: source.documents(split)
-                stores[name, split] = prepare_store(
-                    folder, read, tokenizer, f"{name}/{split}", progress, keep_text=split == "validation"
-                )
-                if split == "train":
-                    _check_some_text_is_kept(cfg, name, stores[name, split])
+        with open_roles(name, cfg.sources[name], tokenizer) as (its, encode):
+            for split in SPLITS:
+                if _is_read(cfg, name, split):
+                    folder = store_folder(cache, source.identity(split) | its, tokenizer)
+                    read = lambda source=source, split=split: source.documents(split)
+                    what, keep = f"{name}/{split}", split == "validation"
+                    stores[name, split] = prepare_store(folder, read, tokenizer, what, progress, keep, encode)
+                    if split == "train":
+                        _check_some_text_is_kept(cfg, name, stores[name, split])
+            templates |= {encode.template} if encode and encode.template else set()
+    if len(templates) == 1:
+        chat.keep(tokenizer, *templates)
     return Corpus(cfg, sources, tokenizer, stores, seed)
 
 
 def _check_some_text_is_kept(cfg: DataConfig, name: str, store: TokenStore) -> None:
-    size = int(store.document_bytes.sum())
+    size = int(store.document_bytes.sum()) if store.learned is None else 0
     if size and store.targets_per_document().sum() == store.num_documents:  # the only targets are the ends of documents
         rule = f"has a token for none of the {size:,} bytes of data.sources.{name}"
         raise ConfigError("data.tokenizer.path", cfg.tokenizer.path, rule, "use a tokenizer of such text")
@@ -95,138 +100,6 @@ def _training_text(cfg: DataConfig, sources: dict[str, Source]) -> Iterator[str]
         left, weight_left = left - (budget - share), weight_left - source.weight
 
 
-# --- random access ---------------------------------------------------------------------------------------------------
-
-
-class _Share(grain.MapDataset):
-    """The rows that one process reads: element k is row `rows[k mod n]` of batch `first + k div n`."""
-
-    def __init__(self, elements: grain.MapDataset, batch_size: int, rows: tuple[int, ...], first: int):
-        super().__init__(elements)
-        self._elements, self._batch_size, self._rows, self._first = elements, batch_size, rows, first
-
-    def __len__(self) -> int:
-        return (len(self._elements) // self._batch_size - self._first) * len(self._rows)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, i = divmod(index, len(self._rows))
-        row = self._rows[i]
-        element = self._elements[(self._first + batch) * self._batch_size + row]
-        return element | {"sequence_ids": np.int32(row)}
-
-
-class _ValidationRows:
-    """Chosen rows of all sources' validation splits, followed by rows of padding that fill the last batch."""
-
-    def __init__(self, parts: Sequence[PackedRows], chosen: np.ndarray, length: int, padding: Rows):
-        self._parts, self._chosen, self._length, self._padding = parts, chosen, length, padding
-        self._starts = np.cumsum([0] + [len(p) for p in parts])
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Rows:
-        if index >= len(self._chosen):
-            return dict(self._padding)
-        row = int(self._chosen[index])
-        part = int(np.searchsorted(self._starts, row, "right")) - 1
-        return self._parts[part][row - int(self._starts[part])]
-
-
-def _key(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
-
-
-def _check_rows(rows: Sequence[int], batch_size: int) -> tuple[int, ...]:
-    rows = tuple(int(r) for r in rows)
-    if not rows or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
-        raise ValueError(f"rows must be sorted, distinct and in range({batch_size}), at least one: {rows}")
-    return rows
-
-
-def _check_shared_memory(num_workers: int, batch_bytes: int) -> None:
-    """Raises ConfigError if there is too little shared memory for the batches of reader processes."""
-    need = num_workers * (BUFFERED + 1) * batch_bytes
-    if not SHARED_MEMORY.is_dir():  # some systems have shared memory elsewhere
-        return
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    try:
-        with tempfile.TemporaryFile(dir=SHARED_MEMORY):
-            pass
-    except OSError as error:
-        rule = f"reader processes pass batches through {SHARED_MEMORY}, which cannot be written ({error.strerror})"
-        raise ConfigError("data.num_workers", num_workers, rule, "nearest valid: 0") from None
-    if free < need:
-        rule = f"reader processes need up to {need / 2**20:,.1f} MiB in {SHARED_MEMORY}; {free / 2**20:,.1f} are free"
-        raise ConfigError("data.num_workers", num_workers, rule, "nearest valid: 0")
-
-
-def _batches(
-    elements: grain.MapDataset, batch_size: int, rows: tuple[int, ...], first: int, num_workers: int
-) -> grain.IterDataset:
-    share = _Share(elements, batch_size, rows, first).batch(len(rows), drop_remainder=True)
-    threads = 1 if num_workers else 4
-    made = share.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # in a notebook; Grain needs the defaults of its own flags
-            flags.FLAGS.mark_as_parsed()
-        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=BUFFERED))
-    return made
-
-
-class TrainIterator:
-    """An endless iterator over the training batches of one process.
-
-    Its state is the number of batches delivered, so a process with other `rows` can continue from it.
-    """
-
-    def __init__(self, elements, batch_size: int, rows: Sequence[int], num_workers: int):
-        self._elements, self._batch_size, self._num_workers = elements, batch_size, num_workers
-        self._rows = _check_rows(rows, batch_size)
-        self._count = self._begun = 0
-        self._iterator = None
-
-    def __iter__(self) -> "TrainIterator":
-        return self
-
-    def __next__(self) -> Rows:
-        try:
-            batch = self._read()
-        except RuntimeError as error:  # a reader process was killed
-            if self._count == self._begun:
-                raise
-            line = f"reader processes ended ({str(error).splitlines()[0]}); new ones start at batch {self._count}"
-            print(line, file=sys.stderr, flush=True)
-            self.close()
-            batch = self._read()
-        self._count += 1
-        # The arrays of a reader process lie in shared memory, which it may reuse while the batch is in use: copy them.
-        return {k: np.array(v) for k, v in batch.items()} if self._num_workers else batch
-
-    def _read(self) -> Rows:
-        if self._iterator is None:
-            made = _batches(self._elements, self._batch_size, self._rows, self._count, self._num_workers)
-            self._iterator, self._begun = iter(made), self._count
-        return next(self._iterator)
-
-    def get_state(self) -> dict[str, int]:
-        """The state as JSON values."""
-        return {"batches": self._count}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Continues after `state["batches"]` batches, without reading those before."""
-        self.close()
-        self._count = int(state["batches"])
-
-    def close(self) -> None:
-        """Ends reader threads and processes. The next batch starts new ones."""
-        if self._iterator is not None:
-            self._iterator.close()
-        self._iterator = None
-
-
 # --- the corpus ------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +117,7 @@ class Corpus:
         self.stores: dict[tuple[str, Split], TokenStore] = stores
         self.domains: tuple[str, ...] = tuple(sorted({d for store in stores.values() for d in store.domains}))
         self._train, self._weights = [], []
+        self._packing: list[str] = []  # lines about complete documents in rows
         for name, source in cfg.sources.items():
             if source.weight > 0:
                 self._train.append(self._rows(name, "train"))
@@ -255,9 +129,11 @@ class Corpus:
         """Saves the tokenizer in the directory of a new run, which then needs no other file of it."""
         tokenizers.save(self.tokenizer, self._cfg.tokenizer, workdir)
 
-    def _rows(self, name: str, split: Split) -> PackedRows:
+    def _rows(self, name: str, split: Split) -> PackedRows | WholeRows:
         store, s = self.stores[name, split], self._cfg.seq_len
         ids = [self.domains.index(d) for d in store.domains]
+        if store.learned is not None:
+            return self._whole_rows(store, name, split, ids)
         if split == "validation":
             return PackedRows(store, s, None, partial=True, domain_ids=ids)
         rows = PackedRows(store, s, self._seed, name=name, domain_ids=ids)
@@ -265,6 +141,19 @@ class Corpus:
             targets = len(store.tokens) - 1
             rule = f"must be ≤ {targets}, the tokens in the training split of data.sources.{name}"
             raise ConfigError("data.seq_len", s, rule, f"nearest valid: {targets}" if targets > 1 else "add documents")
+        return rows
+
+    def _whole_rows(self, store: TokenStore, name: str, split: Split, ids: list[int]) -> WholeRows:
+        s, seed = self._cfg.seq_len, None if split == "validation" else self._seed
+        rows = WholeRows(store, s, seed, name=name, domain_ids=ids)
+        if split == "train" or rows.cut:
+            self._packing.append(f"{name}/{split}: {rows.note()}")
+        if split == "train" and len(rows) == 0:
+            rule = f"must be larger: no document of data.sources.{name} has an answer in its first {s + 1} tokens"
+            longest = int(np.diff(store.offsets).max(initial=1)) - 1
+            raise ConfigError(
+                "data.seq_len", s, rule, f"the longest needs {longest}" if longest > 1 else "add documents"
+            )
         return rows
 
     def _bytes_per_token(self) -> np.ndarray:
@@ -302,17 +191,17 @@ class Corpus:
         Raises: ConfigError if there is too little shared memory for `num_workers` readers.
         """
         if self._cfg.num_workers:  # six arrays of four bytes a token
-            _check_shared_memory(self._cfg.num_workers, len(rows) * self._cfg.seq_len * 6 * 4)
+            check_shared_memory(self._cfg.num_workers, len(rows) * self._cfg.seq_len * 6 * 4)
         mixed = []
         for name, packed in zip((n for n, s in self._cfg.sources.items() if s.weight > 0), self._train, strict=True):
-            mixed.append(grain.MapDataset.source(packed).shuffle(seed=_key("rows", self._seed, name)).repeat())
+            mixed.append(grain.MapDataset.source(packed).shuffle(seed=random_key("rows", self._seed, name)).repeat())
         elements = mixed[0]
         if len(mixed) > 1:
             # `mix` takes sources in turn, so a few neighbours would always have all sources in proportion. Training on
             # shuffled documents does not have that, and a load-balancing loss over few sequences should not see it.
             in_turn = grain.MapDataset.mix(mixed, self._weights)
             elements = grain.experimental.WindowShuffleMapDataset(
-                in_turn, window_size=self._cfg.batch_size, seed=_key("batch", self._seed)
+                in_turn, window_size=self._cfg.batch_size, seed=random_key("batch", self._seed)
             )
         return TrainIterator(elements, self._cfg.batch_size, rows, self._cfg.num_workers)
 
@@ -331,17 +220,17 @@ class Corpus:
 
         limit: maximum number of batches, whose rows are spread evenly over the split; 0: all.
         """
-        rows = _check_rows(rows, self._cfg.batch_size)
+        rows = check_rows(rows, self._cfg.batch_size)
         total, length = self.num_validation_rows(), self.num_validation_batches(limit) * self._cfg.batch_size
         taken = min(total, length)
         # These are all rows if taken == total.
         chosen = (2 * np.arange(taken, dtype=np.int64) + 1) * total // (2 * max(taken, 1))
         padding = padding_row(self._cfg.seq_len, self.tokenizer.end_of_text)
-        return self._validate(_ValidationRows(self._validation, chosen, length, padding), rows)
+        return self._validate(ValidationRows(self._validation, chosen, length, padding), rows)
 
-    def _validate(self, elements: _ValidationRows, rows: tuple[int, ...]) -> Iterator[Rows]:
+    def _validate(self, elements: ValidationRows, rows: tuple[int, ...]) -> Iterator[Rows]:
         if len(elements):
-            iterator = iter(_batches(grain.MapDataset.source(elements), self._cfg.batch_size, rows, 0, 0))
+            iterator = iter(read_batches(grain.MapDataset.source(elements), self._cfg.batch_size, rows, 0, 0))
             yield from iterator
             iterator.close()
 
@@ -355,7 +244,19 @@ class Corpus:
         """Lines for the user: how documents begin, what readers and the tokenizer left out, domains without held-out
         text."""
         read = [line for store in self.stores.values() for line in store.notes]
+        read += [*self._packing, *self._answers()]
         return [*self.tokenizer.lines, *dict.fromkeys(read), *self._lost(), *map(str, self.not_held_out())]
+
+    def _answers(self) -> Iterator[str]:
+        """Yields a line for each source of which only answers are learned."""
+        for name, source in self._cfg.sources.items():
+            if source.has_roles:
+                parts = [split for split in SPLITS if (name, split) in self.stores]
+                learned = sum(int(self.stores[name, split].targets_per_document().sum()) for split in parts)
+                total = sum(int(self.stores[name, split].offsets[-1]) for split in parts)
+                share = f"{learned:,} of {total:,} tokens, are learned and evaluated"
+                line = f"data.sources.{name}: answers alone, {share}; compressors see them without their prompts"
+                yield line + ("; conversations begin as the chat template says" if source.messages_field else "")
 
     def _lost(self) -> Iterator[str]:
         """Yields a line for each store from whose text the tokenizer dropped something."""

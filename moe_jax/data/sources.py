@@ -2,8 +2,8 @@
 
 `open_source(name, cfg, cache)` returns a `Source`. Its `identity(split)` is a description, as JSON values, of exactly
 what would be read. Its `documents(split)` is a random-access sequence of `{"text": str, "domain": str}`, with a key
-`replaced` if parts of the text were not Unicode. A split is "train" or "validation". Opening reads no document. A
-missing TFDS data set is prepared on first use.
+`replaced` if parts of the text were not Unicode, and with further keys for documents with roles (roles.py). A split is
+"train" or "validation". Opening reads no document. A missing TFDS data set is prepared on first use.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ from absl import logging
 
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data.documents import decoded, domain_of
-from moe_jax.data.files import FilesSource, nearest
+from moe_jax.data.files import FilesSource
+from moe_jax.data.readers import extension
+from moe_jax.data.roles import Roles
 from moe_jax.data.tokenizers import own_file
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, nearest
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -81,6 +83,7 @@ class TfdsDocuments(Sequence):
 
     def __init__(self, records: Sequence[dict], cfg: SourceConfig, name: str, labels: Any):
         self._records, self._cfg, self._name, self._labels = records, cfg, name, labels
+        self._roles = Roles(name, cfg) if cfg.has_roles else None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -95,6 +98,8 @@ class TfdsDocuments(Sequence):
             if self._labels:  # TFDS writes −1 where there is no label
                 value = self._labels(int(value)) if int(value) >= 0 else None
             domain = domain_of(value, self._name)
+        if self._roles:
+            return self._roles.document(record, domain, f"example {index} of {cfg.name}")
         text, replaced = decoded(record[cfg.text_field])
         return {"text": text, "domain": domain} | ({"replaced": "yes"} if replaced else {})
 
@@ -191,7 +196,7 @@ class TfdsSource:
             "sizes": sizes,
             "shards": list(info.shard_lengths),
             "fields": (cfg.text_field, cfg.domain, cfg.domain_field),
-        }
+        } | ({"roles": Roles(self.name, cfg).identity} if cfg.has_roles else {})
 
     def listing(self, split: Split) -> list[list]:
         return [[f"{self._prepared().info.full_name} {self._split(split)}", int(self._info(split).num_examples)]]
@@ -200,12 +205,12 @@ class TfdsSource:
         self._info(split)
         builder, cfg = self._prepared(), self.cfg
         features = builder.info.features
-        for field in ("text_field", "domain_field"):
-            value = getattr(cfg, field)
+        columns = Roles(self.name, cfg).columns if cfg.has_roles else [("text_field", cfg.text_field)]
+        for field, value in [*columns, ("domain_field", cfg.domain_field)]:
             if value and value not in features:
-                raise self._error(
-                    field, f"is not among the features {', '.join(features)}", nearest(value, list(features))
-                )
+                what = "is" if getattr(cfg, field) == value else f"names {value!r}, which is"
+                rule = f"{what} not among the features {', '.join(features)}"
+                raise self._error(field, rule, nearest(value, list(features)))
         labels = getattr(features[cfg.domain_field], "int2str", None) if cfg.domain_field else None
         try:
             records = builder.as_data_source(split=self._split(split))
@@ -250,6 +255,12 @@ def _check_no_text_is_on_both_sides(sources: Sequence[FilesSource]) -> None:
                 rule = f"differs from that of {where}, though both read {path}: {why}"
                 hint = f"nearest valid: {other.cfg.validation_fraction}"
                 raise ConfigError(f"{field}.validation_fraction", cfg.validation_fraction, rule, hint)
+            if source.cutting(path) != other.cutting(path) and extension(Path(path)) != ".txt":
+                fields = ("text_field", "prompt", "completion", "messages_field")
+                name = next(name for name in fields if getattr(cfg, name) != getattr(other.cfg, name))
+                rule = f"makes other documents of {path} than {where}: {why}"
+                hint = f"nearest valid: {getattr(other.cfg, name)!r} in both"
+                raise ConfigError(f"{field}.{name}", getattr(cfg, name), rule, hint)
             if source.cutting(path) != other.cutting(path):
                 same = other.cfg.documents if other.cfg.documents != "auto" else "file"
                 rule = f"cuts {path} in other places than {where}: {why}"

@@ -22,6 +22,7 @@ from moe_jax.data.vocabularies import (
     BytesTokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,
+    Spanned,
     train_bpe,
     write,
 )
@@ -46,7 +47,8 @@ class Tokenizer(Protocol):
     """The interface of a tokenizer. ids are int32 arrays of shape [tokens]; `vocab_size` counts special tokens too.
 
     begin_of_text: the token in front of every document; None: only the `end_of_text` of the document before.
-    words: begin_of_text and end_of_text in the vocabulary's spelling; "" for none.
+    words: begin_of_text and end_of_text in the vocabulary's spelling; "" for none. special: ids of special tokens
+        by their spelling, if a text of `encode_spans` may have them.
     files: the files that a run keeps, by name. lines: messages for the user.
     """
 
@@ -55,6 +57,7 @@ class Tokenizer(Protocol):
     begin_of_text: int | None
     fingerprint: str
     words: tuple[str, str]
+    special: dict[str, int]
     files: dict[str, bytes]
     lines: tuple[str, ...]
 
@@ -63,6 +66,9 @@ class Tokenizer(Protocol):
 
     def encode_and_count(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
         """ids of each text, and the number of its bytes that no token represents."""
+
+    def encode_spans(self, text: str, special: bool = False) -> Spanned:
+        """Tokens of a text and their places. special: whether special tokens that it spells become those tokens."""
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of ids, without `begin_of_text` and `end_of_text`."""
@@ -86,10 +92,13 @@ def read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: read_file(folder / name) for name in names if (folder / name).is_file()}
 
 
-def companion_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that are copied with its weights, by name. Raises FileError."""
+def companion_files(folder: Path, names: Sequence[str] = COMPANION_FILES) -> dict[str, bytes]:
+    """Those files of a folder that belong to its weights, or have other `names`, and its further chat templates.
+
+    Raises FileError.
+    """
     more = sorted((folder / MORE_TEMPLATES).glob("*.jinja")) if (folder / MORE_TEMPLATES).is_dir() else []
-    return read_files(folder, (*COMPANION_FILES, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)))
+    return read_files(folder, (*names, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)))
 
 
 # --- the tokenizer of a run directory --------------------------------------------------------------------------------
@@ -142,7 +151,7 @@ def _open(folder: str | Path, kind: str, end_of_text: str, begin_of_text: str) -
     file = Path(folder) / _FILES[kind]
     if not file.is_file():
         return None
-    files = read_files(file.parent, BESIDE if kind != "bpe" else ())
+    files = companion_files(file.parent, BESIDE) if kind != "bpe" else {}
     make = lambda begin: _KINDS[kind](read_file(file), end_of_text, str(file), begin, files)
     made = make(begin_of_text)
     if not begin_of_text and kind != "bpe" and (word := make(AUTO).words[0]):
@@ -257,7 +266,7 @@ def _make(cfg: TokenizerConfig, workdir: str | Path | None, training_text) -> To
     file = own_file(cfg, workdir) or Path(os.path.expanduser(cfg.path))
     if not file.is_file():
         raise ConfigError("data.tokenizer.path", cfg.path, "is not a file", "a tokenizer.json or a .model file")
-    files = read_files(file.parent, BESIDE if file.name == _FILES[cfg.kind] else ())
+    files = companion_files(file.parent, BESIDE) if file.name == _FILES[cfg.kind] else {}
     return _KINDS[cfg.kind](read_file(file), cfg.end_of_text, cfg.path, cfg.begin_of_text, files)
 
 

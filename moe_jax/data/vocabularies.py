@@ -6,12 +6,20 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, SupportsInt
+from typing import ClassVar, NamedTuple, SupportsInt
 
 import numpy as np
 
 from moe_jax.data.begin_of_text import BeginOfText, choose, of_json, of_settings, settings_of
-from moe_jax.data.kept_text import Span, encode_without, keeps_everything, lost_bytes, size, with_unknown
+from moe_jax.data.kept_text import (
+    Span,
+    encode_without,
+    keeps_everything,
+    lost_bytes,
+    size,
+    with_offsets,
+    with_unknown,
+)
 from moe_jax.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,6 +40,14 @@ def write(path: Path, data: bytes) -> None:
     os.replace(name, path)
 
 
+class Spanned(NamedTuple):
+    """The tokens of a text with their places in it."""
+
+    ids: np.ndarray  # [n] int32
+    spans: np.ndarray  # [n, 2] int64, the characters [begin, end) of each token
+    known: np.ndarray  # [n] bool: whether it represents its characters, which the unknown token does not
+
+
 class BytesTokenizer:
     """A tokenizer with one token for each byte of UTF-8; `end_of_text` is 256."""
 
@@ -40,6 +56,7 @@ class BytesTokenizer:
     begin_of_text = None
     fingerprint = "bytes-1"
     words = ("", "")
+    special: ClassVar[dict[str, int]] = {}
     files: ClassVar[dict[str, bytes]] = {}
     lines: tuple[str, ...] = ()
 
@@ -48,6 +65,11 @@ class BytesTokenizer:
 
     def encode_and_count(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
         return [(ids, 0) for ids in self.encode(texts)]
+
+    def encode_spans(self, text: str, special: bool = False) -> Spanned:
+        sizes = [len(character.encode()) for character in text]
+        at = np.repeat(np.arange(len(text)), sizes)
+        return Spanned(self.encode([text])[0], np.stack([at, at + 1], axis=1), np.ones(len(at), bool))
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", "replace")
@@ -59,11 +81,13 @@ class BytesTokenizer:
 class _FileTokenizer:
     """The base class of tokenizers that are read from a file.
 
-    A subclass has `_batch`, which returns ids and lost bytes of texts, and `_spans`, which returns the places where a
-    text would produce `begin_of_text` or `end_of_text`.
+    A subclass has `_batch`, which returns ids and lost bytes of texts, `_spans`, which returns the places where a text
+    would produce `begin_of_text` or `end_of_text`, and `_places`, which returns (id, begin, end) of every token.
     """
 
     vocab_size: int
+    special: dict[str, int]
+    _unknown_id: int = -1
 
     def _settle(self, name: str, data: bytes, files: dict[str, bytes] | None, end: tuple[str, int], begin: BeginOfText):
         """Sets the attributes of `Tokenizer`. files: further files to keep beside the file `name`, by name."""
@@ -86,6 +110,17 @@ class _FileTokenizer:
                 made, more = encode_without(texts[i], self._spans, lambda part: self._safely([part])[0][0])
                 out[i] = made, lost + more
         return out
+
+    def encode_spans(self, text: str, special: bool = False) -> Spanned:
+        try:
+            found = np.asarray(self._places(text, special), np.int64).reshape(-1, 3)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # as in `_safely`
+            found = np.zeros((0, 3), np.int64)
+        if not special:  # a mark that the text spells is lost
+            found = found[~np.isin(found[:, 0], self._marks)]
+        return Spanned(found[:, 0].astype(np.int32), found[:, 1:], found[:, 0] != self._unknown_id)
 
     def _safely(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
         """ids and lost bytes of each text. A text that the library refuses has no tokens, and loses all its bytes."""
@@ -129,7 +164,9 @@ class JsonTokenizer(_FileTokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text becomes letters, not the token
-        special = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {t.content for t in added.values()}
+        self.special = {t.content: i for i, t in added.items() if t.special}
         lookup = self._tokenizer.token_to_id
         end = _find_end_of_text(lookup, end_of_text, sorted(special))
         # The vocabulary is not empty, since it has end_of_text.
@@ -141,6 +178,9 @@ class JsonTokenizer(_FileTokenizer):
         if not keeps_everything(spec):
             self._counting, self._unknown = with_unknown(spec, self._tokenizer)
         self._drops = spec["model"].get("type") == "BPE"  # without an unknown token a BPE drops characters
+        if self._unknown is not None and self._unknown < self.vocab_size:
+            self._unknown_id = self._unknown
+        self._with_offsets: dict[bool, tokenizers.Tokenizer] = {}  # by `special` of `encode_spans`
 
     def _batch(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
         ids_of = lambda encoded: [np.asarray(e.ids, np.int32) for e in encoded]
@@ -159,6 +199,12 @@ class JsonTokenizer(_FileTokenizer):
     def _spans(self, text: str) -> list[Span]:
         made = self._counting.encode(text, add_special_tokens=False)
         return [span for span, i in zip(made.offsets, made.ids, strict=True) if i in self._marks]
+
+    def _places(self, text: str, special: bool) -> list[tuple[int, int, int]]:
+        if special not in self._with_offsets:
+            self._with_offsets[special] = with_offsets(json.loads(self.files["tokenizer.json"]), special)
+        made = self._with_offsets[special].encode(text, add_special_tokens=False)
+        return [(i, *span) for i, span in zip(made.ids, made.offsets, strict=True)]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         kept = [int(i) for i in ids if int(i) not in self._marks]
@@ -189,6 +235,7 @@ class SentencePieceTokenizer(_FileTokenizer):
         end = _find_end_of_text(pieces.get, end_of_text, special)
         first = self._processor.bos_id()
         usual = self._processor.IdToPiece(first) if first >= 0 else ""
+        self._unknown_id, self.special = self._processor.unk_id(), {}
         own = of_settings(settings_of(files or {}), "no tokenizer_config.json says add_bos_token=true", usual)
         begin = choose(begin_of_text, own, pieces.get, end[0])
         self._settle("tokenizer.model", data, files, end, begin)
@@ -213,6 +260,9 @@ class SentencePieceTokenizer(_FileTokenizer):
 
     def _spans(self, text: str) -> list[Span]:
         return [(begin, end) for i, begin, end in self._pieces(text) if i in self._marks]
+
+    def _places(self, text: str, special: bool) -> list[tuple[int, int, int]]:
+        return list(self._pieces(text))
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         return self._processor.DecodeIds([int(i) for i in ids if int(i) not in self._marks])

@@ -43,7 +43,7 @@ class Recorder:
             return
         step, report = done
         train, rate = self._cfg.train, None
-        self._clock.add(report.tokens)
+        self._clock.add(report.tokens, report.seen)
         if skip := self._watch.record(step, report):
             self._writer.write(step, guard.row(skip, batch=step - 1), kind="skipped")
             self._progress.write(f"step {step} skipped, {skip.reason}; batch {step - 1} of seed {self._cfg.seed}")

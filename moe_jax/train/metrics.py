@@ -25,6 +25,7 @@ class StepMetrics(NamedTuple):
     tokens: Any = 0.0  # targets of this step: Σ weight
     router: Any = None  # dict[str, RouterStats], by block
     clipping: dict[str, Any] | None = None  # of QK-clip, where it is on: max_logit and clipped_heads
+    seen: Any = None  # where answers alone are learned: tokens of this step, prompts included
     skipped: Any = None  # 1 if the step was skipped, else 0; in a row of the log the number of skipped steps so far
 
 
@@ -142,7 +143,7 @@ def eval_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 class Throughput:
-    """Counts the tokens and seconds of the steps since the last reading.
+    """Counts the tokens and seconds of the steps since the last reading. The rate is of all tokens, prompts included.
 
     The first step compiles, so the clock restarts when it ends. A reading before the second step gives the first step
     alone, compilation included.
@@ -153,9 +154,10 @@ class Throughput:
         self._start, self._steps, self._tokens, self._compiled = time.perf_counter(), 0, 0.0, False
         self._first = (0.0, 0.0)
 
-    def add(self, tokens: float) -> None:
-        """Counts one more step."""
+    def add(self, tokens: float, seen: float | None = None) -> None:
+        """Counts one more step. seen: its tokens with those of prompts; None: all tokens are targets."""
         self.tokens += float(tokens)
+        tokens = tokens if seen is None else seen
         if not self._compiled:
             self._compiled, self._first = True, (float(tokens), time.perf_counter() - self._start)
             self._start = time.perf_counter()

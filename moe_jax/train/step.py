@@ -50,6 +50,7 @@ def make_train_step(
                 ema = average.update(ema, groups.split(params, frozen)[0], cfg.optim.ema, _updates(state))
         biases = groups.fixed_biases(frozen, state.params, state.router_bias)
         bias, controllers = update_biases(cfg, state.router_bias, sums.router, controllers, biases)
+        seen = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32) if cfg.data.has_roles else None
         report = StepMetrics(
             loss=loss,
             terms={**parts.scalars(), **parts.raw},
@@ -58,12 +59,14 @@ def make_train_step(
             tokens=sums.weights,
             router={path: stats._replace(histogram=None) for path, stats in sums.router.items()},
             clipping=clipping or None,
+            seen=seen,
         )
         new = (params, bias, join_parts(moments, controllers, ema))
         if cfg.train.skip_nonfinite:
             bad = guard.is_bad(loss, report.grad_norm, limits)
             new, tokens = guard.unless(bad, (new, sums.weights), (tuple(state[1:]), 0.0))
-            report = report._replace(tokens=tokens, skipped=bad.astype(jnp.float32))
+            seen = seen if seen is None else jnp.where(bad, 0.0, seen)
+            report = report._replace(tokens=tokens, seen=seen, skipped=bad.astype(jnp.float32))
         return TrainState(state.step + 1, *new), report
 
     return under_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))

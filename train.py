@@ -18,12 +18,13 @@ from moe_jax.errors import Stopped, UserError
 from moe_jax.evaluate import generate, held_out
 from moe_jax.evaluate.during_training import HeldOut
 from moe_jax.moe import balance, router_losses
+from moe_jax.nn import lora
 from moe_jax.parallel import sharding
-from moe_jax.run import changes, checkpoint, config_file, log, replay, survive, weights
+from moe_jax.run import base, changes, checkpoint, config_file, log, replay, survive, weights
 from moe_jax.run.recorder import Recorder
 from moe_jax.train import guard, knobs, losses, metrics, step
 from moe_jax.train.state import abstract_state, abstract_weights, choose_program, init_state, process_rows, put_batch
-from moe_jax.tree import flatten
+from moe_jax.tree import flatten, join
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "run directory; made if missing, resumed if not")
@@ -110,6 +111,8 @@ def train(preemption: survive.Preemption):
             say(balance.describe(cfg.loss, cfg.trained))
     if line := knobs.describe(cfg):
         say(line)
+    if cfg.model.lora.rank:
+        say(lora.describe(cfg.model, flatten(graph.shapes), cfg.init_from))
     say(optim.describe(cfg.optim, graph, dict(mesh.shape), cfg.model.head_dim))
 
     # --- state: the order is important --------------------------------------------------------------------------------
@@ -125,9 +128,13 @@ def train(preemption: survive.Preemption):
     if RESUME_STEP.value is not None:
         for later in checkpoints.rewind(RESUME_STEP.value):
             say(f"checkpoint {later} is set aside in {workdir}/checkpoints.dropped")
-    start, tokens, origin, watch = 0, 0.0, [], guard.Watch(cfg.train)
+    start, tokens, origin, reference, watch = 0, 0.0, [], None, guard.Watch(cfg.train)
     if checkpoints.latest() is not None:
-        state, saved = checkpoints.restore(abstract_state(cfg, mesh))
+        state, saved = checkpoints.restore(base.kept(cfg, abstract_state(cfg, mesh)))
+        if cfg.model.lora.rank:
+            abstract = abstract_weights(cfg.model.base, mesh)
+            params, bias, _, reference = weights.load_base(workdir, cfg, *abstract, saved["base"])
+            state = state._replace(params=join(params, state.params), router_bias=bias)
         batches.set_state(saved["batches"])
         start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
         watch = guard.Watch(cfg.train, saved.get("watch"))
@@ -139,8 +146,11 @@ def train(preemption: survive.Preemption):
         if line := optim.describe_stretch(cfg.optim, saved.get("steps", steps), steps, start - watch.skipped):
             say(line)
     elif cfg.init_from:
-        average, abstract = WEIGHTS.value == "ema", abstract_weights(cfg.model, mesh)
-        params, bias, origin = weights.load_weights(cfg.init_from, *abstract, cast=True, average=average)
+        average, abstract = WEIGHTS.value == "ema", abstract_weights(cfg.model.base, mesh)
+        if cfg.model.lora.rank:
+            params, bias, origin, reference = weights.load_base(workdir, cfg, *abstract, average=average)
+        else:
+            params, bias, origin = weights.load_weights(cfg.init_from, *abstract, cast=True, average=average)
         state = init_state(cfg, mesh, (params, bias))
         which = "average of the weights" if average else "weights"
         say(f"starting from the {which} of {cfg.init_from}, with a fresh optimizer state")
@@ -173,8 +183,9 @@ def train(preemption: survive.Preemption):
         config_file.begin(workdir, cfg, start + 1)
         saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin, "read": read}
         saved |= {"revision": changes.REVISION, "steps": steps, "watch": watch.state()}
+        saved |= {"base": reference} if reference else {}
         with clock.paused():
-            checkpoints.save(n, state, saved, wait=wait)
+            checkpoints.save(n, base.kept(cfg, state), saved, wait=wait)
 
     with checkpoints, writer, progress:
         preemption.begin()

@@ -25,7 +25,8 @@ STEPS, BATCH, LONGEST = 300, 16, 512
 
 def get_config(where: str = "runs/moe"):
     run, _, folder = where.partition(",")
-    earlier = config_lib.to_dict(config_file.load_config(run))
+    loaded = config_file.load_config(run)
+    earlier = config_lib.to_dict(loaded) | {"model": config_lib.to_dict(loaded.model.base)}  # adapters are merged
     config = config_lib.default_config()
     config.init_from = run
     config.model.update(earlier["model"])
@@ -42,7 +43,7 @@ def get_config(where: str = "runs/moe"):
     config.data.batch_size = BATCH
     config.data.seq_len = min(earlier["data"]["seq_len"], LONGEST)
     config.data.tokenizer.update(earlier["data"]["tokenizer"])
-    own = tokenizers.own_file(config_lib.build(earlier).data.tokenizer, run)
+    own = tokenizers.own_file(loaded.data.tokenizer, run)
     if own and not Path(config.data.tokenizer.path).expanduser().is_file():  # the run moved, or its source was deleted
         config.data.tokenizer.path = str(own)
     if folder:

@@ -48,3 +48,14 @@ def flatten_config(values: Any, name: str = "") -> dict[str, Any]:
         return {name: values}
     join = lambda key: f"{name}.{key}" if name else key
     return {k: v for key, item in values.items() for k, v in flatten_config(item, join(key)).items()}
+
+
+def split(tree: dict[str, Any], takes: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The nested dicts of the leaves whose paths `takes` takes, and those of the others."""
+    flat = flatten(tree)
+    return tuple(nest({path: x for path, x in flat.items() if takes(path) == wanted}) for wanted in (True, False))
+
+
+def join(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The nested dicts of the leaves of both: the inverse of `split`."""
+    return nest(flatten(one) | flatten(other)) if one and other else one or other

@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.kernels import grouped_matmuls, hopper, tiles
 from moe_jax.kernels.tiles import FLAT, TALL, WIDE
+from moe_jax.moe import experts
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels are for jax 0.11 and later")
 
@@ -73,6 +74,34 @@ def test_back_end_and_its_gradients(columns):
         results.append([np.asarray(a, np.float32) for a in (*y, *vjp((dy, -2 * dy)))])
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape and error(got, want) < 1e-2
+
+
+@pytest.mark.parametrize("rank", [4, 72])
+@pytest.mark.usefixtures("interpreter")
+def test_adapters_of_a_narrow_rank(rank):
+    """LoRA's products and gradients in the rows of a plan, against float64: ranks that fill no tile."""
+    sizes, rng = SIZES[0], np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * shape[-2] ** -0.5, jnp.bfloat16)
+    x, gate, up, dy = draw(ROWS, D), draw(EXPERTS, D, 128), draw(EXPERTS, D, 128), draw(ROWS, 128)
+    adapters = {name: (draw(EXPERTS, D, rank), draw(EXPERTS, rank, 128)) for name in ("gate", "up")}
+    w = experts.ExpertWeights(gate, up, jnp.zeros((EXPERTS, 128, D), jnp.bfloat16), adapters)
+
+    def products(x, adapters, matmuls, w=w):
+        y, z = experts._products(x, ("gate", "up"), matmuls, w._replace(adapters=adapters))
+        return jnp.sum((y + 2 * z) * dy)
+
+    def by_group(x, ms):  # in float32, one expert after the other
+        cut = np.split(np.arange(ROWS), np.cumsum(sizes))[:EXPERTS]
+        rows = lambda m: [x[p] @ m[e] for e, p in enumerate(cut)]
+        return [jnp.concatenate([*rows(m), jnp.zeros((ROWS - sum(sizes), m.shape[-1]))]) for m in ms]
+
+    hopper_rows = lambda x, ms: grouped_matmuls(x, ms, jnp.asarray(sizes, jnp.int32), "hopper")
+    got = jax.grad(products, (0, 1))(x, adapters, hopper_rows)
+    exact = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+    with jax.default_matmul_precision("highest"):
+        want = jax.grad(lambda x, a: products(x, a, by_group, exact(w)), (0, 1))(exact(x), exact(adapters))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert error(a, np.asarray(b, np.float64)) < 2e-2
 
 
 def test_lowers_for_a_gpu_with_and_without_clusters():

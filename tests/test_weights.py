@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, classes, is_machine
+from moe_jax.config import DataConfig, LoRAConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, classes, is_machine
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.hf import architectures
 from moe_jax.parallel import sharding
@@ -156,6 +156,7 @@ def test_how_a_model_is_computed_makes_no_other_model(saved):
     other = dataclasses.replace(
         MODEL, unroll=2, remat="full", attention="xla", compute_dtype="float32", param_dtype="bfloat16",
         init_std=0.5, max_seq_len=64, segment_mask=False,
+        lora=LoRAConfig(rank=2, alpha=3.0, rslora=True, match="/moe/"),
         moe=dataclasses.replace(MODEL.moe, compute="dense", capacity_factor=2.0, exchange="ring", room=2.0,
                                 exchange_chunks=2, grouped_matmul="reference"),
     )  # fmt: skip

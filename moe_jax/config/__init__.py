@@ -10,6 +10,7 @@ from moe_jax.config.convert import build, build_model, default_config, parameter
 from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.config.explore import ExploreConfig, RampConfig
 from moe_jax.config.fields import nearest_divisor
+from moe_jax.config.lora import LoRAConfig
 from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
@@ -28,6 +29,7 @@ __all__ = [
     "DataConfig",
     "ExploreConfig",
     "GroupConfig",
+    "LoRAConfig",
     "LossConfig",
     "MLAConfig",
     "MeshConfig",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from moe_jax.config import layers as layers_lib
 from moe_jax.config.fields import FIXED, FUNCTION, Checked, machine, nearest_divisor, number, require
+from moe_jax.config.lora import LoRAConfig
 from moe_jax.errors import ConfigError
 
 
@@ -224,6 +225,7 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     # True: a token sees its own document only. False: attention crosses the borders of documents packed in one row.
     segment_mask: bool = machine(True, FIXED)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     @property
     def stacks(self) -> tuple[layers_lib.Stack, ...]:
@@ -233,6 +235,11 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         dense, moe = layers_lib.Kind("dense"), layers_lib.Kind("moe", self.moe.num_experts)
         counts = ((self.num_dense_layers, (dense,)), (self.num_layers - self.num_dense_layers, (moe,)))
         return layers_lib.stacks_of([(n, unit) for n, unit in counts if n])
+
+    @property
+    def base(self) -> "ModelConfig":
+        """The model without adapters."""
+        return dataclasses.replace(self, lora=LoRAConfig()) if self.lora.rank else self
 
     @property
     def places(self) -> tuple[layers_lib.Place, ...]:

@@ -291,9 +291,18 @@ class RunConfig(Checked, resume=FIXED):
         for name in (name for name, source in self.data.sources.items() if source.has_roles):
             require(self.model.segment_mask, "model.segment_mask", False, f"must be True with data.sources.{name}, "
                     "whose documents have prompts and must not see one another", "nearest valid: True")  # fmt: skip
+        if self.model.lora.rank:
+            self._check_lora()
         longest = self.model.max_seq_len
         require(self.data.seq_len <= (longest or self.data.seq_len), "data.seq_len", self.data.seq_len,
                 f"must be ≤ model.max_seq_len={longest}", f"nearest valid: {longest}")  # fmt: skip
+
+    def _check_lora(self) -> None:
+        rule = "must name the run directory of the base for model.lora.rank > 0"
+        require(bool(self.init_from), "init_from", "", rule, "import or train one first")
+        clip = self.optim.qk_clip
+        require(not clip, "optim.qk_clip", clip, "scales w_q and w_k, which model.lora.rank > 0 does not train",
+                "nearest valid: 0.0")  # fmt: skip
 
     @property
     def trained(self) -> ModelConfig:

@@ -1,22 +1,31 @@
 """Imports a model into a run directory, or exports a run.
 
     python -m moe_jax.hf import --from=DIR --workdir=runs/a       config.json and safetensors, or a .gguf file
-    python -m moe_jax.hf export --workdir=runs/a --to=DIR         for transformers' from_pretrained
+    python -m moe_jax.hf export --workdir=runs/a --to=DIR         for transformers' from_pretrained; adapters are merged
+    python -m moe_jax.hf export --workdir=runs/a --to=DIR --adapter           the adapters of a run alone, for PEFT
+    python -m moe_jax.hf import --from=DIR --base=runs/b --workdir=runs/a     adapters that PEFT wrote
 
 After an import run `python eval.py --workdir=runs/a`, or train from it with --config.init_from=runs/a
 (docs/checkpoints.md).
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from moe_jax import cli
 from moe_jax.errors import UserError
+from moe_jax.hf import peft
 from moe_jax.hf.convert import export_run, import_model
+from moe_jax.hf.peft import export_adapter
+from moe_jax.hf.peft_import import import_adapter
 
 WORKDIR = cli.define_path("workdir", None, "run directory; import makes it", required=True)
 FROM = cli.define_path("from", None, "import: a directory of config.json and safetensors, or a .gguf file")
 TO = cli.define_path("to", None, "export: the directory to make")
 SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "import: data.seq_len of the run; 0: the model's length, at most 2048", 0)
+BASE = cli.define_path("base", None, "import: the run directory of the base of adapters")
+ADAPTER = flags.DEFINE_bool("adapter", False, "export: write the adapters of a run as PEFT does, without their base")
 STEP = flags.DEFINE_integer("step", None, "export: the checkpoint; default: the newest")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"],
                           "export: dtype of the files; default: that of the parameters")  # fmt: skip
@@ -30,11 +39,23 @@ def main(argv):
     if command == "import":
         if not FROM.value or TO.value:
             raise UserError("import needs --from=DIR and --workdir=RUN, and no --to")
-        import_model(FROM.value, WORKDIR.value, seq_len=SEQ_LEN.value)
+        adapter = (Path(FROM.value) / peft.CONFIG).is_file()
+        if adapter != bool(BASE.value):
+            rule = f"--from={FROM.value} has {'an' if adapter else 'no'} {peft.CONFIG}"
+            raise UserError(f"{rule}, so import {'needs --base=RUN, its base' if adapter else 'takes no --base'}")
+        if adapter:
+            import_adapter(FROM.value, BASE.value, WORKDIR.value)
+        else:
+            import_model(FROM.value, WORKDIR.value, seq_len=SEQ_LEN.value)
         print(f"next: python eval.py --workdir={WORKDIR.value}")
     elif command == "export":
         if not TO.value or FROM.value:
             raise UserError("export needs --workdir=RUN and --to=DIR, and no --from")
+        if ADAPTER.value:
+            if DTYPE.value not in ("", "float32"):
+                raise UserError(f"--dtype={DTYPE.value}: adapters are written in float32")
+            export_adapter(WORKDIR.value, TO.value, at=STEP.value, average=WEIGHTS.value == "ema")
+            return
         export_run(WORKDIR.value, TO.value, at=STEP.value, dtype=DTYPE.value, average=WEIGHTS.value == "ema")
     else:
         raise UserError(f"unknown command {command!r}; nearest valid: import or export")

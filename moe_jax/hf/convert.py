@@ -172,6 +172,7 @@ def export_run(
     """
     target, workdir = weights.check_free(target), Path(workdir).expanduser()
     cfg = load_config(workdir)
+    cfg = dataclasses.replace(cfg, model=cfg.model.base)  # adapters are merged
     dtype = np.dtype(safetensors.DTYPES[_code(dtype or cfg.model.param_dtype)])
     abstract = abstract_weights(cfg.model, mesh or whole_mesh())
     params, bias, origin = weights.load_weights(workdir, *abstract, step=at, average=average)

@@ -206,7 +206,7 @@ def write_model(folder: Path, specs: list[Spec], tensors: Iterable[np.ndarray], 
     count, source = len(files), iter(tensors)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, members in zip(names, files, strict=True):
-        _write_file(folder / name, members, source)
+        write_file(folder / name, members, source)
     if count > 1:
         total = sum(spec.size for spec in specs)
         owners = {spec.name: name for name, members in zip(names, files, strict=True) for spec in members}
@@ -214,7 +214,8 @@ def write_model(folder: Path, specs: list[Spec], tensors: Iterable[np.ndarray], 
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, specs: list[Spec], tensors: Iterable[np.ndarray]) -> None:
+def write_file(path: Path, specs: list[Spec], tensors: Iterable[np.ndarray]) -> None:
+    """Writes the tensors of `specs`, which `tensors` yields in that order, into one file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for spec in specs:

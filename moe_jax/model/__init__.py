@@ -2,7 +2,7 @@
 
 from moe_jax.model.blocks import Inputs
 from moe_jax.model.counts import Counts, count_parameters, flops_per_token
-from moe_jax.model.transformer import Graph, Output, Transformer, abstract, init
+from moe_jax.model.transformer import Graph, Output, Transformer, abstract, init, init_adapters
 
 __all__ = [
     "Counts",
@@ -14,4 +14,5 @@ __all__ = [
     "count_parameters",
     "flops_per_token",
     "init",
+    "init_adapters",
 ]

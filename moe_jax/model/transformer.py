@@ -20,11 +20,12 @@ from moe_jax.moe.layer import RouterBias
 from moe_jax.moe.program import Program
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.stats import Choices, RouterStats
+from moe_jax.nn import lora
 from moe_jax.nn.attention import KVCache
 from moe_jax.nn.layers import Init, rms_norm, weight
 from moe_jax.nn.remat import POLICIES
 from moe_jax.parallel import overlap, sharding
-from moe_jax.tree import nest
+from moe_jax.tree import nest, split
 
 
 class Output(NamedTuple):
@@ -50,6 +51,15 @@ class Transformer(nnx.Module):
         self.final_norm = init.ones((cfg.d_model,), "norm")
         if not cfg.tie_embeddings:
             self.head = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
+        if cfg.lora.rank:
+            self._adapt(init)  # last, so that the other weights are those of a model without adapters
+
+    def _adapt(self, init: Init) -> None:
+        matched, possible = [], []
+        for stack in self.cfg.stacks:
+            found = lora.adapt(getattr(self, stack.name), self.cfg.lora, stack.name, init.stack(stack.repeat))
+            matched, possible = matched + found[0], possible + found[1]
+        lora.check_matched(self.cfg.lora, matched, possible)
 
     def __call__(
         self, inputs: Inputs, cache: dict[str, KVCache] | None = None, start: Int[Array, ""] | None = None
@@ -174,6 +184,12 @@ def abstract(cfg: ModelConfig, program: Program = REFERENCE) -> Graph:
     axes = {"/".join(map(str, path)): v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     shapes = nnx.to_pure_dict(params)
     return Graph(definition, nest(axes), shapes)
+
+
+def init_adapters(cfg: ModelConfig, seed: Array) -> dict:
+    """The parameters of fresh adapters alone, as `init` makes them. Nothing else is allocated."""
+    made = jax.jit(lambda seed: split(init(cfg, seed)[0], lora.is_adapter)[0])
+    return made(seed)
 
 
 def init(cfg: ModelConfig, seed: Array) -> tuple[dict, dict]:

@@ -11,7 +11,7 @@ after the exchange, all or none of which may belong to this device; R rows compu
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -20,7 +20,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_jax.config import MoEConfig
-from moe_jax.kernels import grouped_matmul, grouped_matmuls
+from moe_jax.kernels import grouped_matmuls
 from moe_jax.moe.routing import Routing
 from moe_jax.nn.layers import ACTIVATIONS
 from moe_jax.nn.remat import keep
@@ -32,6 +32,8 @@ class ExpertWeights(NamedTuple):
     gate: Float[Array, "e D F"] | None  # None if the activation has none
     up: Float[Array, "e D F"]
     down: Float[Array, "e F D"]
+    # LoRA: (scale · A [e in r], B [e r out]) of the matrices "gate", "up", "down" that have an adapter; None: none has
+    adapters: dict[str, tuple[Array, Array]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,26 @@ class Compute(Protocol):
 # --- compute ---------------------------------------------------------------------------------------------------------
 
 
-def _hidden(activation: str, matmuls: Callable[[tuple[Array, ...]], Iterable[Array]], w: ExpertWeights) -> Array:
-    """The input of the down projection. matmuls(matrices): the products of the tokens with each of them."""
-    *gates, up = matmuls((w.up,) if w.gate is None else (w.gate, w.up))
+# (rows, matrices of one shape, one for each expert) → the products of the rows with each of them
+Matmuls = Callable[[Array, tuple[Array, ...]], Sequence[Array]]
+
+
+def _products(x: Array, names: tuple[str, ...], matmuls: Matmuls, w: ExpertWeights) -> Sequence[Array]:
+    """The products of the rows with the matrices of these names, adapters included."""
+    ys = matmuls(x, tuple(getattr(w, name) for name in names))
+    found = [name for name in names if name in (w.adapters or {})]
+    if not found:
+        return ys
+    # One product with all A side by side: a kernel pads the few columns of each to those of a tile.
+    a = jnp.concatenate([w.adapters[name][0] for name in found], axis=-1)
+    lows = dict(zip(found, jnp.split(matmuls(x, (a,))[0], len(found), axis=-1), strict=True))
+    low = lambda name, y: y if name not in lows else y + matmuls(lows[name], (w.adapters[name][1],))[0]
+    return [low(name, y) for name, y in zip(names, ys, strict=True)]
+
+
+def _hidden(activation: str, x: Array, matmuls: Matmuls, w: ExpertWeights) -> Array:
+    """The input of the down projection."""
+    *gates, up = _products(x, ("up",) if w.gate is None else ("gate", "up"), matmuls, w)
     gate = keep(gates[0], "gate") if gates else None
     return ACTIVATIONS[activation].hidden(gate, keep(up, "up"))
 
@@ -73,8 +92,10 @@ def dense(x, routing, w, compute):
     """Computes every expert on every token: y = Σ_e weight[t, e] · GLU_e(x). The cost grows with E. The oracle."""
     one_hot = jax.nn.one_hot(routing.experts, w.up.shape[0], dtype=jnp.float32)
     combine_Te = jnp.einsum("tke,tk->te", one_hot, jnp.where(routing.valid, routing.weights, 0.0))
-    h = _hidden(compute.activation, lambda ms: (jnp.einsum("td,edf->etf", x, m) for m in ms), w)
-    y_eTD = jnp.einsum("etf,efd->etd", h, w.down)
+    rows = {2: "td,edf->etf", 3: "etf,efd->etd"}  # the tokens, and what each expert makes of them
+    matmuls = lambda x, ms: [jnp.einsum(rows[x.ndim], x, m) for m in ms]
+    h = _hidden(compute.activation, x, matmuls, w)
+    (y_eTD,) = _products(h, ("down",), matmuls, w)
     return jnp.einsum("etd,te->td", y_eTD.astype(jnp.float32), combine_Te), routing.valid
 
 
@@ -191,9 +212,10 @@ def _compute_rows(x, weight_A, w: ExpertWeights, plan: RowPlan, compute: ExpertC
         x_RD = dispatch(x, plan)
         weight_R = permute(weight_A, plan.slot_R, plan.row_A)
     with jax.named_scope("experts"):
-        h_RF = _hidden(compute.activation, lambda ms: grouped_matmuls(x_RD, ms, plan.sizes_e, compute.backend), w)
+        matmuls = lambda x, ms: grouped_matmuls(x, ms, plan.sizes_e, compute.backend)
+        h_RF = _hidden(compute.activation, x_RD, matmuls, w)
         h_RF = (h_RF.astype(jnp.float32) * weight_R[:, None]).astype(x.dtype)
-        y_RD = grouped_matmul(h_RF, w.down, plan.sizes_e, compute.backend)
+        (y_RD,) = _products(h_RF, ("down",), matmuls, w)
     with jax.named_scope("combine"):
         return combine(y_RD, plan, x.shape[0])
 
@@ -268,8 +290,9 @@ def capacity(x, routing, w, compute):
     filled_eQ = jnp.arange(rows)[None, :] < plan.sizes_e[:, None]
     x_RD = dispatch(x, plan)
     x_eQD = jnp.where(filled_eQ[:, :, None], x_RD[jnp.minimum(row_eQ, x_RD.shape[0] - 1)], 0)
-    h = _hidden(compute.activation, lambda ms: (jnp.einsum("eqd,edf->eqf", x_eQD, m) for m in ms), w)
-    y_eQD = jnp.einsum("eqf,efd->eqd", h, w.down)
+    matmuls = lambda x, ms: [jnp.einsum("eqd,edf->eqf", x, m) for m in ms]
+    h = _hidden(compute.activation, x_eQD, matmuls, w)
+    (y_eQD,) = _products(h, ("down",), matmuls, w)
     y_TKD = y_eQD[routing.experts, jnp.minimum(position, rows - 1)].astype(jnp.float32)
     return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(computed, routing.weights, 0.0)), computed
 

@@ -20,6 +20,7 @@ from moe_jax.moe.routers import ROUTERS, RouterWeights, draw_table
 from moe_jax.moe.routing import Facts, Knobs, Routing, route
 from moe_jax.moe.stats import Choices, RouterStats, choices_of, router_stats
 from moe_jax.nn.layers import ACTIVATIONS, GLU, Init
+from moe_jax.nn.lora import adapter_of
 from moe_jax.nn.remat import keep
 from moe_jax.parallel import sharding
 from moe_jax.parallel.axes import as_tuple, varying_like
@@ -87,7 +88,7 @@ class MoE(nnx.Module):
         if not sharding.current_sizes():
             raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
         gate = self.w_gate[...] if self.w_gate is not None else None
-        w = ExpertWeights(gate, self.w_up[...], self.w_down[...])
+        w = ExpertWeights(gate, self.w_up[...], self.w_down[...], self._adapters())
         router = {"w_router": self.w_router[...]} if self.w_router is not None else {}
         router |= nnx.to_pure_dict(nnx.state(self.router)) if self.router is not None else {}
         bias = self.router_bias[...] if self.router_bias is not None else None
@@ -103,6 +104,11 @@ class MoE(nnx.Module):
         if self.shared is not None:
             out = out._replace(y=out.y + self.shared(x))
         return out
+
+    def _adapters(self) -> dict[str, tuple[Array, Array]] | None:
+        """The factors of the routed experts' adapters; None without any."""
+        found = {name: adapter_of(self, f"w_{name}") for name in ("gate", "up", "down")}
+        return {name: adapter.factors for name, adapter in found.items() if adapter is not None} or None
 
     def _region(self, specs, x_bSD, info, named, state, router, bias, knobs, w):
         """Routes and computes the tokens of one device, b = B / devices sequences, and sums statistics over all."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.nn.attend import attend, plain_attention
-from moe_jax.nn.layers import Init, rms_norm, rope, rope_frequencies, weight
+from moe_jax.nn.layers import Init, linear, rms_norm, rope, rope_frequencies
 from moe_jax.nn.qk_clip import max_logits
 from moe_jax.nn.remat import keep
 from moe_jax.parallel import sharding
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         """
         cfg = self.cfg
         heads = lambda x: sharding.reshape_tail(x, 2, -1, cfg.head_dim)
-        q, k, v = keep(tuple(x @ weight(w, x.dtype) for w in (self.w_q, self.w_k, self.w_v)), "qkv")
+        q, k, v = keep(tuple(linear(x, self, name) for name in ("w_q", "w_k", "w_v")), "qkv")
         if cfg.qk_norm_over == "head":
             q, k = heads(q), heads(k)
         if self.q_norm is not None:
@@ -88,4 +88,4 @@ class Attention(nnx.Module):
         else:
             cache = cache.write(k, v, start)
             y = attend_cache(q, cache, start, cfg.head_dim**-0.5)
-        return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), cache, max_logit
+        return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), cache, max_logit

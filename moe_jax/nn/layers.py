@@ -47,6 +47,12 @@ class Init:
         x = _normal(self.rngs.params(), self.std if std is None else std, shape, spec, self.dtype)
         return nnx.Param(x, axes=names)
 
+    def uniform(self, shape: tuple[int, ...], axes: str, limit: float) -> nnx.Param:
+        """Draws from the uniform distribution between −limit and limit."""
+        shape, names, spec = self._axes(shape, axes)
+        x = jax.random.uniform(self.rngs.params(), shape, jnp.float32, -limit, limit, out_sharding=spec)
+        return nnx.Param(x.astype(self.dtype), axes=names)
+
     def ones(self, shape: tuple[int, ...], axes: str) -> nnx.Param:
         """Makes a weight of ones, for the scale of a norm."""
         return self.filled(shape, axes, 1.0)
@@ -75,6 +81,12 @@ def _normal(key, std, shape, spec, dtype):
 def weight(w: nnx.Param, dtype) -> Array:
     """A weight as it enters a matmul: cast first, so that the gather over the mesh moves the smaller type."""
     return sharding.replicate(w[...].astype(dtype))
+
+
+def linear(x: Float[Array, "B S D"], layer: nnx.Module, name: str) -> Float[Array, "B S F"]:
+    """x times the matrix of this name in a layer, with its adapter (lora.py) if it has one."""
+    y, adapter = x @ weight(getattr(layer, name), x.dtype), getattr(layer, f"{name}_adapter", None)
+    return y if adapter is None else y + adapter(x)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
@@ -132,6 +144,6 @@ class GLU(nnx.Module):
         self.w_down = init.normal((d_ff, d_model), "mlp embed", out_std)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        gate = keep(x @ weight(self.w_gate, x.dtype), "gate") if self.activation.gated else None
-        up = keep(x @ weight(self.w_up, x.dtype), "up")
-        return self.activation.hidden(gate, up) @ weight(self.w_down, x.dtype)
+        gate = keep(linear(x, self, "w_gate"), "gate") if self.activation.gated else None
+        up = keep(linear(x, self, "w_up"), "up")
+        return linear(self.activation.hidden(gate, up), self, "w_down")

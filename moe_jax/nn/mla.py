@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.config import ModelConfig
 from moe_jax.nn.attend import attend
 from moe_jax.nn.attention import KVCache, attend_cache
-from moe_jax.nn.layers import Init, rms_norm, rope, rope_frequencies, weight
+from moe_jax.nn.layers import Init, linear, rms_norm, rope, rope_frequencies
+from moe_jax.nn.lora import whole_matrix
 from moe_jax.nn.qk_clip import max_logits
 from moe_jax.nn.remat import keep
 from moe_jax.parallel import sharding
@@ -51,34 +52,34 @@ class MLA(nnx.Module):
         """Returns what `attention.Attention` does. The cache holds `[latent, rotated key]` of a token, once."""
         cfg, size = self.cfg, self.cfg.mla.rope_dim
         heads = lambda x, h: sharding.reshape_tail(x, 2, -1, h)
-        times = lambda x, w: keep(x @ weight(w, x.dtype), "qkv")
+        times = lambda x, name: keep(linear(x, self, name), "qkv")
         if cfg.mla.q_rank:
-            q = times(rms_norm(times(x, self.w_q_down), self.q_norm[...], LATENT_EPS), self.w_q_up)
+            q = times(rms_norm(times(x, "w_q_down"), self.q_norm[...], LATENT_EPS), "w_q_up")
         else:
-            q = times(x, self.w_q)
-        latent = rms_norm(times(x, self.w_kv_down), self.kv_norm[...], LATENT_EPS)
+            q = times(x, "w_q")
+        latent = rms_norm(times(x, "w_kv_down"), self.kv_norm[...], LATENT_EPS)
         freq = rope_frequencies(cfg, size)
         q_plain, q_rope = jnp.split(heads(q, cfg.head_dim), [cfg.head_dim - size], axis=-1)
         q_rope = rope(q_rope, positions, freq)
-        k_rope: Float[Array, "B S 1 rotated"] = rope(heads(times(x, self.w_k_rope), size), positions, freq)
+        k_rope: Float[Array, "B S 1 rotated"] = rope(heads(times(x, "w_k_rope"), size), positions, freq)
         if cache is not None:
             y, cache = self._cached(q_plain, q_rope, latent, k_rope, cache, start)
-            return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), cache, None
-        k_plain = heads(times(latent, self.w_k_up), cfg.head_dim - size)
-        v = heads(times(latent, self.w_v_up), cfg.mla.v_dim)
+            return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), cache, None
+        k_plain = heads(times(latent, "w_k_up"), cfg.head_dim - size)
+        v = heads(times(latent, "w_v_up"), cfg.mla.v_dim)
         q = jnp.concatenate([q_plain, q_rope], axis=-1)
         k = jnp.concatenate([k_plain, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
         max_logit = None if counted is None else max_logits(q, k, segments, counted)
         y = attend(q, k, v, segments, self.backend)
-        return sharding.reshape_tail(y, 2, -1) @ weight(self.w_o, x.dtype), None, max_logit
+        return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), None, max_logit
 
     def _cached(self, q_plain, q_rope, latent, k_rope, cache: KVCache, start: Int[Array, ""]):
         """Attends in the space of latents: maps queries there and results back, and makes no key or value of a head."""
         cfg, rank = self.cfg, self.cfg.mla.kv_rank
-        up = lambda w: sharding.reshape_tail(weight(w, latent.dtype), 1, cfg.num_heads, -1)
+        up = lambda name: sharding.reshape_tail(whole_matrix(self, name, latent.dtype), 1, cfg.num_heads, -1)
         q: Float[Array, "B S N latent+rotated"] = jnp.concatenate(
-            [jnp.einsum("bsnh,cnh->bsnc", q_plain, up(self.w_k_up)), q_rope], axis=-1
+            [jnp.einsum("bsnh,cnh->bsnc", q_plain, up("w_k_up")), q_rope], axis=-1
         )
         cache = cache.write(jnp.concatenate([latent[:, :, None], k_rope], axis=-1), None, start)
         y = attend_cache(q, cache, start, cfg.head_dim**-0.5)[..., :rank]
-        return jnp.einsum("bsnc,cnw->bsnw", y, up(self.w_v_up)), cache
+        return jnp.einsum("bsnc,cnw->bsnw", y, up("w_v_up")), cache

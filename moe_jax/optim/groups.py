@@ -11,7 +11,7 @@ of it, no moment, no share in the norm that clipping takes, no decay. The factor
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -21,14 +21,18 @@ import optax
 from moe_jax import model
 from moe_jax.config import OptimConfig, RunConfig
 from moe_jax.config.fields import require
+from moe_jax.nn.lora import is_adapter
 from moe_jax.tree import flatten, nest, path_of
 
 NOTHING: frozenset[str] = frozenset()
 
 
 def check(cfg: RunConfig) -> None:
-    """Raises ConfigError for a group that matches no parameter of the model, and if no parameter is left to train."""
-    if not cfg.optim.groups:
+    """Raises ConfigError for a group that matches no parameter of the model, and if no parameter is left to train.
+
+    It makes the model's graph, which raises for adapters that match nothing.
+    """
+    if not (cfg.optim.groups or cfg.model.lora.rank):
         return
     paths = list(flatten(model.abstract(cfg.model).shapes))
     for name, group in cfg.optim.groups.items():
@@ -46,10 +50,17 @@ def check(cfg: RunConfig) -> None:
 # --- frozen parameters -----------------------------------------------------------------------------------------------
 
 
-def frozen_paths(cfg: OptimConfig, paths: Iterable[str]) -> frozenset[str]:
-    """The paths of the frozen parameters among `paths`, which may be a dict by path."""
+def frozen_paths(cfg: OptimConfig, paths: Collection[str]) -> frozenset[str]:
+    """The paths of the frozen parameters among `paths`, which may be a dict by path.
+
+    Where there are adapters, they alone are trained.
+    """
     patterns = [group.match for group in cfg.groups.values() if group.freeze]
-    return frozenset(path for path in paths if any(re.search(p, path) for p in patterns)) if patterns else NOTHING
+    adapted = any(map(is_adapter, paths))
+    if not patterns and not adapted:
+        return NOTHING
+    frozen = lambda path: (adapted and not is_adapter(path)) or any(re.search(p, path) for p in patterns)
+    return frozenset(filter(frozen, paths))
 
 
 def split(params: dict, frozen: frozenset[str]) -> tuple[dict, dict]:

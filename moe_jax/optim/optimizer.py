@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import OptimConfig
+from moe_jax.nn.lora import is_adapter
 from moe_jax.optim import groups, muon, newton_schulz
 from moe_jax.optim.plan import Plan, make_plan
 from moe_jax.optim.spread import Matrices
@@ -27,11 +28,13 @@ RULES = (
     (r"/router/w_(in|1|2)$", "router"),
     (r"/router/(b_in|b_1|b_2|carry|log_scale)$", "adamw"),
     (r"/w_(q|k|v|o|gate|up|down|q_down|q_up|kv_down|k_rope|k_up|v_up)$", "matrix"),
+    (r"/lora_[ab]$", "adamw"),  # the factors of an adapter, which Muon never updates: their product is the matrix
 )
 PARTS = {  # rule → text in the paths of the part that it belongs to
     r"/w_router$": "/moe/w_router",
     r"/router/w_(in|1|2)$": "/router/",
     r"/router/(b_in|b_1|b_2|carry|log_scale)$": "/router/",
+    r"/lora_[ab]$": "/lora_",
 }
 
 # The axes of leaves that Muon updates; the last two are input and output of a matrix. Gate and up projections are
@@ -66,7 +69,7 @@ def label_params(params: Any, some: bool = False) -> Any:
     labels = jax.tree_util.tree_map_with_path(label, params)
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     unused -= {pattern for pattern, part in PARTS.items() if not any(part in path for path in paths)}
-    if unused and not some:
+    if unused and not some and not all(map(is_adapter, paths)):
         raise ValueError(f"optimizer rules that match no parameter: {sorted(unused)}")
     return labels
 
@@ -201,4 +204,5 @@ def describe(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int 
             f"a norm's scale of 1 stays as it is: a step of optim.lr={cfg.lr:g} rounds away in bfloat16; "
             "model.param_dtype=float32 trains it"
         ]
-    return "\n".join(lines + ([str(muon_plan(cfg, graph, sizes, head_dim))] if "muon" in owner.values() else []))
+    muon = any(owner[label] == "muon" and (size or not frozen) for label, size in sums.items())
+    return "\n".join(lines + ([str(muon_plan(cfg, graph, sizes, head_dim))] if muon else []))

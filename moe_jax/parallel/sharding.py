@@ -27,7 +27,7 @@ AXES = ("data", "fsdp", "expert")
 BATCH = PartitionSpec(AXES)  # the leading (batch) dimension of activations and data
 # Logical axes of weights: those that may be sharded, in the order in which they are tried, and those that never are.
 FSDP_ORDER = ("vocab", "embed", "mlp", "heads")
-REPLICATED = ("layers", "norm", "latent", "router_embed", "router_width", "router_experts")
+REPLICATED = ("layers", "norm", "latent", "rank", "router_embed", "router_width", "router_experts")
 
 
 def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:

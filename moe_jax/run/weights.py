@@ -14,12 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moe_jax import config
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.nn import lora
+from moe_jax.run import base
 from moe_jax.run.checkpoint import PLACEHOLDER, Checkpoints, barrier, check_fits
 from moe_jax.run.config_file import load_config, save_config
-from moe_jax.tree import flatten, flatten_config, nest
+from moe_jax.train.state import abstract_weights
+from moe_jax.tree import flatten, flatten_config, join, nest, split
 
 CASTABLE = ("float32", "bfloat16")
 HOST_BYTES = 2 * 2**30  # limit of the host's memory for weights on their way to the disk
@@ -54,11 +58,13 @@ def save_weights(
     router_bias: dict,
     origin: list[dict],
     files: dict[str, bytes] | None = None,
+    record: dict[str, Any] | None = None,
 ) -> None:
     """Makes a run directory of weights. After a failure there is no directory.
 
     origin: a JSON object for each event that made the weights, in order.
     files: further files for the directory, by name (a tokenizer).
+    record: of the base (`load_base`), if `params` are adapters alone.
     Raises CheckpointError for a directory that is not empty. Every process calls this.
     """
     path = check_free(workdir)
@@ -72,7 +78,7 @@ def save_weights(
         barrier("weights: config")
         with Checkpoints(partial, keep=1, host_bytes=HOST_BYTES) as checkpoints:
             state = {"params": params, "router_bias": router_bias}
-            checkpoints.save(0, state, {"origin": origin}, wait=True)
+            checkpoints.save(0, state, {"origin": origin} | ({"base": record} if record else {}), wait=True)
         if first:
             for name, data in (files or {}).items():
                 (partial / name).parent.mkdir(exist_ok=True)
@@ -97,6 +103,7 @@ def load_weights(
     """Parameters, router biases and origin of a run directory, of weights or of training, on any mesh.
 
     abstract_params, abstract_bias: the results of `abstract_weights`, with the shardings to load the weights to.
+        Adapters of a run that has some are loaded beside their base if they are in it, and merged into it if not.
     step: a checkpoint of a training run; by default the newest. Its optimizer state is not read.
     cast: True converts between float32 and bfloat16; False refuses a dtype that differs.
     average: True gives the average of the weights (`optim.ema`) instead, in the dtype of the parameters. What has no
@@ -107,25 +114,104 @@ def load_weights(
     workdir = Path(workdir).expanduser()
     if not workdir.is_dir():
         raise CheckpointError(f"{workdir}: no such run directory")
-    want = {"params": abstract_params, "router_bias": abstract_bias}
     with Checkpoints(workdir) as checkpoints:
         step, saved = checkpoints.contents(step)
-        rest = {name: jax.tree.map(lambda _: PLACEHOLDER, saved[name]) for name in saved if name not in want}
-        have = {name: saved.get(name) or {} for name in want}
-        as_saved = jax.tree.map(_in_dtype_of, want, have) if cast and _alike(want, have) else want
-        check_fits(as_saved, have, checkpoints.name(step))
-        targets = {**rest, **{n: as_saved[n] for n in want if n in saved}}
-        targets = _targets_of_average(targets, saved, checkpoints.name(step)) if average else targets
-        state, (data, *_) = checkpoints.read(targets, step)
-    loaded = {name: state.get(name) or {} for name in want}
-    if average:
-        loaded["params"] = nest(flatten(loaded["params"]) | flatten(state["opt_state"]["ema"]))
-    loaded = jax.tree.map(lambda x, a: x if x.dtype == a.dtype else jnp.astype(x, a.dtype), loaded, want)
+        alone = base.has_adapters_only(saved)
+        if not alone:
+            params, bias, data = _read(checkpoints, step, saved, abstract_params, abstract_bias, cast, average)
+    if alone:
+        params, bias, data = _read_adapters(workdir, step, abstract_params, abstract_bias, cast, average)
     origin = data.get("origin", [])
     if "step" in saved:
         origin = [*origin, {"event": "train", "workdir": str(workdir), "steps": step, "tokens": data.get("tokens")}]
         origin[-1] |= {"weights": "ema"} if average else {}
-    return loaded["params"], loaded["router_bias"], origin
+    return params, bias, origin
+
+
+def _read(
+    checkpoints: Checkpoints, step: int, saved: dict, abstract_params: dict, abstract_bias: dict, cast: bool,
+    average: bool,
+) -> tuple[dict, dict, dict]:  # fmt: skip
+    """The parameters, router biases and data state of a checkpoint. saved: its contents."""
+    want = {"params": abstract_params, "router_bias": abstract_bias}
+    rest = {name: jax.tree.map(lambda _: PLACEHOLDER, saved[name]) for name in saved if name not in want}
+    have = {name: saved.get(name) or {} for name in want}
+    as_saved = jax.tree.map(_in_dtype_of, want, have) if cast and _alike(want, have) else want
+    check_fits(as_saved, have, checkpoints.name(step))
+    targets = {**rest, **{n: as_saved[n] for n in want if n in saved}}
+    targets = _targets_of_average(targets, saved, checkpoints.name(step)) if average else targets
+    state, (data, *_) = checkpoints.read(targets, step)
+    loaded = {name: state.get(name) or {} for name in want}
+    if average:
+        loaded["params"] = nest(flatten(loaded["params"]) | flatten(state["opt_state"]["ema"]))
+    loaded = jax.tree.map(lambda x, a: x if x.dtype == a.dtype else jnp.astype(x, a.dtype), loaded, want)
+    return loaded["params"], loaded["router_bias"], data
+
+
+def _read_adapters(
+    workdir: Path, step: int, abstract_params: dict, abstract_bias: dict, cast: bool, average: bool
+) -> tuple[dict, dict, dict]:
+    """The same of a run with adapters, with its base. Without adapters in `abstract_params` they are merged into it."""
+    cfg, where = load_config(workdir), f"{workdir}, step {step}"
+    mesh = jax.tree.leaves(abstract_params)[0].sharding.mesh
+    wanted, of_base = split(abstract_params, lora.is_adapter)
+    want, own = {"params": of_base, "router_bias": abstract_bias}, abstract_weights(cfg.model.base, mesh)
+    have = dict(zip(want, own, strict=True))
+    check_fits(jax.tree.map(_in_dtype_of, want, have) if cast and _alike(want, have) else want, have, where)
+    adapters, data = load_adapters(workdir, cfg, mesh, step, average)
+    if "base" not in data:
+        raise CheckpointError(f"{where} holds adapters, but does not say of which base")
+    params, bias, _, _ = load_base(workdir, cfg, *own, data["base"])  # in its own dtype, as the fingerprint
+    if not wanted:
+        with jax.set_mesh(mesh):
+            params = lora.merge(params, adapters, cfg.model.lora.scale)
+    as_wanted = lambda x, a: x if x.dtype == a.dtype else jnp.astype(x, a.dtype)
+    params, bias = jax.tree.map(as_wanted, (params, bias), (of_base, abstract_bias))
+    return join(params, adapters) if wanted else params, bias, data
+
+
+def load_adapters(
+    workdir: str | os.PathLike, cfg: config.RunConfig, mesh: Mesh, step: int | None = None, average: bool = False
+) -> tuple[dict, dict]:
+    """The adapters of a run alone, or their average, and the data state of the checkpoint.
+
+    step: by default the newest.
+    """
+    abstract, _ = split(abstract_weights(cfg.model, mesh)[0], lora.is_adapter)
+    with Checkpoints(workdir) as checkpoints:
+        step, saved = checkpoints.contents(step)
+        adapters, _, data = _read(checkpoints, step, saved, abstract, {}, False, average)
+    return adapters, data
+
+
+def load_base(
+    workdir: str | os.PathLike,
+    cfg: config.RunConfig,
+    abstract_params: dict,
+    abstract_bias: dict,
+    record: dict[str, Any] | None = None,
+    average: bool = False,
+) -> tuple[dict, dict, list[dict], dict[str, Any]]:
+    """Parameters, router biases and origin of the base of a run with adapters, and the record that names it.
+
+    abstract_params, abstract_bias: of the model without adapters. record: of a checkpoint of the run; None before the
+        first, when the base is the newest checkpoint of `init_from`, or the average of its weights.
+    Raises CheckpointError if the base is not there, or is another one than the record's.
+    """
+    folder = base.folder_of(Path(workdir), cfg.init_from)
+    step = record["step"] if record else None
+    if step is None:
+        with Checkpoints(folder) as checkpoints:
+            step = checkpoints.latest()
+    average = record["average"] if record else average
+    loaded = load_weights(folder, abstract_params, abstract_bias, step=step, cast=True, average=average)
+    params, bias, origin = loaded
+    with jax.set_mesh(jax.tree.leaves(abstract_params)[0].sharding.mesh):
+        found = base.fingerprint(params, bias)
+    if record:
+        base.check(Path(workdir), folder, record, found)
+    made = {"from": cfg.init_from, "step": step, "average": average, "fingerprint": found}
+    return params, bias, origin, record or made
 
 
 def _targets_of_average(targets: dict, saved: dict, where: str) -> dict:

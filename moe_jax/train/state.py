@@ -20,7 +20,7 @@ from moe_jax.moe.stats import ChoiceSums, RouterStats
 from moe_jax.optim import groups
 from moe_jax.parallel import sharding
 from moe_jax.train import average
-from moe_jax.tree import flatten, nest
+from moe_jax.tree import flatten, join, nest
 
 
 class TrainState(NamedTuple):
@@ -100,13 +100,18 @@ def under_mesh(mesh: Mesh, fn: Callable) -> Callable:
 
 
 def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = None) -> TrainState:
-    """A fresh state, created sharded: no device ever holds all of it. weights: (params, router_bias) to start from."""
+    """A fresh state, created sharded: no device ever holds all of it.
+
+    weights: (params, router_bias) to start from, without adapters, which are always fresh.
+    """
     with jax.set_mesh(mesh):
         return _init(cfg, jax.jit, weights)
 
 
 def _init(cfg: RunConfig, jit: Callable, weights: tuple[dict, dict] | None = None) -> TrainState:
     params, bias = weights or model.init(cfg.model, jax.random.key(cfg.seed))
+    if weights and cfg.model.lora.rank:
+        params = join(params, model.init_adapters(cfg.model, jax.random.key(cfg.seed)))
     frozen = optim.frozen_paths(cfg.optim, flatten(params))
     trained, _ = groups.split(params, frozen)
     opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim).init)(trained)

@@ -117,7 +117,8 @@ def convert(
 def _config(folder: Path) -> RunConfig:
     if not folder.is_dir():
         raise CheckpointError(f"--from={folder}: no such run directory")
-    return config_file.load_config(folder)
+    cfg = config_file.load_config(folder)
+    return dataclasses.replace(cfg, model=cfg.model.base)  # adapters are merged
 
 
 def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> RunConfig:

@@ -1,0 +1,84 @@
+"""The base of a run with adapters (`model.lora`): its checkpoints hold the adapters, and name the base.
+
+`data` of such a checkpoint has
+
+    {"base": {"from": "runs/a", "step": 200, "average": false, "fingerprint": "0123456789abcdef"}}
+
+The base is the run directory `<workdir>/base` if there is one (a link, once the base has moved), else that of
+`init_from`. Its weights must have the fingerprint, which is one of their bits: a copy has the same, on any mesh, and
+another model has not.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import RunConfig
+from moe_jax.errors import CheckpointError
+from moe_jax.nn.lora import is_adapter
+from moe_jax.parallel import sharding
+from moe_jax.train.state import TrainState
+from moe_jax.tree import flatten, split
+
+LINK = "base"
+
+
+def kept(cfg: RunConfig, state: TrainState) -> TrainState:
+    """What a checkpoint keeps of a state: all of it, or with adapters what is not in the base."""
+    if not cfg.model.lora.rank:
+        return state
+    return state._replace(params=split(state.params, is_adapter)[0], router_bias={})
+
+
+def has_adapters_only(saved: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds adapters without their base. saved: what `Checkpoints.contents` returns."""
+    paths = list(flatten(saved.get("params") or {}))
+    return bool(paths) and all(map(is_adapter, paths))
+
+
+def folder_of(workdir: Path, init_from: str) -> Path:
+    """The run directory of the base. Raises CheckpointError if it is not there."""
+    link = Path(workdir) / LINK
+    folder = link if link.is_dir() else Path(init_from).expanduser()
+    if not (folder / "config.json").is_file():
+        rule = f"{workdir} holds adapters of the base {init_from}, which is not there"
+        raise CheckpointError(f"{rule}; nearest valid: a link {link} to the run directory of the base")
+    return folder
+
+
+def check(workdir: Path, folder: Path, record: dict[str, Any], found: str) -> None:
+    """Raises CheckpointError if the weights of the fingerprint `found` are not those of the recorded base."""
+    if found != record["fingerprint"]:
+        rule = f"{folder}, step {record['step']}, is not the base of the adapters in {workdir}"
+        was = f"{record['fingerprint']}, of {record['from']}"
+        raise CheckpointError(f"{rule}: the fingerprint of its weights is {found}, that of the base was {was}")
+
+
+def fingerprint(params: dict, router_bias: dict) -> str:
+    """16 hexadecimal digits that depend on the path, shape, dtype and every bit of all weights, and on no mesh."""
+    digest = hashlib.sha256()
+    for path, x in sorted({**flatten(params), **flatten(router_bias)}.items()):
+        digest.update(f"{path} {x.shape} {x.dtype} {[int(n) for n in _sums(x)]}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _sums(x: jax.Array) -> list[jax.Array]:
+    """Two sums over the entries of x, each mixed with its place, modulo 2³²."""
+    spec = jax.typeof(x).sharding.spec if sharding.current_sizes() else None
+    number = lambda axis: jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=spec)
+    stride = lambda axis: jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+    place = sum(stride(axis) * number(axis) for axis in range(x.ndim))
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    return [jnp.sum(_mix(_mix(bits ^ jnp.uint32(seed)) ^ _mix(place)), dtype=jnp.uint32) for seed in (0, 0x9E3779B9)]
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The last steps of MurmurHash3, a permutation of the 32-bit numbers."""
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)

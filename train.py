@@ -23,8 +23,8 @@ from moe_jax.parallel import sharding
 from moe_jax.run import base, changes, checkpoint, config_file, log, replay, survive, weights
 from moe_jax.run.recorder import Recorder
 from moe_jax.train import guard, knobs, losses, metrics, step
-from moe_jax.train.state import abstract_state, abstract_weights, choose_program, init_state, process_rows, put_batch
-from moe_jax.tree import flatten, join
+from moe_jax.train.state import abstract_weights, choose_program, init_state, process_rows, put_batch
+from moe_jax.tree import flatten
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "run directory; made if missing, resumed if not")
@@ -108,11 +108,12 @@ def train(preemption: survive.Preemption):
     if cfg.model.num_moe_layers:
         say(losses.describe(cfg.loss, cfg.train.micro_batches))
         if cfg.model.moe.selection_bias:
-            say(balance.describe(cfg.loss, cfg.trained))
+            fixed, moving = optim.split_biases(frozen, graph.shapes, abstract_weights(cfg.model, mesh)[1])
+            say(balance.describe(cfg.loss, cfg.trained, fixed, bool(moving)))
     if line := knobs.describe(cfg):
         say(line)
     if cfg.model.lora.rank:
-        say(lora.describe(cfg.model, flatten(graph.shapes), cfg.init_from))
+        say(lora.describe(cfg.model, flatten(graph.shapes)))
     say(optim.describe(cfg.optim, graph, dict(mesh.shape), cfg.model.head_dim))
 
     # --- state: the order is important --------------------------------------------------------------------------------
@@ -130,11 +131,7 @@ def train(preemption: survive.Preemption):
             say(f"checkpoint {later} is set aside in {workdir}/checkpoints.dropped")
     start, tokens, origin, reference, watch = 0, 0.0, [], None, guard.Watch(cfg.train)
     if checkpoints.latest() is not None:
-        state, saved = checkpoints.restore(base.kept(cfg, abstract_state(cfg, mesh)))
-        if cfg.model.lora.rank:
-            abstract = abstract_weights(cfg.model.base, mesh)
-            params, bias, _, reference = weights.load_base(workdir, cfg, *abstract, saved["base"])
-            state = state._replace(params=join(params, state.params), router_bias=bias)
+        state, saved, reference = weights.restore(workdir, checkpoints, cfg, mesh)
         batches.set_state(saved["batches"])
         start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
         watch = guard.Watch(cfg.train, saved.get("watch"))
@@ -146,14 +143,10 @@ def train(preemption: survive.Preemption):
         if line := optim.describe_stretch(cfg.optim, saved.get("steps", steps), steps, start - watch.skipped):
             say(line)
     elif cfg.init_from:
-        average, abstract = WEIGHTS.value == "ema", abstract_weights(cfg.model.base, mesh)
-        if cfg.model.lora.rank:
-            params, bias, origin, reference = weights.load_base(workdir, cfg, *abstract, average=average)
-        else:
-            params, bias, origin = weights.load_weights(cfg.init_from, *abstract, cast=True, average=average)
+        average = WEIGHTS.value == "ema"
+        params, bias, origin, reference = weights.load_start(workdir, cfg, mesh, average)
         state = init_state(cfg, mesh, (params, bias))
-        which = "average of the weights" if average else "weights"
-        say(f"starting from the {which} of {cfg.init_from}, with a fresh optimizer state")
+        say(weights.describe_start(cfg, average))
         for line in differs:
             say(line)
     else:

@@ -31,7 +31,15 @@ def get_config(where: str = "runs/moe"):
     config.init_from = run
     config.model.update(earlier["model"])
 
-    config.loss.load_balance_coef = 0.01
+    made = loaded.model
+    experts_choose = bool(made.routed_counts) and made.moe.choice == "expert"
+    tables_choose = bool(made.table_paths) and not made.routed_counts
+    # What the model rules out is refused.
+    config.loss.load_balance_coef = 0.0 if experts_choose or tables_choose else 0.01
+    if tables_choose and made.moe.combine == "one":
+        config.loss.router_z_coef = 0.0
+    if experts_choose:
+        config.sample.tokens = 0
     config.loss.balance_batch = "global"
 
     config.optim.name = "adamw"

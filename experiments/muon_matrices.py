@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from moe_jax import config, data, terminal
+from moe_jax.errors import UserError
 from moe_jax.evaluate import spectra
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file
@@ -26,6 +27,8 @@ ENTROPY = ("attention", "expert", "router")  # kinds whose name begins so
 
 def measure(folder: Path) -> dict:
     cfg = config_file.load_config(folder)
+    if cfg.model.lora.rank or any(group.freeze for group in cfg.optim.groups.values()):
+        raise UserError(f"{folder}: has frozen matrices (model.lora or optim.groups), whose updates mean nothing")
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
@@ -51,7 +54,11 @@ def measure(folder: Path) -> dict:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    (folder / "matrices.json").write_text(json.dumps(measure(folder)) + "\n", encoding="utf-8")
+    try:
+        found = measure(folder)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    (folder / "matrices.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

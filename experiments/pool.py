@@ -164,9 +164,11 @@ def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> li
                 return failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
-                if future.result() or not job.done:
+                status = future.result()
+                if status or not job.done:
                     failed.append(job)
-                    bar.write(f"failed: {job.name}; see {job.folder / 'output.txt'}", file=sys.stderr)
+                    what = f"{job.name} (exit status {status}{'' if status else f', without {job.product}'})"
+                    bar.write(f"failed: {what}; see {job.folder / 'output.txt'}", file=sys.stderr)
                 bar.set_postfix_str(f"last: {job.name}")
                 bar.update()
 
@@ -174,9 +176,9 @@ def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> li
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
-    """Adds the flags that every experiment has."""
-    parser.add_argument("--data", type=os.path.expanduser, default="data/domains", help="folder of domains")
+def add_flags(parser: argparse.ArgumentParser, out: str, data: str = "data/domains") -> None:
+    """Adds the flags that every experiment has. data: the default of --data."""
+    parser.add_argument("--data", type=os.path.expanduser, default=data, help=f"text, by default {data}")
     parser.add_argument("--out", type=expanded, default=Path(out), help="folder of the runs")
     parser.add_argument("--gpus", type=int, default=None, help="GPUs to use; default: all; 0: the CPU")
     parser.add_argument("--per_gpu", type=int, default=1, help="runs at a time on each GPU")

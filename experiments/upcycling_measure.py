@@ -5,6 +5,7 @@
 It writes measures.json into the run directory, and then deletes the run's checkpoints unless `--keep` is set.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -37,7 +38,8 @@ def similarity(params: dict, places: Sequence[Place], origin: list[dict]) -> dic
 
 
 def measure(folder: Path) -> dict:
-    cfg: RunConfig = config_file.load_config(folder)
+    run: RunConfig = config_file.load_config(folder)
+    cfg = dataclasses.replace(run, model=run.model.base)  # adapters are merged
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     abstract = abstract_weights(cfg.model, mesh)
@@ -54,7 +56,7 @@ def measure(folder: Path) -> dict:
         "start": {row["domain"]: row["xent"] for row in result.rows()},
         "similarity": alike,
         "origin": origin,
-    } | costs(cfg)
+    } | costs(run)
 
 
 def main() -> None:

@@ -197,7 +197,7 @@ def colours(arms: dict[str, Arm]) -> dict[str, str]:
     return {name: own.get(name) or rest[i % len(rest)] for i, name in enumerate(arms)}
 
 
-def _style(axis: Axes, x: str, y: str) -> None:
+def style(axis: Axes, x: str, y: str) -> None:
     axis.set_xlabel(x, fontsize=9, color=INK)
     axis.set_ylabel(y, fontsize=9, color=INK)
     axis.tick_params(labelsize=8)
@@ -205,11 +205,11 @@ def _style(axis: Axes, x: str, y: str) -> None:
     axis.grid(axis="y", color=GRID, lw=0.7)
 
 
-def _line(axis: Axes, x: np.ndarray, y: Float[np.ndarray, "seeds n"], **style) -> None:
+def _line(axis: Axes, x: np.ndarray, y: Float[np.ndarray, "seeds n"], **fields) -> None:
     """Draws the mean over seeds and their range, where all seeds have values."""
-    axis.plot(x, y.mean(0), marker="o", ms=2.5, lw=1.3, **style)
+    axis.plot(x, y.mean(0), marker="o", ms=2.5, lw=1.3, **fields)
     if len(y) > 1:
-        axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.2, lw=0)
+        axis.fill_between(x, y.min(0), y.max(0), color=fields["color"], alpha=0.2, lw=0)
 
 
 def loss(arms: dict[str, Arm]) -> Figure:
@@ -218,15 +218,15 @@ def loss(arms: dict[str, Arm]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for name, colour in colours(arms).items():
         arm, first = arms[name], arms[name].runs[0]
-        style = "--" if first.dense else "-"
+        line = "--" if first.dense else "-"
         for axis, x in zip(axes, (first.tokens / 1e6, first.tokens * first.flops_per_token / 1e15), strict=True):
-            _line(axis, x, np.stack([run.loss for run in arm.runs]), color=colour, label=arm.label, ls=style)
+            _line(axis, x, np.stack([run.loss for run in arm.runs]), color=colour, label=arm.label, ls=line)
     # Models that do not compute the dense function begin far above: the axis shows the others' curves.
     ends = [run.loss[-1] for arm in arms.values() for run in arm.runs]
     top = float(np.nanmedian([run.loss[0] for arm in arms.values() for run in arm.runs]))
     axes[0].set_ylim(min(ends) - 0.05 * (top - min(ends)), top + 0.15 * (top - min(ends)))
-    _style(axes[0], "million tokens", "held-out loss, nats per token")
-    _style(axes[1], "PFLOP of the model", "")
+    style(axes[0], "million tokens", "held-out loss, nats per token")
+    style(axes[1], "PFLOP of the model", "")
     axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -241,7 +241,7 @@ def similarity(arms: dict[str, Arm]) -> Figure:
             values = np.array([[run[n] for n in steps] for run in found])
             x = np.array(steps) / max(steps) * arms[name].runs[0].tokens[-1] / 1e6
             _line(axis, x, values, color=colour, label=arms[name].label)
-    _style(axis, "million tokens", "1 − cosine of two experts")
+    style(axis, "million tokens", "1 − cosine of two experts")
     if axis.lines:
         axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -335,6 +335,11 @@ def test_batches_are_mixed_with_plain_text_and_the_same_for_processes_and_worker
         qa = batch["domain_ids"][:, 0] == corpus.domains.index("qa")
         assert qa.sum() == 2 and batch["weights"][~qa].all() and 0.1 < batch["weights"][qa].mean() < 0.8
     part.close(), iterator.close()
+    resumed = corpus.train_iterator(range(4))
+    resumed.set_state({"batches": 3})
+    again = next(resumed)
+    assert all((batches[3][name] == again[name]).all() for name in again)
+    resumed.close()
     learned = sum(b["weights"].sum() for b in corpus.validation_batches(range(4)))
     stats = [row for row in corpus.stats() if row["split"] == "validation"]
     assert learned == sum(row["tokens"] for row in stats)

@@ -17,8 +17,9 @@ from moe_jax.run import checkpoint, config_file, weights
 from moe_jax.train import average
 from moe_jax.train.state import abstract_state, abstract_weights, join_parts, parts_of
 from moe_jax.tree import flatten
-from tests import test_guard, test_train
+from tests import test_guard
 from tests.test_guard import leaves, poisoned, rows_of
+from tests.test_train import rows, run, write_text
 
 DECAY = 0.75
 
@@ -155,18 +156,18 @@ def test_the_averaged_model_has_the_frozen_parameters():
 @pytest.mark.slow
 def test_the_programs(tmp_path):
     """train.py evaluates both; eval.py, the export and another run take the average when they are told to."""
-    test_train.write_text(tmp_path)
+    write_text(tmp_path)
     flags = ["--config.optim.ema=0.5", "--config.model.qk_norm=true"]
-    done = test_train.run(tmp_path, "train.py", f"--config={tmp_path / 'config.py'}", *flags)
+    done = run(tmp_path, "train.py", f"--config={tmp_path / 'config.py'}", *flags)
     assert (
         "average of the weights: decay 0.5" in done.stdout
         and "the average of the weights (optim.ema) on" in done.stdout
     )
-    trained, averaged = (test_train.rows(tmp_path, kind) for kind in ("eval", "eval_ema"))
+    trained, averaged = (rows(tmp_path, kind) for kind in ("eval", "eval_ema"))
     assert [row["step"] for row in averaged] == [row["step"] for row in trained] == [3, 6]
     assert set(averaged[0]) == set(trained[0]) and averaged[0]["xent"] != trained[0]["xent"]
 
-    test_train.run(tmp_path, "eval.py", "--weights=ema", "--batches=2")
+    run(tmp_path, "eval.py", "--weights=ema", "--batches=2")
     (found,) = (tmp_path / "run").glob("eval.ema*.json")
     body = json.loads(found.read_text(encoding="utf-8"))
     np.testing.assert_allclose(body["domains"][-1]["xent"], averaged[-1]["xent"], rtol=1e-4)
@@ -185,7 +186,7 @@ def test_the_programs(tmp_path):
         "--config.optim.lr=0.0",
     ]
     start += [flags[1], "--config.optim.warmup_steps=0"]
-    done = test_train.run(tmp_path, "train.py", f"--config={tmp_path / 'config.py'}", *start, workdir="next")
+    done = run(tmp_path, "train.py", f"--config={tmp_path / 'config.py'}", *start, workdir="next")
     assert f"starting from the average of the weights of {tmp_path / 'run'}, with a fresh" in done.stdout
     again, *_ = weights.load_weights(tmp_path / "next", *abstract_weights(cfg.model, mesh))
     assert leaves(again) == leaves(params)

@@ -13,12 +13,11 @@ from moe_jax.data import chat, roles, tokenizers
 from moe_jax.errors import ConfigError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-SECONDS = 1.0
+SOON = chat.START + chat.SECONDS
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", SECONDS)
+def fewer_characters(monkeypatch):
     monkeypatch.setattr(chat, "LONGEST", 100_000)
 
 
@@ -42,7 +41,7 @@ def check(tmp_path, template, messages=MESSAGES) -> str:
     except ConfigError as error:
         said = str(error)
         assert "\n" not in said and said.strip()
-    assert time.monotonic() - began < 20 * SECONDS
+    assert time.monotonic() - began < SOON
     return said
 
 
@@ -75,7 +74,10 @@ REACHES = [
 
 
 @pytest.mark.parametrize("template", LOOPS, ids=range(len(LOOPS)))
-def test_a_template_without_end_ends(tmp_path, template):
+def test_a_template_without_end_ends(tmp_path, template, monkeypatch):
+    if LOOPS[template] in ("takes more than 1 seconds", "memory"):  # others have more, for a machine with other work
+        monkeypatch.setattr(chat, "SECONDS", 1.0)
+        monkeypatch.setattr(chat, "START", 1.0)
     assert re.search(LOOPS[template], said := check(tmp_path, template)), said
 
 
@@ -85,15 +87,17 @@ def test_nothing_outside_is_reached(tmp_path, template):
     assert "cannot be rendered: " in said or "marks no answer" in said, said
 
 
-def test_the_next_conversation_is_rendered_after_one_that_takes_too_long(tmp_path):
+def test_the_next_conversation_is_rendered_after_one_that_takes_too_long(tmp_path, monkeypatch):
     template = "{% if messages[0].content == 'loop' %}{% set x = 10 ** ((9 + messages|length) ** 10) %}{% endif %}" \
                "{% for m in messages %}{{ m.content }}{% generation %}!{% endgeneration %}{% endfor %}"  # fmt: skip
     (tmp_path / "t.jinja").write_text(template, encoding="utf-8")
     cfg = SourceConfig(name="x", messages_field="messages", chat_template=str(tmp_path / "t.jinja"))
     made = chat.Chat("c", cfg, tokenizers.BytesTokenizer())
     try:
+        monkeypatch.setattr(chat, "SECONDS", 1.0)
         with pytest.raises(ConfigError, match="takes more than 1 seconds or too much memory for a conversation: here"):
             made.render([{"role": "user", "content": "loop"}], "here")
+        monkeypatch.undo()
         assert made.render(MESSAGES, "here") == ("hi!yes!", [(2, 3), (6, 7)])
     finally:
         made.close()
@@ -134,7 +138,10 @@ def test_templates_of_any_pieces_thousands(tmp_path):
 
 ROLE = st.sampled_from(["user", "assistant", "system", "tool", ""]) | VALUES
 CONTENT = st.text(max_size=5) | VALUES | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": VALUES}))
-MESSAGE = st.fixed_dictionaries({}, optional={"role": ROLE, "content": CONTENT, "tool_calls": VALUES}) | VALUES
+MESSAGE = (
+    st.fixed_dictionaries({}, optional={"role": ROLE, "content": CONTENT, "tool_calls": VALUES, "weight": VALUES})
+    | VALUES
+)
 ROW = st.fixed_dictionaries({}, optional={"messages": st.lists(MESSAGE, max_size=4) | VALUES, "q": VALUES, "a": VALUES})
 
 

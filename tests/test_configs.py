@@ -21,7 +21,7 @@ from moe_jax.tree import flatten, nest, path_of
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 NAMES = [f.stem for f in FILES]
-OF_A_RUN = "continued"  # takes its model from a run directory
+OF_A_RUN = ("continued", "finetune")  # take their model from a run directory
 MESH = dict(data=2, fsdp=8, expert=8)
 LARGE = 2**20  # elements; a weight beyond this must be split over the mesh
 
@@ -37,10 +37,13 @@ def load(name: str) -> tuple[str, RunConfig]:
     spec.loader.exec_module(module)
     if not inspect.signature(module.get_config).parameters:
         return module.__doc__, config_lib.build(module.get_config())
-    if name == OF_A_RUN:
+    if name in OF_A_RUN:
         with tempfile.TemporaryDirectory() as folder:
             config_file.save_config(folder, RunConfig())
-            return module.__doc__, config_lib.build(module.get_config(folder))
+            answers = Path(folder, "answers.jsonl")
+            answers.write_text('{"question": "a", "answer": "b"}\n', encoding="utf-8")
+            where = f"{folder},{answers}" if name == "finetune" else folder
+            return module.__doc__, config_lib.build(module.get_config(where))
     with tempfile.TemporaryDirectory() as folder:  # a config of a folder of text
         for domain in ("law", "prose"):
             Path(folder, f"{domain}.txt").write_text(f"{domain}\n", encoding="utf-8")
@@ -81,7 +84,7 @@ def test_docstring(name):
 def test_parameters_line(name):
     form = r"([\d,]+) total, ([\d,]+) active(?: \(([\d,]+) without embedding and head\))?"
     match = re.fullmatch(form, entry(name, "Parameters"))
-    assert match or name == OF_A_RUN
+    assert match or name in OF_A_RUN
     if not match:
         return
     total, active, rest = (int(x.replace(",", "")) if x else None for x in match.groups())

@@ -50,7 +50,7 @@ def test_tables_and_files_name_every_domain():
     made = result()
     *body, total, missing = held_out.table(made, baselines).splitlines()[1:]
     assert [line[:12].strip() for line in body] == list(NAMES[:-1]) and total.startswith("all domains  ")
-    assert missing == "without held-out text here: unseen"
+    assert missing == "not evaluated here: unseen"
     of = baselines["gzip -9"]
     assert len(of) == 8 and f"{of['all']:.3f}" in body[0] and f"{of[held_out.TOTAL]:.3f}" in total
     assert "nan" not in total

@@ -191,7 +191,7 @@ READERS = {  # file → what reads it, given its folder
     **{f"store/{name}": lambda folder: rows_of(folder / "store")
        for name in ("meta.json", "offsets.npy", "domains.npy", "tokens.npy", "bytes.npy")},
     **{f"answers/{name}": lambda folder: rows_of(folder / "answers", WholeRows)
-       for name in ("meta.json", "offsets.npy", "learned.npy")},
+       for name in ("meta.json", "offsets.npy", "learned.npy", "sizes.npy")},
 }  # fmt: skip
 EXPECTED = {"m.gguf": (*SAID, KeyError, ValueError)}  # an unknown type, no bytes: open_model says it
 

@@ -13,9 +13,12 @@ from test_invariance import BIAS, batch_rows
 from test_invariance import run_config as plain_config
 
 from moe_jax import config, model, optim
+from moe_jax.aot import compile_only
 from moe_jax.config import LoRAConfig
+from moe_jax.config.schema import GroupConfig
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.evaluate.generate import generate
+from moe_jax.moe import balance
 from moe_jax.nn import lora
 from moe_jax.parallel import sharding
 from moe_jax.run import base, weights
@@ -25,16 +28,18 @@ from moe_jax.train import step
 from moe_jax.train.gradients import forward, make_gradients
 from moe_jax.train.state import abstract_state, abstract_weights, init_state, parts_of, put_batch
 from moe_jax.tree import flatten, join, nest, split
+from moe_jax.upcycle.convert import _without_lost_groups
 
 RANK, ALPHA = 3, 4.5
 LORA = LoRAConfig(rank=RANK, alpha=ALPHA)
 
 
-def run_config(room: float = 1.25, init_from: str = "base", **fields) -> config.RunConfig:
-    """The model of tests/test_invariance.py with adapters."""
+def run_config(room: float = 1.25, init_from: str = "base", layers: int = 3, **fields) -> config.RunConfig:
+    """The model of tests/test_invariance.py with adapters. layers: 3, the first of them dense, or one with experts."""
     cfg = plain_config(**fields)
     moe = dataclasses.replace(cfg.model.moe, room=room)
-    return dataclasses.replace(cfg, init_from=init_from, model=dataclasses.replace(cfg.model, lora=LORA, moe=moe))
+    fields = dict(num_layers=layers, num_dense_layers=int(layers > 1), lora=LORA, moe=moe)
+    return dataclasses.replace(cfg, init_from=init_from, model=dataclasses.replace(cfg.model, **fields))
 
 
 def base_config(cfg: config.RunConfig) -> config.RunConfig:
@@ -46,18 +51,19 @@ def mesh_of(shape):
 
 
 @functools.cache
-def start():
-    """A state on one device, whose adapters are not zero, and whose biases take part."""
-    state = init_state(run_config(), mesh_of((1, 1, 1)))
+def start(layers: int = 3):
+    """A state in NumPy, whose adapters are not zero, and whose biases take part."""
+    state = abstract_state(run_config(layers=layers), mesh_of((1, 1, 1)))
     rng = np.random.default_rng(7)
-    drawn = lambda path, x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) if lora.is_adapter(path) else x
+    drawn = lambda path, x: (path.endswith("norm") + rng.normal(0, 0.3, x.shape)).astype(x.dtype)
     params = nest({path: drawn(path, x) for path, x in flatten(state.params).items()})
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     return state._replace(params=params, router_bias=jax.tree.map(lambda b: b + BIAS[None], state.router_bias))
 
 
 def placed(cfg, mesh):
     """The same state on a mesh."""
-    return jax.device_put(jax.device_get(start()), jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh)))
+    return jax.device_put(start(cfg.model.num_layers), jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh)))
 
 
 def gradients(cfg, mesh, params, bias) -> dict:
@@ -68,18 +74,18 @@ def gradients(cfg, mesh, params, bias) -> dict:
 
 
 @functools.cache
-def oracle() -> dict:
+def oracle(layers: int) -> dict:
     """Loss and gradients by the chain rule from a dense model with merged weights, which knows no adapters.
 
     dA = scale · dW · Bᵀ and dB = scale · Aᵀ · dW.
     """
-    cfg, mesh = run_config(), mesh_of((1, 1, 1))
-    params, adapters = start().params, split(start().params, lora.is_adapter)
+    cfg, mesh = run_config(layers=layers), mesh_of((1, 1, 1))
+    params, adapters = start(layers).params, split(start(layers).params, lora.is_adapter)
     flat, merged = flatten(params), flatten(adapters[1])
     for path in {lora.matrix_of(path) for path in flatten(adapters[0])}:
         a, b = (np.asarray(flat[f"{path}_adapter/{name}"], np.float64) for name in lora.NAMES)
         merged[path] = jnp.asarray(np.asarray(flat[path], np.float64) + ALPHA / RANK * (a @ b), jnp.float32)
-    got = gradients(base_config(cfg), mesh, nest(merged), start().router_bias)
+    got = gradients(base_config(cfg), mesh, nest(merged), start(layers).router_bias)
     dw, grads = flatten(got["grads"]), {}
     for path in flatten(adapters[0]):
         a, b = (np.asarray(flat[f"{lora.matrix_of(path)}_adapter/{name}"], np.float64) for name in lora.NAMES)
@@ -94,6 +100,7 @@ def assert_close(got, want, name=""):
 
 
 CASES = [  # mesh, room, what is computed how
+    ((2, 2, 2), 8.0, dict(micro=2, remat="full", compute="grouped", exchange="ring", layers=1)),
     ((2, 2, 2), 1.25, dict(micro=2, remat="full", compute="grouped", exchange="all_to_all")),
     ((1, 2, 4), 0.3, dict(compute="grouped", exchange="all_to_all")),  # most rows in further passes
     ((1, 2, 4), 0.3, dict(compute="grouped", exchange="ring", micro=2, remat="selective", unroll=2)),
@@ -108,10 +115,11 @@ CASES = [  # mesh, room, what is computed how
 def test_gradients_are_those_of_merged_weights(mesh, room, fields):
     cfg, mesh = run_config(room, **fields), mesh_of(mesh)
     state = placed(cfg, mesh)
-    got, want = gradients(cfg, mesh, state.params, state.router_bias), oracle()
+    got, want = gradients(cfg, mesh, state.params, state.router_bias), oracle(cfg.model.num_layers)
     assert_close(got["loss"], want["loss"])
     grads = flatten(got["grads"])
-    assert set(grads) == set(want["grads"]) and len(grads) == 2 * (2 * 4 + 3 + 3 + 3)
+    matrices = 4 + 3 + 3 if cfg.model.num_layers == 1 else 2 * 4 + 3 + 3 + 3
+    assert set(grads) == set(want["grads"]) and len(grads) == 2 * matrices
     for path, g in want["grads"].items():
         assert np.abs(g).max() > 0
         assert_close(grads[path], g, path)
@@ -126,6 +134,7 @@ def hidden(cfg, mesh, params, bias):
         return np.asarray(run(params, bias))
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_changes_no_bit_and_a_merged_one_only_rounding():
     cfg, mesh = run_config(compute="grouped"), mesh_of((2, 2, 2))
     state = placed(cfg, mesh)
@@ -147,6 +156,7 @@ def test_a_fresh_adapter_changes_no_bit_and_a_merged_one_only_rounding():
     jax.tree.map(lambda a, b: None if a.sharding == b.sharding else pytest.fail(str(a)), merged, rest)
 
 
+@pytest.mark.slow
 def test_only_adapters_are_trained():
     cfg, mesh = run_config(micro=2, compute="grouped"), mesh_of((2, 2, 2))
     state = placed(cfg, mesh)
@@ -170,14 +180,17 @@ def test_only_adapters_are_trained():
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+IMPORTED = [{"event": "import", "from": "org/model"}]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A base of weights, and a run of adapters for it at step 1."""
-    root, mesh = tmp_path_factory.mktemp("lora"), mesh_of((2, 2, 2))
-    cfg = run_config(init_from=str(root / "base"))
+    root, mesh = tmp_path_factory.mktemp("lora"), mesh_of((1, 1, 1))
+    cfg = run_config(init_from=str(root / "base"), layers=1)
     state = placed(cfg, mesh)
     _, rest = split(state.params, lora.is_adapter)
-    weights.save_weights(root / "base", base_config(cfg), rest, state.router_bias, [{"event": "import"}])
+    weights.save_weights(root / "base", base_config(cfg), rest, state.router_bias, IMPORTED)
     abstract = abstract_weights(cfg.model.base, mesh)
     _, bias, origin, record = weights.load_base(root / "run", cfg, *abstract)
     save_config(root / "run", cfg)
@@ -188,16 +201,25 @@ def runs(tmp_path_factory):
 
 
 def test_checkpoints_hold_the_adapters_alone(runs):
-    root, cfg, _, state = runs
+    root, cfg, mesh, state = runs
     with Checkpoints(root / "run") as checkpoints:
         _, saved = checkpoints.contents()
         record = checkpoints.data_state()["base"]
     assert all(map(lora.is_adapter, flatten(saved["params"]))) and not flatten(saved.get("router_bias") or {})
-    assert record["from"] == str(root / "base") and record["step"] == 0
-    other = mesh_of((1, 1, 1))  # on any mesh, with the same fingerprint
-    params, bias, origin = weights.load_weights(root / "run", *abstract_weights(cfg.model, other))
+    assert record["from"] == str(root / "base") and record["step"] == 0 and record["imported_from"] == "org/model"
+    lines = weights.check_same_model(cfg)
+    assert [line.split(":")[0] for line in lines] == ["config.model.lora.rank", "config.model.lora.alpha"]
+    params, bias, origin = weights.load_weights(root / "run", *abstract_weights(cfg.model, mesh))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((params, bias)), (state.params, state.router_bias))
     assert [event["event"] for event in origin] == ["import", "train"]
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded_on_any_mesh_and_merged(runs):
+    root, cfg, _, state = runs
+    other = mesh_of((2, 2, 2))  # with the same fingerprint
+    params, bias, _ = weights.load_weights(root / "run", *abstract_weights(cfg.model, other))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((params, bias)), (state.params, state.router_bias))
     merged, _, _ = weights.load_weights(root / "run", *abstract_weights(cfg.model.base, other))
     a, b = (flatten(params)[f"layers/moe/w_up_adapter/{name}"] for name in lora.NAMES)
     want = np.asarray(params["layers"]["moe"]["w_up"]) + ALPHA / RANK * np.einsum("ledr,lerf->ledf", a, b)
@@ -205,13 +227,90 @@ def test_checkpoints_hold_the_adapters_alone(runs):
     half = dataclasses.replace(cfg.model.base, param_dtype="bfloat16")
     rounded, _, _ = weights.load_weights(root / "run", *abstract_weights(half, other), cast=True)
     np.testing.assert_array_equal(rounded["embed"], params["embed"].astype("bfloat16"))
-    lines = weights.check_same_model(cfg)
-    assert [line.split(":")[0] for line in lines] == ["config.model.lora.rank", "config.model.lora.alpha"]
     prompts = [[1, 2, 3]]
     texts = [generate(c, other, p, bias, prompts, 6) for c, p in ((cfg.model, params), (cfg.model.base, merged))]
     assert texts[0] == texts[1]
 
 
+def test_a_run_trains_on_the_adapters_of_another(runs):
+    """With the same rank, scale and matrices a run starts from A and B; otherwise they are merged into its base."""
+    root, cfg, mesh, state = runs
+    with Checkpoints(root / "run") as checkpoints:
+        record = checkpoints.data_state()["base"]
+    cfg = dataclasses.replace(cfg, init_from=str(root / "run"))
+    params, bias, origin, reference = weights.load_start(root / "more", cfg, mesh)
+    made = abstract_state(cfg, mesh)
+    assert jax.tree.structure(params) == jax.tree.structure(made.params)  # no adapter is fresh
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((params, bias)), (state.params, state.router_bias))
+    assert reference == record and [e["event"] for e in origin] == ["import", "adapters"]
+    assert weights.describe_start(cfg, False).startswith(
+        f"starting from the adapters of {root / 'run'} and their base,"
+    )
+    weights.load_base(root / "more", cfg, *abstract_weights(cfg.model.base, mesh), reference)  # as a resumed run does
+    for change in (dict(rank=2), dict(alpha=1.0), dict(match="w_q")):
+        other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora=dataclasses.replace(LORA, **change)))
+        assert not weights.continues(other)
+    line = weights.describe_start(other, True)
+    assert (
+        line.startswith("starting from the average of the weights of") and "its adapters merged, with fresh ad" in line
+    )
+
+
+def test_the_fingerprint_of_adapters_is_of_what_is_stored(runs):
+    """Merged weights differ in their last bits by mesh and device, so they have no part in it."""
+    root, cfg, mesh, _ = runs
+    with Checkpoints(root / "run") as checkpoints:
+        below = f"{checkpoints.data_state()['base']['fingerprint']} {cfg.model.lora.scale}"
+    adapters = split(placed(cfg, mesh).params, lora.is_adapter)[0]
+    as_base = dataclasses.replace(cfg, init_from=str(root / "run"), model=cfg.model.base)
+    _, _, origin, record = weights.load_base(root / "outer", as_base, *abstract_weights(cfg.model.base, mesh))
+    assert record["fingerprint"] == base.fingerprint(adapters, {}, below) != base.fingerprint(adapters, {})
+    assert record["imported_from"] is None and origin[-1]["event"] == "train"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_of_merged_adapters_are_loaded_on_any_mesh(runs, dtype):
+    root, cfg, _, _ = runs
+    cfg = dataclasses.replace(cfg, init_from=str(root / "run"))
+    plain, record = dataclasses.replace(cfg.model.base, param_dtype=dtype), None
+    for shape in ((2, 2, 2), (1, 1, 1), (1, 2, 4), (1, 4, 2)):
+        _, _, _, record = weights.load_base(root / "outer", cfg, *abstract_weights(plain, mesh_of(shape)), record)
+
+
+def test_what_is_printed_is_true(runs):
+    _, cfg, mesh, state = runs
+    line = lora.describe(cfg.model, flatten(abstract_weights(cfg.model, mesh)[0]))
+    assert "on attention/w_k, attention/w_o, " in line and "; none on embed, head, moe/w_router; all weights" in line
+    frozen = optim.frozen_paths(cfg.optim, flatten(state.params))
+    fixed, moving = optim.split_biases(frozen, state.params, state.router_bias)
+    assert fixed == {"layers/moe/router_bias"} and not moving
+    assert balance.describe(cfg.loss, cfg.model, fixed, bool(moving)).startswith("selection bias: stays as it is")
+    assert optim.split_biases(frozenset(), state.params, state.router_bias) == (set(), {"layers/moe/router_bias"})
+
+
+def test_gradients_of_adapters_are_counted_in_bytes():
+    cfg = run_config(layers=1)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, param_dtype="bfloat16"))
+    shapes = flatten(model.abstract(cfg.model).shapes)
+    mine = sum(4 * x.size for path, x in shapes.items() if lora.is_adapter(path))
+    total = sum(x.size * x.dtype.itemsize for x in shapes.values())
+    assert shapes["layers/moe/w_up"].dtype.itemsize == 2
+    report = compile_only.Report("v5e:2x2", {}, True, {"parameters": total}, 16.0, 1.0, [], "")
+    assert compile_only.bytes_of_state(cfg, report)[1] == pytest.approx(mine)
+
+
+def test_an_upcycled_run_has_no_groups_of_adapters():
+    groups = {"b": GroupConfig(match="lora_b", lr=2.0), "q": GroupConfig(match="w_q", lr=0.5)}
+    cfg = run_config(layers=1)
+    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, groups=groups))
+    made, lines = _without_lost_groups(base_config(cfg))
+    assert list(made.optim.groups) == ["q"] and lines == [
+        "optim.groups.b is left out: it matches no parameter of the new model"
+    ]
+
+
+@pytest.mark.slow
 def test_the_average_of_adapters(runs, tmp_path):
     _, cfg, mesh, state = runs
     cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, ema=0.9))
@@ -267,6 +366,9 @@ def test_fields_are_checked():
         LoRAConfig(match="(")
     with pytest.raises(ConfigError, match=r"alpha=0\.0: must be > 0"):
         LoRAConfig(rank=2, alpha=0.0)
+    for field in (dict(alpha=8.0), dict(rslora=True), dict(match="w_q")):
+        with pytest.raises(ConfigError, match=r"has no effect without rank; nearest valid: .*, or a rank > 0"):
+            LoRAConfig(**field)
     some = lambda match: dataclasses.replace(cfg.model, lora=LoRAConfig(rank=2, match=match))
     with pytest.raises(
         ConfigError, match=r"lora\.match='router': matches none of the 17 matrices .* nearest valid: '.*/w_"

@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert {"muon", "quickstart", "specialisation", "upcycling"} <= {path.stem for path in NOTEBOOKS}
+    assert {"finetuning", "muon", "quickstart", "specialisation", "upcycling"} <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

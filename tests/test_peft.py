@@ -15,16 +15,18 @@ hf_models = pytest.importorskip("tests.hf_models" if __package__ else "hf_models
 
 from hf_models import TOKENS, build, forward, saved, torch, transformers  # noqa: E402
 
+from configs import moonlight_16b_a3b  # noqa: E402
 from moe_jax.config import LoRAConfig  # noqa: E402
+from moe_jax.config import build as build_config  # noqa: E402
 from moe_jax.errors import FormatError  # noqa: E402
 from moe_jax.hf import export_run, peft, safetensors  # noqa: E402
 from moe_jax.hf.peft import export_adapter, fuse, stack, unfuse, unstack  # noqa: E402
-from moe_jax.hf.peft_import import Adapter, _oriented, import_adapter  # noqa: E402
+from moe_jax.hf.peft_import import KNOWN, Adapter, _oriented, compare_names, import_adapter, open_adapter  # noqa: E402
 from moe_jax.nn import lora  # noqa: E402
 from moe_jax.run import base, weights  # noqa: E402
 from moe_jax.run.checkpoint import Checkpoints  # noqa: E402
 from moe_jax.run.config_file import load_config, save_config  # noqa: E402
-from moe_jax.train.state import abstract_weights, init_state  # noqa: E402
+from moe_jax.train.state import abstract_state, abstract_weights  # noqa: E402
 from moe_jax.tree import flatten, nest  # noqa: E402
 
 EXPERTS, INNER, OUTER, RANK = 3, 5, 8, 2
@@ -75,15 +77,15 @@ def adapted(name, root):
         cfg, init_from=str(folder), model=dataclasses.replace(cfg.model, lora=lora_cfg, compute_dtype="float32")
     )
     mesh = mesh_of(1, 1, 1)
-    params, bias, origin, record = weights.load_base(root / "run", cfg, *abstract_weights(cfg.model.base, mesh))
-    state = init_state(cfg, mesh, (params, bias))
+    *_, origin, record = weights.load_base(root / "run", cfg, *abstract_weights(cfg.model.base, mesh))
+    state = base.kept(cfg, abstract_state(cfg, mesh))
     rng = np.random.default_rng(3)
-    new = lambda path, x: rng.normal(0, 0.3, x.shape).astype(np.float32) if lora.is_adapter(path) else x
-    state = state._replace(params=jax.device_put(nest({p: new(p, x) for p, x in flatten(state.params).items()})))
+    new = {path: rng.normal(0, 0.3, x.shape).astype(np.float32) for path, x in flatten(state.params).items()}
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)._replace(params=nest(new))
     save_config(root / "run", cfg)
     with Checkpoints(root / "run", keep=1) as checkpoints:
         saved_data = {"origin": origin, "tokens": 1.0, "base": record}
-        checkpoints.save(1, base.kept(cfg, state), saved_data, wait=True)
+        checkpoints.save(1, state, saved_data, wait=True)
     return root / "run", cfg.model
 
 
@@ -106,6 +108,8 @@ def run(request, tmp_path_factory):
     folder, model = adapted(request.param, root)
     lines = []
     export_adapter(folder, root / "out", mesh=mesh_of(1, 1, 1), echo=lines.append)
+    named = json.loads((root / "out" / peft.CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    assert named == str(saved(request.param))
     assert len(lines) == 1 + (request.param == "moonlight") and "adapters of" in lines[-1]
     return request.param, folder, model, root / "out"
 
@@ -141,8 +145,15 @@ def test_files_hold_what_is_merged(run, tmp_path):
         np.testing.assert_array_equal(back[path], x, err_msg=path)
     made = load_config(tmp_path / "back").model.lora
     assert made.rank == RANK and math.isclose(made.scale, model.lora.scale)
+    # A run with the same adapters starts from them.
+    more = dataclasses.replace(load_config(folder), init_from=str(tmp_path / "back"))
+    params, _, _, record = weights.load_start(tmp_path / "more", more, mesh_of(1, 1, 1))
+    assert record["from"] == load_config(folder).init_from
+    for path, x in own.items():
+        np.testing.assert_array_equal(flatten(params)[path], x, err_msg=path)
 
 
+@pytest.mark.slow
 def test_merged_export_in_transformers_gives_our_logits(run, tmp_path):
     name, folder, model, _ = run
     export_run(folder, tmp_path / "merged", mesh=mesh_of(1, 1, 1), echo=QUIET)
@@ -154,6 +165,7 @@ def test_merged_export_in_transformers_gives_our_logits(run, tmp_path):
     assert error(plain, want) > 0.01
 
 
+@pytest.mark.slow
 def test_peft_loads_and_writes(run, tmp_path):
     """PEFT itself: the same logits with our files, and files that it saves come back as the same adapters."""
     pytest.importorskip("peft")
@@ -235,8 +247,6 @@ def test_files_of_older_versions_are_told_apart(run, change, settings, tmp_path)
 
 
 BAD = {
-    "DoRA": (lambda e: e, {"use_dora": True}, "use_dora=True is not supported; nearest valid: False"),
-    "another method": (lambda e: e, {"peft_type": "IA3"}, "peft_type='IA3' is not supported; nearest valid: 'LORA'"),
     "unknown": (lambda e: e | {"x.lora_A.weight": np.zeros((2, 2), np.float32)}, {}, "for which there is no rule"),
     "one half": (
         lambda e: {k: x for k, x in e.items() if not k.endswith("layers.1.self_attn.q_proj.lora_B.weight")}, {},
@@ -266,6 +276,93 @@ def test_bad_adapters_are_refused_in_one_line(run, case, tmp_path):
     assert "\n" not in str(e.value) and not (tmp_path / "back").exists()
 
 
+SETTINGS = {  # of adapter_config.json, and part of the message
+    "peft_type='IA3' is not supported; nearest valid: 'LORA'": {"peft_type": "IA3"},
+    "use_dora=True is not supported; nearest valid: False": {"use_dora": True},
+    "use_qalora=True is not": {"use_qalora": True},
+    "layer_replication=": {"layer_replication": [[0, 2], [1, 3]]},
+    "alora_invocation_tokens=": {"alora_invocation_tokens": [5, 6]},
+    "velora_config=": {"velora_config": {"group_size": 2}},
+    "kasa_config=": {"kasa_config": {"beta": 1e-4}},
+    "use_bdlora=": {"use_bdlora": {"nblocks": 2}},
+    "modules_to_save=": {"modules_to_save": ["lm_head"]},
+    "bias='all' is not supported; nearest valid: 'none'": {"bias": "all"},
+    "a_field_of_tomorrow=1 is not supported; nearest valid: None": {"a_field_of_tomorrow": 1},
+    "init_lora_weights='pissa_niter_4' is not supported, since it changes the": {"init_lora_weights": "pissa_niter_4"},
+    "init_lora_weights='olora' is": {"init_lora_weights": "olora"},
+    "init_lora_weights='loftq' is": {"init_lora_weights": "loftq"},
+    "init_lora_weights='corda' is": {"init_lora_weights": "corda"},
+    "init_lora_weights='lora_ga' is": {"init_lora_weights": "lora_ga"},
+    "lora_alpha='16' must be a number > 0; nearest valid: 8": {"lora_alpha": "16"},
+    "lora_alpha=None must": {"lora_alpha": None},
+    "lora_alpha=0 must": {"lora_alpha": 0},
+    "lora_alpha=inf must": {"lora_alpha": math.inf},
+    "alpha_pattern['q_proj']=0 must": {"alpha_pattern": {"q_proj": 0}},
+    "alpha_pattern=['q_proj'] must have an α for each": {"alpha_pattern": ["q_proj"]},
+    "alpha_pattern has '(', which is not a regular expression": {"alpha_pattern": {"(": 3}},
+}
+
+
+@pytest.mark.parametrize("message", SETTINGS)
+def test_settings_that_change_the_function_are_refused(message, tmp_path):
+    (tmp_path / peft.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2} | SETTINGS[message]), encoding="utf-8")
+    with pytest.raises(FormatError) as e:
+        open_adapter(tmp_path)
+    assert message in str(e.value) and str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_settings_that_change_nothing_are_read(tmp_path):
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.1, "megatron_core": "megatron.core"}
+    settings |= {"use_dora": False, "kasa_config": None, "loftq_config": {}, "qalora_group_size": 16, "bias": "none"}
+    (tmp_path / peft.TENSORS).write_bytes((2).to_bytes(8, "little") + b"{}")
+    for start in (True, False, "gaussian", "eva", "orthogonal"):
+        (tmp_path / peft.CONFIG).write_text(json.dumps(settings | {"init_lora_weights": start}), encoding="utf-8")
+        assert open_adapter(tmp_path).scale("q_proj", 4) == 2.0
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "pissa", "olora", "mica"])
+def test_settings_as_peft_writes_them(start, tmp_path):
+    """What PEFT saves by default is read, and what it names that changes the base is not."""
+    theirs = pytest.importorskip("peft").LoraConfig(init_lora_weights=start, task_type="CAUSAL_LM")
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / peft.TENSORS).write_bytes((2).to_bytes(8, "little") + b"{}")
+    if start in ("pissa", "olora"):
+        with pytest.raises(FormatError, match=f"init_lora_weights='{start}'"):
+            open_adapter(tmp_path)
+    else:
+        assert open_adapter(tmp_path).scale("q_proj", 8) == 1.0
+    assert set(theirs.to_dict()) >= KNOWN
+
+
+def test_another_base_is_said():
+    """A base that was trained after its import is not named in the files; names that differ are a warning."""
+    trained = [event := {"event": "import", "from": "org/a"}, {"event": "train"}]
+    assert base.imported_from([event]) == "org/a"
+    assert base.imported_from(trained) is base.imported_from([]) is base.imported_from([*trained, event | {"from": ""}])
+    line = lambda name, origin: compare_names(
+        Adapter(Path("x"), {"base_model_name_or_path": name}, {}), Path("runs/a"), origin
+    )
+    assert line("org/b", [event]).startswith(
+        "warning: the adapter is of 'org/b', and runs/a was imported from 'org/a'; the shapes fit"
+    )
+    assert "'org/a' and has changed since" in line("org/a", trained)
+    assert line("org/a", [event]) == line(None, [event]) == line("org/b", []) == line("org/b", trained) == ""
+
+
+def test_a_base_that_was_trained_has_no_name(run, tmp_path):
+    name, folder, _, _ = run
+    if name != "olmoe":
+        pytest.skip("once")
+    cfg, lines = load_config(folder), []
+    adapters, data = weights.load_adapters(folder, cfg, mesh_of(1, 1, 1))
+    record = data["base"] | {"imported_from": base.imported_from([*data["origin"], {"event": "train"}])}
+    weights.save_weights(tmp_path / "other", cfg, adapters, {}, data["origin"], record=record)
+    export_adapter(tmp_path / "other", tmp_path / "out", mesh=mesh_of(1, 1, 1), echo=lines.append)
+    settings = json.loads((tmp_path / "out" / peft.CONFIG).read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] is None
+    assert f"is null, since {cfg.init_from} is no unchanged import: export the base too" in lines[-1]
+
+
 def test_square_matrices_need_the_version():
     adapter = lambda **settings: Adapter(Path("adapter"), settings, {})
     a, b = stack([(draw(4, RANK), draw(RANK, 4))] * EXPERTS)
@@ -276,8 +373,8 @@ def test_square_matrices_need_the_version():
         _oriented(adapter(), "experts.down_proj", a, b, EXPERTS, (4, 4))
 
 
-def test_latents_of_mla_have_no_name_in_peft(tmp_path):
-    _, model = imported("moonlight")
+def test_latents_of_mla_have_no_name_in_peft():
+    model = build_config(moonlight_16b_a3b.get_config()).model
     model = dataclasses.replace(model, lora=LoRAConfig(rank=RANK, match="/attention/"))
     shapes = peft.shapes_of(model.base)
     fake = {

@@ -206,6 +206,7 @@ def test_stacks_equal_a_plain_loop(name):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_generation_with_a_cache(name):
     """Greedy samples are the argmax of the full forward pass over them."""

@@ -153,10 +153,11 @@ def flops_of_step(cfg: config.RunConfig) -> float:
 
 def bytes_of_state(cfg: config.RunConfig, report: Report) -> tuple[float, float]:
     """Bytes on a chip of what a step reads and writes once, and of the gradients. These are as large as the parameters,
-    but for the share of them that is frozen."""
+    but for the share of their bytes that is frozen."""
     shapes = flatten(model.abstract(cfg.model).shapes)
     frozen = optim.frozen_paths(cfg.optim, shapes)
-    share = sum(x.size for path, x in shapes.items() if path not in frozen) / sum(x.size for x in shapes.values())
+    sizes = {path: x.size * x.dtype.itemsize for path, x in shapes.items()}  # adapters may have a larger dtype
+    share = sum(size for path, size in sizes.items() if path not in frozen) / sum(sizes.values())
     state = sum(report.memory.get(name, 0.0) for name in ("parameters", "moments", AVERAGE))
     return state, share * report.memory["parameters"]
 

@@ -29,7 +29,7 @@ class SourceConfig(Checked, resume=FIXED):
     prompt: str = ""
     completion: str = ""  # the part that is learned, with the end-of-text token after it
     # Field that has a list of messages with `role` and `content`. The model learns the answers, which are the messages
-    # of the assistant. "": none.
+    # of the assistant, but those with `weight` 0. "": none.
     messages_field: str = ""
     # With messages_field: path of a Jinja template of chats, or the name of one of the tokenizer's; "": the tokenizer's
     # own.

@@ -11,6 +11,7 @@ class LoRAConfig(Checked, resume=FIXED, weights=MACHINE):
     """LoRA (arXiv:2106.09685): a matrix W becomes W + scale · A · B, of which A and B alone are trained.
 
     The other weights are those of `init_from`, and stay as they are. Expert stacks have an A and a B for each expert.
+    If `init_from` has adapters of the same matrices, rank and scale, they are trained on; others are merged first.
     """
 
     rank: int = number(0, 0)  # columns of A, and rows of B, of each adapter; 0: no adapters, all weights are trained
@@ -28,6 +29,10 @@ class LoRAConfig(Checked, resume=FIXED, weights=MACHINE):
             require(False, "match", self.match, f"is not a regular expression: {e}", f"nearest valid: {_DEFAULT!r}")
         require(self.alpha > 0 or not self.rank, "alpha", self.alpha, "must be > 0, or the adapters do nothing",
                 "nearest valid: 16.0")  # fmt: skip
+        for name, default in {"alpha": LoRAConfig.alpha, "rslora": False, "match": _DEFAULT}.items():
+            value = getattr(self, name)
+            require(self.rank or value == default, name, value, "has no effect without rank",
+                    f"nearest valid: {default!r}, or a rank > 0")  # fmt: skip
 
     @property
     def scale(self) -> float:

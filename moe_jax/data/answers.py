@@ -21,9 +21,13 @@ from moe_jax.data.roles import text_of
 from moe_jax.data.tokenizers import Spanned, Tokenizer
 from moe_jax.errors import ConfigError, shown
 
-VERSION = 1  # of how documents with roles become tokens
+VERSION = 2  # of how documents with roles become tokens
 BOTH = "documents in which one token is the end of the prompt and the beginning of the answer; it is learned"
 SPELLED = "conversations whose messages spell special tokens, which become these tokens, as in transformers"
+EMPTY = (
+    "gives an answer without text but for special tokens; the template may leave out its tool_calls, and "
+    "a message with a 'weight' of 0 is only read"
+)
 OPEN = "conversations whose last answer does not end with {!r}, at which samples end (data.tokenizer.end_of_text)"
 
 
@@ -91,7 +95,8 @@ class EncodeAnswers:
         if any(word in said for word in tokenizer.special):
             notes.append(SPELLED)
         closing = [end] * unfinished
-        return self._encoded(document, text, answers, made, [made.ids, closing], [learned, closing], tuple(notes))
+        ids, masks = [[], made.ids, closing], [[], learned, closing]
+        return self._encoded(document, text, answers, made, ids, masks, tuple(notes))
 
     def _encoded(
         self,
@@ -103,19 +108,30 @@ class EncodeAnswers:
         masks: list[Any],
         notes: tuple[str, ...],
     ) -> Encoded:
-        """The document of the joined ids and masks, and the bytes of its answers without special tokens."""
+        """The document of the joined ids and masks, and the bytes of its answers without special tokens.
+
+        ids, masks: what is in front of the text, of the text, and behind it.
+        """
         tokens = np.concatenate([np.asarray(part, np.int32) for part in ids])
         learned = np.concatenate([np.asarray(part, bool) for part in masks])
-        learned[:1] = False  # nothing before predicts it
+        said = _inside(answers, len(text))
+        if self._chat:
+            special = made.spans[np.isin(made.ids, self._special)]
+            said &= ~_inside(special, len(text))
+            for begin, end in _joined(answers):
+                if not _picked(text[begin:end], said[begin:end]).strip():
+                    raise self._error(f"{EMPTY}: {document['place']}, {shown(text[max(begin - 40, 0) : end], 80)}")
+        starts = np.maximum.accumulate([0, *made.spans[1:, 0], len(text)][: len(made.ids) + 1])
+        if learned[:1].any():  # nothing before predicts it
+            learned[0], said[: starts[1]] = False, False
         if not learned.any():
             raise self._error(f"gives no token to learn: {document['place']}, {shown(text, 80)}")
         if any(((made.spans[:, 0] < begin) & (made.spans[:, 1] > begin)).any() for begin, _ in answers):
             notes = (*notes, BOTH)
-        special = np.isin(made.ids, self._special) if self._chat else np.zeros(len(made.ids), bool)
-        said = _inside(answers, len(text)) & ~_inside(made.spans[special], len(text))
         lost = said & ~_inside(made.spans[made.known], len(text))
-        pick = lambda kept: "".join(text[i] for i in np.flatnonzero(kept))
-        return Encoded(document, tokens, pick(said).encode(), size(pick(lost)), learned, notes)
+        sizes = np.zeros(len(tokens), np.uint32)
+        sizes[len(ids[0]) : len(ids[0]) + len(made.ids)] = np.diff(_bytes_before(text, said)[starts])
+        return Encoded(document, tokens, _picked(text, said).encode(), size(_picked(text, lost)), learned, notes, sizes)
 
     def _error(self, rule: str) -> ConfigError:
         field = "messages_field" if self._chat else "completion"
@@ -128,6 +144,27 @@ def overlap(spans: np.ndarray, answers: Sequence[tuple[int, int]]) -> np.ndarray
     for begin, end in answers:
         found |= (spans[:, 1] > begin) & (spans[:, 0] < end)
     return found
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans, in order, with those that touch as one: a template may mark the parts of an answer."""
+    made: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if made and begin <= made[-1][1]:
+            begin, end = made[-1][0], max(end, made.pop()[1])
+        made.append((begin, end))
+    return made
+
+
+def _picked(text: str, kept: np.ndarray) -> str:
+    """The characters that are kept. kept: [len(text)] bool."""
+    return "".join(text[i] for i in np.flatnonzero(kept))
+
+
+def _bytes_before(text: str, kept: np.ndarray) -> np.ndarray:
+    """The bytes of UTF-8 of the kept characters before each character and before the end, [len(text) + 1]."""
+    code = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return np.concatenate([[0], np.cumsum((1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF)) * kept)])
 
 
 def _inside(spans: Sequence[tuple[int, int]] | np.ndarray, length: int) -> np.ndarray:

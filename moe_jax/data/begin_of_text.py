@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from moe_jax.errors import ConfigError, FileError
 
 AUTO, NONE = "auto", "none"
+BEGIN = "documents begin with"  # the first words of the line
 FIELD = "data.tokenizer.begin_of_text"
 _REBUILT = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")  # transformers 5 ignores the post-processor of their files
 
@@ -106,8 +107,6 @@ def choose(
     elif front and lookup(front[0]) is None:
         front, why = [], f"{why}, but the vocabulary has no {front[0]!r}"
     if front and front[0] != end_of_text:
-        return BeginOfText(
-            front[0], lookup(front[0]), f"documents begin with {front[0]!r}, id {lookup(front[0])}: {why}"
-        )
-    line = f"documents begin with nothing but the end-of-text token {end_of_text!r} of the document before: {why}"
+        return BeginOfText(front[0], lookup(front[0]), f"{BEGIN} {front[0]!r}, id {lookup(front[0])}: {why}")
+    line = f"{BEGIN} nothing but the end-of-text token {end_of_text!r} of the document before: {why}"
     return BeginOfText("", None, line)

@@ -26,6 +26,7 @@ from moe_jax.errors import ConfigError, FileError, nearest
 
 DEFAULT = "chat_template.jinja"
 SECONDS = 10.0  # for one conversation
+START = 30.0  # seconds for the process to start and compile the template, beside other work
 LONGEST = 4_000_000  # characters of one conversation
 _LARGEST = 1_000_000  # bytes of a template
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -85,11 +86,14 @@ class Chat:
     # --- text ---
 
     def render(self, messages: list[dict[str, Any]], place: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation and the characters of the answers. Raises ConfigError for a broken template."""
+        """The text of a conversation and the characters of the answers that are learned, of which some may be empty.
+
+        Raises ConfigError for a broken template.
+        """
         with self._lock:
             answer = self._ask(messages, place)
         spans = [(int(begin), int(end)) for begin, end in answer["answers"]]
-        if not spans:
+        if not any(end > begin for begin, end in spans):
             raise self._broken("marks no answer", place)
         return answer["text"], spans
 
@@ -102,7 +106,7 @@ class Chat:
             raise RuntimeError("the chat template was closed")
         if self._process is None:
             self._start()
-        answer = self._say(messages)
+        answer = self._say(messages, SECONDS)
         if answer is None:
             self._stop()
             raise self._broken(f"takes more than {SECONDS:g} seconds or too much memory for a conversation", place)
@@ -116,21 +120,21 @@ class Chat:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
         self._ready = selectors.DefaultSelector()
         self._ready.register(self._process.stdout, selectors.EVENT_READ)
-        answer = self._say(self._setup | {"longest": LONGEST})
+        answer = self._say(self._setup | {"longest": LONGEST}, START)
         if answer is None or "error" in answer:
             self._stop()
-            raise self._broken(answer["error"] if answer else f"takes more than {SECONDS:g} seconds to compile")
+            raise self._broken(answer["error"] if answer else f"takes more than {START:g} seconds to compile")
         if answer["dated"]:
             rule = f"asks for the date, which is {chat_process.DATE:%d %B %Y} for every document"
             self.lines = (f"data.sources.{self._name}: {self._where} {rule}",)
 
-    def _say(self, asked: Any) -> dict[str, Any] | None:
+    def _say(self, asked: Any, seconds: float) -> dict[str, Any] | None:
         """The program's answer to a line; None if it takes too long, or has ended."""
         try:
             self._process.stdin.write(json.dumps(asked).encode() + b"\n")
             self._process.stdin.flush()
             # The program writes nothing but whole lines.
-            return json.loads(self._process.stdout.readline() or b"null") if self._ready.select(SECONDS) else None
+            return json.loads(self._process.stdout.readline() or b"null") if self._ready.select(seconds) else None
         except (OSError, ValueError):  # it has ended, perhaps within a line
             return None
 
@@ -151,27 +155,29 @@ class Chat:
 
 
 def of_tokenizer(files: dict[str, bytes]) -> dict[str, str]:
-    """The templates in a tokenizer's files by name, where "default" is the plain one. Raises FileError."""
+    """The templates in a tokenizer's files by name, where "default" is the plain one. Raises FileError.
+
+    Beside files with templates, `tokenizer_config.json` gives the names that no file has, but no "default". So a run to
+    which `keep` has added a file knows the names that it knew before.
+    """
     found = {}
     for name, raw in files.items():
         if name == DEFAULT:
             found["default"] = _decoded(name, raw)
         elif name.startswith(f"{MORE_TEMPLATES}/"):
             found[Path(name).stem] = _decoded(name, raw)
-    if found:
-        return found
     value = settings_of(files).get("chat_template")
-    if isinstance(value, str):
-        return {"default": value}
-    if value is None:
-        return {}
+    if isinstance(value, str) or value is None:
+        return found or ({} if value is None else {"default": value})
     try:
-        found = {entry["name"]: entry["template"] for entry in value}
+        listed = {entry["name"]: entry["template"] for entry in value}
     except (TypeError, KeyError):
-        found = {"": None}
-    if not all(isinstance(text, str) for pair in found.items() for text in pair):
+        listed = {"": None}
+    if not all(isinstance(text, str) for pair in listed.items() for text in pair):
+        if found:  # transformers does not read the setting either
+            return found
         raise FileError("tokenizer_config.json: chat_template is neither text nor a list of name and template")
-    return found
+    return {name: text for name, text in listed.items() if not (found and name == "default")} | found
 
 
 def keep(tokenizer: Tokenizer, template: str) -> None:

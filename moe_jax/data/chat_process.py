@@ -7,14 +7,15 @@ nothing but Python's library and Jinja, so that it starts at once.
 The first line is {"template", "variables", "special", "longest"}: the text of the template, the special tokens that it
 may name, the spelling of all special tokens, and the most characters of a conversation. The answer is {"tags"}, whether
 the template marks answers with {% generation %}, and "dated", whether it asks for the date. Each further line is a list
-of messages, and its answer {"text", "answers"}: characters [begin, end) that the assistant writes. An answer
-{"error"} says in one line what is wrong.
+of messages, and its answer {"text", "answers"}: characters [begin, end) that the assistant writes, without messages of
+`weight` 0. An answer {"error"} says in one line what is wrong.
 
 The environment is that of `apply_chat_template` in transformers 5.24.
 """
 
 import contextlib
 import datetime
+import itertools
 import json
 import re
 import sys
@@ -112,7 +113,7 @@ class Renderer:
         self.tags, self.dated = bool(_TAG.search(template)), "strftime_now" in template
 
     def conversation(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """The text of a conversation, and the characters that the assistant writes. Raises Wrong."""
+        """The text of a conversation, and the characters of the answers that are learned. Raises Wrong."""
         messages = [_with_reasoning(message) for message in messages]
         text = self._render(messages)
         if not self.tags:
@@ -120,7 +121,12 @@ class Renderer:
         for begin, end, inside in self._spans:
             if text[begin:end] != _unicode(inside):
                 raise Wrong("has {% generation %} inside a macro or a block that is kept, so its place is unknown")
-        return {"text": text, "answers": [(begin, end) for begin, end, _ in self._spans if end > begin]}
+        learned, count = [_is_learned(m) for m in messages if m["role"] == "assistant"], len(self._spans)
+        if not all(learned) and count != len(learned):
+            why = "so that the place of answers of weight 0 is unknown"
+            raise Wrong(f"renders {count} {{% generation %}} for {len(learned)} answers, {why}")
+        places = [(begin, end) for begin, end, _ in self._spans]
+        return {"text": text, "answers": places if all(learned) else list(itertools.compress(places, learned))}
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         self._spans.clear()
@@ -138,20 +144,31 @@ class Renderer:
         """The places of the answers by rendering the conversation up to each answer, without and with it."""
         found = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not _is_learned(message):
                 continue
             before, after = self._render(messages[:i], prompt=True), self._render(messages[: i + 1])
             begin, end = len(before), len(after)
             if not after.startswith(before):
                 raise Wrong(f"writes other text before answer {i + 1} when it ends there{_ADVICE}")
             added = after[begin:]
+            if added.strip() and not _begins_with(added, message) and before == self._render(messages[:i]):
+                raise Wrong(f"adds no generation prompt, but other text before answer {i + 1}{_ADVICE}")
             if added.rstrip().endswith(self._special or ("\0",)):  # what follows the token that ends an answer
                 end -= len(added) - len(added.rstrip())
             if whole[:end] != after[:end]:
                 raise Wrong(f"writes message {i + 1} in another way when others follow{_ADVICE}")
-            if end > begin:
-                found.append((begin, end))
+            found.append((begin, end))
         return found
+
+
+def _is_learned(message: dict[str, Any]) -> bool:
+    return message.get("weight") != 0
+
+
+def _begins_with(text: str, message: dict[str, Any]) -> bool:
+    """Whether a text begins with what a message says, but for space. Templates without headers need no prompt."""
+    said = message.get("content")
+    return isinstance(said, str) and bool(said.strip()) and text.lstrip().startswith(_unicode(said.strip()))
 
 
 def _unicode(text: str) -> str:
@@ -184,6 +201,7 @@ def _line(error: BaseException) -> str:
 def main() -> None:
     """Answers each line of the standard input with one line."""
     _limit()
+    sys.stdout.reconfigure(encoding="utf-8")
     renderer = None
     for line in sys.stdin:
         try:

@@ -35,7 +35,7 @@ _VERSION = 2
 BAD_HEADER = (SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 _BATCH = 64  # documents tokenised together
 _LARGE = 4 * 2**30  # bytes: the checksums of a larger store are compared only if the file system reports a change
-_ARRAYS = ("tokens", "offsets", "domains", "bytes", "text", "learned")
+_ARRAYS = ("tokens", "offsets", "domains", "bytes", "text", "learned", "sizes")
 
 
 class Encoded(NamedTuple):
@@ -47,6 +47,7 @@ class Encoded(NamedTuple):
     lost: int  # bytes of it that no token represents
     learned: np.ndarray | None = None  # [n] bool; None: all tokens
     notes: tuple[str, ...] = ()  # what the user should know, each a plural such as "blank documents, left out"
+    sizes: np.ndarray | None = None  # [n] uint32, beside `learned`: bytes of `text` that end with each token
 
 
 Encoder = Callable[[Sequence[dict[str, Any]]], list[Encoded]]
@@ -59,7 +60,8 @@ class TokenStore:
     offsets: [D+1] int64, the first token of each document; the last entry is the closing token's.
     document_domains: [D] int32, indices into `domains`. document_bytes: [D] int64, UTF-8 bytes of the text, or of the
         answers in it.
-    learned: [N] uint8, 1 for a token that is learned; None: all are.
+    learned: [N] uint8, 1 for a token that is learned; None: all are. sizes: [N] uint32, the bytes of the text that end
+        with each token, if `learned` is given.
     lost_bytes: for each domain, the number of bytes that no token represents, if any.
     text: held-out splits only, [Σ document_bytes] uint8, the documents one after another.
     content: a hash of all arrays. notes: lines about what the reader left out.
@@ -92,6 +94,7 @@ class TokenStore:
             self.document_bytes = self._load("bytes", self.num_documents)
             self.text = self._load("text", int(self.document_bytes.sum())) if "text" in self.checksums else None
             self.learned = self._load("learned", meta["tokens"]) if "learned" in self.checksums else None
+            self.sizes = self._load("sizes", meta["tokens"]) if self.learned is not None else None
             self._check()
         except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, *BAD_HEADER) as error:
             raise ValueError(f"{self.folder} is not a complete token store: {error}") from error
@@ -109,8 +112,8 @@ class TokenStore:
         integers = all(a.dtype.kind in "iu" for a in (self.tokens, self.offsets, inside, self.document_bytes))
         ordered = integers and tuple(self.offsets[[0, -1]]) == ends and bool((np.diff(self.offsets) > 0).all())
         outside = len(inside) and not 0 <= inside.min() <= inside.max() < len(self.domains)
-        if self.learned is not None and self.learned.dtype != np.uint8:
-            raise ValueError("learned has another dtype")
+        if self.learned is not None and (self.learned.dtype, self.sizes.dtype) != (np.uint8, np.uint32):
+            raise ValueError("learned or sizes has another dtype")
         if not ordered or outside or not 0 <= self.end_of_text < 2**31:
             raise ValueError("offsets or domain ids are inconsistent")
 
@@ -259,6 +262,7 @@ def _write_store(
         open(folder / "tokens.raw", "wb") as file,
         open(folder / "text.raw", "wb") as text_file,
         open(folder / "learned.raw", "wb") as learned_file,
+        open(folder / "sizes.raw", "wb") as sizes_file,
         tqdm(total=len(documents), desc=f"tokenize {description}", unit="doc", disable=not progress) as bar,
     ):
         if len(documents):
@@ -276,6 +280,7 @@ def _write_store(
                     tokens.astype(dtype).tofile(file)
                     if roles:
                         made.learned.astype(np.uint8).tofile(learned_file)
+                        made.sizes.astype(np.uint32).tofile(sizes_file)
                     if keep_text:
                         text_file.write(made.text)
                     domain = document["domain"]
@@ -289,10 +294,12 @@ def _write_store(
             iterator.close()
         closing.tofile(file)
         np.zeros(1, np.uint8).tofile(learned_file)
+        np.zeros(1, np.uint32).tofile(sizes_file)
     total = sum(lengths) + 1
     _as_array(folder, "tokens", dtype, total)
-    for name, kept, size in (("text", keep_text, sum(sizes)), ("learned", roles, total)):
-        _as_array(folder, name, np.uint8, size) if kept else (folder / f"{name}.raw").unlink()
+    optional = ("text", keep_text, np.uint8, sum(sizes)), ("learned", roles, np.uint8, total)
+    for name, kept, kind, size in (*optional, ("sizes", roles, np.uint32, total)):
+        _as_array(folder, name, kind, size) if kept else (folder / f"{name}.raw").unlink()
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
     np.save(folder / "domains.npy", np.asarray(domains, np.int32))
     np.save(folder / "bytes.npy", np.asarray(sizes, np.int64))

@@ -4,7 +4,7 @@ import csv
 import glob
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class FilesSource:
         self._stamps: list[list[int]] = []
         self._splits: dict[str, Documents] = {}
         self._account = Account()
+        self._unread: dict[str, None] = {}  # fields of rows with roles
         self._roles = Roles(name, cfg) if cfg.has_roles else None
         self._check_documents()
 
@@ -123,6 +124,8 @@ class FilesSource:
                 if stamp(path) != before:
                     raise self._error("path", f"{path} changed while it was read", "run the same command again")
             lines = self._account.lines()
+            if self._unread:
+                lines.append(f"fields that are not read: {', '.join(self._unread)}")
             if self._texts:
                 lines = [documents.describe(self.cfg.documents, self._texts, pieces), *lines]
             notes = [f"data.sources.{self.name}: {line}" for line in lines]
@@ -151,17 +154,24 @@ class FilesSource:
         domain = self.cfg.domain_field if not self.cfg.domain else ""
         needed = self._roles.columns if self._roles else [("text_field", self.cfg.text_field)]
         needed = [*needed, ("domain_field", domain)] if domain else needed
-        names, rows = readers.open_rows(path, [name for _, name in needed])
+        wanted = [name for _, name in needed]
+        names, rows = readers.open_rows(path, wanted)
         if names:
+            self._note_unread(names, wanted)
             self._check_fields(path, needed, names)
         found, first = set(), None
         for number, row in rows:
             if names is None:  # each row of a .jsonl has its own fields; a field that no row has is a mistake
                 first = row if first is None else first
                 found.update(pair for pair in needed if pair[1] in row)
+                self._note_unread(row, wanted)
             yield from self._document(row, place(path, number), domain)
         if first is not None:
             self._check_fields(path, [pair for pair in needed if pair not in found], list(first))
+
+    def _note_unread(self, names: Iterable[str], wanted: Sequence[str]) -> None:
+        if self._roles:
+            self._unread |= dict.fromkeys(name for name in names if name not in wanted)
 
     def _check_fields(self, path: Path, needed: Sequence[tuple[str, str]], names: Sequence[Any]) -> None:
         """Raises ConfigError for a field that the file does not have. needed: (field of the config, field of rows)."""

@@ -2,8 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data.corpus import TokenStore
@@ -11,13 +13,10 @@ from moe_jax.data.corpus import TokenStore
 _LARGEST = 0.9  # the largest `validation_fraction`
 
 
-def _domains(stores: Iterable[TokenStore]) -> Counter[str]:
-    """The number of documents of each domain."""
-    found: Counter[str] = Counter()
-    for store in stores:
-        for i, domain in enumerate(store.domains):
-            found[domain] += int((store.document_domains == i).sum())
-    return found
+def _domains(store: TokenStore, which: np.ndarray | None) -> Counter[str]:
+    """The number of documents of each domain. which: those that count, [documents] bool; None: all."""
+    ids = store.document_domains if which is None else store.document_domains[which]
+    return Counter({domain: int((ids == i).sum()) for i, domain in enumerate(store.domains)})
 
 
 class NotHeldOut(NamedTuple):
@@ -33,14 +32,26 @@ class NotHeldOut(NamedTuple):
         return f"domain {self.domain!r} of data.sources.{self.source} ({many}) has no held-out text: {self.advice}"
 
 
-def not_held_out(cfg: DataConfig, stores: Mapping[tuple[str, str], TokenStore]) -> list[NotHeldOut]:
-    """The domains without held-out text, in the order of the sources."""
-    held = _domains(store for (_, split), store in stores.items() if split == "validation")
+def not_held_out(
+    cfg: DataConfig, stores: Mapping[tuple[str, str], TokenStore], in_rows: Mapping[tuple[str, str], np.ndarray]
+) -> list[NotHeldOut]:
+    """The domains that are trained on and without held-out text, in the order of the sources.
+
+    in_rows: for sources with roles, which documents of a store are in a row.
+    """
+    held, left_out = Counter(), Counter()
+    for (name, split), store in stores.items():
+        if split == "validation":
+            which = in_rows.get((name, split))
+            held.update(_domains(store, which))
+            left_out.update({} if which is None else _domains(store, ~which))
     found = []
     for (name, split), store in stores.items():
-        for domain, count in _domains([store]).items() if split == "train" else ():
-            if not held[domain]:
+        for domain, count in _domains(store, in_rows.get((name, split))).items() if split == "train" else ():
+            if count and not held[domain]:
                 hint = _advice(name, cfg.sources[name], count, store.least_fractions[domain], store.cut)
+                if left_out[domain]:
+                    hint = f"its {left_out[domain]:,} held-out documents have no answer in a row; raise data.seq_len"
                 found.append(NotHeldOut(domain, name, count, hint))
     return found
 

@@ -1,7 +1,7 @@
 """Rows of fixed length of which each holds complete documents. `S`: tokens of a row."""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -48,6 +48,8 @@ class WholeRows:
     seed: those of one length are in a permutation that depends on (seed, name); None: in stored order.
     domain_ids: global index of each of the store's domains; None: the store's own numbers.
     cut, left_out: numbers of documents. tokens_cut: learned tokens that the store has and the rows have not.
+    targets, bytes: [documents of the store] int64, the learned tokens of each document that the rows have, and the
+        bytes of UTF-8 of their text; 0 for a document that is left out.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class WholeRows:
         self._arguments = (seed, name, domain_ids)
         self._domain_ids = np.asarray(range(len(store.domains)) if domain_ids is None else domain_ids, np.int32)
         lengths, total = np.diff(store.offsets), store.targets_per_document()
-        kept = total.copy()
+        kept, self.bytes = total.copy(), np.array(store.document_bytes, np.int64)
         for d in np.flatnonzero(lengths > seq_len + 1):
-            begin = int(store.offsets[d])
-            kept[d] = np.sum(store.learned[begin : begin + seq_len + 1], dtype=np.int64)
+            part = slice(int(store.offsets[d]), int(store.offsets[d]) + seq_len + 1)
+            kept[d] = np.sum(store.learned[part], dtype=np.int64)
+            self.bytes[d] = np.sum(store.sizes[part], dtype=np.int64) if kept[d] else 0
+        self.targets = kept
         self.cut = int((lengths > seq_len + 1).sum())
         self.left_out = int((kept == 0).sum())
         self.tokens_cut = int((total - kept).sum())
@@ -106,10 +110,27 @@ class WholeRows:
             at += n
         return made
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of documents in all rows."""
+        return int(np.minimum(np.diff(self.store.offsets)[self._documents] - 1, self.seq_len).sum())
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Yields (domain, text) of what is learned of every document in a row, in stored order; of a held-out split."""
+        for (domain, text), size in zip(self.store.texts(), self.bytes, strict=True):
+            if size:
+                yield domain, text.encode()[:size].decode()
+
+    def least(self) -> int:
+        """The least `seq_len` with which a row has a document."""
+        learned = np.flatnonzero(self.store.learned)
+        begins = self.store.offsets[np.searchsorted(self.store.offsets, learned, "right") - 1]
+        return int((learned - begins).min())
+
     def note(self) -> str:
         """A line about how full the rows are, and about documents that are longer than a row."""
         kept, s = len(self._documents), self.seq_len
-        used = np.minimum(np.diff(self.store.offsets)[self._documents] - 1, s).sum() / max(self._length * s, 1)
+        used = self.tokens / max(self._length * s, 1)
         line = f"{kept:,} documents in {self._length:,} rows of {s:,} tokens, {used:.1%} full".replace("%", " %")
         if not self.cut:
             return line

@@ -28,6 +28,7 @@ from moe_jax.data.batches import (
     random_key,
     read_batches,
 )
+from moe_jax.data.begin_of_text import BEGIN
 from moe_jax.data.corpus import TokenStore, prepare_store, store_folder
 from moe_jax.data.held_out import NotHeldOut, not_held_out
 from moe_jax.data.packing import WholeRows
@@ -108,7 +109,8 @@ class Corpus:
 
     domains: names of the domains of all sources and splits, sorted; `domain_ids` of batches are indices into it.
     bytes_per_token: [domains] float64, UTF-8 bytes per predicted token of the validation split, or of the training
-        split for a domain without validation documents. Bits per byte = nats per token / ln 2 / bytes_per_token.
+        split for a domain without validation documents. Bits per byte = nats per token / ln 2 / bytes_per_token. Of
+        documents with roles those tokens count that rows have. NaN for a domain of which rows have nothing.
     """
 
     def __init__(self, cfg: DataConfig, sources: dict[str, Source], tokenizer, stores: dict, seed: int):
@@ -117,7 +119,7 @@ class Corpus:
         self.stores: dict[tuple[str, Split], TokenStore] = stores
         self.domains: tuple[str, ...] = tuple(sorted({d for store in stores.values() for d in store.domains}))
         self._train, self._weights = [], []
-        self._packing: list[str] = []  # lines about complete documents in rows
+        self._packed: dict[tuple[str, Split], WholeRows] = {}  # of sources with roles
         for name, source in cfg.sources.items():
             if source.weight > 0:
                 self._train.append(self._rows(name, "train"))
@@ -145,32 +147,38 @@ class Corpus:
 
     def _whole_rows(self, store: TokenStore, name: str, split: Split, ids: list[int]) -> WholeRows:
         s, seed = self._cfg.seq_len, None if split == "validation" else self._seed
-        rows = WholeRows(store, s, seed, name=name, domain_ids=ids)
-        if split == "train" or rows.cut:
-            self._packing.append(f"{name}/{split}: {rows.note()}")
+        rows = self._packed[name, split] = WholeRows(store, s, seed, name=name, domain_ids=ids)
         if split == "train" and len(rows) == 0:
-            rule = f"must be larger: no document of data.sources.{name} has an answer in its first {s + 1} tokens"
-            longest = int(np.diff(store.offsets).max(initial=1)) - 1
-            raise ConfigError(
-                "data.seq_len", s, rule, f"the longest needs {longest}" if longest > 1 else "add documents"
-            )
+            raise self._nothing_fits(name, "document", rows)
         return rows
+
+    def _nothing_fits(self, name: str, what: str, rows: WholeRows) -> ConfigError:
+        s = self._cfg.seq_len
+        rule = f"must be larger: no {what} of data.sources.{name} has an answer in its first {s + 1} tokens"
+        hint = f"nearest valid: {rows.least()}" if rows.store.num_documents else "add documents"
+        return ConfigError("data.seq_len", s, rule, hint)
 
     def _bytes_per_token(self) -> np.ndarray:
         sums = {split: np.zeros((2, len(self.domains))) for split in SPLITS}
         for row in self.stats():
             sums[row["split"]][:, self.domains.index(row["domain"])] += row["bytes"], row["tokens"]
         size, tokens = np.where(sums["validation"][1] > 0, sums["validation"], sums["train"])
-        return size / tokens
+        return np.divide(size, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
 
     def stats(self) -> list[dict]:
-        """A dict for each (source, split, domain): documents, bytes of UTF-8 text, tokens (predicted in one epoch)."""
+        """A dict for each (source, split, domain): documents, bytes of UTF-8 text, tokens (predicted in one epoch).
+
+        Of a source with roles: documents in rows, and the bytes and tokens of answers that rows have of these.
+        """
         out = []
         for (name, split), store in self.stores.items():
-            which, targets = store.document_domains, store.targets_per_document()
+            rows = self._packed.get((name, split))
+            targets, sizes = store.targets_per_document(), store.document_bytes
+            if rows is not None:
+                targets, sizes = rows.targets, rows.bytes
             for i, domain in enumerate(store.domains):
-                mine = which == i
-                size, tokens = int(store.document_bytes[mine].sum()), int(targets[mine].sum())
+                mine = (store.document_domains == i) & (targets > 0)
+                size, tokens = int(sizes[mine].sum()), int(targets[mine].sum())
                 counts = {"documents": int(mine.sum()), "bytes": size, "tokens": tokens}
                 out.append({"source": name, "split": split, "domain": domain, **counts})
         return sorted(out, key=lambda row: (row["source"], row["split"], row["domain"]))
@@ -235,28 +243,38 @@ class Corpus:
             iterator.close()
 
     def validation_texts(self) -> Iterator[tuple[str, str]]:
-        """Yields (domain, text) of every held-out document, in the order of the validation batches."""
-        for (_, split), store in self.stores.items():
+        """Yields (domain, text) of what is evaluated of every held-out document, in the order of the store."""
+        for (name, split), store in self.stores.items():
             if split == "validation":
-                yield from store.texts()
+                yield from self._packed.get((name, split), store).texts()
 
     def notes(self) -> list[str]:
         """Lines for the user: how documents begin, what readers and the tokenizer left out, domains without held-out
         text."""
         read = [line for store in self.stores.values() for line in store.notes]
-        read += [*self._packing, *self._answers()]
-        return [*self.tokenizer.lines, *dict.fromkeys(read), *self._lost(), *map(str, self.not_held_out())]
+        read += [f"{n}/{s}: {rows.note()}" for (n, s), rows in self._packed.items() if s == "train" or rows.cut]
+        read += self._answers()
+        return [*self._begin(), *dict.fromkeys(read), *self._lost(), *map(str, self.not_held_out())]
+
+    def _begin(self) -> tuple[str, ...]:
+        """The tokenizer's lines, without how documents begin if that is of no source; `_answers` tells it of others."""
+        front, sources = self.tokenizer.begin_of_text is not None, self._cfg.sources.values()
+        told = any(not source.messages_field if front else not source.has_roles for source in sources)
+        return tuple(line for line in self.tokenizer.lines if told or not line.startswith(BEGIN))
 
     def _answers(self) -> Iterator[str]:
         """Yields a line for each source of which only answers are learned."""
+        begin, _ = self.tokenizer.words
         for name, source in self._cfg.sources.items():
-            if source.has_roles:
-                parts = [split for split in SPLITS if (name, split) in self.stores]
-                learned = sum(int(self.stores[name, split].targets_per_document().sum()) for split in parts)
-                total = sum(int(self.stores[name, split].offsets[-1]) for split in parts)
-                share = f"{learned:,} of {total:,} tokens, are learned and evaluated"
-                line = f"data.sources.{name}: answers alone, {share}; compressors see them without their prompts"
-                yield line + ("; conversations begin as the chat template says" if source.messages_field else "")
+            parts = []
+            for split, does in (("train", "tokens are learned"), ("validation", "held-out tokens are evaluated")):
+                if (rows := self._packed.get((name, split))) is not None:
+                    parts.append(f"{int(rows.targets.sum()):,} of {rows.tokens:,} {does}")
+            if parts:
+                seen = "; compressors see them without their prompts" * ((name, "validation") in self._packed)
+                front = repr(begin) if begin else "an end-of-text token"
+                how = "as the chat template says" if source.messages_field else f"with {front}"
+                yield f"data.sources.{name}: answers alone, {', '.join(parts)}{seen}; documents begin {how}"
 
     def _lost(self) -> Iterator[str]:
         """Yields a line for each store from whose text the tokenizer dropped something."""
@@ -270,7 +288,16 @@ class Corpus:
 
     def not_held_out(self) -> list[NotHeldOut]:
         """The domains that are trained on but not evaluated."""
-        return not_held_out(self._cfg, self.stores)
+        in_rows = {key: rows.targets > 0 for key, rows in self._packed.items()}
+        return not_held_out(self._cfg, self.stores, in_rows)
+
+    def nothing_held_out(self) -> ConfigError:
+        """The error of a corpus without a row of held-out text."""
+        for (name, split), rows in self._packed.items():
+            if split == "validation" and rows.left_out:
+                return self._nothing_fits(name, "held-out document", rows)
+        hints = [missing.advice for missing in self.not_held_out()] or ["add documents"]
+        return ConfigError("data.sources", sorted({name for name, _ in self.stores}), "have no held-out text", hints[0])
 
     def record(self) -> dict[str, Any]:
         """The record of what was read, as JSON values."""

@@ -2,7 +2,8 @@
 
 A document with roles is a dict of `text` and `domain`, as every document, and of
     answers   [(begin, end), …]: the characters of `text` that are learned; or
-    messages  a conversation, which becomes text and answers later, with the tokenizer's chat template (chat.py)
+    messages  a conversation, which becomes text and answers later, with the tokenizer's chat template (chat.py).
+              An answer of `weight` 0 is read and not learned, as in OpenAI's format.
     share     a number in [0, 1): the document is held out if it is below `validation_fraction`
     place     where the document comes from, for messages to the user
 The hash of the prompt decides `share`, so that documents with the same prompt are on the same side of the split.
@@ -110,6 +111,8 @@ class Roles:
         if first is None:
             found = ", ".join(dict.fromkeys(m["role"] for m in messages))
             raise self._wrong(f"has no message of the role {ASSISTANT!r}, only {shown(found, 60)}", place)
+        if all(m.get("weight") == 0 for m in messages if m["role"] == ASSISTANT):
+            raise self._wrong("has no answer to learn, since all have the weight 0", place)
         prompt = json.dumps(messages[:first] or messages, ensure_ascii=False)
         return {
             "text": "\n".join(text_of(message) for message in messages),
@@ -142,6 +145,9 @@ class Roles:
             raise self._wrong(f"{which} has a 'content' of {type(content).__name__}, not text", place)
         if made["role"] == ASSISTANT and not text_of(made).strip() and not made.get("tool_calls"):
             raise self._wrong(f"{which} is an answer without text", place)
+        if made["role"] == ASSISTANT and made.get("weight", 1) not in (0, 1):
+            value = shown(made["weight"], 40)
+            raise self._wrong(f"{which} has a 'weight' of {value}, not 0 (read) or 1 (learned)", place)
         return made
 
     def _plain(self, value: Any, place: _Row, depth: int = 0) -> Any:

@@ -159,7 +159,7 @@ def expert_domain(found: Analysis, layers: list[int] | None = None) -> Figure:
     _frequency_bar(figure, image, axes, norm)
     figure.suptitle("Share of a domain's tokens sent to each expert (held-out text)", fontsize=11, color=INK)
     if missing := [name for name, tokens in zip(found.domains, found.tokens, strict=True) if not tokens > 0]:
-        figure.supxlabel(f"without held-out text here: {plain(', '.join(missing))}", fontsize=8, color=QUIET)
+        figure.supxlabel(f"not evaluated here: {plain(', '.join(missing))}", fontsize=8, color=QUIET)
     return figure
 
 

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from moe_jax.config import RunConfig
 from moe_jax.config.layers import Place
 from moe_jax.data import Corpus
-from moe_jax.errors import ConfigError
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import ChoiceSums, RouterStats, by_depth
 from moe_jax.run import log
@@ -68,9 +67,7 @@ class EvalResult(NamedTuple):
 def check_held_out(corpus: Corpus) -> None:
     """Raises ConfigError if there is no held-out text, since the run could not be evaluated."""
     if not corpus.num_validation_batches():
-        names = sorted({source for source, _ in corpus.stores})
-        hints = [missing.advice for missing in corpus.not_held_out()] or ["add documents"]
-        raise ConfigError("data.sources", names, "have no held-out text", hints[0])
+        raise corpus.nothing_held_out()
 
 
 def evaluate(
@@ -126,7 +123,7 @@ def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dic
 def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
     """A table of text with a row for each domain: the model's bits per byte beside those of compressors.
 
-    The last row is all domains together. A line below names domains without text.
+    The last row is all domains together. A line below names domains that were not evaluated.
     """
     head = f"{'domain':<12} {'tokens':>10} {'xent':>7} {'perplexity':>10} {'bits/byte':>9}"
     lines = [head + "".join(f" {name:>8}" for name in baselines)]
@@ -135,7 +132,7 @@ def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
         line += f" {r['bits_per_byte']:>9.3f}"
         lines.append(line + "".join(f" {b.get(r['domain'], math.nan):>8.3f}" for b in baselines.values()))
     if missing := result.unseen():
-        lines.append(f"without held-out text here: {', '.join(missing)}")
+        lines.append(f"not evaluated here: {', '.join(missing)}")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from moe_jax.tree import flatten
 # The kind of a parameter's matrices. The first match decides; None: the parameter is not a matrix.
 KINDS = (
     (r"norm$", None),
-    (r"/lora_[ab]$", None),  # the spectrum of interest is that of the merged matrix
+    (r"/lora_[ab]$", None),  # of interest is the merged matrix: load a run's weights for `model.base`, which merges
     (r"^embed$", "embedding"),
     (r"^head$", "head"),
     (r"attention/w_(q|k|v|o|q_down|q_up|kv_down|k_rope|k_up|v_up)$", r"attention \1"),

@@ -6,7 +6,7 @@
     python -m moe_jax.hf import --from=DIR --base=runs/b --workdir=runs/a     adapters that PEFT wrote
 
 After an import run `python eval.py --workdir=runs/a`, or train from it with --config.init_from=runs/a
-(docs/checkpoints.md).
+(docs/checkpoints.md). Adapters that were imported are trained on with the fields that import prints.
 """
 
 from pathlib import Path
@@ -39,6 +39,7 @@ def main(argv):
     if command == "import":
         if not FROM.value or TO.value:
             raise UserError("import needs --from=DIR and --workdir=RUN, and no --to")
+        _refuse_given("import", "export", "adapter", "step", "dtype", "weights")
         adapter = (Path(FROM.value) / peft.CONFIG).is_file()
         if adapter != bool(BASE.value):
             rule = f"--from={FROM.value} has {'an' if adapter else 'no'} {peft.CONFIG}"
@@ -51,6 +52,7 @@ def main(argv):
     elif command == "export":
         if not TO.value or FROM.value:
             raise UserError("export needs --workdir=RUN and --to=DIR, and no --from")
+        _refuse_given("export", "import", "base", "seq_len")
         if ADAPTER.value:
             if DTYPE.value not in ("", "float32"):
                 raise UserError(f"--dtype={DTYPE.value}: adapters are written in float32")
@@ -59,6 +61,13 @@ def main(argv):
         export_run(WORKDIR.value, TO.value, at=STEP.value, dtype=DTYPE.value, average=WEIGHTS.value == "ema")
     else:
         raise UserError(f"unknown command {command!r}; nearest valid: import or export")
+
+
+def _refuse_given(command: str, other: str, *names: str) -> None:
+    """Raises UserError for an option of the other command."""
+    for name in names:
+        if (flag := flags.FLAGS[name]).present:
+            raise UserError(f"{command} takes no --{name}={flag.value}, which is an option of {other}")
 
 
 if __name__ == "__main__":

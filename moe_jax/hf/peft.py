@@ -106,6 +106,7 @@ def export_adapter(
     """Writes the adapters of a run as a directory that PEFT loads. The base need not be there.
 
     at: a checkpoint; by default the newest. average: True writes the average of the adapters (`optim.ema`).
+    The files name the base only if it is an imported model as it was: PEFT would put the adapters on another one.
     Raises FormatError for a run without adapters, or adapters that PEFT has no place for.
     """
     target, workdir = weights.check_free(target), Path(workdir).expanduser()
@@ -121,7 +122,7 @@ def export_adapter(
     shutil.rmtree(partial, ignore_errors=True)  # an earlier attempt that was killed
     try:
         partial.mkdir(parents=True)
-        settings = json.dumps(_settings(cfg.model, found, source.get("from", "")), indent=2)
+        settings = json.dumps(_settings(cfg.model, found, named := data["base"]["imported_from"]), indent=2)
         (partial / CONFIG).write_text(settings + "\n", encoding="utf-8")
         specs = [safetensors.Spec(key, x.dtype, x.shape) for key, x in tensors.items()]
         safetensors.write_file(partial / TENSORS, specs, tensors.values())
@@ -135,9 +136,12 @@ def export_adapter(
             f"PEFT 0.21.2 takes {linear} for experts, since it goes by the end of the name: it cannot load this adapter"
         )
     echo(f"adapters of {name}: {len(tensors):,} tensors, {sum(s.size for s in specs):,} bytes, → {target}")
+    if not named:
+        rule = f"is null, since {data['base']['from']} is no unchanged import: export the base too and name it there"
+        echo(f"base_model_name_or_path of {target / CONFIG} {rule}")
 
 
-def _settings(model: ModelConfig, found: list[Wrapped], base: str) -> dict[str, Any]:
+def _settings(model: ModelConfig, found: list[Wrapped], base: str | None) -> dict[str, Any]:
     rank, alpha = model.lora.rank, model.lora.scale * model.lora.rank  # of α/r, also where the run has α/√r
     other = {f"{w.module}.{w.parameter}": w.rank for w in found if w.rank != rank}
     return {

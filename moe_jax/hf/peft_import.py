@@ -1,13 +1,18 @@
 """Reads adapters that PEFT wrote into a run directory: `python -m moe_jax.hf import --from=ADAPTER --base=RUN`.
 
 The layouts of the files are in peft.py. The result is a run with `model.lora` that refers to the run directory of its
-base: it is evaluated, exported and trained like any other. All its adapters have one rank and one scale. Where those in
-the files have several, smaller ones are filled with zeros, and the factor between two scales goes into B.
+base: it is evaluated and exported like any other. All its adapters have one rank and one scale. Where those in the
+files have several, smaller ones are filled with zeros, and the factor between two scales goes into B.
+
+A run with this one as its `init_from`, and with `model.lora` of the same matrices, rank and scale, trains on from its
+A and B, on the same base (`run.weights.load_start`).
 """
 
 import dataclasses
+import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,20 +29,26 @@ from moe_jax.hf import safetensors, tables
 from moe_jax.hf.architectures import write_config
 from moe_jax.hf.convert import whole_mesh
 from moe_jax.hf.peft import CONFIG, PREFIX, TENSORS, layer_of, shapes_of, single, unfuse, unstack
-from moe_jax.nn.lora import SUFFIX, is_adapter
+from moe_jax.nn.lora import SUFFIX, is_adapter, matrix_of
 from moe_jax.run import weights
+from moe_jax.run.base import imported_from
 from moe_jax.run.config_file import load_config
 from moe_jax.train.state import abstract_weights
 from moe_jax.tree import nest, split
 
-MUST = {  # settings that would change what the adapter computes; absent ones are these
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None,),
-}
+# Settings that are read here, or that change neither what the adapter computes nor its base. In PEFT 0.21.2 and later
+# versions any other may, so it must be None, False, 0 or empty.
+KNOWN = {
+    "peft_type", "peft_version", "base_model_name_or_path", "lora_alpha", "alpha_pattern", "use_rslora",
+    "target_parameters", "init_lora_weights", "bias",
+    "r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",  # shapes tell
+    "auto_mapping", "revision", "task_type", "inference_mode", "lora_dropout", "ensure_weight_tying",
+    # Each has an effect only beside another setting, which is refused, or in the making of A and B.
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+# Ways to make A and B that leave the weights of the base as they are; "pissa" and others subtract A and B from them.
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+DEFAULT_ALPHA = 8  # of PEFT
 NEW = (0, 19, 1)  # the first version whose A of experts spans their input; before, it spanned the output
 
 
@@ -64,13 +75,13 @@ def import_adapter(
     weights.check_free(workdir)
     of_base = load_config(base)
     model = of_base.model.base
-    params, bias, origin, record = weights.load_base(
-        workdir, dataclasses.replace(of_base, init_from=str(base)), *abstract_weights(model, mesh)
-    )
+    adapter = open_adapter(source)
+    as_base = dataclasses.replace(of_base, init_from=str(base))
+    params, bias, origin, record = weights.load_base(workdir, as_base, *abstract_weights(model, mesh))
     del params, bias
     event = next((e for e in origin if e.get("event") == "import"), {})
     name, _ = write_config(model, of_base.data.seq_len, event.get("architecture", ""))
-    found = read_adapter(source, name, model)
+    found = read_adapter(adapter, name, model)
     lora, leaves = one_rank(source, found, model)
     tokenizer = of_base.data.tokenizer
     if own := tokenizers.own_file(tokenizer, base):
@@ -88,8 +99,29 @@ def import_adapter(
     adapters = jax.tree.map(place, nest(leaves), split(abstract, is_adapter)[0])
     own_event = {"event": "import_adapter", "from": str(source), "base": str(base)}
     weights.save_weights(workdir, cfg, adapters, {}, [*origin, own_event], files, record)
+    if line := compare_names(adapter, base, origin):
+        echo(line)
     echo(f"{len(leaves) // 2} adapters of rank {lora.rank}, for the base {base}, → {workdir}")
+    fields = {name: getattr(lora, name) for name in ("rank", "alpha", "match")}
+    set_so = [f"--config.model.lora.{k}={shlex.quote(str(x))}" for k, x in fields.items() if x != LoRAConfig.match]
+    echo(f"to train on from them: --config.init_from={shlex.quote(str(workdir))} {' '.join(set_so)}")
     return cfg
+
+
+def compare_names(adapter: "Adapter", base: Path, origin: list[dict]) -> str:
+    """A warning if the adapter names another base than the one of this origin; "" if not, or if one has no name.
+
+    Names are no proof: a model may have several, so the shapes decide.
+    """
+    theirs, own = adapter.settings.get("base_model_name_or_path"), imported_from(origin)
+    earlier = next((e["from"] for e in origin if e.get("event") == "import" and e.get("from")), None)
+    if not theirs or not earlier:
+        return ""
+    same = theirs == earlier or Path(str(theirs)).expanduser().resolve() == Path(earlier).expanduser().resolve()
+    if same == bool(own):
+        return ""
+    is_now = f"was imported from {earlier!r}" + ("" if own else " and has changed since")
+    return f"warning: the adapter is of {theirs!r}, and {base} {is_now}; the shapes fit, but is it the same model?"
 
 
 def one_rank(source: Path, found: Found, model: ModelConfig) -> tuple[LoRAConfig, dict[str, np.ndarray]]:
@@ -110,8 +142,10 @@ def one_rank(source: Path, found: Found, model: ModelConfig) -> tuple[LoRAConfig
             a[*index, :, :r] = f.a
             b[*index, :r] = f.b if f.scale == scale else f.b * np.float32(f.scale / scale)
         leaves |= {f"{path}{SUFFIX}/lora_a": a, f"{path}{SUFFIX}/lora_b": b}
-    match = f"^({'|'.join(re.escape(path) for path in paths)})$"
-    return LoRAConfig(rank=rank, alpha=scale * rank, match=match), leaves
+    usual = LoRAConfig(rank=rank, alpha=scale * rank)
+    by_default = {matrix_of(path) for path in shapes_of(dataclasses.replace(model, lora=usual)) if is_adapter(path)}
+    match = usual.match if by_default == set(paths) else f"^({'|'.join(re.escape(path) for path in paths)})$"
+    return dataclasses.replace(usual, match=match), leaves
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -136,38 +170,70 @@ class Adapter(NamedTuple):
         for key in keys:
             x = self.entries.pop(key).read()
             safetensors.check_finite(self.where, key, x)
-            if x.ndim != 2:
-                raise FormatError(f"{self.where}: {key} has shape {list(x.shape)}; must have two dimensions")
+            if x.ndim != 2 or not x.size:
+                raise FormatError(f"{self.where / TENSORS}: {key} has shape {list(x.shape)}; must be a matrix")
             found.append(x.astype(np.float32))
         return found[0], found[1]
 
     def scale(self, key: str, rank: int) -> float:
         """α/r, or α/√r, of the module or parameter `key`."""
-        alpha = self.settings.get("lora_alpha", 8)
+        alpha = self.settings.get("lora_alpha", DEFAULT_ALPHA)
         for pattern, value in (self.settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", key):
+            if re.match(_whole(pattern), key):
                 alpha = value
                 break
         return alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
 
 
 def open_adapter(source: Path) -> Adapter:
-    """The directory, checked for settings that are not supported. Raises FormatError."""
+    """The directory, checked for settings that are not supported and for values of no meaning. Raises FormatError."""
     settings = safetensors.read_json(source / CONFIG)
     if settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type")
         raise FormatError(f"{source}: peft_type={kind!r} is not supported; nearest valid: 'LORA'")
-    for key, values in MUST.items():
-        if settings.get(key, values[0]) not in values:
-            raise FormatError(f"{source}: {key}={settings[key]!r} is not supported; nearest valid: {values[0]!r}")
+    start = settings.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in STARTS:
+        rule = f"init_lora_weights={start!r} is not supported, since it changes the base's weights too"
+        raise FormatError(f"{source / CONFIG}: {rule}; nearest valid: True, once PEFT has converted the adapter")
+    if settings.get("bias") not in ("none", None):
+        raise FormatError(f"{source / CONFIG}: bias={settings['bias']!r} is not supported; nearest valid: 'none'")
+    for key, value in settings.items():
+        if value and key not in KNOWN:
+            nearest = False if value is True else None
+            raise FormatError(f"{source / CONFIG}: {key}={value!r} is not supported; nearest valid: {nearest!r}")
+    _check_alphas(source / CONFIG, settings)
     if not (source / TENSORS).is_file():
         raise FormatError(f"{source}: has no {TENSORS}; save the adapter with safe_serialization=True")
     return Adapter(source, settings, dict(safetensors.read_header(source / TENSORS)))
 
 
-def read_adapter(source: Path, name: str, model: ModelConfig) -> Found:
+def _check_alphas(where: Path, settings: dict[str, Any]) -> None:
+    """Raises FormatError for an α that is not a number > 0, and for a pattern that is not a regular expression."""
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise FormatError(f"{where}: alpha_pattern={patterns!r} must have an α for each pattern; nearest valid: {{}}")
+    alphas = {"lora_alpha": settings.get("lora_alpha", DEFAULT_ALPHA)}
+    alphas |= {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in patterns.items()}
+    for name, alpha in alphas.items():
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not (number and 0 < alpha < math.inf):
+            raise FormatError(f"{where}: {name}={alpha!r} must be a number > 0; nearest valid: {DEFAULT_ALPHA}")
+    for pattern in patterns:
+        try:
+            re.compile(_whole(pattern))
+        except re.error as e:
+            rule = f"alpha_pattern has {pattern!r}, which is not a regular expression: {e}"
+            raise FormatError(f"{where}: {rule}; nearest valid: {re.escape(pattern)!r}") from None
+
+
+def _whole(pattern: str) -> str:
+    """The expression with which PEFT looks for a pattern: at the end of a module's name, after a dot."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def read_adapter(adapter: Adapter, name: str, model: ModelConfig) -> Found:
     """The adapters of a PEFT directory. name: the architecture of the base. Raises FormatError."""
-    adapter, found = open_adapter(source), {}
+    source, found = adapter.where, {}
     experts: dict[int, list[tables.Tensor]] = {}
     for tensor in tables.tensors(name, model, shapes_of(model)):
         module = tensor.name.removesuffix(".weight")
@@ -225,6 +291,7 @@ def _read_experts(adapter: Adapter, module: str, tensors: list[tables.Tensor], m
 def _parameter(adapter: Adapter, module: str) -> str:
     """The parameter of the experts that alone has an adapter, by `target_parameters`."""
     targets = adapter.settings.get("target_parameters") or []
+    targets = targets if isinstance(targets, list) else [str(targets)]
     found = {p for p in ("gate_up_proj", "down_proj") if any(f"{module}.{p}".endswith(t) for t in targets)}
     if len(found) != 1:
         rule = f"target_parameters={targets!r} does not say which parameter of {module} has the adapter"

@@ -45,14 +45,26 @@ def count_parameters(cfg: ModelConfig) -> Counts:
 def flops_per_token(cfg: ModelConfig, seq_len: int, frozen: frozenset[str] = frozenset()) -> float:
     """Model FLOPs of one training token, forward and backward: 6 per active matmul weight, plus causal attention.
 
-    A third of the 6 is the weight's own gradient, which the parameters at the paths `frozen` do not have.
+    Of the 6, 2 are the forward pass, 2 the gradient of the weight's input, and 2 its own. The parameters at the paths
+    `frozen` lack the last; in stacks below the first that has something to train they lack the last two.
 
     The output matrix counts as a matmul, the embedding look-up does not. Attention is two products with S/2 keys on
     average: 6·S·N·H a layer; in MLA the product with values has their head size. Recomputation is not counted: these
     are the FLOPs of the model, MFU's numerator, not those that the hardware does.
     """
     looked_up = () if cfg.tie_embeddings else ("embed",)
-    matmul = {path: used for path, names, _, used in _leaves(cfg) if "norm" not in names and path not in looked_up}
-    fixed = sum(used for path, used in matmul.items() if path in frozen)
+    leaves = list(_leaves(cfg))
+    order = ["embed", *(stack.name for stack in cfg.stacks), "final_norm", "head"]
+    place = lambda path: order.index(path.partition("/")[0])
+    first = min((place(path) for path, *_ in leaves if path not in frozen), default=0)
+    flops = 0.0
+    for path, names, _, used in leaves:
+        if "norm" in names or path in looked_up:
+            continue
+        below = place("head" if path == "embed" else path) < first  # the tied embedding is a product at the end
+        flops += used * (2.0 if below else 4.0 if path in frozen else 6.0)
     heads = cfg.num_heads * (cfg.head_dim + cfg.v_dim)
-    return 6.0 * sum(matmul.values()) - 2.0 * fixed + 3.0 * cfg.num_layers * seq_len * heads
+    for stack in cfg.stacks:
+        share = 1.0 if place(stack.name) < first else 3.0
+        flops += share * stack.repeat * len(stack.unit) * seq_len * heads
+    return flops

@@ -3,7 +3,7 @@
 Letters: L layers, C router columns: the experts that a token may choose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -89,8 +89,17 @@ def budget_target(columns: int, num_experts: int, top_k: int, budget: float) -> 
     return (share / num_experts,) * num_experts + ((1.0 - share) / max(identity, 1),) * identity
 
 
-def describe(loss: LossConfig, model: ModelConfig) -> str:
-    """Describes in one line how the selection biases move, and what quantile balancing counts."""
+def describe(loss: LossConfig, model: ModelConfig, fixed: Collection[str] = (), moving: bool = True) -> str:
+    """Describes in one line how the selection biases move, and what quantile balancing counts.
+
+    fixed: the paths of biases that stay as they are. moving: whether there are others.
+    """
+    if not moving:
+        return "selection bias: stays as it is, since the routers are frozen"
+    return _how(loss, model) + (f"; {', '.join(sorted(fixed))} stay as they are" if fixed else "")
+
+
+def _how(loss: LossConfig, model: ModelConfig) -> str:
     if loss.bias_update == "quantile":
         columns = max(model.routed_counts, default=0) + model.moe.identity_experts
         count = f"{quantile.BINS:,} bins for each of {columns:,} experts, {4 * quantile.BINS * columns:,} bytes a layer"

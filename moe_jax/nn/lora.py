@@ -93,15 +93,17 @@ def check_matched(cfg: LoRAConfig, matched: list[str], possible: list[str]) -> N
         raise ConfigError("model.lora.match", cfg.match, rule, f"nearest valid: {close!r}")
 
 
-def describe(cfg: ModelConfig, shapes: dict[str, jax.ShapeDtypeStruct], base: str) -> str:
-    """One line about the adapters of a run. shapes: of all parameters by path. base: where the others are from."""
+def describe(cfg: ModelConfig, shapes: dict[str, jax.ShapeDtypeStruct]) -> str:
+    """One line about the adapters of a run: which matrices have one, and which have none. shapes: by path."""
     size = sum(x.size for path, x in shapes.items() if is_adapter(path))
+    adapted = {matrix_of(path) for path in shapes if is_adapter(path)}
+    is_matrix = lambda path: path in ("embed", "head") or path.rpartition("/")[2].startswith("w_")
+    without = {path for path in shapes if is_matrix(path) and not is_adapter(path)} - adapted
     # Without the stack, in which blocks of one kind are alike.
-    paths = ", ".join(sorted({matrix_of(path).partition("/")[2] for path in shapes if is_adapter(path)}))
-    biases = ", and so are its selection biases" if cfg.num_moe_layers and cfg.moe.selection_bias else ""
+    names = lambda paths: ", ".join(sorted({path.partition("/")[2] or path for path in paths}))
     return (
-        f"adapters of rank {cfg.lora.rank}, {size:,} parameters, which AdamW updates, on {paths}; all of {base} is "
-        f"frozen{biases}"
+        f"adapters of rank {cfg.lora.rank}, {size:,} parameters, which AdamW updates, on {names(adapted)}; none on "
+        f"{names(without)}; all weights of the base are frozen"
     )
 
 

@@ -1,7 +1,7 @@
 """Optimizers: Muon on one device and on many, AdamW, and which of them updates which parameter."""
 
 from moe_jax.optim.groups import check as check_groups
-from moe_jax.optim.groups import frozen_paths
+from moe_jax.optim.groups import frozen_paths, split_biases
 from moe_jax.optim.optimizer import (
     describe,
     describe_stretch,
@@ -24,4 +24,5 @@ __all__ = [
     "muon_plan",
     "owners",
     "schedule",
+    "split_biases",
 ]

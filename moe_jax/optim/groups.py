@@ -21,6 +21,7 @@ import optax
 from moe_jax import model
 from moe_jax.config import OptimConfig, RunConfig
 from moe_jax.config.fields import require
+from moe_jax.errors import ConfigError
 from moe_jax.nn.lora import is_adapter
 from moe_jax.tree import flatten, nest, path_of
 
@@ -28,7 +29,7 @@ NOTHING: frozenset[str] = frozenset()
 
 
 def check(cfg: RunConfig) -> None:
-    """Raises ConfigError for a group that matches no parameter of the model, and if no parameter is left to train.
+    """Raises ConfigError for a group that does nothing to the model's parameters, and if none is left to train.
 
     It makes the model's graph, which raises for adapters that match nothing.
     """
@@ -45,6 +46,12 @@ def check(cfg: RunConfig) -> None:
     for name in last:
         require(len(frozen) < len(paths), f"optim.groups.{name}.freeze", True, "leaves no parameter to train",
                 "nearest valid: False")  # fmt: skip
+    trained = [path for path in paths if path not in frozen]
+    for name, group in cfg.optim.groups.items():
+        if (group.lr, group.weight_decay) != (1, 1) and not any(re.search(group.match, path) for path in trained):
+            close = difflib.get_close_matches(group.match, trained, 1, 0.0)[0]
+            raise ConfigError(f"optim.groups.{name}.match", group.match, "matches frozen parameters only, on which "
+                              "lr and weight_decay have no effect", f"nearest valid: {close!r}")  # fmt: skip
 
 
 # --- frozen parameters -----------------------------------------------------------------------------------------------
@@ -87,6 +94,12 @@ def fixed_biases(frozen: frozenset[str], params: dict, router_bias: dict) -> fro
         if router and frozen.issuperset(router):
             found.add(name)
     return frozenset(found)
+
+
+def split_biases(frozen: frozenset[str], params: dict, router_bias: dict) -> tuple[frozenset[str], frozenset[str]]:
+    """The paths of the selection biases that stay as they are, and of those that move."""
+    fixed = fixed_biases(frozen, params, router_bias)
+    return fixed, frozenset(path for path in flatten(router_bias) if path.endswith("/router_bias")) - fixed
 
 
 # --- factors ---------------------------------------------------------------------------------------------------------
@@ -140,7 +153,7 @@ def describe(cfg: OptimConfig, shapes: dict) -> list[str]:
             router = any(re.search("/(w_router$|router/)", path) for path in found)
             does += ["frozen, and the selection bias if all of its router is"] if router else ["frozen"]
         also = sum(flat[path].size for path in found if path in frozen)
-        rest = f"; {also:,} of them frozen by another group" if also and not group.freeze else ""
+        rest = f"; {also:,} of them frozen" if also and not group.freeze else ""
         tensors = "tensor" if len(found) == 1 else "tensors"
         what = ", ".join(does) or "as all others"
         lines.append(f"group {name}: {sum(found.values()):,} parameters in {len(found)} {tensors}, {what}{rest}")

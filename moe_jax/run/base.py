@@ -2,11 +2,14 @@
 
 `data` of such a checkpoint has
 
-    {"base": {"from": "runs/a", "step": 200, "average": false, "fingerprint": "0123456789abcdef"}}
+    {"base": {"from": "runs/a", "step": 200, "average": false, "fingerprint": "0123…", "imported_from": null}}
 
-The base is the run directory `<workdir>/base` if there is one (a link, once the base has moved), else that of
-`init_from`. Its weights must have the fingerprint, which is one of their bits: a copy has the same, on any mesh, and
-another model has not.
+The base is the run directory `<workdir>/base` if there is one (a link, once the base has moved), else `from`. Its
+weights must have the fingerprint, which is one of the bits in its files: a copy has the same, on any mesh, and another
+model has not. A base that has adapters itself is merged as it is loaded, and the last bits of the sums depend on the
+mesh. Its fingerprint is made of its adapters and the fingerprint of its own base.
+
+`imported_from` is the model of Hugging Face that the base is, and None if the base was trained or changed since.
 """
 
 import hashlib
@@ -40,12 +43,12 @@ def has_adapters_only(saved: dict[str, Any]) -> bool:
     return bool(paths) and all(map(is_adapter, paths))
 
 
-def folder_of(workdir: Path, init_from: str) -> Path:
-    """The run directory of the base. Raises CheckpointError if it is not there."""
+def folder_of(workdir: Path, name: str) -> Path:
+    """The run directory of the base. name: `from` of the record. Raises CheckpointError if it is not there."""
     link = Path(workdir) / LINK
-    folder = link if link.is_dir() else Path(init_from).expanduser()
+    folder = link if link.is_dir() else Path(name).expanduser()
     if not (folder / "config.json").is_file():
-        rule = f"{workdir} holds adapters of the base {init_from}, which is not there"
+        rule = f"{workdir} holds adapters of the base {name}, which is not there"
         raise CheckpointError(f"{rule}; nearest valid: a link {link} to the run directory of the base")
     return folder
 
@@ -58,9 +61,18 @@ def check(workdir: Path, folder: Path, record: dict[str, Any], found: str) -> No
         raise CheckpointError(f"{rule}: the fingerprint of its weights is {found}, that of the base was {was}")
 
 
-def fingerprint(params: dict, router_bias: dict) -> str:
-    """16 hexadecimal digits that depend on the path, shape, dtype and every bit of all weights, and on no mesh."""
-    digest = hashlib.sha256()
+def imported_from(origin: list[dict]) -> str | None:
+    """The model that weights of this origin are, unchanged since it was imported; None for others."""
+    last = origin[-1] if origin else {}
+    return (last.get("from") or None) if last.get("event") == "import" else None
+
+
+def fingerprint(params: dict, router_bias: dict, below: str = "") -> str:
+    """16 hexadecimal digits that depend on the path, shape, dtype and every bit of all weights, and on no mesh.
+
+    below: for adapters, what else their function depends on: their base and their scale.
+    """
+    digest = hashlib.sha256(below.encode())
     for path, x in sorted({**flatten(params), **flatten(router_bias)}.items()):
         digest.update(f"{path} {x.shape} {x.dtype} {[int(n) for n in _sums(x)]}\n".encode())
     return digest.hexdigest()[:16]

@@ -7,6 +7,7 @@ A run directory of weights holds `config.json` and `checkpoints/0/`. The `state`
 
 import difflib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -16,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax import config
+from moe_jax import config, model
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.nn import lora
 from moe_jax.run import base
 from moe_jax.run.checkpoint import PLACEHOLDER, Checkpoints, barrier, check_fits
 from moe_jax.run.config_file import load_config, save_config
-from moe_jax.train.state import abstract_weights
+from moe_jax.train.state import TrainState, abstract_state, abstract_weights
 from moe_jax.tree import flatten, flatten_config, join, nest, split
 
 CASTABLE = ("float32", "bfloat16")
@@ -111,7 +112,14 @@ def load_weights(
     Raises CheckpointError that names the first parameter whose presence, shape or dtype differs, and for a checkpoint
     without an average.
     """
-    workdir = Path(workdir).expanduser()
+    return _load(Path(workdir).expanduser(), abstract_params, abstract_bias, step, cast, average)[:3]
+
+
+def _load(
+    workdir: Path, abstract_params: dict, abstract_bias: dict, step: int | None, cast: bool, average: bool,
+    identify: bool = False,
+) -> tuple[dict, dict, list[dict], str]:  # fmt: skip
+    """The results of `load_weights`, and with `identify` the fingerprint of what the files hold."""
     if not workdir.is_dir():
         raise CheckpointError(f"{workdir}: no such run directory")
     with Checkpoints(workdir) as checkpoints:
@@ -120,19 +128,28 @@ def load_weights(
         if not alone:
             params, bias, data = _read(checkpoints, step, saved, abstract_params, abstract_bias, cast, average)
     if alone:
-        params, bias, data = _read_adapters(workdir, step, abstract_params, abstract_bias, cast, average)
+        params, bias, data, below = _read_adapters(workdir, step, abstract_params, abstract_bias, cast, average)
+    found = ""
+    if identify:
+        with jax.set_mesh(jax.tree.leaves(abstract_params)[0].sharding.mesh):
+            found = base.fingerprint(*below) if alone else base.fingerprint(params, bias)
+    params, bias = jax.tree.map(_cast, (params, bias), (abstract_params, abstract_bias))
     origin = data.get("origin", [])
     if "step" in saved:
         origin = [*origin, {"event": "train", "workdir": str(workdir), "steps": step, "tokens": data.get("tokens")}]
         origin[-1] |= {"weights": "ema"} if average else {}
-    return params, bias, origin
+    return params, bias, origin, found
+
+
+def _cast(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return x if x.dtype == like.dtype else jnp.astype(x, like.dtype)
 
 
 def _read(
     checkpoints: Checkpoints, step: int, saved: dict, abstract_params: dict, abstract_bias: dict, cast: bool,
     average: bool,
 ) -> tuple[dict, dict, dict]:  # fmt: skip
-    """The parameters, router biases and data state of a checkpoint. saved: its contents."""
+    """The parameters, router biases and data state of a checkpoint, in the dtypes of its files. saved: its contents."""
     want = {"params": abstract_params, "router_bias": abstract_bias}
     rest = {name: jax.tree.map(lambda _: PLACEHOLDER, saved[name]) for name in saved if name not in want}
     have = {name: saved.get(name) or {} for name in want}
@@ -144,14 +161,16 @@ def _read(
     loaded = {name: state.get(name) or {} for name in want}
     if average:
         loaded["params"] = nest(flatten(loaded["params"]) | flatten(state["opt_state"]["ema"]))
-    loaded = jax.tree.map(lambda x, a: x if x.dtype == a.dtype else jnp.astype(x, a.dtype), loaded, want)
     return loaded["params"], loaded["router_bias"], data
 
 
 def _read_adapters(
     workdir: Path, step: int, abstract_params: dict, abstract_bias: dict, cast: bool, average: bool
-) -> tuple[dict, dict, dict]:
-    """The same of a run with adapters, with its base. Without adapters in `abstract_params` they are merged into it."""
+) -> tuple[dict, dict, dict, tuple]:
+    """The same of a run with adapters, with its base. Without adapters in `abstract_params` they are merged into it.
+
+    The last result are the arguments of `base.fingerprint`.
+    """
     cfg, where = load_config(workdir), f"{workdir}, step {step}"
     mesh = jax.tree.leaves(abstract_params)[0].sharding.mesh
     wanted, of_base = split(abstract_params, lora.is_adapter)
@@ -161,13 +180,12 @@ def _read_adapters(
     adapters, data = load_adapters(workdir, cfg, mesh, step, average)
     if "base" not in data:
         raise CheckpointError(f"{where} holds adapters, but does not say of which base")
-    params, bias, _, _ = load_base(workdir, cfg, *own, data["base"])  # in its own dtype, as the fingerprint
+    params, bias, _, _ = load_base(workdir, cfg, *own, data["base"])  # in its own dtype, in which it was trained
+    below = f"{data['base']['fingerprint']} {cfg.model.lora.scale!r}"
     if not wanted:
         with jax.set_mesh(mesh):
             params = lora.merge(params, adapters, cfg.model.lora.scale)
-    as_wanted = lambda x, a: x if x.dtype == a.dtype else jnp.astype(x, a.dtype)
-    params, bias = jax.tree.map(as_wanted, (params, bias), (of_base, abstract_bias))
-    return join(params, adapters) if wanted else params, bias, data
+    return join(params, adapters) if wanted else params, bias, data, (adapters, {}, below)
 
 
 def load_adapters(
@@ -198,20 +216,77 @@ def load_base(
         first, when the base is the newest checkpoint of `init_from`, or the average of its weights.
     Raises CheckpointError if the base is not there, or is another one than the record's.
     """
-    folder = base.folder_of(Path(workdir), cfg.init_from)
+    folder = base.folder_of(Path(workdir), record["from"] if record else cfg.init_from)
     step = record["step"] if record else None
     if step is None:
         with Checkpoints(folder) as checkpoints:
             step = checkpoints.latest()
     average = record["average"] if record else average
-    loaded = load_weights(folder, abstract_params, abstract_bias, step=step, cast=True, average=average)
-    params, bias, origin = loaded
-    with jax.set_mesh(jax.tree.leaves(abstract_params)[0].sharding.mesh):
-        found = base.fingerprint(params, bias)
+    params, bias, origin, found = _load(folder, abstract_params, abstract_bias, step, True, average, identify=True)
     if record:
         base.check(Path(workdir), folder, record, found)
     made = {"from": cfg.init_from, "step": step, "average": average, "fingerprint": found}
+    made |= {"imported_from": base.imported_from(origin)}
     return params, bias, origin, record or made
+
+
+def continues(cfg: config.RunConfig) -> bool:
+    """Whether a new run goes on with the adapters of `cfg.init_from`: it has the same matrices, rank and scale.
+
+    Other adapters there are merged into the base.
+    """
+    if not (cfg.model.lora.rank and cfg.init_from):
+        return False
+    theirs = load_config(Path(cfg.init_from).expanduser()).model
+    if not theirs.lora.rank or not math.isclose(theirs.lora.scale, cfg.model.lora.scale):
+        return False
+    shapes = lambda m: {path: x.shape for path, x in flatten(model.abstract(m).shapes).items() if lora.is_adapter(path)}
+    return shapes(theirs) == shapes(cfg.model)
+
+
+def load_start(
+    workdir: str | os.PathLike, cfg: config.RunConfig, mesh: Mesh, average: bool = False
+) -> tuple[dict, dict, list[dict], dict[str, Any] | None]:
+    """Parameters, router biases and origin that a new run of `init_from` starts from, and the record of its base.
+
+    The record is None without adapters. There are none among the parameters if they are to be fresh.
+    average: of the weights of `init_from`, or of its adapters where the run goes on with them.
+    """
+    abstract = abstract_weights(cfg.model.base, mesh)
+    if not cfg.model.lora.rank:
+        return *load_weights(cfg.init_from, *abstract, cast=True, average=average), None
+    if not continues(cfg):
+        return load_base(workdir, cfg, *abstract, average=average)
+    source = Path(cfg.init_from).expanduser()
+    adapters, data = load_adapters(source, load_config(source), mesh, average=average)
+    params, bias, _, record = load_base(source, cfg, *abstract, data["base"])
+    place = base.folder_of(source, record["from"])
+    record = record | ({"from": str(place.resolve())} if place == source / base.LINK else {})
+    event = {"event": "adapters", "from": cfg.init_from, "tokens": data.get("tokens")}
+    event |= {"weights": "ema"} if average else {}
+    return join(params, adapters), bias, [*data.get("origin", []), event], record
+
+
+def describe_start(cfg: config.RunConfig, average: bool) -> str:
+    """One line about what `load_start` loads."""
+    goes_on = continues(cfg)
+    what = ("average of the " if average else "") + ("adapters" if goes_on else "weights")
+    has_merged = not goes_on and load_config(Path(cfg.init_from).expanduser()).model.lora.rank
+    how = " and their base" if goes_on else ", its adapters merged" if has_merged else ""
+    fresh = ", with fresh adapters and" if cfg.model.lora.rank and not goes_on else ", with"
+    return f"starting from the {what} of {cfg.init_from}{how}{fresh} a fresh optimizer state"
+
+
+def restore(
+    workdir: str | os.PathLike, checkpoints: Checkpoints, cfg: config.RunConfig, mesh: Mesh
+) -> tuple[TrainState, dict[str, Any], dict[str, Any] | None]:
+    """The newest state of a training run with its base, what else the checkpoint holds, and the record of the base."""
+    state, data = checkpoints.restore(base.kept(cfg, abstract_state(cfg, mesh)))
+    if not cfg.model.lora.rank:
+        return state, data, None
+    abstract = abstract_weights(cfg.model.base, mesh)
+    params, bias, _, record = load_base(workdir, cfg, *abstract, data["base"])
+    return state._replace(params=join(params, state.params), router_bias=bias), data, record
 
 
 def _targets_of_average(targets: dict, saved: dict, where: str) -> dict:

@@ -17,6 +17,7 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.moe import balance
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import ChoiceSums, RouterStats
+from moe_jax.nn.lora import is_adapter
 from moe_jax.optim import groups
 from moe_jax.parallel import sharding
 from moe_jax.train import average
@@ -102,7 +103,7 @@ def under_mesh(mesh: Mesh, fn: Callable) -> Callable:
 def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = None) -> TrainState:
     """A fresh state, created sharded: no device ever holds all of it.
 
-    weights: (params, router_bias) to start from, without adapters, which are always fresh.
+    weights: (params, router_bias) to start from. Adapters that are not among them are fresh.
     """
     with jax.set_mesh(mesh):
         return _init(cfg, jax.jit, weights)
@@ -110,7 +111,7 @@ def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = N
 
 def _init(cfg: RunConfig, jit: Callable, weights: tuple[dict, dict] | None = None) -> TrainState:
     params, bias = weights or model.init(cfg.model, jax.random.key(cfg.seed))
-    if weights and cfg.model.lora.rank:
+    if weights and cfg.model.lora.rank and not any(map(is_adapter, flatten(params))):
         params = join(params, model.init_adapters(cfg.model, jax.random.key(cfg.seed)))
     frozen = optim.frozen_paths(cfg.optim, flatten(params))
     trained, _ = groups.split(params, frozen)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ def convert(
             checkpoints.contents(number)  # raises if there is no such step
     changes = [reason for reason in _changes(chain, before) if reason]
     cfg = _new_config(configs[0], after, runs[0][0], Path(workdir))
+    cfg, gone = _without_lost_groups(cfg)
 
     mesh = mesh_for(after.expert_counts)
     echo(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
@@ -91,7 +93,7 @@ def convert(
 
     with jax.set_mesh(mesh):
         params = load(runs[0]) if len(runs) == 1 else average(map(load, runs), len(runs))
-        for line in explain(chain, before):
+        for line in [*explain(chain, before), *gone]:
             echo(line)
         _, made = apply(chain, before, params, seed)
     echo(f"now {_size(after)}")
@@ -130,6 +132,15 @@ def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path)
     if not after.moe.selection_bias:  # nothing for another update to move
         loss = dataclasses.replace(loss, bias_update=LossConfig.bias_update)
     return dataclasses.replace(cfg, init_from="", model=after, loss=loss, data=data)
+
+
+def _without_lost_groups(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration without groups of parameters that match none of the new model, and a line about each."""
+    paths = flatten(model.abstract(cfg.model).shapes) if cfg.optim.groups else {}
+    has = {name: any(re.search(g.match, path) for path in paths) for name, g in cfg.optim.groups.items()}
+    kept = {name: group for name, group in cfg.optim.groups.items() if has[name]}
+    lines = [f"optim.groups.{name} is left out: it matches no parameter of the new model" for name in has.keys() - kept]
+    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, groups=kept)), sorted(lines)
 
 
 def _check_same_tokenizer(first: Path, other: Path) -> None:

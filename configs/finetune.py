@@ -5,7 +5,7 @@
 Hardware: any that the model fits on; a laptop CPU for small ones
 Time: depends on the model
 Parameters: the run's
-Expect: the held-out loss of the answers falls, and is lowest after two or three passes over them
+Expect: the held-out loss of the answers falls, and is lowest after about two passes over them
 
 The part after the colon is a run directory (trained, imported or upcycled), a comma, and a .jsonl, .csv or .parquet
 file or a glob of such files. The fields of their rows decide what is learned: `KINDS` below has the usual ones, the

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 from test_hf import QUIET, error, imported, logits_of, mesh_of
 
+from configs import moonlight_16b_a3b
+from moe_jax.config import LoRAConfig
+from moe_jax.config import build as build_config
+from moe_jax.errors import FormatError
+from moe_jax.hf import export_run, peft, safetensors
+from moe_jax.hf.peft import export_adapter, fuse, stack, unfuse, unstack
+from moe_jax.hf.peft_import import KNOWN, Adapter, _oriented, compare_names, import_adapter, open_adapter
+from moe_jax.nn import lora
+from moe_jax.run import base, weights
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.config_file import load_config, save_config
+from moe_jax.train.state import abstract_state, abstract_weights
+from moe_jax.tree import flatten, nest
+
 hf_models = pytest.importorskip("tests.hf_models" if __package__ else "hf_models")
-
-from hf_models import TOKENS, build, forward, saved, torch, transformers  # noqa: E402
-
-from configs import moonlight_16b_a3b  # noqa: E402
-from moe_jax.config import LoRAConfig  # noqa: E402
-from moe_jax.config import build as build_config  # noqa: E402
-from moe_jax.errors import FormatError  # noqa: E402
-from moe_jax.hf import export_run, peft, safetensors  # noqa: E402
-from moe_jax.hf.peft import export_adapter, fuse, stack, unfuse, unstack  # noqa: E402
-from moe_jax.hf.peft_import import KNOWN, Adapter, _oriented, compare_names, import_adapter, open_adapter  # noqa: E402
-from moe_jax.nn import lora  # noqa: E402
-from moe_jax.run import base, weights  # noqa: E402
-from moe_jax.run.checkpoint import Checkpoints  # noqa: E402
-from moe_jax.run.config_file import load_config, save_config  # noqa: E402
-from moe_jax.train.state import abstract_state, abstract_weights  # noqa: E402
-from moe_jax.tree import flatten, nest  # noqa: E402
+TOKENS, build, forward, saved = hf_models.TOKENS, hf_models.build, hf_models.forward, hf_models.saved
+torch, transformers = hf_models.torch, hf_models.transformers
 
 EXPERTS, INNER, OUTER, RANK = 3, 5, 8, 2
 

@@ -35,7 +35,7 @@ OPEN = "conversations whose last answer does not end with {!r}, at which samples
 def open_roles(
     name: str, cfg: SourceConfig, tokenizer: Tokenizer
 ) -> Iterator[tuple[dict[str, Any], "EncodeAnswers | None"]]:
-    """What decides the tokens of a source with roles, and what encodes its documents; {} and None without roles.
+    """Returns what decides the tokens of a source with roles, and its encoder of documents; {} and None without roles.
 
     Ends the process of its chat template at the end. Raises: ConfigError `data.sources.<name>.…`.
     """
@@ -139,7 +139,7 @@ class EncodeAnswers:
 
 
 def overlap(spans: np.ndarray, answers: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Which of the spans [n, 2] of tokens have a character in an answer, [n] bool."""
+    """Finds the spans [n, 2] of tokens that have a character in an answer: [n] bool."""
     found = np.zeros(len(spans), bool)
     for begin, end in answers:
         found |= (spans[:, 1] > begin) & (spans[:, 0] < end)
@@ -168,7 +168,7 @@ def _bytes_before(text: str, kept: np.ndarray) -> np.ndarray:
 
 
 def _inside(spans: Sequence[tuple[int, int]] | np.ndarray, length: int) -> np.ndarray:
-    """Which of `length` characters are in a span, [length] bool."""
+    """Finds the characters, of `length`, that are in a span: [length] bool."""
     steps = np.zeros(length + 1, np.int64)
     spans = np.asarray(spans, np.int64).reshape(-1, 2)
     np.add.at(steps, spans[:, 0], 1)

@@ -19,7 +19,7 @@ import itertools
 import json
 import re
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 MEMORY = 2**30  # bytes that the process may have
 DATE = datetime.datetime(2024, 7, 26)  # what strftime_now says, so that a run that is resumed reads the same text
@@ -28,7 +28,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a messag
 
 
 class Wrong(Exception):
-    """What is wrong with a template or a conversation, in one line."""
+    """A mistake in a template or a conversation, said in one line."""
 
 
 def _limit() -> None:
@@ -51,7 +51,7 @@ def _environment(spans: list[tuple[int, int, str]], blocks: list[str]):
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        tags = {"generation"}  # noqa: RUF012
+        tags: ClassVar = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -186,7 +186,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line(error: BaseException) -> str:
-    """What an error of a template says, in one line, with its line in the template where it is known."""
+    """Says in one line what an error of a template is, with its line in the template where it is known."""
     if isinstance(error, Wrong):
         return str(error)
     if isinstance(error, MemoryError):
@@ -212,7 +212,7 @@ def main() -> None:
             else:
                 made = renderer.conversation(asked)
             answer = json.dumps(made)
-        except Exception as error:
+        except Exception as error:  # a template is code of others, and may raise anything
             answer = json.dumps({"error": _line(error)})
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()

@@ -43,7 +43,7 @@ WRITTEN_FOR = "0.19.1"  # the first version with this layout of experts
 
 
 class Wrapped(NamedTuple):
-    """What PEFT adapts: a linear layer, or a parameter of the experts of a layer, and its adapter."""
+    """A thing that PEFT adapts, which is a linear layer or a parameter of the experts of a layer, and its adapter."""
 
     module: str  # such as model.layers.0.self_attn.q_proj or model.layers.0.mlp.experts
     parameter: str  # gate_up_proj or down_proj; "": a linear layer

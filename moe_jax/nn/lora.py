@@ -47,7 +47,7 @@ class Adapter(nnx.Module):
         return self.scale * self.lora_a[...], self.lora_b[...]
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S F"]:
-        """What the adapter of a dense matrix adds to x · W."""
+        """Returns what the adapter of a dense matrix adds to x · W."""
         a, b = (sharding.replicate(m.astype(x.dtype)) for m in self.factors)
         return (x @ a) @ b
 

@@ -151,7 +151,7 @@ def describe(cfg: OptimConfig, shapes: dict) -> list[str]:
                 (("learning rate", group.lr), ("weight decay", group.weight_decay)) if value != 1]  # fmt: skip
         if group.freeze:
             router = any(re.search("/(w_router$|router/)", path) for path in found)
-            does += ["frozen, and the selection bias if all of its router is"] if router else ["frozen"]
+            does += ["frozen; a router that is frozen whole keeps its selection bias"] if router else ["frozen"]
         also = sum(flat[path].size for path in found if path in frozen)
         rest = f"; {also:,} of them frozen" if also and not group.freeze else ""
         tensors = "tensor" if len(found) == 1 else "tensors"

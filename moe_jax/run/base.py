@@ -31,7 +31,7 @@ LINK = "base"
 
 
 def kept(cfg: RunConfig, state: TrainState) -> TrainState:
-    """What a checkpoint keeps of a state: all of it, or with adapters what is not in the base."""
+    """Returns what a checkpoint keeps of a state: all of it, or with adapters what is not in the base."""
     if not cfg.model.lora.rank:
         return state
     return state._replace(params=split(state.params, is_adapter)[0], router_bias={})

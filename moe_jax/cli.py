@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
 from moe_jax import terminal
-from moe_jax.errors import ONE_LINE, ConfigError, UserError
+from moe_jax.errors import ONE_LINE, ConfigError, FileError, UserError
 
 # Parsers of a value on the command line, by the type of the field that it replaces.
 _PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
@@ -102,8 +102,14 @@ def _load(file: str, argument: list[str]) -> ml_collections.ConfigDict:
 
 
 def _line_of(file: str, error: Exception) -> str:
-    """Line number and source of the line of the config file that raised an exception; "" if none did."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    """Line number and source of the line of the config file that raised an exception; "" if none did.
+
+    Also "" for a mistake that the file itself reports: it is the user's, and not in that line.
+    """
+    stack = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ConfigError | FileError) and stack[-1].filename == file:
+        return ""
+    frames = [f for f in stack if f.filename == file]
     return f"line {frames[-1].lineno}, `{frames[-1].line}`: " if frames else ""
 
 

@@ -249,6 +249,8 @@ def test_compilations_are_seen(server, root):
 TRAIN = "train.py --config={d}/configs/good.py --workdir={d}/runs/x "
 OTHER = {
     # config files
+    "train.py --workdir={d}/runs/x --config=configs/finetune.py:{d}/a": [
+        "error: --config=configs/finetune.py: config.data.sources=", "needs a file of answers after the run directory"],
     "train.py --config={d}/configs/godo.py --workdir={d}/runs/x": ["godo.py: no such file; nearest", "/good.py"],
     "train.py --config=nowhere/debgu.py --workdir={d}/runs/x": ["nowhere/debgu.py: no such", "configs/debug.py"],
     "train.py --config={d}/configs --workdir={d}/runs/x": ["/configs: is a folder, not a file; nearest", "/configs/"],

@@ -206,5 +206,5 @@ def test_a_run_learns_answers_and_not_the_noise_of_prompts(tmp_path):
     again = run(tmp_path, "eval.py")
     assert "compressors see them without their prompts" in again.stdout and "an answer" in again.stdout
     changed = start(tmp_path, "train.py", flag, "--config.data.sources.qa.prompt={q} =")
-    _, said = changed.communicate(timeout=120)
+    _, said = changed.communicate(timeout=300)
     assert changed.returncode and "config.data.sources.qa.prompt" in said

@@ -47,7 +47,7 @@ with Checkpoints(sys.argv[1], keep=1) as checkpoints:
 
 def test_killed_while_saving_leaves_the_checkpoint_before_usable(tmp_path):
     child = run_child(KILLED, tmp_path)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=300)
     assert child.returncode == -signal.SIGKILL, errors
     left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert "2" in left and "3" not in left and len(left) > 1, f"not killed in the middle of a save: {left}"
@@ -116,7 +116,7 @@ def test_two_processes(tmp_path):
         port = s.getsockname()[1]
     children = [run_child(TWO_PROCESSES, tmp_path, port, i) for i in range(2)]
     try:
-        results = [child.communicate(timeout=60) for child in children]
+        results = [child.communicate(timeout=300) for child in children]
     finally:
         for child in children:
             child.kill()

@@ -38,7 +38,7 @@ def test_process(root, command, says):
         done = subprocess.run(
             [sys.executable, *command.replace("{d}", str(root)).split()],
             cwd=REPO, env={k: v for k, v in environment(root).items() if k != "JAX_PLATFORMS"},
-            capture_output=True, timeout=60,
+            capture_output=True, timeout=300,
         encoding="utf-8")  # fmt: skip
         check(done.returncode, done.stdout, done.stderr, says)
         seconds = time.perf_counter() - began

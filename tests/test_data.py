@@ -373,7 +373,7 @@ def test_two_writers_at_once_both_end_well(tmp_path):
     barrier, found = threading.Barrier(2), []
 
     def documents():
-        barrier.wait(timeout=20)  # both have seen that there is no store
+        barrier.wait(timeout=120)  # both have seen that there is no store
         return Documents(DOCS)
 
     write = lambda: found.append(corpus_lib.prepare_store(tmp_path / "s", documents, tokenizers.BytesTokenizer()))

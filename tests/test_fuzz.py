@@ -168,7 +168,7 @@ def whole(tmp_path_factory) -> Path:
 
 def read_source(path: Path):
     cfg = config.SourceConfig(kind="files", path=str(path), text_field="text", validation_fraction=0.5)
-    source = sources.open_source("s", cfg, path.parent)
+    source = sources.open_source("s", cfg, path.parent.with_name("cache"))  # not in the watched folder
     return [source.documents(split) for split in sources.SPLITS]
 
 

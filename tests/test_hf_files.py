@@ -213,7 +213,7 @@ def test_no_value_in_config_json_is_a_traceback():
 def test_command_line(tmp_path):
     """Exit status 2 and one line; then the way in, and out again."""
     run = lambda *args: subprocess.run(
-        [sys.executable, "-m", "moe_jax.hf", *args], cwd=REPO, capture_output=True, encoding="utf-8", timeout=120
+        [sys.executable, "-m", "moe_jax.hf", *args], cwd=REPO, capture_output=True, encoding="utf-8", timeout=300
     )
     pickled(tmp_path / "in")
     done = run("import", f"--from={tmp_path / 'in'}", f"--workdir={tmp_path / 'run'}")

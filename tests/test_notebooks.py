@@ -12,7 +12,8 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert {"finetuning", "muon", "quickstart", "specialisation", "upcycling"} <= {path.stem for path in NOTEBOOKS}
+    wanted = {"finetuning", "moe_layer", "muon", "quickstart", "specialisation", "upcycling"}
+    assert wanted <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.config.explore import ExploreConfig, RampConfig
 from moe_jax.config.fields import nearest_divisor
 from moe_jax.config.lora import LoRAConfig
-from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, for_evaluation
+from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, evaluation_mesh, for_evaluation
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
@@ -51,6 +51,7 @@ __all__ = [
     "check_vocabulary",
     "complete",
     "default_config",
+    "evaluation_mesh",
     "for_evaluation",
     "is_machine",
     "is_new_default",

@@ -5,6 +5,7 @@ import math
 
 from moe_jax.chips import has_ragged_exchange, is_hopper
 from moe_jax.config.fields import nearest_divisor, require
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.schema import RunConfig
 
 
@@ -108,9 +109,14 @@ def for_evaluation(cfg: RunConfig, num_devices: int) -> tuple[RunConfig, tuple[i
 
     The batch is rounded up to a multiple of the number of devices.
     """
-    expert = math.gcd(*cfg.model.expert_counts, num_devices)
     b = -(-cfg.data.batch_size // num_devices) * num_devices
     data = dataclasses.replace(cfg.data, batch_size=b)
     loss = dataclasses.replace(cfg.loss, balance_batch="global", more={}, shuffle_tokens=False)
     train = dataclasses.replace(cfg.train, micro_batches=1)
-    return dataclasses.replace(cfg, data=data, loss=loss, train=train), (num_devices // expert, 1, expert)
+    return dataclasses.replace(cfg, data=data, loss=loss, train=train), evaluation_mesh(cfg.model, num_devices)
+
+
+def evaluation_mesh(model: ModelConfig, num_devices: int) -> tuple[int, int, int]:
+    """The shape of the mesh for evaluation of a model: data × 1 × expert."""
+    expert = math.gcd(*model.expert_counts, num_devices)
+    return num_devices // expert, 1, expert

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax import model
-from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.config import ModelConfig, RunConfig, SampleConfig
 from moe_jax.data import Tokenizer
 from moe_jax.data.documents import as_text
 from moe_jax.errors import ConfigError
@@ -133,13 +133,27 @@ def sample_text(
 
     It ends at the end-of-text token, or at the model's last position.
     """
-    s = cfg.sample
     first = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
-    start = [first, *tokenizer.encode([as_text(s.prompt if prompt is None else prompt)])[0].tolist()]
-    free = cfg.model.max_seq_len - len(start) if cfg.model.max_seq_len else s.tokens
-    (ids,) = generate(
-        cfg.model, mesh, params, router_bias, [start], max(min(s.tokens, free), 0),
-        temperature=s.temperature, top_p=s.top_p, seed=cfg.seed, vocab=tokenizer.vocab_size,
+    text = as_text(cfg.sample.prompt if prompt is None else prompt)
+    start = [first, *tokenizer.encode([text])[0].tolist()]
+    return continue_texts(cfg.model, mesh, params, router_bias, tokenizer, [start], cfg.sample, cfg.seed)[0]
+
+
+def continue_texts(
+    cfg: ModelConfig, mesh: Mesh, params: dict, router_bias: dict, tokenizer: Tokenizer,
+    starts: Sequence[Sequence[int]], sample: SampleConfig, seed: int,
+) -> list[str]:  # fmt: skip
+    """The texts of prompts, given as token ids, and of their continuations. sample: its `prompt` is not used.
+
+    Each ends at its end-of-text token, or at the model's last position.
+    """
+    free = cfg.max_seq_len - max(map(len, starts)) if cfg.max_seq_len else sample.tokens
+    all_ids = generate(
+        cfg, mesh, params, router_bias, starts, max(min(sample.tokens, free), 0),
+        temperature=sample.temperature, top_p=sample.top_p, seed=seed, vocab=tokenizer.vocab_size,
     )  # fmt: skip
-    ids = ids[1:]
-    return tokenizer.decode(ids[: ids.index(tokenizer.end_of_text)] if tokenizer.end_of_text in ids else ids)
+    texts, end = [], tokenizer.end_of_text
+    for start, ids in zip(starts, all_ids, strict=True):
+        made = ids[len(start) :]
+        texts.append(tokenizer.decode([*start, *(made[: made.index(end)] if end in made else made)]))
+    return texts

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,36 @@ def import_model(
     mesh: the devices that hold the weights meanwhile, by default all; the result does not depend on it.
     Raises FormatError, ConfigError or CheckpointError in one line, and then there is no `workdir`.
     """
-    source, workdir, mesh = Path(source).expanduser(), Path(workdir).expanduser(), mesh or whole_mesh()
+    workdir, mesh = Path(workdir).expanduser(), mesh or whole_mesh()
     weights.check_free(workdir)
+    read = read_model(source, lambda model: mesh, workdir, seq_len=seq_len, echo=echo)
+    weights.save_weights(workdir, read.cfg, read.params, read.router_bias, [read.origin], read.files)
+    echo(f"{read.summary}, → {workdir}")
+    if "tokenizer.json" not in read.files and "tokenizer.model" not in read.files:
+        echo(f"the model has no tokenizer files: put its tokenizer.json into {workdir}")
+    return read.cfg
+
+
+class ReadModel(NamedTuple):
+    """A model as its files hold it."""
+
+    cfg: RunConfig  # of a run directory of its weights
+    params: dict
+    router_bias: dict
+    files: dict[str, bytes]  # of its tokenizer, by name
+    origin: dict[str, Any]  # the event that made the weights
+    summary: str
+
+
+def read_model(
+    source: str | os.PathLike, mesh_for: Callable[[ModelConfig], Mesh], workdir: Path | None = None, *,
+    seq_len: int = 0, echo: Callable[[str], Any] = print,
+) -> ReadModel:  # fmt: skip
+    """Reads the model in `source` into memory, onto the mesh of `mesh_for`. The arguments are those of `import_model`.
+
+    workdir: where its tokenizer's files will be; None: where they are.
+    """
+    source = Path(source).expanduser()
     if source.suffix == ".gguf":
         hf, entries, files = gguf.open_model(source)
         table = "gguf"
@@ -72,12 +100,14 @@ def import_model(
         needed = lambda tensor: not (tensor.endswith(IGNORED) or (tensor in HEADS and model.tie_embeddings))
         entries = safetensors.open_model(source, needed, echo)
     model = _in_dtype(model, entries)
+    mesh = mesh_for(model)
     check_size(source, model, len(entries))
     abstract = abstract_weights(model, mesh)
     shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
     wanted = tables.tensors(table or name, model, shapes)
     skipped = check_names(source, wanted, entries, model.tie_embeddings)
-    tokenizer, files, notes = imported(files, Path(workdir), model.vocab_size)
+    folder = workdir or (source.parent if source.suffix == ".gguf" else source)
+    tokenizer, files, notes = imported(files, folder, model.vocab_size)
     for line in notes:
         echo(line)
     cfg = _run_config(model, tokenizer, seq_len)
@@ -94,12 +124,9 @@ def import_model(
     params, bias = (tree.finish() for tree in trees)
     kept = {key: hf[key] for key in KEPT if key in hf}
     origin = {"event": "import", "from": str(source), "architecture": name, "config": kept}
-    weights.save_weights(workdir, cfg, params, bias, [origin], files)
     total = sum(math.prod(shape) for path, shape in shapes.items() if not path.endswith("router_bias"))
-    echo(f"{name}: {total:,} parameters in {len(wanted):,} tensors, {model.param_dtype}, → {workdir}")
-    if "tokenizer.json" not in files and "tokenizer.model" not in files:
-        echo(f"the model has no tokenizer files: put its tokenizer.json into {workdir}")
-    return cfg
+    summary = f"{name}: {total:,} parameters in {len(wanted):,} tensors, {model.param_dtype}"
+    return ReadModel(cfg, params, bias, files, origin, summary)
 
 
 def _in_dtype(model: ModelConfig, entries: dict[str, Any]) -> ModelConfig:

@@ -29,10 +29,10 @@ class Inputs(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
-    """The result of one block. A scan over blocks adds a leading axis of layers to all but the first three."""
+    """The result of one block. A scan over blocks adds a leading axis of layers; `state` and `late` are None there."""
 
-    x: Float[Array, "B S D"] | None  # None after the scan, as is `late`
-    state: Float[Array, "B S R"] | None  # of the routers so far; None after the scan and where no router has one
+    x: Float[Array, "B S D"] | None  # None after the scan, unless `Program.residual`
+    state: Float[Array, "B S R"] | None  # of the routers so far; None where no router has one
     late: Float[Array, "B S D"] | None  # what a late block's experts add after the last block of its unit
     stats: RouterStats | None  # None in a block without experts
     cache: KVCache | None

@@ -36,6 +36,7 @@ class Output(NamedTuple):
     cache: dict[str, KVCache | None]  # with the new tokens
     choices: dict[str, Choices] | None  # None unless the program records them
     max_logit: dict[str, Float[Array, "L N"]] | None  # None unless the program asks for it
+    residual: dict[str, Float[Array, "L B S D"]] | None  # after each block; None unless the program asks for it
 
 
 class Transformer(nnx.Module):
@@ -85,6 +86,7 @@ class Transformer(nnx.Module):
             cache=all_of("cache"),
             choices=routed("choices") if self.program.record else None,
             max_logit=over_batch(all_of("max_logit")) if self.program.max_logit else None,
+            residual=all_of("x") if self.program.residual else None,
         )
 
     def _router_state(self, x: Float[Array, "B S D"]) -> Float[Array, "B S R"] | None:
@@ -105,7 +107,7 @@ class Transformer(nnx.Module):
         reduces = sharding.current_sizes().get("fsdp", 1) > 1  # the experts' gradients are summed over devices
         policy, unroll = POLICIES[self.cfg.remat], min(self.cfg.unroll, stack.repeat)
         recompute = lambda fn, prevent_cse: jax.checkpoint(fn, policy=policy, prevent_cse=prevent_cse)
-        several = len(stack.unit) > 1
+        several, keeps = len(stack.unit) > 1, self.program.residual
 
         size = len(stack.unit)
         firsts = jnp.arange(first, first + size * stack.repeat, size) if inputs.knobs is not None else None
@@ -124,8 +126,11 @@ class Transformer(nnx.Module):
                 x, state = out.x, out.state
                 if out.late is not None:
                     waiting.append(out.late)
-                outputs.append(out._replace(x=None, state=None, late=None))
-            return (sum(waiting, x), state), tuple(outputs)
+                outputs.append(out._replace(x=x if keeps else None, state=None, late=None))
+            x = sum(waiting, x)
+            if keeps:
+                outputs[-1] = outputs[-1]._replace(x=x)
+            return (x, state), tuple(outputs)
 
         if policy is not None and not several:
             # XLA cannot merge the recomputation of a layer with its forward pass across loop iterations of one layer

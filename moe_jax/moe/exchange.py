@@ -27,6 +27,7 @@ from moe_jax import chips
 from moe_jax.config import MoEConfig
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights, permute
 from moe_jax.moe.routing import Routing
+from moe_jax.parallel import sharding
 
 
 class Exchange(Protocol):
@@ -45,12 +46,14 @@ def run_experts(
 
     Chunks do not depend on each other, so that one can be sent while another is computed. Where their number does not
     divide that of the tokens (a decoding step has one a sequence), it is the greatest common divisor of the two.
+    Without a mesh nothing is exchanged.
     """
+    apply = EXCHANGE[exchange] if sharding.current_sizes() else no_exchange
     chunks = math.gcd(compute.cfg.exchange_chunks, x.shape[0])
     cut = lambda a: jnp.split(a, chunks)
     absent = [None] * chunks
     parts = [
-        EXCHANGE[exchange](x_c, Routing(*routing_c), w, compute)
+        apply(x_c, Routing(*routing_c), w, compute)
         for x_c, *routing_c in zip(cut(x), *(absent if a is None else cut(a) for a in routing), strict=True)
     ]
     y, computed = zip(*parts, strict=True)
@@ -87,6 +90,12 @@ def all_to_all(x, routing, w, compute):
     y_TD, computed = compute(x_TD, own, w)
     y = unpack(swap(y_TD.astype(x.dtype), received.size_P, sent.size_P), route)
     return y, _scatter((own.valid & ~computed)[back].astype(jnp.int32)) == 0
+
+
+def no_exchange(x, routing, w, compute):
+    """Computes the experts of the only device."""
+    y, computed = compute(x, routing, w)
+    return y.astype(x.dtype), computed
 
 
 EXCHANGE: dict[str, Exchange] = {"ring": ring, "all_to_all": all_to_all}

@@ -1,4 +1,7 @@
-"""The MoE layer: router, routed experts, shared experts. Only `_region` is manual code (`shard_map`)."""
+"""The MoE layer: router, routed experts, shared experts. Only `_region` is manual code (`shard_map`).
+
+Without a mesh the same code runs as it is, on one device. alone.py has the layer for a model of one's own.
+"""
 
 import dataclasses
 import functools
@@ -85,21 +88,23 @@ class MoE(nnx.Module):
         knobs: Knobs | None = None,
     ) -> MoEOutput:
         """Applies the layer. tokens: ids, for a table. state: of the layer before. knobs: of this layer."""
-        if not sharding.current_sizes():
-            raise ValueError("MoE needs a mesh: call it under jax.set_mesh(sharding.make_mesh((1, 1, 1)))")
         gate = self.w_gate[...] if self.w_gate is not None else None
         w = ExpertWeights(gate, self.w_up[...], self.w_down[...], self._adapters())
         router = {"w_router": self.w_router[...]} if self.w_router is not None else {}
         router |= nnx.to_pure_dict(nnx.state(self.router)) if self.router is not None else {}
         bias = self.router_bias[...] if self.router_bias is not None else None
-        named = self.table[...].at[tokens].get(out_sharding=TOKENS) if self.table is not None else None
-        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
-        region = jax.shard_map(
-            functools.partial(self._region, specs),
-            in_specs=(sharding.BATCH, sharding.BATCH, sharding.BATCH, sharding.BATCH, P(), P(), P(), specs),
-            out_specs=MoEOutput(sharding.BATCH, P(), sharding.BATCH, sharding.BATCH),
-            check_vma=True,
-        )
+        meshed = bool(sharding.current_sizes())
+        by_token = TOKENS if meshed else None
+        named = self.table[...].at[tokens].get(out_sharding=by_token) if self.table is not None else None
+        region = functools.partial(self._region, None)
+        if meshed:
+            specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
+            region = jax.shard_map(
+                functools.partial(self._region, specs),
+                in_specs=(sharding.BATCH, sharding.BATCH, sharding.BATCH, sharding.BATCH, P(), P(), P(), specs),
+                out_specs=MoEOutput(sharding.BATCH, P(), sharding.BATCH, sharding.BATCH),
+                check_vma=True,
+            )
         out = region(x, info, named, state, router, bias, knobs, w)
         if self.shared is not None:
             out = out._replace(y=out.y + self.shared(x))
@@ -111,7 +116,10 @@ class MoE(nnx.Module):
         return {name: adapter.factors for name, adapter in found.items() if adapter is not None} or None
 
     def _region(self, specs, x_bSD, info, named, state, router, bias, knobs, w):
-        """Routes and computes the tokens of one device, b = B / devices sequences, and sums statistics over all."""
+        """Routes and computes the tokens of one device, b = B / devices sequences, and sums statistics over all.
+
+        specs: of the experts' matrices; None without a mesh, where nothing is communicated.
+        """
         shape = x_bSD.shape
         flat = lambda a: None if a is None else a.reshape(shape[0] * shape[1], *a.shape[2:])
         x, info = flat(x_bSD), TokenInfo(*map(flat, info))
@@ -123,7 +131,10 @@ class MoE(nnx.Module):
                 logits, state_TR = varying_like(jnp.zeros((x.shape[0], self.cfg.router_columns)), x), flat(state)
             logits = keep(logits, "router")
             routing, probs = route(logits, bias, facts, self.cfg, knobs)
-        w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
+        if specs is None:
+            w = jax.tree.map(lambda a: a.astype(x.dtype), w)
+        else:
+            w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
         y, computed = self._experts(x, routing, w)
         choices = choices_of(routing, probs, shape[:2]) if self.program.record else None
         state = None if state is None else state_TR.reshape(state.shape)
@@ -135,7 +146,8 @@ class MoE(nnx.Module):
                 asked = quantile.histogram(logits, bias, routing.experts, info.counted, bins)
                 stats = stats._replace(histogram=asked)
             # Sums over all devices: G·(2C+3) numbers a layer. This psum makes the balance global.
-            return MoEOutput(y.reshape(shape), jax.lax.psum(stats, sharding.AXES), choices, state)
+            stats = stats if specs is None else jax.lax.psum(stats, sharding.AXES)
+            return MoEOutput(y.reshape(shape), stats, choices, state)
 
     def _experts(self, x: Float[Array, "T D"], routing: Routing, w: ExpertWeights) -> tuple[Array, Bool[Array, "T K"]]:
         """The routed experts. Slots of identity experts are not sent anywhere and are never dropped."""

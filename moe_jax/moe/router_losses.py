@@ -55,7 +55,12 @@ def load_balancing_loss(stats: RouterStats, targets: tuple[float, ...] = (), ide
     Scope: balance groups, see `LossConfig.balance_batch`; a single group is the whole optimizer batch.
     Source: arXiv:2501.11873, eqs. 2–6, with f divided by K; groups of columns: arXiv:2509.01322, eqs. 3–5, where f
         counts assignments.
+
+    Raises TypeError for anything but `RouterStats`: those of an MoE layer's output, or of `stats_of`.
     """
+    if not isinstance(stats, RouterStats):
+        hint = "those of MoELayer's output, or stats_of(logits, experts)"
+        raise TypeError(f"load_balancing_loss takes RouterStats, {hint}; not {type(stats).__name__}")
     load, prob = stats.tokens_per_expert, stats.prob_per_expert
     if targets:
         groups = len(targets) - (identity > 0)

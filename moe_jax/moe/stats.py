@@ -35,6 +35,7 @@ class Choices(NamedTuple):
 
     experts: Int[Array, "*L B S K"]  # −1 in a slot that is not valid
     score: Float[Array, "*L B S"]  # Σ over the chosen of the router probability
+    weights: Float[Array, "*L B S K"]  # combine weights; 0 in a slot that is not valid
 
 
 class ChoiceSums(NamedTuple):
@@ -79,6 +80,25 @@ def router_stats(
     )
 
 
+def stats_of(
+    logits: Float[Array, "*T C"], experts: Int[Array, "*T K"], counted: Bool[Array, "*T"] | None = None
+) -> RouterStats:
+    """The statistics of a softmax router of one's own, as one balance group: what the losses of routers take.
+
+    logits: of all experts. experts: those that each token uses. counted: False for padding.
+    """
+    if experts.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(f"stats_of: experts {experts.shape} and logits {logits.shape} must have the same tokens")
+    logits = logits.astype(jnp.float32)
+    live = jnp.ones(logits.shape[:-1], jnp.float32) if counted is None else counted.astype(jnp.float32)
+    counts = jnp.sum(jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32), axis=-2)
+    tokens = tuple(range(live.ndim))
+    by_column = lambda x: jnp.sum(x * live[..., None], axis=tokens)[None]
+    z_sq = jnp.sum(live * jnp.square(jax.nn.logsumexp(logits, axis=-1)))[None]
+    load, prob = by_column(counts), by_column(jax.nn.softmax(logits, axis=-1))
+    return RouterStats(jnp.sum(live)[None], load, prob, z_sq, jnp.zeros_like(z_sq))
+
+
 def by_depth(places: Sequence[Place], by_block: dict[str, T]) -> list[T]:
     """The entry of each block with experts, from the first block to the last, without the leading axis L.
 
@@ -92,7 +112,8 @@ def choices_of(routing: Routing, probs: Float[Array, "T C"], shape: tuple[int, i
     """The choices of these tokens, in the `shape` (B, S)."""
     score = jnp.sum(jnp.where(routing.valid, pick_chosen(probs, routing.experts), 0.0), axis=-1)
     experts = jnp.where(routing.valid, routing.experts, -1)
-    return Choices(experts.reshape(*shape, -1), score.reshape(shape))
+    weights = jnp.where(routing.valid, routing.weights, 0.0)
+    return Choices(experts.reshape(*shape, -1), score.reshape(shape), weights.reshape(*shape, -1))
 
 
 def choice_sums(

@@ -294,7 +294,7 @@ def _targets_of_average(targets: dict, saved: dict, where: str) -> dict:
     parts, params = saved.get("opt_state"), flatten(targets["params"])
     average = flatten(parts.get("ema", {})) if isinstance(parts, dict) else {}
     if not average:
-        raise CheckpointError(f"{where} has no average of the weights (optim.ema=0); nearest valid: --weights=trained")
+        raise CheckpointError(f"{where} has no average of the weights (optim.ema=0); nearest valid: the trained ones")
     like = lambda x, a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=x.sharding)
     ema = nest({path: like(params[path], a) for path, a in average.items()})
     rest = {path: PLACEHOLDER if path in average else x for path, x in params.items()}

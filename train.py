@@ -209,15 +209,15 @@ def train(preemption: survive.Preemption):
         if result is None:
             raise Stopped
 
-    def write(file: str, text: str):
+    def write(file: str, text: str, how=log.write_eval):
         """Writes a result as soon as there is one. All are written before any is printed, because printing may fail."""
         if jax.process_index() == 0:
-            log.write_text(workdir / file, text)
+            how(workdir / file, text)
 
     name = f"eval{held_out.suffix_at_the_end(workdir, result, steps) if start == steps else ''}.json"
     write(name, held_out.to_json(steps, result, {}))
     text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
-    write("sample.txt", text + "\n")
+    write("sample.txt", text + "\n", log.write_text)
     baselines = held_out.compression_bits_per_byte(corpus.validation_texts())
     write(name, held_out.to_json(steps, result, baselines))
     lock.close()

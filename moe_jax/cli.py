@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import functools
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from moe_jax import terminal
 from moe_jax.errors import ONE_LINE, ConfigError, FileError, UserError
 
 # Parsers of a value on the command line, by the type of the field that it replaces.
-_PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
+PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
 
 # Groups whose entries the user names, and how a config file makes an entry.
 _ENTRIES = {
@@ -66,7 +67,7 @@ class _ConfigParser(flags.ArgumentParser):
         for i, text in enumerate(argv):
             if found := re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", text, re.DOTALL):
                 off, name, value = found.groups()
-                _check_override(config, name, None if off else value if value is not None else argv[i + 1 : i + 2])
+                check_override(config, name, None if off else value if value is not None else argv[i + 1 : i + 2])
         config.lock()
         return config
 
@@ -125,7 +126,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _check_override(config: ml_collections.ConfigDict, name: str, value: str | list[str] | None) -> None:
+def check_override(config: ml_collections.ConfigDict, name: str, value: str | list[str] | None) -> None:
     """Raises UserError unless `name` of `--config.name=value` is a field and the value has its type.
 
     value: a list with the next argument if there is no `=`.
@@ -149,10 +150,10 @@ def _check_override(config: ml_collections.ConfigDict, name: str, value: str | l
     if isinstance(held, ml_collections.ConfigDict) and not str(value).startswith("{"):  # a dict literal may replace it
         hint = f"nearest valid: --config.{name}.{next(iter(held), '')}=…"
         raise UserError(ConfigError(name, value, "is a group of fields; set one of them", hint))
-    if kind in _PARSERS and not (kind is bool and not isinstance(value, str)):
+    if kind in PARSERS and not (kind is bool and not isinstance(value, str)):
         text = value if isinstance(value, str) else value[0] if value else ""
         try:
-            _PARSERS[kind].parse(text)
+            PARSERS[kind].parse(text)
         except (TypeError, ValueError):
             raise UserError(ConfigError(name, text, f"must be of type {kind.__name__}")) from None
 
@@ -251,10 +252,10 @@ def _stop(message: object) -> None:
     sys.exit(2)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], take: Callable[[list[str]], list[str]]) -> list[str]:
     """The arguments that are left after absl's parser. Errors, those of the config file included, become one line."""
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(take(argv))
     except flags.UnrecognizedFlagError as e:
         if e.flagname.startswith("config.") and "config" in flags.FLAGS:
             _stop(f"--{e.flagname} needs a config file before it, for example --config=configs/quickstart.py")
@@ -341,8 +342,11 @@ def _out_of_memory(error: Exception) -> str:
     )
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` with absl's `app.run`, and prints errors that the user can mend as one line."""
+def run(main: Callable[[list[str]], None], take: Callable[[list[str]], list[str]] = list) -> None:
+    """Runs `main` with absl's `app.run`, and prints errors that the user can mend as one line.
+
+    take: of the arguments, returns those that are left for the flags.
+    """
 
     def guarded(argv):
         try:
@@ -377,4 +381,4 @@ def run(main: Callable[[list[str]], None]) -> None:
     terminal.replace_unprintable()
     use_whole_gpus()
     logging.set_verbosity(logging.WARNING)  # Orbax logs every action at INFO
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, take=take))

@@ -309,7 +309,7 @@ def test_configurations_thousands():
 @given(st.sampled_from(["train.steps", "optim.lr", "mesh.fsdp", "model", "data.x", "a[", ""]) | st.text(max_size=12),
        st.text(max_size=12) | st.none() | st.lists(st.text(max_size=4), max_size=1))  # fmt: skip
 def test_overrides(name, value):
-    check(lambda: cli._check_override(config.default_config(), name, value), Path("/nonexistent"))
+    check(lambda: cli.check_override(config.default_config(), name, value), Path("/nonexistent"))
 
 
 # --- what must be refused --------------------------------------------------------------------------------------------

@@ -166,11 +166,17 @@ def suffix_at_the_end(workdir: str | os.PathLike, result: EvalResult, step_numbe
     return suffix(result, step_number, step_number) if fuller else ""
 
 
-def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
+def to_json(
+    step_number: int,
+    result: EvalResult,
+    baselines: dict[str, dict[str, float]],
+    overrides: dict[str, Any] | None = None,
+) -> str:
     """The text of eval.json: the table, the baselines, and counts [layer][domain][expert] of assignments.
 
     The table's last row, and the baselines' entry "", are all domains together.
     `limit`: most batches (null: no limit); `rows` were evaluated of `of_rows`; `tokens`: number of targets in them.
+    `overrides`: fields of the run's configuration that had other values, for this evaluation only.
     Numbers that are not finite are null, and `nonfinite` beside them has their names.
     """
     layers = by_depth(result.places, result.router)
@@ -181,6 +187,7 @@ def to_json(step_number: int, result: EvalResult, baselines: dict[str, dict[str,
         "rows": rows,
         "of_rows": of_rows,
         "tokens": int(result.tokens.sum()),
+        "overrides": overrides or {},
         "domains": [log.finite(row) for row in result.rows()],
         "domains_without_text": result.unseen(),
         "bits_per_byte_of": {name: log.finite(of) for name, of in baselines.items()},

@@ -19,6 +19,8 @@ import tqdm
 
 from moe_jax.errors import ConfigError, FileError
 
+BENCHMARKS = ("tasks", "texts")  # parts of an evaluation file that have results by name
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +175,33 @@ def read_eval(workdir: str | os.PathLike) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"), object_hook=restored)
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise FileError(f"{path}: is not a valid evaluation file: {type(e).__name__}: {e}") from None
+
+
+def write_eval(path: str | os.PathLike, text: str) -> None:
+    """Writes an evaluation file. Results of tasks and texts that it has already, of the same step, stay."""
+    body = json.loads(text)
+    old = _read_object(Path(path))
+    for kind in BENCHMARKS:
+        kept = old.get(kind) if old.get("step") == body["step"] else None
+        if isinstance(kept, dict) and kept:
+            body[kind] = kept | body.get(kind, {})
+    write_text(path, json.dumps(body, indent=1, allow_nan=False) + "\n")
+
+
+def add_eval(path: str | os.PathLike, step: int, kind: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Adds results to an evaluation file. What it has already, of the same step, stays. kind: one of `BENCHMARKS`."""
+    old = _read_object(Path(path))
+    body = old if old.get("step") == step else {"step": step}
+    write_eval(path, json.dumps(body | {kind: {name: finite(row) for name, row in rows.items()}}, allow_nan=False))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

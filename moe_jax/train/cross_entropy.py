@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.parallel import sharding
 from moe_jax.parallel.axes import varying_like
@@ -23,6 +23,23 @@ def token_nll(
         parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
         _, nll = jax.lax.scan(step, None, parts)
         return nll.reshape(-1)[: targets.size].reshape(targets.shape)
+
+    return sharding.per_device(local, 2, 1)(hidden, targets, output)
+
+
+def token_scores(
+    hidden: Float[Array, "B S D"], output: Float[Array, "V D"], targets: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """`token_nll`, and whether each target is the most probable token."""
+
+    def local(hidden, targets, output):
+        def step(_, part):
+            log_p, nll = _log_softmax(part[0], output, part[1])
+            return None, (nll, jnp.argmax(log_p, axis=-1) == part[1])
+
+        parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+        _, made = jax.lax.scan(step, None, parts)
+        return tuple(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in made)
 
     return sharding.per_device(local, 2, 1)(hidden, targets, output)
 

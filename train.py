@@ -3,7 +3,8 @@
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=200
 
 The same command resumes a run. The run directory holds config.json, metrics.jsonl, TensorBoard events, the tokenizer,
-checkpoints/, and at the end eval.json and sample.txt. docs/survival.md says what a run survives.
+checkpoints/, and at the end eval.json and sample.txt. docs/survival.md says what a run survives. --dry_run says what
+a run will take, and begins none.
 """
 
 import sys
@@ -13,7 +14,7 @@ import jax
 from absl import flags
 
 from moe_jax import chips, cli, config, data, model, optim
-from moe_jax.aot import compile_only
+from moe_jax.aot import compile_only, dry_run
 from moe_jax.errors import Stopped, UserError
 from moe_jax.evaluate import generate, held_out
 from moe_jax.evaluate.during_training import HeldOut
@@ -31,6 +32,7 @@ WORKDIR = cli.define_path("workdir", None, "run directory; made if missing, resu
 COMPILE_ONLY = flags.DEFINE_string(
     "compile_only", None, "compile for chips that are not here, e.g. v5p:4x4x4 or h100:8, and report"
 )
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print parameters, memory, schedule and epochs of the run, and end")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes (pods, clusters); see docs/scaling.md")
 RESUME_STEP = flags.DEFINE_integer("resume_step", None, "go on from this checkpoint; later ones are set aside", 1)
 ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "go on though the text is not what it was at the checkpoint")
@@ -43,7 +45,7 @@ REPLAY = cli.define_path("replay", None, "take the step of a dump again, and not
 def main(argv):
     if argv[1:]:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
-    if WORKDIR.value is None and not COMPILE_ONLY.value:
+    if WORKDIR.value is None and not COMPILE_ONLY.value and not DRY_RUN.value:
         raise UserError("--workdir is needed, for example --workdir=runs/a")
     if CONFIG.value is None:
         raise UserError("--config is needed, for example --config=configs/quickstart.py")
@@ -61,6 +63,8 @@ def train(preemption: survive.Preemption):
         raise UserError("--weights=ema needs --config.init_from, whose weights it chooses")
     if COMPILE_ONLY.value:
         return compile_only.main(cfg, COMPILE_ONLY.value)
+    if DRY_RUN.value:
+        return dry_run.main(cfg)
     workdir = Path(WORKDIR.value)
     # This refuses a config that differs, in a field that must not change, from that of the run in this directory.
     cfg, changed = config_file.resume(workdir, cfg)
@@ -91,7 +95,7 @@ def train(preemption: survive.Preemption):
     batches = corpus.train_iterator(process_rows(mesh, cfg.data.batch_size))
     for line in changed:
         say(line)
-    say(corpus.table())
+    say(corpus.table(cfg.train.steps))
     for line in [*corpus.notes(), *other_data]:
         say(line)
 
@@ -216,7 +220,8 @@ def train(preemption: survive.Preemption):
 
     name = f"eval{held_out.suffix_at_the_end(workdir, result, steps) if start == steps else ''}.json"
     write(name, held_out.to_json(steps, result, {}))
-    text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer)
+    prompt = cfg.sample.prompt or corpus.beginning()
+    text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer, prompt)
     write("sample.txt", text + "\n", log.write_text)
     baselines = held_out.compression_bits_per_byte(corpus.validation_texts())
     write(name, held_out.to_json(steps, result, baselines))

@@ -37,7 +37,7 @@ from benchmarks.rows import milliseconds, random_rows, seconds, training_step, w
 from moe_jax import cli, config, model, optim
 from moe_jax.errors import UserError
 from moe_jax.evaluate.analysis import INK, QUIET
-from moe_jax.evaluate.figures import GRID
+from moe_jax.evaluate.drawing import GRID
 from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.train import metrics

@@ -5,6 +5,7 @@ A finished run is a run directory of train.py with eval.json. Letters: L MoE lay
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_jax.evaluate.analysis import INK, QUIET, selection_frequency, specialisation
+from moe_jax.evaluate.drawing import save
 from moe_jax.moe.stats import RouterStats
 from moe_jax.run.log import read_eval, read_metrics
 
@@ -281,11 +283,11 @@ def plot_specialisation(left: Arm, right: Arm) -> Figure:
     return figure
 
 
-def write(out: Path, arms: dict[str, Arm]) -> None:
-    """Writes table.md, results.json and scope.png, and specialisation.png if both ends of the comparison exist."""
+def write(out: Path, arms: dict[str, Arm], formats: Sequence[str] = ("png",)) -> None:
+    """Writes table.md, results.json, a figure of scopes, and one of specialisation if both ends exist."""
     (out / "table.md").write_text(table(arms), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(as_json(arms), indent=1) + "\n", encoding="utf-8")
     if any(arm.scope for arm in arms.values()):
-        plot_scope(arms).savefig(out / "scope.png", dpi=160)
+        save(plot_scope(arms), out / "scope", formats)
     if "scope_1" in arms and "global" in arms:
-        plot_specialisation(arms["scope_1"], arms["global"]).savefig(out / "specialisation.png", dpi=160)
+        save(plot_specialisation(arms["scope_1"], arms["global"]), out / "specialisation", formats)

@@ -106,7 +106,7 @@ def main() -> int:
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
-    balance_report.write(out, finished)
+    balance_report.write(out, finished, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 

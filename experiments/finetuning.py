@@ -27,6 +27,7 @@ from experiments.pool import Job, Run
 from experiments.upcycling_report import style
 from moe_jax import model, optim, terminal
 from moe_jax.cli import expanded
+from moe_jax.evaluate.drawing import save
 from moe_jax.evaluate.held_out import TOTAL
 from moe_jax.run import config_file
 from moe_jax.run.log import read_eval, read_metrics
@@ -218,7 +219,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table(found), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    figure(found).savefig(out / "loss.png", dpi=160)
+    save(figure(found), out / "loss", arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 

@@ -245,7 +245,7 @@ def main() -> int:
         return 1
     comparison = muon_report.Comparison(finished)
     muon_report.write(out, comparison)
-    muon_figures.write(out, comparison)
+    muon_figures.write(out, comparison, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 

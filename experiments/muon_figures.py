@@ -1,6 +1,6 @@
 """Draws the figures of `experiments/muon_report.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,15 @@ from matplotlib.ticker import MaxNLocator
 from experiments.balance_report import BLUE, ORANGE
 from experiments.muon_report import DEFAULT_RMS, GROUPS, NAMES, Comparison, in_order, measured
 from moe_jax.evaluate.analysis import INK
-from moe_jax.evaluate.figures import GRID
+from moe_jax.evaluate.drawing import GRID, save
 
 COLOURS = {"adamw": BLUE, "muon": ORANGE}
 PALE = 0.45  # opacity of training loss beside held-out loss
 
 
-def write(out: Path, c: Comparison) -> None:
+def write(out: Path, c: Comparison, formats: Sequence[str] = ("png",)) -> None:
     for name, figure in all_figures(c):
-        figure.savefig(out / f"{name}.png", dpi=160)
+        save(figure, out / name, formats)
 
 
 def all_figures(c: Comparison) -> Iterator[tuple[str, Figure]]:

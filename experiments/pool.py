@@ -22,7 +22,8 @@ from tqdm import tqdm
 from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.cli import GPU_SHARE, expanded
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, UserError
+from moe_jax.evaluate import drawing
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -176,6 +177,13 @@ def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> li
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
+def _formats(text: str) -> tuple[str, ...]:
+    try:
+        return drawing.check_formats(text.split(","))
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def add_flags(parser: argparse.ArgumentParser, out: str, data: str = "data/domains") -> None:
     """Adds the flags that every experiment has. data: the default of --data."""
     parser.add_argument("--data", type=os.path.expanduser, default=data, help=f"text, by default {data}")
@@ -183,6 +191,7 @@ def add_flags(parser: argparse.ArgumentParser, out: str, data: str = "data/domai
     parser.add_argument("--gpus", type=int, default=None, help="GPUs to use; default: all; 0: the CPU")
     parser.add_argument("--per_gpu", type=int, default=1, help="runs at a time on each GPU")
     parser.add_argument("--report_only", action="store_true", help="train nothing, compare what is finished")
+    parser.add_argument("--figures", type=_formats, default=("png",), help=drawing.HELP)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a config field, for all arms")
 
 

@@ -116,7 +116,7 @@ def main() -> int:
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
-    routing_report.write(out, finished, {name: arm.label for name, arm in ARMS.items()})
+    routing_report.write(out, finished, {name: arm.label for name, arm in ARMS.items()}, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 

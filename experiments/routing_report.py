@@ -5,6 +5,7 @@ are compared. Loads are those of experts that compute something. Letters: L MoE 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments.balance_report import BLUE, ORANGE, OTHERS, cell, markdown
 from moe_jax.evaluate.analysis import INK, QUIET, specialisation
-from moe_jax.evaluate.figures import GRID, plain
+from moe_jax.evaluate.drawing import GRID, plain, save
 from moe_jax.moe.stats import RouterStats
 from moe_jax.run.log import read_eval, read_metrics
 
@@ -297,12 +298,17 @@ def experts_by_domain(run: Finished, label: str) -> Figure:
     return figure
 
 
-def write(out: Path, finished: dict[tuple[str, int], Finished], labels: dict[str, str]) -> None:
-    """Writes table.md, results.json and loads.png, and experts_by_domain.png if tokens differ in their experts."""
+def write(
+    out: Path,
+    finished: dict[tuple[str, int], Finished],
+    labels: dict[str, str],
+    formats: Sequence[str] = ("png",),
+) -> None:
+    """Writes table.md, results.json, a figure of loads, and one of experts by domain if tokens differ in experts."""
     arms = by_arm(finished, labels)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table(arms, labels), encoding="utf-8")
     (out / "results.json").write_text(as_text([run for runs in arms.values() for run in runs]), encoding="utf-8")
-    loads(arms, labels).savefig(out / "loads.png", dpi=160)
+    save(loads(arms, labels), out / "loads", formats)
     for name, runs in list(with_choice(arms).items())[:1]:
-        experts_by_domain(runs[0], labels[name]).savefig(out / "experts_by_domain.png", dpi=160)
+        save(experts_by_domain(runs[0], labels[name]), out / "experts_by_domain", formats)

@@ -161,7 +161,7 @@ def main() -> int:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
     out.mkdir(parents=True, exist_ok=True)
-    upcycling_report.write(out, arms)
+    upcycling_report.write(out, arms, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 

@@ -6,7 +6,7 @@ before training and no similarity.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from experiments.balance_report import BLUE, ORANGE, cell, markdown
 from moe_jax import config, model
 from moe_jax.evaluate.analysis import INK
-from moe_jax.evaluate.figures import GRID
+from moe_jax.evaluate.drawing import GRID, save
 from moe_jax.evaluate.held_out import TOTAL
 from moe_jax.run import config_file
 from moe_jax.run.log import read_eval, read_metrics
@@ -179,11 +179,11 @@ def numbers(arms: dict[str, Arm]) -> dict[str, dict]:
     return {name: {"label": arm.label, "runs": [one(run) for run in arm.runs]} for name, arm in arms.items()}
 
 
-def write(out: Path, arms: dict[str, Arm]) -> None:
+def write(out: Path, arms: dict[str, Arm], formats: Sequence[str] = ("png",)) -> None:
     (out / "table.md").write_text(table(arms), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(numbers(arms), indent=1) + "\n", encoding="utf-8")
-    loss(arms).savefig(out / "loss.png", dpi=160)
-    similarity(arms).savefig(out / "similarity.png", dpi=160)
+    save(loss(arms), out / "loss", formats)
+    save(similarity(arms), out / "similarity", formats)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

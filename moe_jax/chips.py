@@ -29,6 +29,9 @@ GPUS = {  # NVIDIA's data sheets of the SXM5 boards; memory as CUDA counts it; n
     "h100": Chip(84_929_347_584, 3.35e12, 450e9, math.inf),
     "h200": Chip(150_121_545_728, 4.8e12, 450e9, math.inf),
 }
+# Environment in which libtpu neither looks for a TPU in the network nor prints that it has found none.
+ABSENT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
+              "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}  # fmt: skip
 HOPPER = ("H100", "H200", "H800", "GH200")
 
 

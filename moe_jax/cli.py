@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
 from moe_jax import terminal
+from moe_jax.chips import ABSENT_TPU
 from moe_jax.errors import ONE_LINE, ConfigError, FileError, UserError
 
 # Parsers of a value on the command line, by the type of the field that it replaces.
@@ -216,19 +217,19 @@ def define_paths(name: str, default: list[str] | None, text: str, required: bool
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def check_writable(workdir: str | os.PathLike) -> Path:
-    """Makes the run directory. Raises UserError if it cannot be made or written to."""
+def check_writable(workdir: str | os.PathLike, flag: str = "--workdir") -> Path:
+    """Makes the directory that a flag names. Raises UserError if it cannot be made or written to."""
     path = Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         if path.is_symlink():
-            raise UserError(f"--workdir={path}: is a link to {os.readlink(path)}, which does not exist") from None
-        raise UserError(f"--workdir={path}: is a file; name a new directory or one of an earlier run") from None
+            raise UserError(f"{flag}={path}: is a link to {os.readlink(path)}, which does not exist") from None
+        raise UserError(f"{flag}={path}: is a file; name a new directory or one of an earlier run") from None
     except OSError as e:
-        raise UserError(f"--workdir={path}: cannot be made ({e.strerror})") from None
+        raise UserError(f"{flag}={path}: cannot be made ({e.strerror})") from None
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={path}: is not writable")
+        raise UserError(f"{flag}={path}: is not writable")
     return path
 
 
@@ -291,6 +292,17 @@ def use_whole_gpus() -> None:
     """
     if not any(map(os.environ.get, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"))):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
+
+
+def quiet_absent_tpu() -> None:
+    """Keeps libtpu, where it is installed, from printing about a TPU that is not there. Call it before the first use
+    of a device.
+
+    JAX sets TPU_SKIP_MDS_QUERY when it is imported on a machine without a TPU. What the user has set stays.
+    """
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        for name, value in ABSENT_TPU.items():
+            os.environ.setdefault(name, value)
 
 
 def join_processes() -> None:
@@ -380,5 +392,6 @@ def run(main: Callable[[list[str]], None], take: Callable[[list[str]], list[str]
     terminal.outlive_readers()
     terminal.replace_unprintable()
     use_whole_gpus()
+    quiet_absent_tpu()
     logging.set_verbosity(logging.WARNING)  # Orbax logs every action at INFO
     app.run(guarded, flags_parser=functools.partial(_parse, take=take))

@@ -151,18 +151,18 @@ ALIKE = np.array([[[60.0, 60, 40, 40, 0, 0, 0, 0]] * 2])
 
 
 @pytest.mark.parametrize(
-    ("load", "bits", "overlap", "dead", "violation"),
-    [(UNIFORM, 0, np.nan, 0, 0), (DISJOINT, 1, 0, 0, 500 / 275 - 1), (ALIKE, 0, 1, 4, 120 / 50 - 1)],
+    ("load", "bits", "overlap", "dead", "most"),
+    [(UNIFORM, 0, np.nan, 0, 1), (DISJOINT, 1, 0, 0, 500 / 275), (ALIKE, 0, 1, 4, 120 / 50)],
     ids=["uniform", "disjoint", "alike"],
 )
-def test_domains(load, bits, overlap, dead, violation):
+def test_domains(load, bits, overlap, dead, most):
     stats = stats_of(load, 2)
     frequency = analysis.selection_frequency(stats)
     np.testing.assert_allclose(frequency.sum(-1), 2)
     np.testing.assert_allclose(analysis.specialisation(stats), [bits], atol=1e-12)
     np.testing.assert_array_equal(analysis.overlap(analysis.high_frequency(frequency))[0, 0, 1], overlap)
     assert analysis.dead_experts(load.sum(1)) == [dead]
-    np.testing.assert_allclose(analysis.max_violation(stats), [violation], atol=1e-12)
+    np.testing.assert_allclose(analysis.max_load(stats), [most], atol=1e-12)
 
 
 def test_a_partial_overlap():
@@ -189,7 +189,7 @@ def test_experts():
     np.testing.assert_array_equal(found.dead_experts_by_domain, [[1, nan]])
     np.testing.assert_allclose(found.specialisation, [0])
     row = analysis.layer_table(found).splitlines()[1]
-    assert row.split() == ["0", "1.00", "1", "0.00%", "1.40", "0.000", "bits", "75.0%"]
+    assert row.split() == ["0", "2.00", "1", "0.00%", "1.40", "0.000", "bits", "75.0%"]
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

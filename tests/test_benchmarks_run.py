@@ -4,13 +4,13 @@ import json
 import math
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax import config, model
 from moe_jax.data import tokenizers
 from moe_jax.evaluate import loglikelihood
@@ -70,23 +70,13 @@ def evaluate(root, *arguments, devices=2, status=0):
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "MOE_JAX_CACHE": str(root / "cache")}
     environment |= {"PATH": "/usr/bin:/bin", "HOME": str(root), "MPLBACKEND": "agg"}
     command = [sys.executable, REPO / "eval.py", f"--workdir={root}/run", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=600)
     assert done.returncode == status, done.stderr
     return done.stdout if not status else done.stderr
 
 
 def opened(root):
-    """What `moe_jax.load` gives: as a namespace."""
-    from moe_jax.run import config_file
-    from moe_jax.train.state import abstract_weights
-
-    cfg, shape = config.for_evaluation(config_file.load_config(root / "run"), 1)
-    mesh = sharding.make_mesh(shape, jax.devices()[:1])
-    params, bias, _ = weights.load_weights(root / "run", *abstract_weights(cfg.model, mesh))
-    tokenizer, _ = tokenizers.of_run(root / "run")
-    return types.SimpleNamespace(
-        cfg=cfg, model=cfg.model, mesh=mesh, params=params, router_bias=bias, tokenizer=tokenizer
-    )
+    return moe_jax.load(root / "run", mesh=sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
 
 
 def test_command(root):

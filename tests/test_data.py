@@ -12,7 +12,7 @@ import pytest
 from moe_jax import data
 from moe_jax.config import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import pipeline, sources, tokenizers
+from moe_jax.data import documents, pipeline, sources, tokenizers
 from moe_jax.data import rows as rows_lib
 from moe_jax.data.documents import Documents
 from moe_jax.errors import ConfigError
@@ -278,6 +278,29 @@ def test_bytes_per_token_and_stats(folder, corpus):
     assert np.isfinite(made.bytes_per_token).all() and (made.bytes_per_token > 0.5).all()
 
 
+def test_shares_and_epochs(folder, corpus):
+    """Against the rows that are drawn: 40 steps of 8 rows."""
+    drawn = Counter()
+    for batch in take(corpus.train_iterator(range(8)), 40):
+        drawn.update("b" if corpus.domains[int(ids[0])] == "poetry" else "a" for ids in batch["domain_ids"])
+    found = corpus.epochs(40)
+    for name, (share, epochs) in found.items():
+        assert drawn[name] / 320 == pytest.approx(share, abs=0.02)
+        length = len(corpus._train[list(found).index(name)])
+        assert epochs == pytest.approx(drawn[name] / length, rel=0.1)
+    head, *rows = corpus.table(40).splitlines()
+    assert head.split()[-3:] == ["weight", "share", "epochs"]
+    shown = [row.split()[-2:] for row in rows if row.endswith(tuple("0123456789")) and "%" in row]
+    assert shown == [[f"{share:.1%}", f"{epochs:.2f}"] for share, epochs in found.values()]  # once a source
+
+
+def test_a_sample_begins_as_a_document_that_is_held_out(corpus):
+    first = next(corpus.validation_texts())[1]
+    ids = corpus.beginning()
+    words = corpus.tokenizer.decode(ids)
+    assert ids[0] == corpus.tokenizer.end_of_text and 10 < len(words) <= 32 and first.lstrip().startswith(words)
+
+
 # --- the tokenizer of a run ------------------------------------------------------------------------------------------
 
 
@@ -395,3 +418,38 @@ def test_too_little_training_text_and_bad_rows(folder, corpus):
             corpus.train_iterator(rows)
         with pytest.raises(ValueError, match="rows must be"):
             corpus.validation_batches(rows)
+
+
+def test_a_corpus_larger_than_memory(tmp_path, monkeypatch):
+    """Beyond a limit documents lie in a file: the same stores and the same tokenizer, and the file leaves no trace."""
+    rng = np.random.default_rng(0)
+    text = lambda: "".join(rng.choice(list("abcdefgh é\n"), 200))
+    rows = [{"text": text(), "label": f"d{i % 3}"} for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = SourceConfig(kind="files", path=str(tmp_path / "a.jsonl"), domain_field="label", validation_fraction=0.2)
+    cfg = DataConfig(batch_size=2, seq_len=16, sources={"a": source},
+                     tokenizer=TokenizerConfig(kind="bpe", vocab_size=270, train_bytes=20_000))  # fmt: skip
+    made = []
+    for name, limit in (("memory", 2**28), ("file", 3000)):
+        monkeypatch.setattr(documents, "IN_MEMORY", limit)
+        of = dataclasses.replace(cfg, cache_dir=str(tmp_path / name))
+        made.append(data.prepare(of, workdir=None, seed=0, progress=False))
+    one, other = made
+    assert one.tokenizer.fingerprint == other.tokenizer.fingerprint and len(one.stores) == 2
+    for key, store in one.stores.items():
+        assert store.checksums == other.stores[key].checksums and store.notes == other.stores[key].notes
+    assert sorted(p.name for p in (tmp_path / "file").iterdir()) == sorted(
+        p.name for p in (tmp_path / "memory").iterdir()
+    )
+
+
+def test_documents_beyond_memory_are_read_by_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "IN_MEMORY", 10)
+    written = [{"text": "é" * i, "domain": "d", "answers": [[0, i]], "share": 0.1 * i} for i in range(9)]
+    made = documents.Documents(written, tmp_path)
+    made.finish()
+    assert len(made) == 9 and [made[i] for i in (8, 3, 0)] == [written[i] for i in (8, 3, 0)] and list(made) == written
+    with pytest.raises(IndexError):
+        made[9]
+    made.free()
+    assert not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ run = moe_jax.load("runs/quickstart")
 from moe_jax.kernels import tiles
 print(pathlib.Path(moe_jax.__file__).parent)
 print(run.cfg.data.seq_len, run.params["embed"].shape, run.logits("a").shape, run.hidden(["a", "bc"], 1)[1].shape)
-print(run.routing("ab").experts.shape, run.score("a", "b").tokens, run.generate("the ", 3, temperature=0.0)[:4])
+print(run.routing("ab").experts.shape, run.score("a", "b").greedy, run.generate("the ", 3, temperature=0.0)[:4])
 layer = moe_jax.MoELayer(8, num_experts=2, top_k=1, d_expert=4, rngs=__import__("flax").nnx.Rngs(0))
 print(layer(__import__("jax").numpy.ones((1, 2, 8))).y.shape)
 """

@@ -94,14 +94,14 @@ def test_hidden_states_and_scores(folder):
     embedded = np.asarray(opened.params["embed"])[np.array([FIRST, *b"and"])]
     np.testing.assert_array_equal(opened.hidden("and", 0), embedded)
     for text, end, score in zip(TEXTS, ends, scores, strict=True):
-        log_p = jax.nn.log_softmax(opened.logits(text + end))
-        size, ids = len(end.encode()), [FIRST, *(text + end).encode()]
+        size, ids = len(end.encode()), list((text + end).encode())
+        log_p = jax.nn.log_softmax(opened.logits(ids))
         places = range(len(ids) - size, len(ids))
-        assert score.tokens == size
-        assert score.log_likelihood == pytest.approx(sum(float(log_p[i - 1, ids[i]]) for i in places), abs=1e-4)
+        np.testing.assert_allclose(score.token_logprobs, [log_p[i - 1, ids[i]] for i in places], atol=1e-4)
+        assert score.logprob == pytest.approx(float(np.sum(score.token_logprobs)), abs=1e-4)
         assert score.greedy == all(int(log_p[i - 1].argmax()) == ids[i] for i in places)
-        again = opened.score(text, [*log_p[len(ids) - size - 1 : len(ids) - size].argmax(-1).tolist()])
-        assert again.greedy and again.tokens == 1
+        again = opened.score(ids[:-size], log_p[len(ids) - size - 1 :][:1].argmax(-1).tolist())
+        assert again.greedy and len(again.token_logprobs) == 1
     whole = opened.generate(["the ", "a"], 4, temperature=0.0)
     assert whole == [opened.generate(text, 4, temperature=0.0) for text in ("the ", "a")]
     assert whole[0].startswith("the ") and len(opened.generate("the ")) >= len("the ")
@@ -116,6 +116,7 @@ def test_one_text_or_ids_and_bad_input(opened, folder, tmp_path):
         (lambda: opened.logits([[300]]), "token id 300: must be ≥ 0 and < model.vocab_size=260"),
         (lambda: opened.hidden("a", 4), "layer=4: must be from 0 to 3, or −1; nearest valid: 3"),
         (lambda: opened.score("a", [" b"]), "one context and one continuation, or a list of each"),
+        (lambda: opened.score("a", [97]), "takes texts, or token ids of both"),
         (lambda: opened.score("a", ""), "the continuation '' has no tokens"),
         (lambda: opened.generate("a", temperature=-1.0), "temperature"),
     ):
@@ -160,7 +161,7 @@ def test_routing_is_what_eval_counts(folder):
 
 def test_names_are_lazy():
     code = "import sys, moe_jax; assert 'jax' not in sys.modules; print(*dir(moe_jax))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, encoding="utf-8", check=True)
     assert set(moe_jax.__all__) <= set(done.stdout.split())
     for name in moe_jax.__all__:
         assert callable(getattr(moe_jax, name))

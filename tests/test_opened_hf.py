@@ -45,7 +45,7 @@ def test_everything_is_what_transformers_computes(name):
         np.testing.assert_allclose(run.hidden(TOKENS[0], layer), want[0].numpy(), rtol=1e-4, atol=1e-4)
     score, row = run.score(TOKENS[0, :8], TOKENS[0, 8:]), TOKENS[0]
     log_p = torch.log_softmax(torch.tensor(logits[0]), -1).numpy()
-    assert score.log_likelihood == pytest.approx(float(sum(log_p[i - 1, row[i]] for i in range(8, 12))), abs=1e-4)
+    assert score.logprob == pytest.approx(float(sum(log_p[i - 1, row[i]] for i in range(8, 12))), abs=1e-4)
     with pytest.raises(ValueError, match=r"no tokenizer: give token ids"):
         run.logits("a")
     with pytest.raises(CheckpointError, match="neither steps nor an average"):
@@ -122,7 +122,7 @@ def test_texts_do_not_depend_on_each_other(folder, tmp_path, moe):  # noqa: F811
             counts = [(routing.experts == e).any(-1).sum(-1) for e in range(4)]
             assert np.ptp(counts) == 0
     if "choice" in moe:
-        with pytest.raises(ConfigError, match="choice='expert': depends on later tokens"):
+        with pytest.raises(ConfigError, match=r"choice='expert': .* later tokens"):
             run.score("a", "b")
         with pytest.raises(ConfigError, match="choice='expert'"):
             run.generate("a", 3)

@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from moe_jax import cli, data, terminal
+from moe_jax import chips, cli, data, terminal
 from moe_jax.config import DataConfig
 from moe_jax.data import batches, sources
 from moe_jax.errors import ConfigError, UserError
@@ -79,3 +79,17 @@ def test_a_reader_that_ends_first_ends_no_run(monkeypatch):
         print("a line", flush=True)
         print("another", flush=True)
         assert os.path.samestat(os.fstat(sys.stdout.fileno()), os.stat(os.devnull))
+
+
+def test_libtpu_is_quiet_where_jax_finds_no_tpu(monkeypatch):
+    for name in (*chips.ABSENT_TPU, "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    cli.quiet_absent_tpu()
+    assert not set(chips.ABSENT_TPU) & set(os.environ)  # a TPU is there
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # what JAX sets if none is
+    monkeypatch.setenv("TPU_WORKER_ID", "3")
+    cli.quiet_absent_tpu()
+    found = {name: os.environ.get(name) for name in chips.ABSENT_TPU}
+    for name in chips.ABSENT_TPU:
+        monkeypatch.setenv(name, "")  # removed after the test
+    assert found == chips.ABSENT_TPU | {"TPU_WORKER_ID": "3"}

@@ -12,15 +12,13 @@ import re
 
 import jax
 
-from moe_jax.chips import GPUS, TPUS, Chip
+from moe_jax.chips import ABSENT_TPU, GPUS, TPUS, Chip
 from moe_jax.errors import UserError
 
 CHIPS = TPUS | GPUS
 MOST_TPUS, MOST_GPUS = 256, 8  # in a slice; in a host
-QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",
-         "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-         "TPU_STDERR_LOG_LEVEL": "3", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-         "TF_CPP_MIN_LOG_LEVEL": "2"}  # fmt: skip
+QUIET = ABSENT_TPU | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+                      "TF_CPP_MIN_LOG_LEVEL": "2"}  # fmt: skip
 # XLA's description of a GPU, a GpuTargetConfigProto. The Hopper GPUs differ in bandwidth, memory and name only.
 HOPPER = """
 gpu_device_info {{

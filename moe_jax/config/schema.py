@@ -12,7 +12,7 @@ from typing import Literal
 from moe_jax.config.balance import check_bias_update
 from moe_jax.config.data import DataConfig
 from moe_jax.config.explore import ExploreConfig, check_routing
-from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, number, renamed, require
+from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, newer, number, renamed, require
 from moe_jax.config.model import ModelConfig
 from moe_jax.errors import ConfigError
 
@@ -248,7 +248,8 @@ class TrainConfig(Checked, resume=MAY_CHANGE):
 class SampleConfig(Checked, resume=MAY_CHANGE):
     """The text written at the end of a run."""
 
-    prompt: str = "def "  # how the text begins
+    # How the text begins; "": with the first words, or the prompt, of a document that is held out.
+    prompt: str = newer("", was="def ")
     tokens: int = number(120, 0)  # tokens that are drawn after it
     temperature: float = number(0.8, 0.0)  # divisor of the logits; 0: always the most probable token
     top_p: float = number(0.95, 0.0, 1.0)  # draw from the most probable tokens that together reach this probability

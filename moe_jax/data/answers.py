@@ -18,7 +18,7 @@ from moe_jax.data.corpus import Encoded
 from moe_jax.data.documents import as_text
 from moe_jax.data.kept_text import size
 from moe_jax.data.roles import text_of
-from moe_jax.data.tokenizers import Spanned, Tokenizer
+from moe_jax.data.tokenizers import Spanned, Tokenizer, first_token
 from moe_jax.errors import ConfigError, shown
 
 VERSION = 2  # of how documents with roles become tokens
@@ -73,9 +73,8 @@ class EncodeAnswers:
     def _pair(self, document: dict[str, Any]) -> Encoded:
         text, answers, tokenizer = document["text"], document["answers"], self._tokenizer
         made = tokenizer.encode_spans(text)
-        first = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
         learned = overlap(made.spans, answers)
-        ids = [[first], made.ids, [tokenizer.end_of_text]]
+        ids = [[first_token(tokenizer)], made.ids, [tokenizer.end_of_text]]
         masks = [[False], learned, [learned.any()]]
         return self._encoded(document, text, answers, made, ids, masks, ())
 

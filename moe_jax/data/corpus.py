@@ -17,6 +17,7 @@ import sys
 import tempfile
 import tokenize
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -250,7 +251,7 @@ def _write_store(
     encode: Encoder | None = None,
 ) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    lengths, domains, sizes = [], [], []
+    lengths, domains, sizes = array("q"), array("l"), array("q")
     numbers: dict[str, int] = {}
     least: dict[str, float] = {}
     counts: Counter[str] = Counter()

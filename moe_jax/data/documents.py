@@ -1,30 +1,78 @@
 """Documents, which are texts with a domain: cuts them out of text files, holds some out, counts what is left out."""
 
 import hashlib
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+import tempfile
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
 
 LARGEST = 1_000_000  # bytes: a larger text file is never one document
 PIECE = 20_000  # approximate characters of a document cut out of a larger text
 SHORTEST = 2_000  # approximate characters of a document cut out of a source with little text
+IN_MEMORY = 2**28  # bytes of text of a split that stay in memory while a source is prepared
 FEW = 20  # with fewer text files each is cut, so that the source has documents to hold out
 
 
 class Documents(Sequence):
-    """Documents in memory.
+    """Documents that a reader appends one after another.
 
-    notes: lines about what their reader left out, changed or decided. cut: whether any were cut out of text files.
+    The first `IN_MEMORY` bytes or so of them stay in memory. The others lie in a file without a name, which ends with
+    the process, so that a corpus may be larger than memory; they are of JSON's types, with lists in place of tuples.
+    Several threads may read at the same time.
+
+    folder: of that file; None: the system's for temporary files. notes: lines about what the reader left out, changed
+    or decided. cut: whether any were cut out of text files.
     """
 
-    def __init__(self, items: list[dict[str, str]], notes: Sequence[str] = (), cut: bool = False):
-        self._items, self.notes, self.cut = items, tuple(notes), cut
+    def __init__(
+        self, items: Iterable[dict[str, Any]] = (), folder: str | os.PathLike | None = None, cut: bool = False
+    ):
+        self.notes: tuple[str, ...] = ()
+        self.cut = cut
+        self._folder, self._size = folder, 0
+        self._items: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._ends = array("q", [0])  # in the file
+        for item in items:
+            self.append(item)
+
+    def append(self, document: dict[str, Any]) -> None:
+        """Adds a document. Those in the file can be read after `finish`."""
+        if self._size < IN_MEMORY:
+            self._size += len(document["text"] if "text" in document else json.dumps(document))
+            self._items.append(document)
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder)
+        data = json.dumps(document).encode()
+        self._file.write(data)
+        self._ends.append(self._ends[-1] + len(data))
+
+    def finish(self) -> None:
+        """Ends the writing: all documents can be read from now on."""
+        if self._file is not None:
+            self._file.flush()
+
+    def free(self) -> None:
+        """Frees memory and file. No document can be read after it."""
+        self._items, self._ends = [], array("q", [0])
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._items) + len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return self._items[index]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        if index < len(self._items):
+            return self._items[index]
+        begin, end = self._ends[index - len(self._items) : index - len(self._items) + 2]
+        return json.loads(os.pread(self._file.fileno(), end - begin, begin))
 
 
 class Account:

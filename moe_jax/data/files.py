@@ -26,7 +26,7 @@ class FilesSource:
     """
 
     def __init__(self, name: str, cfg: SourceConfig, cache: Path | None = None):
-        self.name, self.cfg = name, cfg
+        self.name, self.cfg, self._cache = name, cfg, cache
         self.files = self._find()
         self._texts = sum(extension(path) == ".txt" for path in self.files)
         self._hashes = Remembered(content_hash, cache and cache / "content_hashes.json")
@@ -114,11 +114,12 @@ class FilesSource:
         """
         if not self._splits:
             self.contents()  # hashes the files first, so that a later change is noticed
-            train, validation, pieces = [], [], 0
+            made = {name: Documents(folder=self._cache, cut=bool(self._texts)) for name in ("train", "validation")}
+            pieces = 0
             for path in self.files:
                 for document in self._read(path):
                     held_out = documents.is_held_out(document, self.cfg.validation_fraction)
-                    (validation if held_out else train).append(document)
+                    made["validation" if held_out else "train"].append(document)
                     pieces += extension(path) == ".txt"
             for path, before in zip(self.files, self._stamps, strict=True):
                 if stamp(path) != before:
@@ -129,9 +130,17 @@ class FilesSource:
             if self._texts:
                 lines = [documents.describe(self.cfg.documents, self._texts, pieces), *lines]
             notes = [f"data.sources.{self.name}: {line}" for line in lines]
-            made = {"train": train, "validation": validation}
-            self._splits = {name: Documents(items, notes, bool(self._texts)) for name, items in made.items()}
+            for split_of in made.values():
+                split_of.finish()
+                split_of.notes = tuple(notes)
+            self._splits = made
         return self._splits[split]
+
+    def forget(self) -> None:
+        """Frees the documents, after they were prepared."""
+        for split in self._splits.values():
+            split.free()
+        self._splits = {}
 
     def _read(self, path: Path) -> Iterator[Document]:
         try:

@@ -36,6 +36,8 @@ from moe_jax.data.rows import PackedRows, padding_row, permutation
 from moe_jax.data.sources import SPLITS, Source, Split, check_cache, check_sources, open_source
 from moe_jax.errors import ConfigError
 
+_SAMPLED = 32  # characters of a document with which a sample begins, at most
+
 
 def prepare(
     cfg: DataConfig, *, workdir: str | Path | None, seed: int, progress: bool = True, init_from: str = ""
@@ -62,6 +64,7 @@ def prepare(
                     if split == "train":
                         _check_some_text_is_kept(cfg, name, stores[name, split])
             templates |= {encode.template} if encode and encode.template else set()
+        source.forget()
     if len(templates) == 1:
         chat.keep(tokenizer, *templates)
     return Corpus(cfg, sources, tokenizer, stores, seed)
@@ -183,15 +186,31 @@ class Corpus:
                 out.append({"source": name, "split": split, "domain": domain, **counts})
         return sorted(out, key=lambda row: (row["source"], row["split"], row["domain"]))
 
-    def table(self) -> str:
-        """The rows of `stats` as a table of text."""
-        rows = self.stats()
-        width = [max(len(c), *(len(r[c]) for r in rows), 1) for c in ("source", "split", "domain")]
-        line = "  ".join([f"{{:<{w}}}" for w in width] + ["{:>9}", "{:>13}", "{:>13}"])
-        head = line.format("source", "split", "domain", "documents", "bytes", "tokens")
-        numbers = ("documents", "bytes", "tokens")
-        body = [line.format(r["source"], r["split"], r["domain"], *(f"{r[c]:,}" for c in numbers)) for r in rows]
-        return "\n".join([head, *body])
+    def epochs(self, steps: int) -> dict[str, tuple[float, float]]:
+        """Share of the training rows, 0 to 1, and epochs in `steps` steps, of each source that is trained on."""
+        total, drawn = sum(self._weights), steps * self._cfg.batch_size
+        trained = [name for name, source in self._cfg.sources.items() if source.weight > 0]
+        shares = [weight / total for weight in self._weights]
+        return {n: (s, s * drawn / len(rows)) for n, s, rows in zip(trained, shares, self._train, strict=True)}
+
+    def table(self, steps: int = 0) -> str:
+        """The rows of `stats` as a table of text. steps: of the run; with it each source also has its weight, its share
+        of the training rows, and how often the run reads it."""
+        rows, found = self.stats(), self.epochs(steps) if steps else {}
+        cells = [[r["source"], r["split"], r["domain"], *(f"{r[c]:,}" for c in ("documents", "bytes", "tokens"))]
+                 for r in rows]  # fmt: skip
+        head = ["source", "split", "domain", "documents", "bytes", "tokens"]
+        if steps:
+            head += ["weight", "share", "epochs"]
+            for row in cells:
+                share, epochs = found.pop(row[0], (0.0, 0.0)) if row[1] == "train" else (0.0, 0.0)
+                named = [f"{self._cfg.sources[row[0]].weight:g}", f"{share:.1%}", f"{epochs:.2f}"]
+                row += named if share else [""] * 3
+        widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(head))]
+        line = lambda row: "  ".join(
+            f"{cell:<{w}}" if i < 3 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "\n".join(line(row).rstrip() for row in [head, *cells])
 
     def train_iterator(self, rows: Sequence[int]) -> TrainIterator:
         """An endless iterator over training batches. rows: sorted indices in range(batch_size) of this process.
@@ -241,6 +260,18 @@ class Corpus:
             iterator = iter(read_batches(grain.MapDataset.source(elements), self._cfg.batch_size, rows, 0, 0))
             yield from iterator
             iterator.close()
+
+    def beginning(self) -> list[int]:
+        """The tokens with which a document of the held-out text begins, for a sample: its first words, or the prompt
+        before its first answer."""
+        held_out = (store for (_, split), store in self.stores.items() if split == "validation")
+        store = next(store for store in held_out if store.num_documents)
+        document = store.tokens[: store.offsets[1]].tolist()
+        if store.learned is not None:
+            return document[: max(1, int(np.argmax(store.learned[: len(document)])))]
+        words = next(store.texts())[1].lstrip()[:_SAMPLED]
+        words = words[: max(words.rfind(" "), words.rfind("\n"))] if len(words) == _SAMPLED else words
+        return [document[0], *self.tokenizer.encode([words])[0].tolist()]
 
     def validation_texts(self) -> Iterator[tuple[str, str]]:
         """Yields (domain, text) of what is evaluated of every held-out document, in the order of the store."""

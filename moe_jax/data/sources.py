@@ -39,6 +39,9 @@ class Source(Protocol):
     def documents(self, split: Split) -> Sequence[dict[str, str]]:
         """The documents of a split."""
 
+    def forget(self) -> None:
+        """Frees documents that are in memory, after they were prepared."""
+
     def listing(self, split: Split) -> list[list]:
         """A list of [name, size] of what is read: files and bytes, or a split of a data set and its examples."""
 
@@ -183,6 +186,9 @@ class TfdsSource:
         except Exception:  # TFDS raises KeyError, ValueError and its own errors for a bad split expression
             hint = f"nearest valid: {next(iter(splits), '')!r}, or a slice such as 'train[:95%]' and 'train[95%:]'"
             raise self._error(field, f"is not among the splits {', '.join(splits)}", hint) from None
+
+    def forget(self) -> None:
+        """Nothing is in memory: records are read from their files."""
 
     def identity(self, split: Split) -> dict:
         cfg, info, dataset = self.cfg, self._info(split), self._prepared().info

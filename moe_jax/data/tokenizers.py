@@ -76,6 +76,11 @@ class Tokenizer(Protocol):
     def save(self, folder: str | Path) -> None: ...
 
 
+def first_token(tokenizer: Tokenizer) -> int:
+    """The token in front of a text: begin-of-text, else the end of the text before."""
+    return tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
+
+
 def read_file(path: Path, most: int = _MOST) -> bytes:
     """The content of a file of at most `most` bytes. Raises FileError."""
     try:

@@ -33,7 +33,7 @@ class Analysis(NamedTuple):
     overlap: Float[np.ndarray, "L G G"]
     dead_experts: Int[np.ndarray, " L"]
     dead_experts_by_domain: Float[np.ndarray, "L G"]
-    max_violation: Float[np.ndarray, " L"]
+    max_load: Float[np.ndarray, " L"]
     dropped: Float[np.ndarray, " L"]
     topk_score: Float[np.ndarray, "L G"]
     coactivation: Float[np.ndarray, "L E E"]
@@ -96,7 +96,7 @@ def analyse_bank(
         overlap=overlap(high_frequency(selection_frequency(stats))),
         dead_experts=dead_experts(load.sum(1)),
         dead_experts_by_domain=np.where(stats.tokens > 0, dead_experts(load), np.nan),
-        max_violation=max_violation(real),
+        max_load=max_load(real),
         dropped=stats.dropped.sum(1) / np.maximum(load.sum((1, 2)), 1.0),
         topk_score=topk_score(choices, stats),
         coactivation=coactivation(choices),
@@ -111,6 +111,8 @@ def load(path: Path | str) -> Analysis:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] if name in arrays else None for name in Analysis._fields}
+            if "max_violation" in arrays:  # files of earlier versions have the maximum load − 1
+                found["max_load"] = arrays["max_violation"] + 1.0
         number = lambda name: found[name] if found[name] is None else int(found[name])
         names = tuple(found["domains"].tolist())
         return Analysis(**found | {"domains": names, "top_k": number("top_k"), "earlier_step": number("earlier_step")})
@@ -129,13 +131,13 @@ def dead_experts(tokens_per_expert: Float[np.ndarray, "*L E"]) -> Int[np.ndarray
     return (np.asarray(tokens_per_expert) == 0).sum(-1)
 
 
-def max_violation(stats: RouterStats) -> Float[np.ndarray, " L"]:
-    """Largest expert load / mean load − 1: from 0, perfect balance, to E/K − 1, the worst.
+def max_load(stats: RouterStats) -> Float[np.ndarray, " L"]:
+    """Maximum load: largest load of an expert ÷ mean load, from 1, perfect balance, to E/K, the worst.
 
-    It is MaxVio of arXiv:2408.15664, over all text at once. The metric `max_load` is greater by 1.
+    It is the metric `max_load` of training, here over all text at once. MaxVio of arXiv:2408.15664 is smaller by 1.
     """
     load = np.asarray(stats.tokens_per_expert, np.float64).sum(1)
-    return _ratio(load.max(-1), load.mean(-1)) - 1.0
+    return _ratio(load.max(-1), load.mean(-1))
 
 
 def selection_frequency(stats: RouterStats) -> Float[np.ndarray, "L G E"]:
@@ -221,7 +223,7 @@ def layer_table(found: Analysis) -> str:
     score = np.nanmean(found.topk_score, axis=1) / uniform_frequency(found)
     columns = {
         "layer": [f"{number_of(found, i)}" for i in range(len(score))],
-        "max violation": [f"{x:.2f}" for x in found.max_violation],
+        "maximum load": [f"{x:.2f}" for x in found.max_load],
         "dead experts": [f"{x}" for x in found.dead_experts],
         "dropped": [f"{x:.2%}" for x in found.dropped],
         "top-k score ÷ (K/E)": [f"{x:.2f}" for x in score],

@@ -16,9 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax.evaluate.analysis import HIGH, INK, QUIET, Analysis, high_frequency, number_of, uniform_frequency
+from moe_jax.evaluate.drawing import GRID, plain, smooth
 from moe_jax.run.log import read_metrics
-
-GRID = "#e8e9ee"
 
 
 def all_figures(found: Analysis) -> Iterator[tuple[str, Figure]]:
@@ -39,11 +38,6 @@ def all_figures(found: Analysis) -> Iterator[tuple[str, Figure]]:
 def _names(found: Analysis, which: list[int]) -> list[str]:
     """The names of some domains, escaped for matplotlib."""
     return [plain(found.domains[g]) for g in which]
-
-
-def plain(text: str) -> str:
-    """A text with its dollar signs escaped, since matplotlib reads text between two of them as a formula."""
-    return text.replace("$", r"\$")
 
 
 def _seen(found: Analysis) -> list[int]:
@@ -330,27 +324,6 @@ def coactivation(found: Analysis, layers: list[int] | None = None) -> Figure:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _smooth(y: Float[np.ndarray, " R"], decay: float) -> Float[np.ndarray, " R"]:
-    """Two-sided exponential mean of each value's neighbours, Σ decay^|i−j| y_j / Σ decay^|i−j|, which does not lag.
-
-    NaN values are left out.
-    """
-    known = ~np.isnan(y)
-    values = y[known]
-
-    def sums(values):
-        total, out = 0.0, []
-        for value in values:
-            total = decay * total + value
-            out.append(total)
-        return np.array(out)
-
-    around = lambda values: sums(values) + sums(values[::-1])[::-1] - values
-    out = np.full_like(y, np.nan)
-    out[known] = around(values) / around(np.ones_like(values))
-    return out
-
-
 def training(workdir: Path | str) -> Figure:
     """A figure of a run's cross-entropy, in training and on held-out text, and beside it the maximum expert load.
 
@@ -360,7 +333,7 @@ def training(workdir: Path | str) -> Figure:
     column = lambda rows, name: np.array([np.nan if r.get(name) is None else r[name] for r in rows], float)
     shown = [("xent", "#2f6fb0", "cross-entropy, nats per token")]
     if any("max_load" in row for row in rows):
-        shown.append(("max_load", "#c4572e", "largest expert load ÷ mean"))
+        shown.append(("max_load", "#c4572e", "maximum load (largest expert ÷ mean)"))
     figure = Figure((0.3 + 4.5 * len(shown), 3.2), layout="constrained")
     # The mean reaches over 2 % of the figure's width to each side. That of a short run is its values.
     steps, reach = column(rows, "step"), max(1.0, len(rows) / 50)
@@ -368,7 +341,7 @@ def training(workdir: Path | str) -> Figure:
         values = column(rows, name)
         axis.plot(steps, values, color=colour, lw=0.8, alpha=0.35, label="training")
         mean = f"training, mean of about {2 * reach:.0f} rows" if reach > 1 else "training, mean"
-        axis.plot(steps, _smooth(values, 1 - 1 / reach), color=colour, lw=1.8, label=mean)
+        axis.plot(steps, smooth(values, 1 - 1 / reach), color=colour, lw=1.8, label=mean)
         if name == "xent" and evals:
             axis.plot(
                 column(evals, "step"), column(evals, name), "o", color=INK, ms=4.5, mec="white", label="held-out text"

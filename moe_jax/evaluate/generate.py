@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import model
 from moe_jax.config import ModelConfig, RunConfig, SampleConfig
-from moe_jax.data import Tokenizer
+from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.data.documents import as_text
 from moe_jax.errors import ConfigError
 from moe_jax.moe.layer import TokenInfo
@@ -127,16 +127,21 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
 
 
 def sample_text(
-    cfg: RunConfig, mesh: Mesh, params: dict, router_bias: dict, tokenizer: Tokenizer, prompt: str | None = None
+    cfg: RunConfig,
+    mesh: Mesh,
+    params: dict,
+    router_bias: dict,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int] | None = None,
 ) -> str:
     """The text of a prompt (default: the config's) and its continuation, sampled with the config's `sample` settings.
 
-    It ends at the end-of-text token, or at the model's last position.
+    It ends at the end-of-text token, or at the model's last position. prompt: text, or the ids of a complete beginning.
     """
-    first = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
-    text = as_text(cfg.sample.prompt if prompt is None else prompt)
-    start = [first, *tokenizer.encode([text])[0].tolist()]
-    return continue_texts(cfg.model, mesh, params, router_bias, tokenizer, [start], cfg.sample, cfg.seed)[0]
+    prompt = cfg.sample.prompt if prompt is None else prompt
+    if isinstance(prompt, str):
+        prompt = [tokenizers.first_token(tokenizer), *tokenizer.encode([as_text(prompt)])[0].tolist()]
+    return continue_texts(cfg.model, mesh, params, router_bias, tokenizer, [prompt], cfg.sample, cfg.seed)[0]
 
 
 def continue_texts(

@@ -9,15 +9,14 @@ Prompts, tokens of a context and a continuation, and metrics are lm-eval's.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.data import Tokenizer
+from moe_jax.data import tokenizers
 from moe_jax.evaluate import generate, loglikelihood
 from moe_jax.evaluate.loglikelihood import Request
+from moe_jax.evaluate.opened import OpenedRun
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -28,17 +27,6 @@ MAX_GEN_TOKS = 256  # tokens to generate if a task does not say; lm-eval's own d
 PROMPTS = 16  # of one batch of generation
 
 
-class Run(Protocol):
-    """What the adapter needs of a run that `moe_jax.load` has opened. model: as it is computed here."""
-
-    cfg: RunConfig
-    model: ModelConfig
-    mesh: Mesh
-    params: dict
-    router_bias: dict
-    tokenizer: Tokenizer | None
-
-
 class RunModel(TemplateLM):
     """The adapter. Sequences have at most `data.seq_len` tokens.
 
@@ -46,7 +34,7 @@ class RunModel(TemplateLM):
     scores would depend on the batch, ValueError for a run without a tokenizer.
     """
 
-    def __init__(self, run: Run, progress: bool = True):
+    def __init__(self, run: OpenedRun, progress: bool = True):
         super().__init__()
         if run.tokenizer is None:
             raise ValueError("the run has no tokenizer: put the tokenizer.json of its weights into its directory")
@@ -64,7 +52,7 @@ class RunModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return loglikelihood.first_token(self._run.tokenizer)
+        return tokenizers.first_token(self._run.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:

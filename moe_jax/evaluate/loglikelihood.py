@@ -20,7 +20,7 @@ from tqdm import tqdm
 from moe_jax import model
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.fields import require
-from moe_jax.data import Tokenizer
+from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.nn.layers import weight
@@ -69,17 +69,12 @@ class _Row(NamedTuple):
         return len(self.ids) - 1
 
 
-def first_token(tokenizer: Tokenizer) -> int:
-    """The token that a text without a context is scored after: begin-of-text, else the end of the text before."""
-    return tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
-
-
 def encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
     """Requests of pairs of texts (context, continuation), in the way of lm-eval.
 
     Both are encoded as one text, which is divided after the tokens that the context alone begins with. Spaces and line
     ends at the end of a context belong to the continuation, because a token begins with its space. `begin_of_text`
-    comes first if the tokenizer has one; an empty context is `first_token`.
+    comes first if the tokenizer has one; an empty context is `tokenizers.first_token`.
     """
     moved = [(context.rstrip(), context[len(context.rstrip()) :] + more) for context, more in pairs]
     front = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
@@ -89,7 +84,7 @@ def encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Reque
     for (context, continuation), (ids, lost) in zip(moved, together, strict=True):
         begin = _common(alone[context], ids)
         before = np.concatenate([front, ids[:begin]]).astype(np.int32)
-        before = before if len(before) else np.asarray([first_token(tokenizer)], np.int32)
+        before = before if len(before) else np.asarray([tokenizers.first_token(tokenizer)], np.int32)
         made.append(Request(before, ids[begin:].astype(np.int32), continuation, lost))
     return made
 
@@ -104,7 +99,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 def encode_text(tokenizer: Tokenizer, text: str) -> Request:
     """The request that scores every token of a text once."""
     ((ids, lost),) = tokenizer.encode_and_count([text])
-    return Request(np.asarray([first_token(tokenizer)], np.int32), ids.astype(np.int32), text, lost)
+    return Request(np.asarray([tokenizers.first_token(tokenizer)], np.int32), ids.astype(np.int32), text, lost)
 
 
 # --- what can be scored ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.data.documents import as_text
 from moe_jax.data.vocabularies import END_OF_TEXT
 from moe_jax.errors import CheckpointError, ConfigError, nearest
-from moe_jax.evaluate import passes
+from moe_jax.evaluate import loglikelihood, passes
 from moe_jax.evaluate.generate import continue_texts
 from moe_jax.parallel import sharding
 from moe_jax.run import config_file, weights
@@ -39,14 +39,6 @@ class TextRouting(NamedTuple):
     layers: np.ndarray  # [L] number of each layer with experts among all layers, from 0
     experts: np.ndarray  # [L, S, K] expert ids, identity experts from E on; −1 in a slot that is not used
     weights: np.ndarray  # [L, S, K] combine weights; 0 in a slot that is not used
-
-
-class Score(NamedTuple):
-    """The score of a continuation."""
-
-    log_likelihood: float  # Σ log p of its tokens, in nats
-    tokens: int
-    greedy: bool  # whether each of its tokens is the most probable one
 
 
 class OpenedRun:
@@ -72,15 +64,11 @@ class OpenedRun:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, behind the token that begins a document."""
-        return [self._first, *self._plain(text)]
+        return [self._first, *self._its_tokenizer().encode([as_text(text)])[0].tolist()]
 
     @property
     def _first(self) -> int:
-        tokenizer = self._its_tokenizer()
-        return tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
-
-    def _plain(self, text: str) -> list[int]:
-        return self._its_tokenizer().encode([as_text(text)])[0].tolist()
+        return tokenizers.first_token(self._its_tokenizer())
 
     def _its_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -145,29 +133,36 @@ class OpenedRun:
         return self._each(texts, made)
 
     def score(self, context: Text | Sequence[Text], continuation: Text | Sequence[Text]) -> Any:
-        """The log-likelihood of a continuation after a context: a `Score`, or of two lists a list of them.
+        """The log-likelihood of a continuation after a context: a `loglikelihood.Score`; of two lists a list.
 
-        Each is encoded by itself, so that the border between them is one of tokens. An empty context is the token that
-        begins a document. Raises ConfigError for a model whose choices of experts depend on later tokens.
+        Two texts are encoded as one, as lm-eval does (`loglikelihood.encode`); ids of both are taken as they are.
+        An empty context is the token that begins a document. Raises ValueError, and ConfigError for a model whose
+        choices of experts depend on later tokens.
         """
-        if self.model.num_moe_layers and self.model.moe.choice == "expert":
-            rule = "depends on later tokens, so that the model gives no likelihood"
-            raise ConfigError("model.moe.choice", "expert", rule, "train with choice='token'")
         (contexts, one), (ends, one_end) = _listed(context), _listed(continuation)
-        if one != one_end:
-            raise ValueError("score takes one context and one continuation, or a list of each")
-        if len(contexts) != len(ends):
-            raise ValueError(f"score: {len(contexts)} contexts and {len(ends)} continuations must be as many")
-        before = [self._ids(text) for text in contexts]
-        after = [self._plain(text) if isinstance(text, str) else [int(i) for i in text] for text in ends]
-        if not all(after):
-            raise ValueError(f"score: the continuation {ends[after.index([])]!r} has no tokens")
-        found = self._run("score")(None, [self._ids(a + b) for a, b in zip(before, after, strict=True)])
-        scores = []
-        for (nll, best), b in zip(found, after, strict=True):
-            nll, best = nll[-len(b) - 1 : -1], best[-len(b) - 1 : -1]
-            scores.append(Score(-float(nll.sum(dtype=np.float64)), len(b), bool(np.array_equal(best, b))))
+        if one != one_end or len(contexts) != len(ends):
+            raise ValueError("score takes one context and one continuation, or a list of each, equally long")
+        if not contexts:
+            return []
+        requests = self._requests(contexts, ends)
+        for request, end in zip(requests, ends, strict=True):
+            if not len(request.continuation):
+                raise ValueError(f"score: the continuation {end!r} has no tokens")
+        longest = max(len(self._ids([*request.context, *request.continuation])) for request in requests)
+        data = dataclasses.replace(self.cfg.data, seq_len=longest, batch_size=max(1, passes.TOKENS // longest))
+        cfg = dataclasses.replace(self.cfg, model=self.model, data=data)
+        scores = loglikelihood.score(cfg, self.mesh, self.params, self.router_bias, requests)
         return scores[0] if one else scores
+
+    def _requests(self, contexts: list[Text], ends: list[Text]) -> list[loglikelihood.Request]:
+        texts = {isinstance(text, str) for text in (*contexts, *ends)}
+        if len(texts) > 1:
+            raise ValueError("score takes texts, or token ids of both context and continuation")
+        if texts == {True}:
+            pairs = [(as_text(a), as_text(b)) for a, b in zip(contexts, ends, strict=True)]
+            return loglikelihood.encode(self._its_tokenizer(), pairs)
+        ids = lambda given: np.asarray(given, np.int32)
+        return [loglikelihood.Request(ids(self._ids(a)), ids(b)) for a, b in zip(contexts, ends, strict=True)]
 
     def generate(
         self, prompts: Text | Sequence[Text], tokens: int | None = None, *, temperature: float | None = None,

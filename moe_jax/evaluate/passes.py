@@ -1,4 +1,4 @@
-"""Passes of a model over texts of any length: logits, hidden states, choices of experts, scores.
+"""Passes of a model over texts of any length: logits, hidden states, choices of experts.
 
 Letters: S tokens of a text, V rows of the output matrix, D model width, L layers with experts, K slots of a token.
 """
@@ -89,18 +89,6 @@ def _routing(net, out, ids, layer):
     return by_depth(net.cfg.places, out.choices)
 
 
-def _score(net, out, ids, layer):
-    """Of each token the −log p of the next one, and the most probable next one."""
-
-    def local(hidden, targets, matrix):
-        logits = jnp.einsum("bsd,vd->bsv", hidden, matrix, preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked, jnp.argmax(logits, axis=-1)
-
-    matrix = weight(net.output_matrix, out.hidden.dtype)
-    return sharding.per_device(local, 2, 1)(out.hidden, jnp.roll(ids, -1, axis=1), matrix)
-
-
 def _routing_of_row(layers, row, length):
     """Experts and weights `[L, S, K]`; layers with fewer slots than others are filled."""
     slots = max(one.experts.shape[-1] for one in layers)
@@ -120,7 +108,6 @@ READ = {
     "logits": Read(_logits, _only),
     "hidden": Read(_hidden, _only),
     "routing": Read(_routing, _routing_of_row),
-    "score": Read(_score, lambda made, row, length: tuple(a[row, :length] for a in made)),
 }
 
 

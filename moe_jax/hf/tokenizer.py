@@ -12,7 +12,15 @@ from typing import Any
 
 from moe_jax.config import TokenizerConfig
 from moe_jax.data.begin_of_text import AUTO, NONE, of_json, settings_of, token
-from moe_jax.data.tokenizers import SETTINGS, JsonTokenizer, SentencePieceTokenizer, companion_files, of_run, settings
+from moe_jax.data.tokenizers import (
+    SETTINGS,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    companion_files,
+    first_token,
+    of_run,
+    settings,
+)
 from moe_jax.errors import ConfigError, FileError, FormatError
 
 PLAIN = "PreTrainedTokenizerFast"  # in transformers the class that takes a file as it is
@@ -78,7 +86,7 @@ def exported(
         raise FormatError(f"{workdir}: its tokenizer has {tokenizer.vocab_size} tokens, its model {hf['vocab_size']}")
     came, trained = "import" in events, "train" in events
     end = tokenizer.end_of_text
-    ours = {"bos_token_id": end if tokenizer.begin_of_text is None else tokenizer.begin_of_text, "eos_token_id": end}
+    ours = {"bos_token_id": first_token(tokenizer), "eos_token_id": end}
     hf = (hf if came else {"pad_token_id": None} | hf) | _differing(hf, ours, trained or not came, echo)
     if "generation_config.json" not in files:
         files["generation_config.json"] = _json({k: hf[k] for k in (*ours, "pad_token_id") if hf.get(k) is not None})

@@ -67,12 +67,20 @@ def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> None:
         _write_config(path, cfg)
 
 
+def values(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The values of a run's fields by dotted name, those of fields that are newer than the run included.
+
+    A configuration that is not valid any more is returned as it is written.
+    """
+    written = config.complete(_read(Path(workdir) / NAME))
+    with contextlib.suppress(ConfigError):
+        written = _plain(config.build(written))
+    return flatten_config(written)
+
+
 def differences(workdir: str | os.PathLike, cfg: config.RunConfig) -> dict[str, tuple[Any, Any]]:
     """A dict of the fields of `cfg` that differ from the run's: (in the run, now), None for a field that one lacks."""
-    old = config.complete(_read(Path(workdir) / NAME))
-    with contextlib.suppress(ConfigError):  # a configuration that is not valid any more is compared as it is written
-        old = _plain(config.build(old))
-    old, new = flatten_config(old), flatten_config(_plain(cfg))
+    old, new = values(workdir), flatten_config(_plain(cfg))
     names = [*old, *(name for name in new if name not in old)]
     return {n: (old.get(n), new.get(n)) for n in names if _shown(old, n) != _shown(new, n)}
 

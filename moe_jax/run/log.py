@@ -211,12 +211,14 @@ class Progress:
     """Shows step, loss, tokens per second and the time left on stderr, on process 0 only.
 
     On a terminal it is a bar. Elsewhere lines are printed at every log step, and between them at most every `seconds`.
+    The time left is that of the steps since the first, which compiles.
     """
 
     def __init__(self, total: int, *, initial: int = 0, seconds: float = 10.0):
         self._on = jax.process_index() == 0
-        self._total, self._initial, self._step, self._seconds = total, initial, initial, seconds
-        self._start = self._printed = time.perf_counter()
+        self._total, self._step, self._seconds = total, initial, seconds
+        self._printed = time.perf_counter()
+        self._first: tuple[int, float] | None = None  # the first step of this start, and when it was done
         self._rate = 0.0
         self._bar = None
         if self._on and sys.stderr.isatty():
@@ -229,17 +231,22 @@ class Progress:
         loss = "" if loss is None else f"loss {loss:.4f}"
         self._rate = self._rate if rate is None else rate
         rate = f"{tqdm.tqdm.format_sizeof(self._rate)} tokens/s" if self._rate else ""
-        done, self._step = step - self._step, step
+        done, self._step, now = step - self._step, step, time.perf_counter()
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(filter(None, (loss, rate))), refresh=log)
-            self._bar.update(done)
-            return
-        now = time.perf_counter()
-        if not log and now - self._printed < self._seconds:
+            if self._first is None:  # the bar's time and rate begin here
+                self._bar.reset()
+                self._bar.n = self._bar.initial = self._bar.last_print_n = step
+                self._bar.refresh()
+            else:
+                self._bar.update(done)
+        self._first = self._first or (step, now)
+        if self._bar is not None or (not log and now - self._printed < self._seconds):
             return
         self._printed = now
-        left = (now - self._start) / max(step - self._initial, 1) * (self._total - step)
-        left = f"{tqdm.tqdm.format_interval(left)} left"
+        first, began = self._first
+        left = (now - began) / (step - first) * (self._total - step) if step > first else None
+        left = "" if left is None else f"{tqdm.tqdm.format_interval(left)} left"
         parts = filter(None, (f"step {step}/{self._total}", loss, rate, left))
         print("  ".join(parts), file=sys.stderr, flush=True)
 

@@ -1,0 +1,1 @@
+"""Compares runs: their settings, losses, benchmarks, balance and specialisation, in tables and figures."""

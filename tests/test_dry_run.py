@@ -1,0 +1,74 @@
+"""A run before it begins: its memory against shapes, shardings and the table of `nn/remat.py`."""
+
+import dataclasses
+
+import jax
+
+from moe_jax import config, model
+from moe_jax.aot import compile_only, dry_run
+from moe_jax.parallel import sharding
+from moe_jax.train.state import abstract_state, parts_of
+
+
+def small(**changes) -> config.RunConfig:
+    cfg = config.default_config()
+    cfg.model.update(vocab_size=512, d_model=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16)
+    cfg.model.moe.update(num_experts=8, top_k=2, d_expert=24)
+    cfg.data.update(batch_size=16, seq_len=64)
+    for name, value in changes.items():
+        group, _, last = name.rpartition("__")
+        (cfg.model if not group else cfg[group])[last] = value
+    return config.build(cfg)
+
+
+def test_the_state_of_a_device_is_that_of_its_shards():
+    """On (2, 2, 2): the slow way has the eight devices."""
+    cfg = small(optim__name="muon", optim__ema=0.9)
+    state = abstract_state(cfg, sharding.make_mesh((2, 2, 2)))
+    parts, size = parts_of(state.opt_state), compile_only.bytes_of_device
+    found = dry_run.memory(cfg, (2, 2, 2))
+    assert found.parameters == size((state.params, state.router_bias)) and found.gradients == size(state.params)
+    assert (found.moments, found.average) == (size(parts.optimizer), size(parts.ema))
+    assert found.activations == dry_run.memory(cfg, (8, 1, 1)).activations  # all axes split the batch
+
+
+def test_activations_of_a_layer_are_those_of_the_table():
+    """Two layers more, for each token: with remat="full" a layer keeps its input, with "selective" what the table of
+    nn/remat.py says. Numbers are bfloat16, the router's logits float32, places of rows int32."""
+
+    def of_a_layer(remat: str) -> float:
+        more, fewer = (dry_run.activations(small(remat=remat, num_layers=n))[0] for n in (4, 2))
+        return (more - fewer) / 2 / 64
+
+    assert of_a_layer("full") == 2 * 32
+    n_h, m_h, d, e, k, f = 64, 32, 32, 8, 2, 24
+    table = 2 * (d + n_h + 2 * m_h + n_h + d + 2 * k * f) + 4 * e + 4 * 2 * k
+    assert of_a_layer("selective") == table
+
+
+def test_attention_probabilities_are_told_apart():
+    cfg = small(remat="none")
+    total, scores = dry_run.activations(cfg)
+    assert 0 < scores < total and scores >= 4 * 4 * 64 * 64 * 2  # layers, heads, S × S, at least bfloat16
+    assert dry_run.activations(small(remat="selective"))[1] == 0
+
+
+def test_the_report(tmp_path, capsys):
+    """Of a mesh that is not here; the data comes last."""
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 400, encoding="utf-8")
+    source = config.SourceConfig(kind="files", path=str(tmp_path / "a.txt"), validation_fraction=0.2)
+    cfg = small(train__steps=30, train__checkpoint_every=10)
+    data = dataclasses.replace(cfg.data, sources={"text": source}, cache_dir=str(tmp_path), batch_size=64)
+    mesh = config.MeshConfig(data=2, fsdp=8, expert=4)
+    dry_run.main(dataclasses.replace(cfg, data=data, mesh=mesh))
+    out = capsys.readouterr().out
+    counts = model.count_parameters(cfg.model)
+    for words in (
+        "devices: 64, mesh {'data': 2, 'fsdp': 8, 'expert': 4}; 1 sequences of 64 tokens",
+        f"parameters: {counts.total:,} total",
+        "steps: 30 of 4,096 tokens, 122,880 in all",
+        "checkpoints: 3",
+        "epochs",
+    ):
+        assert words in out
+    assert jax.device_count() == 8

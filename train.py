@@ -61,6 +61,8 @@ def train(preemption: survive.Preemption):
     optim.check_groups(cfg)
     if WEIGHTS.value == "ema" and not cfg.init_from:
         raise UserError("--weights=ema needs --config.init_from, whose weights it chooses")
+    if COMPILE_ONLY.value and DRY_RUN.value:
+        raise UserError("--dry_run and --compile_only: name one of them; the first compiles nothing")
     if COMPILE_ONLY.value:
         return compile_only.main(cfg, COMPILE_ONLY.value)
     if DRY_RUN.value:

@@ -298,9 +298,10 @@ def quiet_absent_tpu() -> None:
     """Keeps libtpu, where it is installed, from printing about a TPU that is not there. Call it before the first use
     of a device.
 
-    JAX sets TPU_SKIP_MDS_QUERY when it is imported on a machine without a TPU. What the user has set stays.
+    JAX sets TPU_SKIP_MDS_QUERY when it is imported on a machine without a TPU. On a machine with one the user may set
+    it, and JAX sets TPU_ML_PLATFORM. What the user has set stays.
     """
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and "TPU_ML_PLATFORM" not in os.environ:
         for name, value in ABSENT_TPU.items():
             os.environ.setdefault(name, value)
 

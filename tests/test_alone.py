@@ -70,7 +70,13 @@ def test_what_does_not_fit_is_one_line():
         sharded = make()
     for call, under, error, message in (
         (lambda: layer(X[0]), None, ValueError, "x must have the shape [B, S, 16], not [3, 16]; x[None] is a batch"),
-        (lambda: layer(X, COUNTED[:, :2]), None, ValueError, "counted must have the shape (8, 3) of x's tokens"),
+        (lambda: layer(X, COUNTED[:, :2]), None, ValueError, "counted must have the shape (8, 3) for x's tokens"),
+        (lambda: layer(X, None, COUNTED + 1), None, ValueError, "group must be ≥ 0 and < balance_groups=1"),
+        (lambda: layer(X[:, :0]), None, ValueError, "x has no tokens: its shape is [8, 0, 16]"),
+        (lambda: jax.vmap(lambda x: sharded(x).y)(X[None]), mesh, ValueError, "call it inside jax.jit"),
+        (lambda: MoELayer(16, rngs=0), None, TypeError, "rngs must be nnx.Rngs, such as nnx.Rngs(0), not int"),
+        (lambda: make(grouped_matmul="hopper"), None, ConfigError, "needs a Hopper GPU, this is cpu"),
+        (lambda: make_mesh((2, 2, 4)), None, ValueError, "whose product is at most the 8 devices"),
         (lambda: make(top=3), None, ConfigError, "model.moe.top=3: is not a field; nearest valid name: top_k"),
         (lambda: make(top_k=9), None, ConfigError, "top_k=9: must be ≤ num_experts=8; nearest valid: 8"),
         (lambda: make(num_experts=6), mesh, ConfigError, "num_experts=6: must be a multiple of the 8 devices"),
@@ -79,6 +85,7 @@ def test_what_does_not_fit_is_one_line():
         (lambda: sharded(X), None, ValueError, "but called with no mesh; make the layer and call it under the same"),
         (make, axis, ValueError, "the mesh in use has x (Auto); nearest valid: make_mesh((1, 1, 8))"),
         (lambda: load_balancing_loss(X), None, TypeError, "takes RouterStats, those of MoELayer's output, or stats_of"),
+        (lambda: router_z(X), None, TypeError, "router_z takes RouterStats"),
         (lambda: stats_of(X, jnp.zeros((8, 2), int)), None, ValueError, "must have the same tokens"),
     ):
         with pytest.raises(error, match=re.escape(message)):
@@ -102,7 +109,9 @@ def test_other_settings_run_without_a_mesh_too(settings):
     layer = make(**settings)
     (value, out), _ = gradients(layer, X)
     with jax.set_mesh(make_mesh((1, 1, 1), jax.devices()[:1])):
-        (other, same), _ = gradients(make(**settings), X)
+        there = make(**settings)
+        (other, same), _ = gradients(there, X)
+        np.testing.assert_allclose(there(X, COUNTED).y, same.y, atol=1e-6)  # outside jax.jit
     np.testing.assert_allclose(out.y, same.y, atol=1e-6)
     assert float(value) == pytest.approx(float(other), rel=1e-6)
     assert (out.state is not None) == ("router" in settings)

@@ -129,6 +129,15 @@ def test_a_completion_and_its_end_are_learned(tmp_path):
     assert store.targets_per_document().tolist() == [n + 1 for n in store.document_bytes]
 
 
+def test_a_sample_begins_with_a_prompt_that_fits_into_a_row(tmp_path):
+    """Memory for a longer one may be lacking at the end of a run."""
+    rows = [{"question": f"{n}{'x' * 500 * (n < 10)}?", "answer": "no"} for n in range(20)]
+    made = {s: prepare(tmp_path, rows, s, validation_fraction=0.5, **PAIR).beginning() for s in (600, 64)}
+    decode = tokenizers.BytesTokenizer().decode
+    assert len(made[600]) > 500 and decode(made[64]).endswith("?\nA:")
+    assert made[64][0] == 256 and len(made[64]) < 20
+
+
 def test_a_pair_is_encoded_as_one_text(tmp_path, tokenizer_folder):
     """begin_of_text is in front, once; a token of both is learned, and counted; text makes no special token."""
     cfg = TokenizerConfig(kind="huggingface", path=str(tokenizer_folder / "tokenizer.json"), begin_of_text="<s>")

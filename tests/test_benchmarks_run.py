@@ -1,7 +1,9 @@
 """eval.py --tasks and --text on a run directory, as a user runs them, and lm-eval's own runner on the same model."""
 
+import importlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +98,11 @@ def test_command(root):
     few = json.loads((root / "run" / "eval.0.6documents.changed.json").read_text(encoding="utf-8"))["tasks"]["mine"]
     assert (few["documents"], few["of_documents"], few["limit"], few["length"]) == (6, 24, 6, 64)
     assert few["overrides"] == {"data.seq_len": 64} and log.read_eval(root / "run") == body
+    (root / "other").mkdir()
+    row = {"doc_id": 0, "context": "a", "continuation": " b", "label": 0}
+    (root / "other" / "mine.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    error = evaluate(root, f"--tasks={root}/other/mine.jsonl", status=2)
+    assert f"eval.json has the results of another mine, {root}/mine.jsonl; rename the file" in error
 
 
 def test_mistakes(root):
@@ -104,7 +111,10 @@ def test_mistakes(root):
         (["--tasks=no.jsonl"], "--tasks=no.jsonl: no such file"),
         ([f"--tasks={root}/mine.jsonl", "--batches=3"], "--batches=3: has no effect with --tasks or --text"),
         (["--documents=3"], "--documents=3: needs --tasks"),
+        (["--tasks="], "--tasks=: names nothing"),
         ([f"--tasks={root}/mine.jsonl,{root}/../{root.name}/mine.jsonl"], "two of them have the same name"),
+        ([f"--tasks={root}/mine.jsonl", "--figures=svg"], "--figures=svg: has no effect with --tasks or --text"),
+        ([f"--tasks={root}/mine.jsonl", "--config.model.attention=splash"], "needs a TPU, this is cpu; use 'auto'"),
         ([f"--text={root}/mine.jsonl", "--config.model.d_model=3"], "config.model.d_model='3': describes the weights"),
         ([f"--text={root}/mine.jsonl", "--config.model.moe.compute=capacity"], "depend on the other sequences"),
     ]:
@@ -122,6 +132,24 @@ def test_mistakes(root):
     finally:
         settings.write_bytes(kept)
         (root / "run" / "config.json").write_text(text, encoding="utf-8")
+
+
+def test_a_damaged_run(root, tmp_path):
+    """One line that names the damage, and no evaluation file."""
+    cut = lambda path: path.write_bytes(path.read_bytes()[:-9])
+    for i, (damage, says) in enumerate([
+        (lambda run: cut(run / "config.json"), "config.json"),
+        (lambda run: cut(next((run / "checkpoints" / "0" / "state").rglob("manifest.ocdbt"))), "0 is damaged: state/"),
+        (lambda run: shutil.rmtree(run / "checkpoints" / "0"), "has no complete checkpoint"),
+        (lambda run: cut(run / tokenizers.SETTINGS), "is not a tokenizer's settings"),
+    ]):  # fmt: skip
+        copy = tmp_path / str(i)
+        shutil.copytree(root / "run", copy / "run", ignore=shutil.ignore_patterns("eval*"))
+        damage(copy / "run")
+        error = evaluate(root, f"--workdir={copy}/run", f"--tasks={root}/mine.jsonl", status=2)
+        line = error.splitlines()[-1]
+        assert line.startswith("error: ") and says in line and "Traceback" not in error, error
+        assert not list((copy / "run").glob("eval*"))
 
 
 TASK = """
@@ -204,4 +232,4 @@ def test_lm_eval_is_named_if_it_is_missing(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"needs lm-eval .*pip install 'moe_jax\[lm-eval\]'"):
-        import moe_jax.evaluate.harness  # noqa: F401
+        importlib.import_module("moe_jax.evaluate.harness")

@@ -329,7 +329,7 @@ OTHER = {
     "eval.py --workdir={d}/run --config=x": ["unknown flag --config"],
     "eval.py --workdir={d}/run --tasks={d}/no.jsonl": ["/no.jsonl: no such file"],
     "eval.py --workdir={d}/run --text={d}/no.txt": ["/no.txt: no such file"],
-    "eval.py --workdir={d}/run --tasks=a --prompt=b": ["--prompt=['b']: has no effect with --tasks or --text"],
+    "eval.py --workdir={d}/run --tasks=a --prompt=b": ["--prompt=b: has no effect with --tasks or --text"],
     "eval.py --workdir={d}/run --documents=3": ["--documents=3: needs --tasks"],
     "eval.py --workdir={d}/run --config.model.d_modl=3": ["config.model.d_modl: is not a field", "name: d_model"],
     "eval.py --workdir={d}/run --config.model.d_model=3": ["config.model.d_model='3': describes the weights"],

@@ -12,7 +12,7 @@ from moe_jax import config
 from moe_jax.compare import curves, runs, tables
 from moe_jax.compare.__main__ import main
 from moe_jax.config import default_config
-from moe_jax.errors import FileError, UserError
+from moe_jax.errors import CheckpointError, FileError, UserError
 from moe_jax.evaluate import analysis, drawing
 
 
@@ -65,6 +65,31 @@ def test_losses_at_equal_places(tmp_path):
     table = cells(tables.of_losses(found))
     assert table["b"]["Δ"] == "+0.5500" and table["a"]["after 7.5 s"] == tables.NONE
     assert table["b"]["at 4,000 tokens"] == "2.8000" and table["a"]["time"] == "40 s"
+
+
+def test_runs_without_evaluations_and_runs_still_training(tmp_path):
+    """a has no held-out loss; c has one after its last row of training, so that only its step is known."""
+    for name in "abc":
+        made(tmp_path / name, [4.0, 3.0], loads=[[[20, 0], [0, 20]]])
+    for name, gone in (("a", '"eval"'), ("c", '"step": 20, "xent": 3.1')):
+        path = tmp_path / name / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("".join(f"{line}\n" for line in lines if gone not in line), encoding="utf-8")
+    (tmp_path / "a" / "eval.json").unlink()
+    limited = json.loads((tmp_path / "b" / "eval.json").read_text(encoding="utf-8")) | {"limit": 2, "step": 15}
+    for name in "bc":
+        (tmp_path / name / "eval.json").write_text(json.dumps(limited), encoding="utf-8")
+    found = runs.read(runs.find([str(tmp_path)]))
+    assert [tables.common(found, axis) for axis in runs.AXES] == [20, 1000, 10]
+    assert tables.common(found[:2], "step") is None  # one of them has no evaluation
+    table = cells(tables.of_losses(found))
+    assert [table[name]["at step 20"] for name in "abc"] == [tables.NONE, "3.0000", "3.0000"]
+    assert [table[name]["Δ"] for name in "abc"] == [tables.NONE, "+0.0000", "+0.0000"]  # against b
+    lines = list(tables.notes(found))
+    assert not any("different parts" in line for line in lines)  # b and c have the same limit
+    assert [line for line in lines if "eval.json is of" in line] == [
+        "b: eval.json is of step 15, and the run is at step 20"
+    ]
 
 
 def test_time_leaves_out_compilation(tmp_path):
@@ -152,6 +177,11 @@ def test_bad_paths(tmp_path, monkeypatch, paths, message):
         runs.find(paths)
 
 
+def test_a_run_with_nothing_to_compare_is_told(tmp_path):
+    made(tmp_path / "a", [3.0]), (tmp_path / "x" / "new" / "checkpoints").mkdir(parents=True)
+    assert runs.left_out([str(tmp_path)]) == [tmp_path / "x" / "new"] and runs.left_out([str(tmp_path / "a")]) == []
+
+
 @pytest.mark.parametrize(
     ("file", "text"),
     [
@@ -159,6 +189,9 @@ def test_bad_paths(tmp_path, monkeypatch, paths, message):
         ("eval.json", '{"domains": [{}]}'),
         ("eval.json", "[1]"),
         ("eval.json", ""),
+        ("eval.json", '{"tasks": [1]}'),
+        ("eval.json", '{"tasks": {"arc": {"acc": 0.5}}}'),
+        ("eval.json", '{"step": "x"}'),
     ],
 )
 def test_a_corrupt_run_is_named(tmp_path, file, text):
@@ -168,16 +201,25 @@ def test_a_corrupt_run_is_named(tmp_path, file, text):
         runs.read(runs.find([str(tmp_path)]))
 
 
+def test_a_config_that_is_none_is_named(tmp_path):
+    made(tmp_path / "a", [3.0]), made(tmp_path / "b", [3.0])
+    (tmp_path / "b" / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not a configuration"):
+        runs.read(runs.find([str(tmp_path)]))
+
+
 def test_figures_of_runs_that_lack_a_part(tmp_path):
     (tmp_path / "a").mkdir()
-    made(tmp_path / "r" / "a", [math.nan, 3.0], load=1.5, loads=[[[20, 0], [0, 20]]])
+    made(tmp_path / "r" / "a", [math.nan, 3.0], load=1.5, loads=[[[20, 0], [0, 20]], [[0, 0], [0, 0]]])
     made(tmp_path / "r" / "b", [3.0])
     bare = made(tmp_path / "r" / "c", [3.0])
     (bare / "metrics.jsonl").write_text("", encoding="utf-8")
     found = runs.read(runs.find([str(tmp_path / "r")]))
     names = [name for name, _ in curves.all_figures(found)]
     assert names == ["loss", "max_load", "layers", "domains"]
-    assert tables.as_json(found)["runs"][2]["held_out"] == []
+    written = tables.as_json(found)
+    assert written["runs"][2]["held_out"] == []
+    assert json.loads(json.dumps(written, allow_nan=False))["runs"][0]["layers"][1]["max_load"] is None
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -194,7 +236,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         *(f"{n}.svg" for n in ("loss", "max_load", "layers", "domains")),
     }
     assert "+0.1000" in capsys.readouterr().out
-    assert "+0.1000" in (tmp_path / "comparison" / "comparison.md").read_text(encoding="utf-8")
+    text = (tmp_path / "comparison" / "comparison.md").read_text(encoding="utf-8")
+    assert "+0.1000" in text and "![loss](loss.svg)" in text
     assert len(runs.find([str(tmp_path)])) == 2  # the comparison beside the runs is not a run
 
 

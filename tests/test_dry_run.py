@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import pytest
 
 from moe_jax import config, model
 from moe_jax.aot import compile_only, dry_run
@@ -46,6 +47,7 @@ def test_activations_of_a_layer_are_those_of_the_table():
     assert of_a_layer("selective") == table
 
 
+@pytest.mark.slow
 def test_attention_probabilities_are_told_apart():
     cfg = small(remat="none")
     total, scores = dry_run.activations(cfg)
@@ -53,6 +55,7 @@ def test_attention_probabilities_are_told_apart():
     assert dry_run.activations(small(remat="selective"))[1] == 0
 
 
+@pytest.mark.slow
 def test_the_report(tmp_path, capsys):
     """Of a mesh that is not here; the data comes last."""
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 400, encoding="utf-8")

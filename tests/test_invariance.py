@@ -39,7 +39,7 @@ def wanted(mesh, micro, remat, compute, exchange) -> bool:
 # Programs; each runs with every padding, which is data.
 EVERYTHING = [case for case in itertools.product(MESHES, MICRO, REMAT, COMPUTE, EXCHANGE) if wanted(*case)]
 # The fast part, beside the oracle, which computes densely on one device.
-FAST = [((1, 1, 1), 1, "none", "grouped", "ring"), ((2, 2, 2), 2, "selective", "grouped", "all_to_all")]
+FAST = [((2, 2, 2), 2, "selective", "grouped", "all_to_all")]
 
 
 def run_config(micro=1, remat="none", compute="dense", balance_batch="8", lb_coef=0.5, z_coef=0.1,

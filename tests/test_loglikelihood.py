@@ -9,21 +9,19 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax import config
+from moe_jax.data.tokenizers import BytesTokenizer
+from moe_jax.errors import ConfigError
+from moe_jax.evaluate import loglikelihood
+from moe_jax.evaluate.loglikelihood import Request, encode, encode_text, score
+from moe_jax.hf import import_model
+from moe_jax.parallel import sharding
+from moe_jax.run import weights
+from moe_jax.train.state import abstract_weights
+from tests import two_processes
+
 hf_models = pytest.importorskip("tests.hf_models" if __package__ else "hf_models")
-
-from hf_models import build, saved, torch  # noqa: E402
-
-from moe_jax import config  # noqa: E402
-from moe_jax.data.tokenizers import BytesTokenizer  # noqa: E402
-from moe_jax.errors import ConfigError  # noqa: E402
-from moe_jax.evaluate import loglikelihood  # noqa: E402
-from moe_jax.evaluate.loglikelihood import Request, encode, encode_text, score  # noqa: E402
-from moe_jax.hf import import_model  # noqa: E402
-from moe_jax.parallel import sharding  # noqa: E402
-from moe_jax.run import weights  # noqa: E402
-from moe_jax.train.state import abstract_weights  # noqa: E402
-from tests import two_processes  # noqa: E402
-
+build, saved, torch = hf_models.build, hf_models.saved, hf_models.torch
 LONGEST = 24
 
 

@@ -185,8 +185,12 @@ IMPORTED = [{"event": "import", "from": "org/model"}]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A base of weights, and a run of adapters for it at step 1."""
-    root, mesh = tmp_path_factory.mktemp("lora"), mesh_of((1, 1, 1))
+    return write_runs(tmp_path_factory.mktemp("lora"))
+
+
+def write_runs(root):
+    """Writes a base of weights, and a run of adapters for it at step 1."""
+    mesh = mesh_of((1, 1, 1))
     cfg = run_config(init_from=str(root / "base"), layers=1)
     state = placed(cfg, mesh)
     _, rest = split(state.params, lora.is_adapter)

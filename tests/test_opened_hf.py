@@ -6,24 +6,24 @@ import json
 import jax
 import numpy as np
 import pytest
+from test_lora import write_runs
+from test_opened import config_of, write_run
 
-pytest.importorskip("torch"), pytest.importorskip("transformers")
+import moe_jax
+from moe_jax import model
+from moe_jax.data.tokenizers import train_bpe
+from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.nn import lora
+from moe_jax.run import weights
+from moe_jax.run.checkpoint import Checkpoints
+from moe_jax.run.config_file import save_config
+from moe_jax.train.state import init_state, parts_of
+from moe_jax.tree import flatten, split
 
-from hf_models import MODELS, SIZE, TOKENS, build, forward, saved, torch, transformers  # noqa: E402
-from test_lora import runs  # noqa: E402, F401
-from test_opened import config_of, folder  # noqa: E402, F401
-
-import moe_jax  # noqa: E402
-from moe_jax import model  # noqa: E402
-from moe_jax.data.tokenizers import train_bpe  # noqa: E402
-from moe_jax.errors import CheckpointError, ConfigError  # noqa: E402
-from moe_jax.nn import lora  # noqa: E402
-from moe_jax.run import weights  # noqa: E402
-from moe_jax.run.checkpoint import Checkpoints  # noqa: E402
-from moe_jax.run.config_file import save_config  # noqa: E402
-from moe_jax.train.state import init_state, parts_of  # noqa: E402
-from moe_jax.tree import flatten, split  # noqa: E402
-
+hf_models = pytest.importorskip("tests.hf_models" if __package__ else "hf_models")
+MODELS, SIZE, TOKENS = hf_models.MODELS, hf_models.SIZE, hf_models.TOKENS
+build, forward, saved = hf_models.build, hf_models.forward, hf_models.saved
+torch, transformers = hf_models.torch, hf_models.transformers
 pytestmark = pytest.mark.slow
 QUIET = lambda line: None
 
@@ -76,8 +76,8 @@ def test_texts_of_a_model_with_a_tokenizer(tmp_path):
     assert run.generate("the old light", 5, temperature=0.0) == tokenizer.decode(whole)
 
 
-def test_a_run_of_adapters(runs):  # noqa: F811
-    root, cfg, _, _ = runs
+def test_a_run_of_adapters(tmp_path):
+    root, cfg, _, _ = write_runs(tmp_path)
     run = moe_jax.load(root / "run", compute_dtype="float32")
     assert run.step == 1 and any(map(lora.is_adapter, flatten(run.params)))
     ids = [list(range(3, 12))]
@@ -89,8 +89,8 @@ def test_a_run_of_adapters(runs):  # noqa: F811
     np.testing.assert_allclose(run.logits(ids)[0], base.logits(ids)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_steps_and_the_average(folder, tmp_path):  # noqa: F811
-    cfg = config_of(folder)
+def test_steps_and_the_average(tmp_path):
+    cfg = config_of(write_run(tmp_path / "texts"))
     cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, ema=0.9))
     mesh = moe_jax.make_mesh((1, 1, 1), jax.devices()[:1])
     state = init_state(cfg, mesh)
@@ -108,9 +108,9 @@ def test_steps_and_the_average(folder, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("moe", [{"choice": "expert"}, {"compute": "capacity", "overflow": "score"}], ids=str)
-def test_texts_do_not_depend_on_each_other(folder, tmp_path, moe):  # noqa: F811
+def test_texts_do_not_depend_on_each_other(tmp_path, moe):
     """Also where routing would let them: experts that choose tokens, and experts of limited capacity."""
-    cfg, said = config_of(folder, 0.0, **moe), []
+    cfg, said = config_of(write_run(tmp_path / "texts"), 0.0, **moe), []
     weights.save_weights(tmp_path / "run", cfg, *model.init(cfg.model, jax.random.key(0)), [])
     run = moe_jax.load(tmp_path / "run", echo=said.append)
     assert said == [] if "choice" in moe else "no token is dropped" in said[0]

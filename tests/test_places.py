@@ -89,6 +89,7 @@ def test_upcycled_anywhere_it_is_the_dense_function(name):
             assert own["moe"]["w_up"].shape[1] == place.kind.experts
 
 
+@pytest.mark.slow
 def test_clusters_noise_and_new_units_anywhere():
     chain = [deep(), Cluster(4, 4, layers="2*(dense moe)")]
     (grown, params), (cfg, made) = apply(chain[:1]), apply(chain)

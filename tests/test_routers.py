@@ -365,7 +365,7 @@ CASES = [
     ((1, 2, 4), 4, "selective", "grouped", "all_to_all"),
     ((8, 1, 1), 1, "none", "grouped", "ring"),
 ]
-FAST = [("mlp", 0), ("expert choice", 0)]
+FAST = [("mlp", 0)]
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def test_equals_a_loop_over_tokens(name, seed):
         assert not np.any(grads[key][1]), key
 
 
+@pytest.mark.slow
 def test_choices_hold_the_probability_of_the_chosen():
     """… by the loop's numbers. A slot that is not valid is −1, and its expert's probability is not in the sum."""
     for name in VARIANTS:

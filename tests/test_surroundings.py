@@ -82,11 +82,15 @@ def test_a_reader_that_ends_first_ends_no_run(monkeypatch):
 
 
 def test_libtpu_is_quiet_where_jax_finds_no_tpu(monkeypatch):
-    for name in (*chips.ABSENT_TPU, "TPU_SKIP_MDS_QUERY"):
+    for name in (*chips.ABSENT_TPU, "TPU_SKIP_MDS_QUERY", "TPU_ML_PLATFORM"):
         monkeypatch.delenv(name, raising=False)
     cli.quiet_absent_tpu()
     assert not set(chips.ABSENT_TPU) & set(os.environ)  # a TPU is there
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # what JAX sets if none is
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_ML_PLATFORM", "JAX")  # what JAX sets if one is, whatever the user has set
+    cli.quiet_absent_tpu()
+    assert "TPU_ACCELERATOR_TYPE" not in os.environ
+    monkeypatch.delenv("TPU_ML_PLATFORM")
     monkeypatch.setenv("TPU_WORKER_ID", "3")
     cli.quiet_absent_tpu()
     found = {name: os.environ.get(name) for name in chips.ABSENT_TPU}

@@ -69,6 +69,10 @@ def test_rows_become_documents(tmp_path):
             ":1: the document's rows must have one label, a number, not 0, 1",
         ),
         ([row(0, "a", " b", 2), row(0, "a", " c", 2)], ":1: label=2, but the document has 2 continuations, from 0"),
+        (
+            [row(0, "a", " b", 0) | {"idx": 1}, row(0, "a", " c", 0) | {"idx": 1}],
+            "two rows of the document have",
+        ),
         (["{\n"], ":1: is not JSON"),
         (["[1]\n"], ":1: is list, not an object with fields"),
         ([], "has no documents"),
@@ -86,6 +90,11 @@ def test_a_file_that_is_cut(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(FileError, match=r"t.jsonl.gz: cannot be read"):
         tasks.read(str(path))
+    damaged = bytearray(gzip.compress(b"the old river " * 999))
+    damaged[14:30] = b"?" * 16
+    (tmp_path / "t.txt.gz").write_bytes(damaged)
+    with pytest.raises(FileError, match=r"t.txt.gz: cannot be read"):
+        benchmarks.read_text(str(tmp_path / "t.txt.gz"))
 
 
 def test_names_of_the_package(tmp_path, monkeypatch):
@@ -157,6 +166,7 @@ def test_results_stay_beside_each_other(tmp_path):
     assert math.isnan(body["texts"]["x"]["xent"])
     log.add_eval(path, 4, "tasks", {"b": {"acc": 0.25}})
     assert log.read_eval(tmp_path) == {"step": 4, "tasks": {"b": {"acc": 0.25}}}
+    assert log.read_eval(tmp_path, "eval.3.json") == body
     path.write_text("{", encoding="utf-8")
     log.write_eval(path, '{"step": 4}')
     assert log.read_eval(tmp_path) == {"step": 4}
@@ -172,11 +182,15 @@ def test_overrides():
     assert changed == {"data.seq_len": 64, "sample.temperature": 0.0}
     assert overrides.changes_results(changed) and not overrides.changes_results({"sample.tokens": 1})
     assert all(config.is_machine(f"model.{name}") for name in overrides.MODEL)
+    some = "{'x': {'kind': 'files', 'path': 'a/*.txt'}}"
+    _, changed = overrides.apply(config.RunConfig(), overrides.Overrides([("data.sources", some)]))
+    assert changed["data.sources.x.path"] == "a/*.txt" and None not in changed.values()
     with pytest.raises(UserError, match=r"--config.data.seq_len: needs a value"):
         taken.take(["--config.data.seq_len", "64"])
     for pair, error, says in [
         (("model.num_layers", "3"), ConfigError, r"config.model.num_layers='3': describes the weights.*nearest valid"),
         (("data.tokenizer.kind", "bpe"), ConfigError, "describes the weights"),
+        (("data.tokenizer", "{'kind': 'bytes'}"), ConfigError, "describes the weights"),
         (("data.seq_length", "3"), UserError, "is not a field; nearest valid name: seq_len"),
         (("data.seq_len", "x"), UserError, "must be of type int"),
         (("data.seq_len", "1"), ConfigError, "must be ≥ 2"),

@@ -40,6 +40,7 @@ CASES = {  # mesh, other values
     "olmoe_1b_7b": ((8, 1, 1), {}),
     HOPPER: ((1, 1, 1), {"model.attention": "xla", "model.moe.grouped_matmul": "hopper"}),
 }
+SLOW = ("moonlight_16b_a3b", "olmoe_1b_7b")
 # Names of functions, and functions: they are what a move of the code changes.
 NAMES = {
     "name", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "debug_info", "name_and_src_info", "name_stack",
@@ -128,7 +129,7 @@ def lines(name: str) -> list[str]:
 
 
 @pytest.mark.skipif(jax.__version__ != VERSION.read_text(encoding="utf-8").strip(), reason="another version of JAX")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES])
 def test_the_default_step_is_the_same_equations(name):
     want = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     difference = [line for line in difflib.unified_diff(want, lines(name), n=0) if line[:2] not in ("--", "++", "@@")]

@@ -28,19 +28,24 @@ def main(argv):
     if not argv[1:]:
         raise UserError("no runs are named; for example python -m moe_jax.compare runs/a runs/b, or a folder of runs")
     formats = drawing.check_formats(FIGURES.value)
-    folders = runs.find([str(cli.expanded(path)) for path in argv[1:]])
+    paths = [str(cli.expanded(path)) for path in argv[1:]]
+    folders = runs.find(paths)
     found = runs.read(folders)
     above = os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders])
-    out = cli.check_writable(OUT.value or Path(os.path.relpath(above)) / "comparison", "--out")
+    above = os.curdir if above == os.path.dirname(above) else os.path.relpath(above)  # nothing is written into /
+    out = cli.check_writable(OUT.value or Path(above) / "comparison", "--out")
 
     made, remarks = tables.all_tables(found), list(tables.notes(found))
-    text = [*(table.markdown() for table in made), "\n".join(f"- {line}" for line in remarks)]
-    log.write_text(out / "comparison.md", "\n\n".join(filter(None, text)) + "\n")
-    log.write_text(out / "comparison.json", json.dumps(tables.as_json(found), indent=1, allow_nan=False) + "\n")
+    if without := runs.left_out(paths):
+        remarks.append(f"left out, with neither metrics.jsonl nor eval.json: {', '.join(map(str, without))}")
     drawn = []
     for name, figure in curves.all_figures(found):
         drawing.save(figure, out / name, formats)
         drawn.append(name)
+    shown = [f"![{name}]({name}.{kind})" for kind in formats[:1] for name in drawn]  # a folder may have older figures
+    text = [*(table.markdown() for table in made), "\n".join(f"- {line}" for line in remarks), *shown]
+    log.write_text(out / "comparison.md", "\n\n".join(filter(None, text)) + "\n")
+    log.write_text(out / "comparison.json", json.dumps(tables.as_json(found), indent=1, allow_nan=False) + "\n")
 
     for table in made:
         print(f"{table.text()}\n")

@@ -21,6 +21,8 @@ from moe_jax.run import config_file
 from moe_jax.run.log import read_eval, read_metrics
 
 AXES = ("step", "tokens", "seconds")  # by which losses of runs are compared
+# Of a task in eval.json, and how they are called. The choice that is most probable, or so for each character.
+MEASURES = {"acc": "accuracy", "acc_per_char": "accuracy per character", "bits_per_byte": "bits per byte"}
 
 
 class Curve(NamedTuple):
@@ -98,13 +100,25 @@ def find(paths: Sequence[str]) -> list[Path]:
         inside = [path] if is_run(path) else sorted(_inside(path), key=_natural)
         if not inside:
             rule = "is neither a run directory with metrics.jsonl or eval.json nor a folder of such"
-            raise UserError(f"{path}: {rule}; name directories that train.py wrote")
+            hint = (
+                f"eval.py --workdir={path} writes eval.json"
+                if (path / "config.json").is_file()
+                else ("name directories that train.py wrote")
+            )
+            raise UserError(f"{path}: {rule}; {hint}")
         found += inside
     unique = list({os.path.realpath(folder): folder for folder in found}.values())
     if len(unique) < 2:
         what = f"{len(unique)} run is" if unique else "no runs are"
         raise UserError(f"{what} named; a comparison needs two or more, or a folder of them: runs/a runs/b")
     return unique
+
+
+def left_out(paths: Sequence[str]) -> list[Path]:
+    """The directories with checkpoints, anywhere inside these folders, that have nothing to compare."""
+    found = [Path(root) for path in paths if not is_run(Path(path)) for root, folders, _ in os.walk(path)
+             if "checkpoints" in folders]  # fmt: skip
+    return sorted((folder for folder in found if not is_run(folder)), key=_natural)
 
 
 def _inside(folder: Path) -> Iterable[Path]:
@@ -146,6 +160,9 @@ def _read(folder: Path, name: str) -> Run:
         layers = _layers(evaluation, values.get("model.moe.identity_experts", 0)) if counted else []
         for row in (evaluation or {}).get("domains", []):
             _ = float(row["xent"]), float(row["bits_per_byte"]), row["domain"]
+        _ = int((evaluation or {}).get("step", 0))
+        for row in (evaluation or {}).get("tasks", {}).values():
+            _ = row.get("digest"), [(float(row[n]), float(row[f"{n}_se"])) for n in MEASURES if n in row]
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:
         raise FileError(f"{folder / 'eval.json'}: is not a valid evaluation file: {type(e).__name__}: {e}") from None
     return Run(name, folder, values, _changes(folder), _fingerprint(folder), training, held_out, evaluation, layers)

@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.compare.runs import AXES, Curve, Run
+from moe_jax.compare.runs import AXES, MEASURES, Curve, Run
 
 LAST = 0.05  # share of a run, at its end, over which training metrics are averaged
 WIDEST = 130  # characters of a line in a terminal; wider tables are continued below
 LONGEST = 28  # characters of a field's value
 NONE = "–"
 UNITS = {"xent": "nats per token", "bits_per_byte": "bits per byte"}
-# Of a task in eval.json, and how they are called. The choice that is most probable, or so for each character.
-MEASURES = {"acc": "accuracy", "acc_per_char": "accuracy per character", "bits_per_byte": "bits per byte"}
 ACCURACIES = ("acc", "acc_per_char")
 # Fields of `data` that decide neither which text is held out nor how it is cut into tokens.
 _NOT_OF_THE_TEXT = ("weight", "batch_size", "num_workers", "cache_dir", "train_bytes")
@@ -98,14 +96,19 @@ class Point(NamedTuple):
 
 
 def common(runs: Sequence[Run], axis: str) -> float | None:
-    """The last place on an axis of `AXES` that the held-out losses of all runs reach; None if a run has none."""
-    ends = [float(getattr(run.held_out, axis)[-1]) if len(run.held_out.step) else math.nan for run in runs]
-    return min(ends) if np.isfinite(ends).all() else None
+    """The last place on an axis of `AXES` that the held-out losses of all runs reach, of those that have any there.
+
+    None if fewer than two runs have.
+    """
+    places = [getattr(run.held_out, axis) for run in runs]
+    ends = [float(at[np.isfinite(at)].max()) for at in places if np.isfinite(at).any()]
+    return min(ends) if len(ends) > 1 else None
 
 
 def loss_at(curve: Curve, name: str, axis: str, place: float) -> Point | None:
     """The held-out loss of a run at a place on an axis; None before its first evaluation and after its last."""
     at, values = getattr(curve, axis), curve.values[name]
+    at, values = at[np.isfinite(at)], values[np.isfinite(at)]  # the last may be ahead of the rows of training
     if not len(at) or not at[0] <= place <= at[-1]:
         return None
     i = int(np.searchsorted(at, place))
@@ -150,7 +153,8 @@ def of_losses(runs: Sequence[Run]) -> Table:
     }
     by = next((axis for axis in ("tokens", "step") if axis in heads), "")
     points = [{axis: loss_at(run.held_out, name, axis, places[axis]) for axis in heads} for run in runs]
-    first = points[0][by].value if by and points[0][by] else math.nan
+    against = next((i for i, own in enumerate(points) if by and own[by]), 0)
+    first = points[against][by].value if by and points[against][by] else math.nan
     rows = []
     for run, own in zip(runs, points, strict=True):
         value = own[by].value if by and own[by] else math.nan
@@ -165,7 +169,7 @@ def of_losses(runs: Sequence[Run]) -> Table:
         ))  # fmt: skip
     head = ("run", "steps", "tokens", "time", "training", "held out", *heads.values(), *(["Δ"] if by else []))
     title = f"loss: training in nats per token (last {100 * LAST:g} % of the steps), held out in {UNITS[name]}"
-    title += f"; Δ: held out against {runs[0].name} at equal {by}" if by else ""
+    title += f"; Δ: held out against {runs[against].name} at equal {by}" if by else ""
     return Table(title, head, rows)
 
 
@@ -264,7 +268,7 @@ def notes(runs: Sequence[Run]) -> Iterator[str]:
     text = [name for name in differs if _of_the_text(name)]
     if text := [name for name in text if not (same_tokens and name.startswith("data.tokenizer."))]:
         yield f"the held-out text, or how it is cut, may differ between runs: {', '.join(text[:5])}"
-    if "train.eval_batches" in differs or len({(run.evaluation or {}).get("limit") for run in runs}) > 1:
+    if "train.eval_batches" in differs or len({run.evaluation.get("limit") for run in runs if run.domains}) > 1:
         yield "held-out losses are of different parts of the text: train.eval_batches, or --batches of eval.py, differs"
     tasks = [(run.evaluation or {}).get("tasks", {}) for run in runs]
     digests = {name: {one[name].get("digest") for one in tasks if name in one} for one in tasks for name in one}
@@ -274,6 +278,8 @@ def notes(runs: Sequence[Run]) -> Iterator[str]:
         steps, done = run.config.get("train.steps"), run.training.step
         if len(done) and isinstance(steps, int) and done[-1] < steps:
             yield f"{run.name}: at step {done[-1]:,.0f} of {steps:,}"
+        if run.evaluation and len(done) and (step := run.evaluation.get("step", done[-1])) < done[-1]:
+            yield f"{run.name}: eval.json is of step {step:,}, and the run is at step {done[-1]:,.0f}"
         if run.changed:
             yield f"{run.name}: went on with other settings from step {', '.join(map(str, run.changed))}; see " + (
                 "config_history.jsonl"
@@ -289,22 +295,30 @@ def notes(runs: Sequence[Run]) -> Iterator[str]:
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
     """All numbers of the comparison as JSON values. A number that is not finite is null."""
     name = metric(runs)
-    finite = lambda value: value if value is not None and math.isfinite(value) else None
     places = {axis: common(runs, axis) for axis in AXES}
 
     def one(run: Run) -> dict[str, Any]:
         points = {axis: loss_at(run.held_out, name, axis, p) for axis, p in places.items() if p is not None}
-        ends = {n: finite(_at_the_end(run.training, n)) for n in run.training.values}
+        ends = {n: _at_the_end(run.training, n) for n in run.training.values}
         return {
             "run": run.name,
             "settings": {field: run.config.get(field) for field in differing(runs)},
             "training": ends,
-            "held_out": [[finite(float(x)) for x in row] for row in
+            "held_out": [[float(x) for x in row] for row in
                          zip(*(getattr(run.held_out, a) for a in AXES), run.held_out.values[name], strict=True)],
-            "held_out_at": {a: p and {"value": finite(p.value), "between": p.between} for a, p in points.items()},
-            "domains": {domain: finite(row[name]) for domain, row in run.domains.items()},
-            "tasks": {task: list(map(finite, pair)) for task, pair in scores(run).items()},
+            "held_out_at": {a: p and p._asdict() for a, p in points.items()},
+            "domains": {domain: row[name] for domain, row in run.domains.items()},
+            "tasks": scores(run),
             "layers": [layer._asdict() for layer in run.layers],
         }  # fmt: skip
 
-    return {"loss": name, "places": places, "notes": list(notes(runs)), "runs": [one(run) for run in runs]}
+    return _finite({"loss": name, "places": places, "notes": list(notes(runs)), "runs": [one(run) for run in runs]})
+
+
+def _finite(value: Any) -> Any:
+    """A value of dicts, lists and tuples, with None for a number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,15 @@ from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.config.explore import ExploreConfig, RampConfig
 from moe_jax.config.fields import nearest_divisor
 from moe_jax.config.lora import LoRAConfig
-from moe_jax.config.machine import check_devices, check_steps, check_vocabulary, evaluation_mesh, for_evaluation
+from moe_jax.config.machine import (
+    check_back_ends,
+    check_devices,
+    check_grouped_matmul,
+    check_steps,
+    check_vocabulary,
+    evaluation_mesh,
+    for_evaluation,
+)
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
@@ -46,7 +54,9 @@ __all__ = [
     "TrainConfig",
     "build",
     "build_model",
+    "check_back_ends",
     "check_devices",
+    "check_grouped_matmul",
     "check_steps",
     "check_vocabulary",
     "complete",

@@ -34,6 +34,14 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         f"must divide a device's {tokens} tokens of a micro-batch",
         f"nearest valid: {nearest_divisor(tokens, chunks)}",
     )
+    check_back_ends(cfg, shape, platform, device_kind)
+    return shape
+
+
+def check_back_ends(cfg: RunConfig, shape: tuple[int, int, int], platform: str, device_kind: str = "") -> None:
+    """Raises ConfigError for a back end of the model that a machine, with a mesh of this shape, does not have."""
+    moe = cfg.model.moe
+    check_grouped_matmul(cfg.model, platform, device_kind)
     require(
         shape[2] == 1 or moe.exchange != "all_to_all" or has_ragged_exchange(device_kind),
         "model.moe.exchange",
@@ -41,21 +49,17 @@ def check_devices(cfg: RunConfig, num_devices: int, platform: str, device_kind: 
         f"needs a ragged all-to-all, which XLA does not have for {device_kind}",
         "use 'auto' or 'ring'",
     )
-    hopper = platform == "gpu" and is_hopper(device_kind)
-    here = device_kind or platform
-    require(
-        moe.grouped_matmul != "hopper" or hopper,
-        "model.moe.grouped_matmul",
-        "hopper",
-        f"needs a Hopper GPU, this is {here}",
-        "use 'auto'",
-    )
-    if moe.grouped_matmul == "hopper":
-        dtype = cfg.model.compute_dtype
-        rule = "must be 'bfloat16' for model.moe.grouped_matmul='hopper'"
-        require(dtype == "bfloat16", "model.compute_dtype", dtype, rule, "use 'auto'")
-    _check_attention(cfg, platform, here)
-    return shape
+    _check_attention(cfg, platform, device_kind or platform)
+
+
+def check_grouped_matmul(model: ModelConfig, platform: str, device_kind: str = "") -> None:
+    """Raises ConfigError for a grouped matmul of the model that a machine does not have."""
+    if model.moe.grouped_matmul != "hopper":
+        return
+    hopper, here = platform == "gpu" and is_hopper(device_kind), device_kind or platform
+    require(hopper, "model.moe.grouped_matmul", "hopper", f"needs a Hopper GPU, this is {here}", "use 'auto'")
+    rule = "must be 'bfloat16' for model.moe.grouped_matmul='hopper'"
+    require(model.compute_dtype == "bfloat16", "model.compute_dtype", model.compute_dtype, rule, "use 'auto'")
 
 
 def _check_attention(cfg: RunConfig, platform: str, here: str) -> None:

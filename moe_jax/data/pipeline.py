@@ -263,15 +263,19 @@ class Corpus:
 
     def beginning(self) -> list[int]:
         """The tokens with which a document of the held-out text begins, for a sample: its first words, or the prompt
-        before its first answer."""
+        before the first answer of the first document whose prompt fits into a row."""
         held_out = (store for (_, split), store in self.stores.items() if split == "validation")
         store = next(store for store in held_out if store.num_documents)
-        document = store.tokens[: store.offsets[1]].tolist()
+        first = int(store.tokens[0])
         if store.learned is not None:
-            return document[: max(1, int(np.argmax(store.learned[: len(document)])))]
+            for begin, end in zip(store.offsets[:-1], store.offsets[1:], strict=True):
+                length = int(np.argmax(store.learned[begin:end]))  # 0: no answer
+                if 0 < length < self._cfg.seq_len:
+                    return store.tokens[begin : begin + length].tolist()
+            return [first]
         words = next(store.texts())[1].lstrip()[:_SAMPLED]
         words = words[: max(words.rfind(" "), words.rfind("\n"))] if len(words) == _SAMPLED else words
-        return [document[0], *self.tokenizer.encode([words])[0].tolist()]
+        return [first, *self.tokenizer.encode([words])[0].tolist()]
 
     def validation_texts(self) -> Iterator[tuple[str, str]]:
         """Yields (domain, text) of what is evaluated of every held-out document, in the order of the store."""

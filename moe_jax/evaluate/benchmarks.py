@@ -15,6 +15,7 @@ task are better compared by the standard error of their differences, document by
 
 import hashlib
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def read_text(path: str) -> str:
         raise UserError(f"--text={path}: no such file")
     try:
         return readers.read_text(file)
-    except (readers.Unreadable, OSError, EOFError) as error:
+    except readers.Unreadable as error:
+        raise FileError(str(error)) from None
+    except (OSError, EOFError, zlib.error) as error:
         raise FileError(f"{path}: cannot be read: {error}") from None
 
 

@@ -45,38 +45,39 @@ def generate(
     params: dict,
     router_bias: dict,
     prompts: Sequence[Sequence[int]],
-    tokens: int,
+    tokens: int | Sequence[int],
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     vocab: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt (at least one) followed by `tokens` sampled ids.
+    """Token ids of each prompt (at least one) followed by `tokens` sampled ids: one number, or one of each prompt.
 
     vocab: tokens of the tokenizer. Larger ids, which a model may have rows for, are never drawn.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
-    if tokens == 0:
+    counts = np.broadcast_to(tokens, len(prompts)).tolist()
+    if not any(counts):
         return [list(p) for p in prompts]
     if cfg.moe.choice == "expert" and cfg.num_moe_layers:
         rule = "depends on later tokens, so that the model writes no text"
         raise ConfigError("model.moe.choice", "expert", rule, "train with choice='token'")
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    if 0 < cfg.max_seq_len < longest + tokens:
+    places, longest, most = max((len(p) + count, len(p), count) for p, count in zip(prompts, counts, strict=True))
+    if 0 < cfg.max_seq_len < places:
         rule = f"exceeds model.max_seq_len={cfg.max_seq_len} after a prompt of {longest} tokens"
-        raise ConfigError("sample.tokens", tokens, rule, f"nearest valid: {max(cfg.max_seq_len - longest, 0)}")
+        raise ConfigError("sample.tokens", most, rule, f"nearest valid: {max(cfg.max_seq_len - longest, 0)}")
     padded = -(-len(prompts) // mesh.size) * mesh.size  # the batch is split over the mesh: pad it with copies
-    table = np.zeros((padded, longest + tokens), np.int32)
+    table = np.zeros((padded, places), np.int32)
     lengths = np.zeros(padded, np.int32)
     for row in range(padded):
         prompt = prompts[row % len(prompts)]
         table[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     with jax.set_mesh(mesh):
-        run = _decoder(cfg, mesh, shortest, temperature, top_p, vocab or cfg.vocab_size)
+        run = _decoder(cfg, mesh, min(map(len, prompts)), temperature, top_p, vocab or cfg.vocab_size)
         out = np.asarray(run(params, router_bias, table, lengths, jax.random.key(seed)))
-    return [out[row, : len(p) + tokens].tolist() for row, p in enumerate(prompts)]
+    return [out[row, : len(p) + counts[row]].tolist() for row, p in enumerate(prompts)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -152,9 +153,9 @@ def continue_texts(
 
     Each ends at its end-of-text token, or at the model's last position.
     """
-    free = cfg.max_seq_len - max(map(len, starts)) if cfg.max_seq_len else sample.tokens
+    free = lambda start: max(cfg.max_seq_len - len(start), 0) if cfg.max_seq_len else sample.tokens
     all_ids = generate(
-        cfg, mesh, params, router_bias, starts, max(min(sample.tokens, free), 0),
+        cfg, mesh, params, router_bias, starts, [min(sample.tokens, free(start)) for start in starts],
         temperature=sample.temperature, top_p=sample.top_p, seed=seed, vocab=tokenizer.vocab_size,
     )  # fmt: skip
     texts, end = [], tokenizer.end_of_text

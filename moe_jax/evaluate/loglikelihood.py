@@ -72,7 +72,8 @@ class _Row(NamedTuple):
 def encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
     """Requests of pairs of texts (context, continuation), in the way of lm-eval.
 
-    Both are encoded as one text, which is divided after the tokens that the context alone begins with. Spaces and line
+    Both are encoded as one text, which is divided after the tokens that the context alone begins with. (lm-eval divides
+    after as many tokens as the context alone has: another place only where a token spans the border.) Spaces and line
     ends at the end of a context belong to the continuation, because a token begins with its space. `begin_of_text`
     comes first if the tokenizer has one; an empty context is `tokenizers.first_token`.
     """

@@ -146,11 +146,14 @@ class OpenedRun:
             return []
         requests = self._requests(contexts, ends)
         for request, end in zip(requests, ends, strict=True):
-            if not len(request.continuation):
+            if not (len(end) and len(request.continuation)):
                 raise ValueError(f"score: the continuation {end!r} has no tokens")
         longest = max(len(self._ids([*request.context, *request.continuation])) for request in requests)
-        data = dataclasses.replace(self.cfg.data, seq_len=longest, batch_size=max(1, passes.TOKENS // longest))
-        cfg = dataclasses.replace(self.cfg, model=self.model, data=data)
+        longest = 1 << max(longest - 1, 1).bit_length()  # texts of similar lengths share a program
+        longest = min(longest, self.model.max_seq_len or longest)
+        cfg, _ = config.for_evaluation(dataclasses.replace(self.cfg, model=self.model), 1)
+        data = dataclasses.replace(cfg.data, seq_len=longest, batch_size=max(1, passes.TOKENS // longest))
+        cfg = dataclasses.replace(cfg, data=data)
         scores = loglikelihood.score(cfg, self.mesh, self.params, self.router_bias, requests)
         return scores[0] if one else scores
 

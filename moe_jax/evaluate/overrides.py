@@ -39,12 +39,12 @@ class Overrides(list):
 
 def is_read(name: str) -> bool:
     """Whether an evaluation may set the field. The tokenizer is that of the weights."""
-    in_groups = name.startswith(GROUPS) and not name.startswith("data.tokenizer.")
+    in_groups = name.startswith(GROUPS) and name.split(".")[1] != "tokenizer"
     return in_groups or name == "seed" or name.removeprefix("model.") in MODEL
 
 
 def apply(cfg: config.RunConfig, pairs: Overrides) -> tuple[config.RunConfig, dict[str, Any]]:
-    """The configuration with other values for some fields, and these values by name.
+    """The configuration with other values for some fields, and these values by name; of a group, those of its fields.
 
     Raises UserError for a name that is not a field, ConfigError for a field that evaluation does not read, and for a
     value that is not valid.
@@ -63,7 +63,9 @@ def apply(cfg: config.RunConfig, pairs: Overrides) -> tuple[config.RunConfig, di
         kind = holder.get_type(last)
         value = cli.PARSERS[kind].parse(text) if kind in cli.PARSERS else text if kind is str else _literal(name, text)
         config_path.set_value(name, made, value)
-    return config.build(made), {name: flatten_config(made.to_dict()).get(name) for name, _ in pairs}
+    flat = flatten_config(made.to_dict())
+    under = lambda name: {n: value for n, value in flat.items() if n == name or n.startswith(f"{name}.")}
+    return config.build(made), {n: value for name, _ in pairs for n, value in under(name).items()}
 
 
 def _literal(name: str, text: str) -> Any:

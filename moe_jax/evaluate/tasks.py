@@ -132,6 +132,9 @@ def _document(rows: Sequence[tuple[int, int, str, str, Any]], path: Path) -> Doc
     labels = [label for *_, label in rows]
     where = readers.place(path, min(number for _, number, *_ in rows))
     pairs = tuple((context, continuation) for *_, context, continuation, _ in rows)
+    orders = [order for order, *_ in rows]
+    if any(orders) and len(set(orders)) < len(orders):
+        raise FileError(f"{where}: two rows of the document have the same idx")
     if len(rows) == 1:  # its only continuation is right, whatever the label is: null, or the text of an answer
         return Document(pairs, 0)
     gold = labels[0]

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.config import build_model
+from moe_jax.config import build_model, check_grouped_matmul
 from moe_jax.config.layers import Kind
 from moe_jax.config.model import ModelConfig
 from moe_jax.errors import ConfigError
@@ -54,8 +54,10 @@ class MoELayer(nnx.Module):
         record: whether the output has the choices of every token.
         settings: fields of `MoEConfig`, such as num_experts, top_k and d_expert.
 
-        Raises ConfigError for a setting, ValueError for a mesh of another form.
+        Raises ConfigError for a setting, TypeError without nnx.Rngs, ValueError for a mesh of another form.
         """
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"MoELayer: rngs must be nnx.Rngs, such as nnx.Rngs(0), not {type(rngs).__name__}")
         sizes = _mesh_sizes()
         named = {"d_model": d_model, "activation": activation, "init_std": init_std, "param_dtype": param_dtype}
         model = build_model(named | {"compute_dtype": dtype, "moe": settings})
@@ -65,7 +67,7 @@ class MoELayer(nnx.Module):
             raise ConfigError("model.moe.num_experts", experts, rule, f"nearest valid: {-(-experts // parts) * parts}")
         init = Init(rngs, init_std, dtype=param_dtype)
         program = _program(model, parts, balance_groups, record)
-        self.d_model, self.dtype = d_model, dtype
+        self.d_model, self.dtype, self.groups = d_model, dtype, balance_groups
         self.moe = MoE(model, Kind("moe", experts), init, init_std, program)
 
     def __call__(
@@ -82,13 +84,19 @@ class MoELayer(nnx.Module):
         """
         x = jnp.asarray(x)
         self._check(x)
-        counted = jnp.ones(x.shape[:2], bool) if counted is None else counted
-        group = jnp.zeros(x.shape[:2], jnp.int32) if group is None else group
-        for name, a in (("counted", counted), ("group", group)):
-            if a.shape != x.shape[:2]:
-                raise ValueError(f"MoELayer: {name} must have the shape {x.shape[:2]} of x's tokens, not {a.shape}")
+        counted = jnp.ones(x.shape[:2], bool) if counted is None else jnp.asarray(counted)
+        group = jnp.zeros(x.shape[:2], jnp.int32) if group is None else jnp.asarray(group)
         if state is None and ROUTERS[self.moe.cfg.router].has_state:
             state = jnp.zeros((*x.shape[:2], self.moe.cfg.router_width), jnp.float32)
+        self._check_tokens(x, counted, group, state)
+        if sharding.current_sizes() and not isinstance(x, jax.core.Tracer):
+            return _jitted(self, x, counted, group, state)  # JAX cannot run it on a mesh operation by operation
+        try:
+            return self._apply(x, counted, group, state)
+        except NotImplementedError as error:  # under vmap or grad alone
+            raise ValueError(f"MoELayer: on a mesh call it inside jax.jit or nnx.jit ({error})") from error
+
+    def _apply(self, x, counted, group, state):
         split, counted, group, state = (_by_sequence(a) for a in (x.astype(self.dtype), counted, group, state))
         out = self.moe(split, TokenInfo(counted, group), state=state)
         if sharding.current_sizes():  # y lies where x does, so that the two can be added
@@ -101,6 +109,8 @@ class MoELayer(nnx.Module):
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             hint = "; x[None] is a batch of one sequence" if x.ndim == 2 else ""
             raise ValueError(f"MoELayer: x must have the shape [B, S, {self.d_model}], not {list(x.shape)}{hint}")
+        if not x.size:
+            raise ValueError(f"MoELayer: x has no tokens: its shape is {list(x.shape)}")
         devices = math.prod(sizes.values())
         if x.shape[0] % devices:
             valid = -(-x.shape[0] // devices) * devices
@@ -111,6 +121,22 @@ class MoELayer(nnx.Module):
             of = lambda sizes: f"the mesh {sizes}" if sizes else "no mesh"
             rule = "make the layer and call it under the same jax.set_mesh(make_mesh(…))"
             raise ValueError(f"MoELayer: made with {of(made)}, but called with {of(sizes)}; {rule}")
+
+    def _check_tokens(self, x: Array, counted: Array, group: Array, state: Array | None) -> None:
+        """Raises ValueError for an operand that does not fit x's tokens. Groups are looked at where they are known."""
+        shapes = {"counted": (counted, x.shape[:2]), "group": (group, x.shape[:2])}
+        if state is not None:
+            shapes["state"] = state, (*x.shape[:2], self.moe.cfg.router_width)
+        for name, (a, shape) in shapes.items():
+            if a.shape != shape:
+                raise ValueError(f"MoELayer: {name} must have the shape {shape} for x's tokens, not {a.shape}")
+        if not jnp.issubdtype(group.dtype, jnp.integer):
+            raise ValueError(f"MoELayer: group must hold whole numbers, not {group.dtype}")
+        if not isinstance(group, jax.core.Tracer) and not (0 <= group.min() and group.max() < self.groups):
+            raise ValueError(f"MoELayer: group must be ≥ 0 and < balance_groups={self.groups}")
+
+
+_jitted = nnx.jit(MoELayer._apply)
 
 
 def _mesh_sizes() -> dict[str, int]:
@@ -137,6 +163,7 @@ def _program(model: ModelConfig, peers: int, balance_groups: int, record: bool) 
     """The back ends for this machine's devices."""
     device, itemsize = jax.devices()[0], jnp.dtype(model.compute_dtype).itemsize
     where = device.platform, device.device_kind
+    check_grouped_matmul(model, *where)
     matmul, _ = choose_backend(model.moe.grouped_matmul, *where, model.compute_dtype)
     exchange, _ = choose_exchange(model.moe, where[0], peers, model.d_model, 1, itemsize, where[1])
     return Program(exchange=exchange, grouped_matmul=matmul, balance_groups=balance_groups, record=record)

@@ -58,9 +58,7 @@ def load_balancing_loss(stats: RouterStats, targets: tuple[float, ...] = (), ide
 
     Raises TypeError for anything but `RouterStats`: those of an MoE layer's output, or of `stats_of`.
     """
-    if not isinstance(stats, RouterStats):
-        hint = "those of MoELayer's output, or stats_of(logits, experts)"
-        raise TypeError(f"load_balancing_loss takes RouterStats, {hint}; not {type(stats).__name__}")
+    _check(stats, "load_balancing_loss")
     load, prob = stats.tokens_per_expert, stats.prob_per_expert
     if targets:
         groups = len(targets) - (identity > 0)
@@ -103,11 +101,18 @@ def _sum_columns(x: Float[Array, "*L G C"], experts: int, groups: int) -> Float[
     return jnp.concatenate([routed, jnp.sum(x[..., experts:], axis=-1, keepdims=True)], axis=-1)
 
 
+def _check(stats: object, loss: str) -> None:
+    if not isinstance(stats, RouterStats):
+        hint = "those of MoELayer's output, or stats_of(logits, experts)"
+        raise TypeError(f"{loss} takes RouterStats, {hint}; not {type(stats).__name__}")
+
+
 def router_z(stats: RouterStats) -> Float[Array, "*L"]:
     """The router z-loss, summed over tokens: logsumexp(router logits)²; (log C)² a token for logits of zero.
 
-    Source: arXiv:2202.08906, eq. 5.
+    Source: arXiv:2202.08906, eq. 5. Raises TypeError as `load_balancing_loss` does.
     """
+    _check(stats, "router_z")
     return jnp.sum(stats.z_sq, axis=-1)
 
 

@@ -89,6 +89,8 @@ def stats_of(
     """
     if experts.shape[:-1] != logits.shape[:-1]:
         raise ValueError(f"stats_of: experts {experts.shape} and logits {logits.shape} must have the same tokens")
+    if counted is not None and counted.shape != logits.shape[:-1]:
+        raise ValueError(f"stats_of: counted {counted.shape} and logits {logits.shape} must have the same tokens")
     logits = logits.astype(jnp.float32)
     live = jnp.ones(logits.shape[:-1], jnp.float32) if counted is None else counted.astype(jnp.float32)
     counts = jnp.sum(jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32), axis=-2)

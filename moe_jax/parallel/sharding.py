@@ -36,7 +36,11 @@ def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:
     A mesh axis may be a part of an axis of a TPU's torus (8 chips of 4 × 4 × 4). Where there are several TPU slices,
     `data` is divided between them, so that only its sums cross the network. Raises ConfigError where it cannot be.
     """
-    devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
+    devices = list(jax.devices() if devices is None else devices)
+    if len(shape) != 3 or not 0 < math.prod(shape) <= len(devices):
+        rule = f"must be three sizes (data, fsdp, expert) whose product is at most the {len(devices)} devices"
+        raise ValueError(f"make_mesh: {tuple(shape)} {rule}")
+    devices = devices[: math.prod(shape)]
     slices = count_slices(devices)
     rule = f"must be a multiple of the {slices} slices: only data lies across them"
     require(shape[0] % slices == 0, "mesh.data", shape[0], rule, f"nearest valid: {-(-shape[0] // slices) * slices}")

@@ -70,9 +70,14 @@ def save_config(workdir: str | os.PathLike, cfg: config.RunConfig) -> None:
 def values(workdir: str | os.PathLike) -> dict[str, Any]:
     """The values of a run's fields by dotted name, those of fields that are newer than the run included.
 
-    A configuration that is not valid any more is returned as it is written.
+    A configuration that is not valid any more is returned as it is written. Raises CheckpointError for a file that is
+    not an object of JSON.
     """
-    written = config.complete(_read(Path(workdir) / NAME))
+    path = Path(workdir) / NAME
+    written = _read(path)
+    if not isinstance(written, dict):
+        raise CheckpointError(f"{path} is not a configuration: it must be an object of fields")
+    written = config.complete(written)
     with contextlib.suppress(ConfigError):
         written = _plain(config.build(written))
     return flatten_config(written)

@@ -167,9 +167,9 @@ def read_metrics(workdir: str | os.PathLike, kind: str = "train") -> list[dict[s
         raise FileError(f"{path}: is not a valid metrics file: {type(e).__name__}: {e}") from None
 
 
-def read_eval(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The content of a run's `eval.json`. Numbers that were not finite, null in the file, are NaN."""
-    path = Path(workdir) / "eval.json"
+def read_eval(workdir: str | os.PathLike, name: str = "eval.json") -> dict[str, Any]:
+    """The content of an evaluation file of a run. Numbers that were not finite, null in the file, are NaN."""
+    path = Path(workdir) / name
     restored = lambda row: row | dict.fromkeys(row.get("nonfinite", ()), math.nan)
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_hook=restored)
@@ -178,9 +178,16 @@ def read_eval(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_eval(path: str | os.PathLike, text: str) -> None:
-    """Writes an evaluation file. Results of tasks and texts that it has already, of the same step, stay."""
-    body = json.loads(text)
-    old = _read_object(Path(path))
+    """Writes an evaluation file. Results of tasks and texts that it has already, of the same step, stay.
+
+    If they are of another step, the file that has them is kept, as eval.STEP.json.
+    """
+    body, path = json.loads(text), Path(path)
+    old = _read_object(path)
+    if old.get("step") != body["step"] and any(old.get(kind) for kind in BENCHMARKS):
+        kept = path.with_name(f"{path.stem}.{old.get('step')}.json")
+        if not kept.exists():
+            os.replace(path, kept)
     for kind in BENCHMARKS:
         kept = old.get(kind) if old.get("step") == body["step"] else None
         if isinstance(kept, dict) and kept:

@@ -120,7 +120,7 @@ def test_other_settings_run_without_a_mesh_too(settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [None, (1, 2, 4)])
 def test_muon_trains_it(shape):
-    """In `nnx.Optimizer`, on its matrices alone: every update has the RMS that Muon promises, on a mesh as without."""
+    """`nnx.Optimizer` gives it the matrices alone; every update has the RMS that Muon promises, also on a mesh."""
     x = jax.random.normal(jax.random.key(2), (8, 32, 16))
     with jax.set_mesh(make_mesh(shape)) if shape else contextlib.nullcontext():
         layer = make()

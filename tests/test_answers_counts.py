@@ -1,4 +1,4 @@
-"""What is counted of documents with roles: the bytes and tokens that rows have, and what the user is told of them."""
+"""Counts of documents with roles: the bytes and tokens that rows have, and what the user is told of them."""
 
 import dataclasses
 

@@ -23,7 +23,7 @@ def small(**changes) -> config.RunConfig:
 
 
 def test_the_state_of_a_device_is_that_of_its_shards():
-    """On (2, 2, 2): the slow way has the eight devices."""
+    """The report for (2, 2, 2), beside the shards of a state that lies on eight devices."""
     cfg = small(optim__name="muon", optim__ema=0.9)
     state = abstract_state(cfg, sharding.make_mesh((2, 2, 2)))
     parts, size = parts_of(state.opt_state), compile_only.bytes_of_device
@@ -57,7 +57,7 @@ def test_attention_probabilities_are_told_apart():
 
 @pytest.mark.slow
 def test_the_report(tmp_path, capsys):
-    """Of a mesh that is not here; the data comes last."""
+    """The report for a mesh that is not here; the data comes last."""
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 400, encoding="utf-8")
     source = config.SourceConfig(kind="files", path=str(tmp_path / "a.txt"), validation_fraction=0.2)
     cfg = small(train__steps=30, train__checkpoint_every=10)

@@ -212,8 +212,8 @@ def traced_gradients(cfg, shape) -> collections.Counter:
 
 @pytest.mark.parametrize("shape", [pytest.param(ONE, marks=pytest.mark.slow), MESH])
 def test_gradients_of_frozen_experts_are_neither_computed_nor_reduced(shape):
-    """On devices that share experts, the loop of further passes has products that nothing uses. XLA removes those, and
-    newer versions of JAX before it."""
+    """Products of the trace are at most those of all parameters. Some that nothing uses are left where devices share
+    experts, in the loop of further passes; XLA removes them, and newer versions of JAX before it."""
     every, rest = (traced_gradients(run_config(of, 2, "full"), shape) for of in ({}, EXPERTS))
     assert not rest - every
     of_experts = lambda found, dots: sum(
@@ -348,7 +348,7 @@ def test_frozen_weights_have_no_gradient_in_the_flops():
 
 
 def test_below_the_first_trained_stack_there_is_only_the_forward_pass():
-    """Of a dense stack and one with experts: the dense one is frozen, or all but the head, or the tied embedding."""
+    """A dense stack and one with experts: the dense one is frozen, or all but the head, or the tied embedding."""
     cfg = dataclasses.replace(run_config().model, num_dense_layers=1, num_layers=3, d_ff=20)
     paths = flatten(model.abstract(cfg).shapes)
     without = lambda *kept: frozenset(path for path in paths if not path.startswith(kept))

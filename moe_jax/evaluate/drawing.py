@@ -1,4 +1,4 @@
-"""What all figures share: colours, smoothing, and files that are the same for the same figure."""
+"""Colours, smoothing and files of all figures. The same figure gives the same file."""
 
 from collections.abc import Sequence
 from pathlib import Path

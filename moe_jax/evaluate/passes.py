@@ -97,7 +97,7 @@ def _routing_of_row(layers, row, length):
 
 
 class Read(NamedTuple):
-    """What is read of a pass."""
+    """A pair of functions: what is taken from a pass on the devices, and from that the result of one text."""
 
     of_pass: Callable  # (module, its output, ids [B, S], layer) → arrays
     of_row: Callable  # (these arrays on the host, row, tokens) → the result of a text

@@ -109,11 +109,28 @@ def test_settings_and_notes(tmp_path):
     made(tmp_path / "lr" / "0.0004", [3.0, 2.0], fields={"optim.lr": 0.0004, "data.seq_len": 64}, steps=30)
     found = runs.read(runs.find([str(tmp_path)]))
     assert [run.name for run in found] == ["0.0004", "0.003"]  # by value, relative to the folder of both
-    assert tables.differing(found) == {"data.seq_len": ["64", "256"], "optim.lr": ["0.0004", "0.003"],
-                                       "train.steps": ["30", "10"]}  # fmt: skip
+    assert tables.differing(found) == {"data.seq_len": [64, 256], "optim.lr": [0.0004, 0.003],
+                                       "train.steps": [30, 10]}  # fmt: skip
     lines = list(tables.notes(found))
     assert any("data.seq_len" in line for line in lines) and "0.0004: at step 20 of 30" in lines
     assert "without eval.json: 0.0004, 0.003" in lines
+
+
+def test_parts_that_not_all_runs_have_are_named(tmp_path):
+    """Other sources of text are one row of names, not a row for each of their fields; the same ones are compared."""
+    source = {"kind": "files", "path": "texts"}
+    made(tmp_path / "a", [3.0], fields={"data.sources": {"maths": source}})
+    made(tmp_path / "b", [3.0], fields={"data.sources": {"maths": source | {"path": "proofs"}}})
+    both = runs.read(runs.find([str(tmp_path)]))
+    assert tables.differing(both) == {"data.sources.maths.path": ["texts", "proofs"]}
+    made(tmp_path / "c", [3.0], fields={"data.sources": {"maths": source, "poems": source}})
+    found = runs.read(runs.find([str(tmp_path)]))
+    assert tables.differing(found) == {
+        "data.sources": [["maths"], ["maths"], ["maths", "poems"]],
+        "data.sources.maths.path": ["texts", "proofs", "texts"],
+    }
+    assert tables.as_json(found)["runs"][2]["settings"]["data.sources"] == ["maths", "poems"]
+    assert any("data.sources" in line for line in tables.notes(found))
 
 
 def test_other_tokenizers_are_compared_by_bytes(tmp_path):

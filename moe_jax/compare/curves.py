@@ -206,7 +206,8 @@ def _dots(
     axis.set_ylim(len(names) - 0.5, -0.5)
     _style(axis, label, grid="x")
     axis.tick_params(axis="y", length=0)
-    _legend(figure, _those(runs), lw=0, marker="o", ms=5, mec="white")
+    shown = [of_run for of_run, one in zip(_those(runs), values, strict=True) if one]
+    _legend(figure, shown, lw=0, marker="o", ms=5, mec="white")
     return figure
 
 

@@ -13,6 +13,7 @@ LAST = 0.05  # share of a run, at its end, over which training metrics are avera
 WIDEST = 130  # characters of a line in a terminal; wider tables are continued below
 LONGEST = 28  # characters of a field's value
 NONE = "–"
+ABSENT = object()  # the value of a field that a config does not have
 UNITS = {"xent": "nats per token", "bits_per_byte": "bits per byte"}
 ACCURACIES = ("acc", "acc_per_char")
 # Fields of `data` that decide neither which text is held out nor how it is cut into tokens.
@@ -50,12 +51,30 @@ class Table(NamedTuple):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The fields in which runs differ, in the order of the config: the value of each run as JSON."""
-    names = dict.fromkeys(name for run in runs for name in run.config)
-    shown = lambda run, n: json.dumps(run.config[n], ensure_ascii=False) if n in run.config else NONE
-    values = {name: [shown(run, name) for run in runs] for name in names}
-    return {name: row for name, row in values.items() if len(set(row)) > 1}
+def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The fields in which runs differ, in the order of the config: the value of each run, `ABSENT` without one.
+
+    Of a part that not all runs have, such as a source of text, not the fields are compared but the names: the value of
+    "data.sources" is then a list of names.
+    """
+    shared = set.intersection(*({part for name in run.config for part in _parts(name)} for run in runs))
+    names = {}
+    for name in dict.fromkeys(name for run in runs for name in run.config):
+        lacking = next((part for part in _parts(name) if part not in shared), "")
+        names[lacking.rpartition(".")[0] or name] = None
+    values = {name: [_setting(run, name) for run in runs] for name in names}
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
+
+
+def _parts(name: str) -> list[str]:
+    """The parts that a field lies in, from the outside: "data" and "data.sources" for "data.sources.a"."""
+    return [name[:i] for i, letter in enumerate(name) if letter == "."]
+
+
+def _setting(run: Run, name: str) -> Any:
+    """A field's value, or the names inside a part."""
+    inside = [field[len(name) + 1 :].split(".")[0] for field in run.config if field.startswith(f"{name}.")]
+    return list(dict.fromkeys(inside)) or run.config.get(name, ABSENT)
 
 
 def _cut(text: str) -> str:
@@ -64,8 +83,9 @@ def _cut(text: str) -> str:
 
 
 def of_settings(runs: Sequence[Run]) -> Table:
-    """The table of the fields in which runs differ. Rows are runs or fields, whichever is shorter in a terminal."""
-    found = {name: list(map(_cut, values)) for name, values in differing(runs).items()}
+    """The table of the fields in which runs differ: a row a run if it fits a terminal, otherwise a row a field."""
+    shown = lambda value: NONE if value is ABSENT else _cut(json.dumps(value, ensure_ascii=False))
+    found = {name: list(map(shown, values)) for name, values in differing(runs).items()}
     if not found:
         return Table("settings: the same in all runs", ("run",), [(run.name,) for run in runs])
     title = "settings that differ"
@@ -297,12 +317,12 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
     name = metric(runs)
     places = {axis: common(runs, axis) for axis in AXES}
 
-    def one(run: Run) -> dict[str, Any]:
+    def one(i: int, run: Run) -> dict[str, Any]:
         points = {axis: loss_at(run.held_out, name, axis, p) for axis, p in places.items() if p is not None}
         ends = {n: _at_the_end(run.training, n) for n in run.training.values}
         return {
             "run": run.name,
-            "settings": {field: run.config.get(field) for field in differing(runs)},
+            "settings": {field: None if row[i] is ABSENT else row[i] for field, row in differing(runs).items()},
             "training": ends,
             "held_out": [[float(x) for x in row] for row in
                          zip(*(getattr(run.held_out, a) for a in AXES), run.held_out.values[name], strict=True)],
@@ -312,7 +332,8 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
             "layers": [layer._asdict() for layer in run.layers],
         }  # fmt: skip
 
-    return _finite({"loss": name, "places": places, "notes": list(notes(runs)), "runs": [one(run) for run in runs]})
+    rows = [one(*numbered) for numbered in enumerate(runs)]
+    return _finite({"loss": name, "places": places, "notes": list(notes(runs)), "runs": rows})
 
 
 def _finite(value: Any) -> Any:

@@ -56,7 +56,7 @@ def blocks(page: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_examples_of_the_pages(elsewhere):
-    """As they are printed, from another folder."""
+    """The examples run as they are printed, from another folder."""
     (example,) = (block for block in blocks("README.md") if "moe_jax.load" in block)
     assert len(example.strip().splitlines()) <= 6
     out = call(sys.executable, "-c", example, cwd=elsewhere, PYTHONPATH=str(REPO))

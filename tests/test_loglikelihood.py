@@ -41,7 +41,7 @@ def opened(name, shape=(1, 1, 2)):
 
 
 def requests() -> list[Request]:
-    """Of many lengths: 40 that fit, some whose context is cut, and two longer than a sequence."""
+    """Requests of many lengths: 40 that fit, some whose context is cut, and two longer than a sequence."""
     rng = np.random.default_rng(3)
     sizes = [(int(c), int(k)) for c, k in rng.integers(1, 12, (40, 2))] + [
         (30, 5),
@@ -106,7 +106,7 @@ def compare(name, shape):
 
 
 def test_scores_are_those_of_transformers():
-    """With experts on two devices: log-likelihoods to 1e-4, the same choices, the same context cut."""
+    """Experts on two devices give log-likelihoods to 1e-4, the same choices, the same context cut."""
     compare("olmoe", (1, 1, 2))
 
 

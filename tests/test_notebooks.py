@@ -28,7 +28,7 @@ def setup_of(path: Path) -> str:
 
 
 def test_the_address_is_in_one_place():
-    """In a variable, in a cell that is the same in all notebooks: a fork changes that line."""
+    """The address is in a variable, in a cell that is the same in all notebooks: a fork changes that line."""
     assert len({setup_of(path) for path in NOTEBOOKS}) == 1
     for path in NOTEBOOKS:
         (address,) = re.findall(r'^REPOSITORY = "(.*)"', setup_of(path), re.M)
@@ -49,7 +49,7 @@ def test_the_address_is_in_one_place():
     ],
 )
 def test_the_setup_installs_the_jax_of_the_machine(tmp_path, monkeypatch, driver, devices, package):
-    """Where the repository is not: the code is fetched, and jax is that of the chips."""
+    """The cell fetches the code where the repository is not, and installs the jax of the chips."""
     (tmp_path / "here").mkdir()
     for name in devices:
         (tmp_path / "dev" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def test_logits_and_routing_are_those_of_the_plain_model(opened):
 
 @pytest.mark.slow
 def test_hidden_states_and_scores(folder):
-    """Of texts of several lengths, on eight devices."""
+    """Texts of several lengths, on eight devices."""
     opened, ends = moe_jax.load(folder / "run"), [" the", "?", "ö"]
     normed, stream, scores = opened.hidden(TEXTS), opened.hidden(TEXTS, 2), opened.score(TEXTS, ends)
     for i, text in enumerate(TEXTS):

@@ -129,7 +129,7 @@ def uniform(requests, name):
 
 
 def test_numbers_of_equal_logits(tmp_path):
-    """In closed form: by sequence the shortest is chosen, by token and by byte the first."""
+    """Closed form: by sequence the shortest is chosen, by token and by byte the first."""
     task, _ = tasks.read(write(tmp_path / "t.jsonl", QUESTIONS))
     made = benchmarks.of_task(task, BytesTokenizer(), uniform)
     # " 11" is shorter than " two"; of " è" (3 bytes), " eeee", " ee" (3 bytes) the first of the shortest is right.
@@ -173,7 +173,7 @@ def test_results_stay_beside_each_other(tmp_path):
 
 
 def test_overrides():
-    """What evaluation reads is set and returned; what describes the weights is refused, with the nearest valid name."""
+    """Fields that evaluation reads are set and returned; others are refused, with the nearest valid name."""
     taken = overrides.Overrides()
     rest = taken.take(["eval.py", "--config.data.seq_len=64", "--step=3", "-config.sample.temperature=0", "--x"])
     assert rest == ["eval.py", "--step=3", "--x"]

@@ -25,9 +25,12 @@ TPUS = {  # Google's pages on v5e, v5p and v6e
     "v5p": Chip(95e9, 2.765e12, 600e9, 6.25e9),
     "v6e": Chip(32e9, 1.6e12, 400e9, 12.5e9),
 }
-GPUS = {  # NVIDIA's data sheets of the SXM5 boards; memory as CUDA counts it; no network: one host
+GPUS = {  # NVIDIA's data sheets, of the SXM boards where there are any; memory as CUDA counts it; no network: one host
+    "a100": Chip(85_100_068_864, 2.039e12, 300e9, math.inf),  # of 80 GB
+    "l40s": Chip(44.42 * 2**30, 0.864e12, 32e9, math.inf),  # links: PCIe 4.0 × 16
     "h100": Chip(84_929_347_584, 3.35e12, 450e9, math.inf),
     "h200": Chip(150_121_545_728, 4.8e12, 450e9, math.inf),
+    "b200": Chip(191_514_411_008, 7.67e12, 900e9, math.inf),
 }
 # Environment in which libtpu neither looks for a TPU in the network nor prints that it has found none.
 ABSENT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",

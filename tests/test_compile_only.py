@@ -72,10 +72,12 @@ def test_a_program_is_read():
 
 
 @pytest.mark.parametrize("name", ["v5p", "v9:2x2", "v5e:32x32", "v5p:4x4x", "0xv5p:4x4x4", "v5p:0x2x2", "../v5p:2x2x1",
-                                  "h100:0", "h100:16", "2xh100:8", "h100:2x2", "h200"])  # fmt: skip
+                                  "h100:0", "h100:16", "2xh100:8", "h100:2x2", "h200", "a100:9", "l40s:0"])  # fmt: skip
 def test_a_topology_that_is_none(name):
-    near = f"h{name[name.index('h') + 1 :][:3]}:8" if "h" in name else "v"
-    with pytest.raises(UserError, match=rf"must be \[<slices>x\].*, or <h100\|h200>:.*nearest valid: {near}"):
+    gpu = re.search("[abhl][0-9]+s?", name)
+    near = f"{gpu[0]}:8" if gpu else "v"
+    gpus = re.escape("<a100|l40s|h100|h200|b200>")
+    with pytest.raises(UserError, match=rf"must be \[<slices>x\].*, or {gpus}:.*nearest valid: {near}"):
         machines.devices(name)
 
 

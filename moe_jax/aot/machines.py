@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import NamedTuple
 
 import jax
 
@@ -19,21 +20,46 @@ CHIPS = TPUS | GPUS
 MOST_TPUS, MOST_GPUS = 256, 8  # in a slice; in a host
 QUIET = ABSENT_TPU | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
                       "TF_CPP_MIN_LOG_LEVEL": "2"}  # fmt: skip
-# XLA's description of a GPU, a GpuTargetConfigProto. The Hopper GPUs differ in bandwidth, memory and name only.
-HOPPER = """
+# XLA's description of a GPU, a GpuTargetConfigProto.
+TARGET = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {gpu.threads}
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {gpu.block_memory}
+  shared_memory_per_core: {gpu.core_memory} core_count: {gpu.cores} fpus_per_core: {gpu.units}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  l2_cache_size: 52428800 clock_rate_ghz: 1.98 memory_bandwidth: {rate:.0f} device_memory_size: {memory:.0f}
-  cuda_compute_capability {{ major: 9 }}
+  l2_cache_size: {gpu.cache} clock_rate_ghz: {gpu.clock}
+  memory_bandwidth: {chip.memory_rate:.0f} device_memory_size: {chip.memory:.0f}
+  cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: {cuda} minor: {minor} patch: 0 }}
-device_description_str: "NVIDIA {name}"
+device_description_str: "NVIDIA {gpu.name}"
 """
+
+
+class Gpu(NamedTuple):
+    """What XLA's compiler asks of a GPU, beside what `Chip` has."""
+
+    name: str  # after "NVIDIA"
+    capability: tuple[int, int]  # of CUDA
+    cores: int  # streaming multiprocessors
+    units: int  # float32 units of a core
+    threads: int  # of a core, at most
+    block_memory: int  # shared memory that a block may have, bytes
+    core_memory: int  # shared memory of a core, bytes
+    cache: int  # level 2, bytes
+    clock: float  # GHz
+
+
+_GPUS = {  # XLA's own descriptions of these GPUs; the L40S by NVIDIA's data sheet and the CUDA guide's table for 8.9
+    "a100": Gpu("A100-SXM4-80GB", (8, 0), 108, 64, 2048, 166_912, 167_936, 41_943_040, 1.41),
+    "l40s": Gpu("L40S", (8, 9), 142, 128, 1536, 101_376, 102_400, 100_663_296, 2.52),
+    "h100": Gpu("H100 80GB HBM3", (9, 0), 132, 128, 2048, 232_448, 233_472, 52_428_800, 1.98),
+    "h200": Gpu("H200", (9, 0), 132, 128, 2048, 232_448, 233_472, 52_428_800, 1.98),
+    "b200": Gpu("B200", (10, 0), 148, 128, 2048, 232_448, 233_472, 132_644_864, 1.965),
+}
 
 
 def chip(machine: str) -> Chip:
@@ -47,7 +73,7 @@ def is_gpu(machine: str) -> bool:
 
 
 def devices(machine: str) -> list[jax.Device]:
-    """The chips of `[<slices>x]<v5e|v5p|v6e>:<n>x<n>[x<n>]` or `<h100|h200>:<n>`. Raises UserError."""
+    """The chips of `[<slices>x]<v5e|v5p|v6e>:<n>x<n>[x<n>]` or `<a100|l40s|h100|h200|b200>:<n>`. Raises UserError."""
     found = re.fullmatch(r"(?:([1-9]\d?)x)?(\w+?):(\d{1,3}(?:x\d{1,3}){1,2})", machine)
     chips = math.prod(map(int, found[3].split("x"))) if found else 0
     gpus = re.fullmatch(rf"({'|'.join(GPUS)}):([1-{MOST_GPUS}])", machine)
@@ -91,8 +117,6 @@ def _gpus(machine: str, name: str, count: str) -> list[jax.Device]:
         package = f"jax[cuda13]=={jax.__version__}"
         raise UserError(f'--compile_only={machine}: needs the compiler for GPUs; pip install "{package}"')
     cuda, minor = (found[0], 0) if found[0] == 13 else (12, 8)
-    kind = f"{name.upper()} 80GB HBM3" if name == "h100" else name.upper()
-    rate, memory = GPUS[name].memory_rate, GPUS[name].memory
-    target = HOPPER.format(rate=rate, memory=memory, cuda=cuda, minor=minor, name=kind)
+    target = TARGET.format(gpu=_GPUS[name], chip=GPUS[name], cuda=cuda, minor=minor)
     topology = f"1x1x{count}"  # slices, hosts, GPUs of a host
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices

@@ -64,8 +64,8 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # Parts in which a device's tokens are sent and computed; one part may travel while another is computed.
     exchange_chunks: int = machine(number(1, 1))
     # Back end of the experts' matrix products. "auto" takes the best that runs on the device; "hopper" needs an H100,
-    # H200, H800 or GH200.
-    grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper"] = machine("auto")
+    # H200, H800 or GH200, the others run anywhere. "batched" is for other GPUs and dtypes.
+    grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper", "batched"] = machine("auto")
 
     @property
     def router_columns(self) -> int:

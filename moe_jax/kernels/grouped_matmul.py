@@ -5,6 +5,7 @@
 | `reference`  | any        | a loop over blocks of one group each; its work grows with the rows in use         |
 | `ragged_dot` | TPU        | `jax.lax.ragged_dot` (expands densely over E on CPU and GPU: never chosen there)  |
 | `hopper`     | Hopper GPU | Pallas Mosaic-GPU kernels, bf16 (hopper.py)                                       |
+| `batched`    | other GPUs | XLA's batched products of rows copied to blocks of one size (batched.py)          |
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe_jax.chips import is_hopper
-from moe_jax.kernels import hopper
+from moe_jax.kernels import batched, hopper
 from moe_jax.parallel.axes import varying_like
 
 BLOCK = 128  # rows of a reference block. On 2 CPU cores 64, 128 and 256 are equally fast
@@ -45,9 +46,9 @@ def choose_backend(name: str, platform: str, device_kind: str, dtype: str) -> tu
     if platform == "tpu":
         return "ragged_dot", "TPU"
     if platform in ("gpu", "cuda") and is_hopper(device_kind):
-        return ("hopper", device_kind) if dtype == "bfloat16" else ("reference", "slow: the Hopper kernel is bfloat16")
+        return ("hopper", device_kind) if dtype == "bfloat16" else ("batched", "the Hopper kernel is bfloat16")
     if platform in ("gpu", "cuda"):
-        return "reference", f"slow: no grouped-matmul kernel for {device_kind} yet"
+        return "batched", f"no kernel for {device_kind}; measured on an H200 only"
     return "reference", platform
 
 
@@ -187,4 +188,5 @@ BACKENDS: dict[str, Backend] = {
     "reference": _Reference(),
     "ragged_dot": _RaggedDot(),
     "hopper": hopper.Hopper(),
+    "batched": batched.Batched(),
 }

@@ -5,9 +5,9 @@
         --topology=v5p:2x4x8 --topology=v5p:4x8x8
 
 It needs no TPU and takes minutes. For each chip it prints the Newton–Schulz FLOPs of the plan, beside all matrices'
-FLOPs divided by the chips (1.00: no work is repeated and no chip idles) and beside XLA's count (which counts a loop
-once, so a fifth of the iteration); the bytes that collectives receive, beside the plan's; and the bytes of arguments
-and temporaries.
+FLOPs divided by the chips (1.00: no work is repeated and no chip idles); the plan's FLOPs of one step of one batch of
+matrices of each group, beside XLA's count, which counts a loop once; the bytes that collectives receive, beside the
+plan's; and the bytes of arguments and temporaries.
 """
 
 import math
@@ -52,14 +52,16 @@ def main(_):
         for c in hlo.collectives(compiled.as_text(), dict(mesh.shape)):
             moved[c.kind] = moved.get(c.kind, 0) + c.size  # loops once
         counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-        plan = optim.muon_plan(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim)
+        with jax.set_mesh(mesh):
+            plan = optim.muon_plan(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim)
+        once = sum(r.batch * newton_schulz.flops(*r.shape, 1) for r in plan.rows)
         fair = sum(r.matrices * newton_schulz.flops(*r.shape, plan.steps) for r in plan.rows) / len(devices)
         mib = lambda n: f"{n / 2**20:,.1f} MiB"
         print(
             f"{name}: {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}, {time.time() - began:.0f} s"
         )
         print(f"  GFLOP a chip: plan {plan.flops / 1e9:,.1f} = {plan.flops / fair:.2f} of an even share; "
-              f"XLA {counted / 1e9:,.1f}, loops once")  # fmt: skip
+              f"loops once: plan {once / 1e9:,.1f}, XLA {counted / 1e9:,.1f}")  # fmt: skip
         print(f"  plan: {mib(plan.bytes)} sent, {plan.ratio:.3f} of AdamW's traffic; "
               f"program receives {({k: mib(v) for k, v in moved.items()})}")  # fmt: skip
         arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

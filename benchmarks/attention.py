@@ -3,8 +3,8 @@
     python -m benchmarks.attention --backends=xla,cudnn
     python -m benchmarks.attention --backends=xla,splash --batch=2 --kv_heads=4
 
-It prints one row for each back end and number of segments a row (0: no segments; with several times `attend.PACKED`
-segments cuDNN needs more than one call). A row has milliseconds forward and backward; TFLOP/s by the formula
+It prints one row for each back end and number of segments a row (0: no segments; for many cuDNN needs more than one
+call, see nn/packed.py). A row has milliseconds forward and backward; TFLOP/s by the formula
 12·B·S²·N·H/2 for the causal half, which counts keys of other segments too; and the largest error of the result and of
 the gradients of q, k and v, relative to the largest entry. In bfloat16 0.01 is rounding. An error near 1, or NaN, is a
 wrong result.

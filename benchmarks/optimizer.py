@@ -2,15 +2,16 @@
 
     python -m benchmarks.optimizer --config=configs/olmoe_8l_bench.py
     python -m benchmarks.optimizer --config=configs/olmoe_8l_bench.py --devices=1     # of a machine with several
+    python -m benchmarks.optimizer --config=configs/olmoe_8l_bench.py --config.optim.newton_schulz_dtype=bfloat16
 
 Every variant updates the same parameters from the same random gradients, on a mesh of `fsdp` = devices (optax's Muon on
 one with Auto axes, since it fails on Explicit ones). Parameters and states are donated, and the variants are timed in
 turns. Each has one row: median time and its spread; memory by the compiler (state and temporaries); and norm and cosine
 to the gradient of the first update of Muon's matrices, which should be the same on other devices. Then it prints the
 TFLOP/s of the Newton–Schulz iteration, from the time of five further steps and the formula 4m²n + 2m³ a step (m ≤ n),
-beside those of the same products as plain batched bf16 einsums; and the optimizer's share of a training step. That step
-is measured at the config's batch on each device. For other numbers of tokens the time of forward and backward is
-assumed to be proportional to them.
+beside those of the same products as plain batched bf16 einsums (Gram Newton–Schulz does fewer FLOPs than the formula
+counts); and the optimizer's share of a training step. That step is measured at the config's batch on each device. For
+other numbers of tokens the time of forward and backward is assumed to be proportional to them.
 """
 
 import dataclasses
@@ -88,6 +89,8 @@ def variants(cfg: config.RunConfig, mine: Any) -> dict[str, Variant]:
     if cfg.optim.coefficients == "jordan":  # of the other sets, no part can be repeated
         more = cfg.optim.newton_schulz_steps + MORE_STEPS
         found[f"{OURS}, {more} steps"] = made(name="muon", newton_schulz_steps=more)
+    if newton_schulz.iteration_dtype(cfg.optim.newton_schulz_dtype) != jnp.bfloat16:
+        found[f"{OURS} in bfloat16"] = made(name="muon", newton_schulz_dtype="bfloat16")
     theirs = "optax.contrib.muon"
     found[theirs] = Variant(optax_muon(cfg, mine), False)
     found[f"{theirs}, bf16 gradients and momentum"] = Variant(optax_muon(cfg, mine, jnp.bfloat16), False, jnp.bfloat16)

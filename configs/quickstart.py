@@ -28,6 +28,7 @@ def get_config():
     model.num_kv_heads = 2
     model.head_dim = 64
     model.compute_dtype = "float32"
+    model.unroll = 3  # a loop over layers would copy what they keep for the backward pass
     model.moe.num_experts = 8
     model.moe.top_k = 2
     model.moe.d_expert = 128

@@ -36,11 +36,17 @@ GPUS = {  # NVIDIA's data sheets, of the SXM boards where there are any; memory 
 ABSENT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
               "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}  # fmt: skip
 HOPPER = ("H100", "H200", "H800", "GH200")
+BLACKWELL = ("B100", "B200", "B300", "GB200", "GB300")  # of data centres
 
 
 def is_hopper(device_kind: str) -> bool:
     """Whether the device is an NVIDIA Hopper GPU."""
     return any(name in device_kind for name in HOPPER)
+
+
+def has_packed_attention(device_kind: str) -> bool:
+    """Whether cuDNN has attention to packed sequences for the device: JAX asks for compute capability 9.0 or more."""
+    return is_hopper(device_kind) or any(name in device_kind for name in BLACKWELL)
 
 
 def has_ragged_exchange(device_kind: str) -> bool:

@@ -140,7 +140,6 @@ def test_refusals():
         ({"qk_norm": True}, r"model\.qk_norm=True: is not available with mla"),
         ({"num_kv_heads": 2}, r"num_kv_heads=2: must be num_heads=4"),
         ({"head_dim": 4}, r"head_dim=4: must be > mla\.rope_dim=4"),
-        ({"attention": "cudnn"}, r"attention='cudnn': takes heads of one size"),
         ({"mla": {"q_rank": 4}}, r"mla\.q_rank=4: needs kv_rank > 0"),
         ({"rope_scaling": {"factor": 2.0, "high_freq_factor": 0.5}}, r"high_freq_factor=0\.5: must be > low"),
     ):

@@ -191,6 +191,18 @@ def test_what_a_run_did_before_a_field_existed_stays(tmp_path, newer, recorded):
     assert len(lines) == 2 + (not recorded)
 
 
+@pytest.mark.parametrize("recorded", ["bfloat16", ...])
+def test_a_run_keeps_the_dtype_of_newton_schulz(tmp_path, recorded):
+    """Its default was bfloat16 before it was "auto"."""
+    save_config(tmp_path, RunConfig())
+    edit(tmp_path, optim__newton_schulz_dtype=recorded)
+    cfg, lines = resume(tmp_path, RunConfig())
+    assert cfg.optim.newton_schulz_dtype == "bfloat16" and len(lines) == 1
+    assert lines[0].startswith('config.optim.newton_schulz_dtype stays "bfloat16", the value of the run')
+    with pytest.raises(CheckpointError, match='newton_schulz_dtype: "bfloat16" in the run, "float16" now'):
+        resume(tmp_path, having(optim__newton_schulz_dtype="float16"))
+
+
 def test_what_was_explicitly_chosen_is_refused(tmp_path, newer):
     save_config(tmp_path, RunConfig())
     edit(tmp_path, data__sources__stdlib__weight=...)
@@ -255,6 +267,7 @@ def test_a_group_that_a_run_does_not_have_takes_its_default():
     for group in [f.name for f in dataclasses.fields(made) if dataclasses.is_dataclass(getattr(made, f.name))]:
         assert group not in classes.complete({k: v for k, v in values.items() if k != group}) or group in (
             "data",
+            "optim",
             "sample",
         ), group
     del values["explore"]["temperature"]

@@ -1,6 +1,7 @@
 """A run before it begins: its memory against shapes, shardings and the table of `nn/remat.py`."""
 
 import dataclasses
+import itertools
 
 import jax
 import pytest
@@ -38,21 +39,23 @@ def test_activations_of_a_layer_are_those_of_the_table():
     nn/remat.py says. Numbers are bfloat16, the router's logits float32, places of rows int32."""
 
     def of_a_layer(remat: str) -> float:
-        more, fewer = (dry_run.activations(small(remat=remat, num_layers=n))[0] for n in (4, 2))
+        more, fewer = (dry_run.activations(small(remat=remat, num_layers=n)) for n in (4, 2))
         return (more - fewer) / 2 / 64
 
     assert of_a_layer("full") == 2 * 32
     n_h, m_h, d, e, k, f = 64, 32, 32, 8, 2, 24
-    table = 2 * (d + n_h + 2 * m_h + n_h + d + 2 * k * f) + 4 * e + 4 * 2 * k
+    table = 2 * (d + n_h + 2 * m_h + n_h + d + 2 * k * f) + 4 * e + 4 * 2 * k + 4 * 4  # the last: logsumexps
     assert of_a_layer("selective") == table
 
 
 @pytest.mark.slow
-def test_attention_probabilities_are_told_apart():
-    cfg = small(remat="none")
-    total, scores = dry_run.activations(cfg)
-    assert 0 < scores < total and scores >= 4 * 4 * 64 * 64 * 2  # layers, heads, S × S, at least bfloat16
-    assert dry_run.activations(small(remat="selective"))[1] == 0
+def test_attention_probabilities_are_counted_where_they_are_kept():
+    """Of 4 layers and 4 heads, S × S numbers of at least 2 bytes; only "xla", and without rematerialisation."""
+    cases = itertools.product(("xla", "chunked", "cudnn"), ("none", "selective"))
+    kept = {(name, remat): dry_run.activations(small(remat=remat, attention=name)) for name, remat in cases}
+    assert kept["xla", "none"] - kept["chunked", "none"] >= 4 * 4 * 64 * 64 * 2
+    assert kept["chunked", "none"] == kept["cudnn", "none"]
+    assert kept["chunked", "selective"] - kept["xla", "selective"] == 4 * 4 * 64 * 4  # logsumexps
 
 
 @pytest.mark.slow

@@ -151,14 +151,23 @@ def nll_by_hand(hidden, output, targets, cotangent):
 
 
 @pytest.mark.parametrize(
-    ("length", "dtype", "scale"),
-    [(7, "float32", 1.0), (10, "float32", 1.0), (4, "float32", 3e3), (12, "bfloat16", 1.0)],
+    ("length", "dtype", "scale", "kind"),
+    [
+        (7, "float32", 1.0, "cpu"),
+        (7, "float32", 1.0, "TPU v5p"),
+        (10, "float32", 1.0, "cpu"),
+        (4, "float32", 3e3, "cpu"),
+        (4, "float32", 3e3, "TPU v5p"),
+        (12, "bfloat16", 1.0, "cpu"),
+    ],
 )
-def test_nll(monkeypatch, length, dtype, scale):
-    """Two rows of lengths that CHUNK = 4 does not divide, logits of thousands, and bf16 with float32 logits."""
+def test_nll(monkeypatch, length, dtype, scale, kind):
+    """Two rows of lengths that CHUNK = 4 does not divide, logits of thousands, and bf16 with float32 logits, as on a
+    CPU and as on other devices."""
     monkeypatch.setattr(cross_entropy, "CHUNK", 4)
+    monkeypatch.setattr(sharding, "current_kind", lambda: kind)
     rng = np.random.default_rng(length)
-    hidden, output = rng.normal(size=(2, length, 5)) * scale, rng.normal(size=(13, 5))
+    hidden, output = rng.normal(size=(2, length, 3)) * scale, rng.normal(size=(13, 3))
     hidden, output = jnp.asarray(hidden, dtype), jnp.asarray(output, dtype)
     targets, c = rng.integers(0, 13, (2, length)), rng.random((2, length)).astype(np.float32)
 

@@ -97,7 +97,7 @@ def test_batch_is_a_loop_over_matrices_and_zero_stays_zero(dtype):
 SIZES = [1e-20, 1e-12, 1e-6, 1.0, 1e6, 1e19, 1e20]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_the_size_of_the_gradient_does_not_matter(dtype, tolerance):
     """Two steps of float64 at every size; a power of two changes no bit. Gradients in either type."""
     tx = scale_by_muon(dtype=jnp.dtype(dtype), matrices=last_two)
@@ -113,13 +113,6 @@ def test_the_size_of_the_gradient_does_not_matter(dtype, tolerance):
     want = directions([np.asarray(low[0], np.float32)], Matrices())[0]
     low = updates(tx, low[0], low)[0].astype(jnp.float32)
     assert all(error(u, w) < 1e-2 for u, w in zip(low, want, strict=True))
-
-
-def test_float16_has_the_range_of_float32():
-    """Scaled before it is rounded: 1e-20 would be 0 in float16, 1e20 infinite."""
-    g = np.stack([gaussian((64, 16)) * np.float32(size) for size in SIZES])
-    got = updates(scale_by_muon(dtype=jnp.float16, matrices=last_two), jnp.zeros_like(g), jnp.asarray(g)[None])[0]
-    assert all(error(u, w) < 1e-2 for u, w in zip(got, directions([g], Matrices())[0], strict=True))
 
 
 def test_a_matrix_without_a_gradient_stays():
@@ -237,11 +230,12 @@ def test_chains_with_clipping_and_does_not_feel_it():
 
 
 def test_the_files_stand_alone():
-    """Muon's files, the kernel and what these import: nine files and four packages, usable without the rest."""
+    """Muon's files, the kernel and what these import: twelve files and four packages, usable without the rest."""
     folder = Path(__file__).parents[1] / "moe_jax"
-    own = {"optim.muon", "optim.plan", "optim.spread", "optim.newton_schulz", "kernels.stacked", "kernels.tiles",
-           "parallel.axes", "tree", "chips"}  # fmt: skip
-    allowed = {"jax", "numpy", "optax", "jaxtyping", "functools", "math", "collections", "typing", "re", "time"}
+    own = {"optim.muon", "optim.plan", "optim.spread", "optim.leaves", "optim.shares", "optim.newton_schulz",
+           "kernels.stacked", "kernels.symmetric", "kernels.tiles", "parallel.axes", "tree", "chips"}  # fmt: skip
+    allowed = {"jax", "numpy", "optax", "jaxtyping", "functools", "math", "collections", "typing", "re", "time",
+               "heapq"}  # fmt: skip
     for name in own:
         for node in ast.walk(ast.parse((folder / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -315,7 +309,8 @@ def test_options_reach_the_update():
     """Every field of OptimConfig that Muon has changes the parameters after two steps."""
     changes = [{"coefficients": "you"}, {"coefficients": "deepseek_v4", "newton_schulz_steps": 10}, {"momentum": 0.5},
                {"newton_schulz_steps": 3}, {"scale": "spectral"}, {"update_rms": 0.3}, {"per_head": True},
-               {"cautious_decay": True}, {"nesterov": False}, {"newton_schulz_dtype": "float32"}]  # fmt: skip
+               {"cautious_decay": True}, {"nesterov": False}, {"newton_schulz_dtype": "bfloat16"},
+               {"newton_schulz_dtype": "float16"}]  # fmt: skip
     layer = {"attention": {"w_q": gaussian((2, 24, 32), 1)}}
     shared = {"layers": layer}
     grads = [{"layers": {"attention": {"w_q": gaussian((2, 24, 32), 5 + i)}}} for i in range(2)]
@@ -327,7 +322,7 @@ def test_options_reach_the_update():
         )[-1]["layers"]["attention"]["w_q"]
         base = final()
         for fields in changes:
-            assert error(final(**fields), base) > 1e-4, fields
+            assert error(final(**fields), base) > 1e-5, fields
     finally:
         optimizer.label_params = labels
 
@@ -352,7 +347,7 @@ def test_config_refuses(fields, message):
 def test_describe_prints_the_plan_once_and_short():
     cfg = small_config()
     text = optim.describe(cfg.optim, model.abstract(cfg.model), {"data": 2, "fsdp": 2, "expert": 2}, 8)
-    assert text.startswith("adamw: adamw, ") and "\nmuon: 5 steps in bfloat16" in text
+    assert text.startswith("adamw: adamw, ") and "\nmuon: 5 steps in float32" in text
     assert "layers/moe/w_down, w_gate, w_up" in text and len(text.splitlines()) < 14
     assert max(map(len, text.splitlines())) <= 200
     adamw = dataclasses.replace(cfg.optim, name="adamw")

@@ -87,10 +87,21 @@ def equations(jaxpr, skip=()):
                 yield from equations(getattr(value, "jaxpr", value), skip)
 
 
-@pytest.mark.parametrize("backend", ["splash", "cudnn", "cudnn with segments"])
-def test_selective_attends_once(monkeypatch, backend):
-    """Attention kernels of forward and backward pass together: as many as without remat; one more with full remat.
-    cuDNN's loops over further segments, which usually do nothing, are not counted."""
+@pytest.mark.parametrize(
+    ("backend", "forward", "both"),
+    [
+        ("splash", 1, 3),
+        ("cudnn", 1, 2),
+        ("cudnn two sizes", 1, 2),
+        ("cudnn with segments", 2, 4),
+        ("chunked", 2 * 2, 7 * 2),
+        ("chunked with segments", 2 * 2, 7 * 2),
+    ],
+)
+def test_selective_attends_once(monkeypatch, backend, forward, both):
+    """Attention kernels of forward and backward pass together: as many as without remat; full remat repeats the forward
+    ones. cuDNN's loops over further segments, which usually do nothing, are not counted. For `chunked`, which has two
+    blocks here, products are: two forward, and five in the backward pass."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
@@ -101,16 +112,19 @@ def test_selective_attends_once(monkeypatch, backend):
 
     def kernels(policy):
         # Between something that needs its operand and something that needs its result, as in a layer.
-        layer = lambda x, ids: jnp.sin(attend.attend(*[jnp.cos(x)] * 3, ids, backend.split()[0]))
+        def layer(x, ids):
+            q, k, v = [jnp.cos(x)] * 3
+            return jnp.sin(attend.attend(q, k, v[..., :8] if "two" in backend else v, ids, backend.split()[0]))
+
         layer = jax.checkpoint(layer, policy=remat.POLICIES[policy]) if policy != "none" else layer
         with jax.set_mesh(mesh()):
             jaxpr = jax.make_jaxpr(jax.grad(lambda *args: jnp.sum(layer(*args))))(x, ids).jaxpr
         names = [eqn.primitive.name for eqn in equations(jaxpr, ("while",))]
-        return sum(name == "pallas_call" or name.startswith("dot_product_attention_") for name in names)
+        counted = ("dot_general",) if "chunked" in backend else ("pallas_call", "dot_product_attention_")
+        return sum(name.startswith(counted) for name in names)
 
-    forward_and_backward = 3 if backend == "splash" else 2
-    assert kernels("none") == kernels("selective") == forward_and_backward
-    assert kernels("full") == forward_and_backward + 1
+    assert kernels("none") == kernels("selective") == both
+    assert kernels("full") == both + forward
 
 
 def test_selective_repeats_no_expert_matmul():

@@ -18,6 +18,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,13 @@ from moe_jax.train.state import abstract_batch, abstract_state
 FOLDER = Path(__file__).with_name("unused")
 VERSION = FOLDER / "jax_version.txt"
 HOPPER = "olmoe_8l_bench"
+ON_CPU = "quickstart"  # the others are traced as for an accelerator
+TPU = {"model.attention": "splash", "model.moe.grouped_matmul": "ragged_dot"}  # what auto is there
 CASES = {  # mesh, other values
     "quickstart": ((2, 2, 2), {}),
-    "moonlight_16b_a3b": ((2, 2, 2), {}),
-    "demons_3b": ((1, 2, 4), {"train.micro_batches": 2}),
-    "olmoe_1b_7b": ((8, 1, 1), {}),
+    "moonlight_16b_a3b": ((2, 2, 2), TPU | {"optim.newton_schulz_dtype": "bfloat16"}),
+    "demons_3b": ((1, 2, 4), TPU | {"train.micro_batches": 2}),
+    "olmoe_1b_7b": ((8, 1, 1), TPU),
     HOPPER: ((1, 1, 1), {"model.attention": "xla", "model.moe.grouped_matmul": "hopper"}),
 }
 SLOW = ("moonlight_16b_a3b", "olmoe_1b_7b")
@@ -111,7 +114,8 @@ def traced(name: str) -> Any:
     made.update_from_flattened_dict(changes)
     cfg = config.build(made)
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
-    with jax.set_mesh(mesh):
+    kind = sharding.current_kind if name == ON_CPU else lambda: "an accelerator"
+    with mock.patch.object(sharding, "current_kind", kind), jax.set_mesh(mesh):
         return step.make_train_step(cfg, mesh).__wrapped__.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh))
 
 

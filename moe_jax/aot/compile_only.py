@@ -22,6 +22,7 @@ from moe_jax.chips import peak_flops
 from moe_jax.cli import GPU_SHARE
 from moe_jax.errors import UserError
 from moe_jax.moe import exchange
+from moe_jax.optim.plan import Plan
 from moe_jax.parallel import sharding
 from moe_jax.train import step
 from moe_jax.train.state import abstract_batch, abstract_state, choose_program, parts_of
@@ -29,9 +30,7 @@ from moe_jax.tree import flatten
 
 # Messages of JAX about the machine on which it traces, and what to do about them.
 REFUSALS = {
-    "cuDNN not found": "attention needs cuDNN: pip install nvidia-cudnn-cu13, or --config.model.attention=xla",
-    "at least Hopper": "JAX traces cuDNN's attention to packed segments on a machine with a Hopper GPU only; "
-    "nearest valid: --config.model.segment_mask=false, or --config.model.attention=xla",
+    "cuDNN not found": "attention needs cuDNN: pip install nvidia-cudnn-cu13, or --config.model.attention=chunked",
 }
 AVERAGE = "average of the weights"  # a kind of memory, beside the parameters and the moments
 
@@ -177,7 +176,7 @@ def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
     forward = model.flops_per_token(m, cfg.data.seq_len) * cfg.data.batch_size * cfg.data.seq_len / chips / 3
     flops += (passes - 3) * forward
     if optim.owners(cfg.optim)["matrix"] == "muon":
-        flops += optim.muon_plan(cfg.optim, model.abstract(m), report.mesh, m.head_dim).flops
+        flops += plan_of(cfg, mesh_of(cfg, machines.devices(report.topology))).flops
     state, gradients = bytes_of_state(cfg, report)
     weights = model.count_parameters(m).total * jnp.dtype(m.compute_dtype).itemsize / report.mesh["expert"]
     moved = 2 * state + 2 * a * gradients + 2 * weights * passes * a
@@ -186,6 +185,12 @@ def estimate(cfg: config.RunConfig, report: Report) -> dict[str, float]:
     peak, _ = peak_flops(machines.devices(report.topology)[0])
     times = {"arithmetic": flops / peak, "memory": moved / memory_rate, "links": over(False) / link_rate}
     return times | ({"network": over(True) / network_rate} if over(True) else {})
+
+
+def plan_of(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> Plan:
+    """The plan of Muon for the chips of a mesh, whose kind decides dtype and kernels."""
+    with jax.set_mesh(mesh):
+        return optim.muon_plan(cfg.optim, model.abstract(cfg.model), dict(mesh.shape), cfg.model.head_dim)
 
 
 def suggestions(cfg: config.RunConfig, report: Report) -> str:
@@ -245,10 +250,7 @@ def main(cfg: config.RunConfig, topology: str) -> None:
     chips = machines.devices(topology)
     print(choose_program(cfg, mesh_of(cfg, chips)).why, flush=True)
     if optim.owners(cfg.optim)["matrix"] == "muon":
-        plan = optim.muon_plan(
-            cfg.optim, model.abstract(cfg.model), dict(mesh_of(cfg, chips).shape), cfg.model.head_dim
-        )
-        print(plan, flush=True)
+        print(plan_of(cfg, mesh_of(cfg, chips)), flush=True)
     print("compiling, which takes minutes for large models", flush=True)
     for line in lines(cfg, compile_report(cfg, topology)):
         print(line, flush=True)

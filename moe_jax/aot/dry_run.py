@@ -26,15 +26,13 @@ TRACED = (2, 4)  # sequences of the two traces whose difference is the memory of
 
 
 class Memory(NamedTuple):
-    """Bytes on one device. scores: the part of the activations that is attention probabilities, S × S a head. Only the
-    back end "xla" of attention keeps them."""
+    """Bytes on one device."""
 
     parameters: int
     moments: int
     average: int
     gradients: int
     activations: int
-    scores: int
 
 
 def mesh_shape(cfg: config.RunConfig) -> tuple[int, int, int]:
@@ -46,9 +44,10 @@ def mesh_shape(cfg: config.RunConfig) -> tuple[int, int, int]:
 
 
 def _anywhere(cfg: config.RunConfig) -> config.RunConfig:
-    """The config with the back ends of the devices that are here."""
+    """The config with the back ends of the devices that are here. What attention's kernels keep, "chunked" does too."""
     moe = dataclasses.replace(cfg.model.moe, grouped_matmul="auto", exchange="auto")
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="auto", moe=moe))
+    attention = "xla" if cfg.model.attention == "xla" else "chunked"
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=attention, moe=moe))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -70,19 +69,18 @@ def _shares(cfg: config.RunConfig, sizes: dict[str, int]) -> dict[str, int]:
     return parts
 
 
-def activations(cfg: config.RunConfig) -> tuple[float, float]:
-    """Bytes that automatic differentiation keeps for each sequence, and the part of them in attention probabilities.
+def activations(cfg: config.RunConfig) -> float:
+    """Bytes that automatic differentiation keeps for each sequence.
 
     They are the difference of two traces of the loss, with `TRACED` sequences: what does not grow with the batch, such
     as casts of weights, is not in it. Router losses keep sums only.
     """
     cfg = _anywhere(cfg)
-    (fewer, scores), (more, more_scores) = (_residuals(cfg, rows) for rows in TRACED)
-    rows = TRACED[1] - TRACED[0]
-    return (more - fewer) / rows, (more_scores - scores) / rows
+    fewer, more = (_residuals(cfg, rows) for rows in TRACED)
+    return (more - fewer) / (TRACED[1] - TRACED[0])
 
 
-def _residuals(cfg: config.RunConfig, rows: int) -> tuple[int, int]:
+def _residuals(cfg: config.RunConfig, rows: int) -> int:
     loss = dataclasses.replace(cfg.loss, balance_batch="global", more={}, shuffle_tokens=False)
     cfg = dataclasses.replace(
         cfg,
@@ -106,10 +104,7 @@ def _residuals(cfg: config.RunConfig, rows: int) -> tuple[int, int]:
 
     with jax.set_mesh(mesh):
         leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, state.router_bias, abstract_batch(cfg, mesh)))
-    s = cfg.data.seq_len
-    scores = [x for x in leaves if x.ndim > 4 and x.shape[-2:] == (s, s)]
-    total, of_scores = (sum(_bytes(x.shape, x.dtype) for x in some) for some in (leaves, scores))
-    return total, of_scores
+    return sum(_bytes(x.shape, x.dtype) for x in leaves)
 
 
 def memory(cfg: config.RunConfig, shape: tuple[int, int, int]) -> Memory:
@@ -130,11 +125,10 @@ def memory(cfg: config.RunConfig, shape: tuple[int, int, int]) -> Memory:
     trained = {path: x for path, x in flatten(state.params).items() if path not in frozen}
     width = 4 if cfg.train.micro_batches > 1 else 0  # gradients of micro-batches are summed in float32
     grads = sum(math.prod(x.shape) * (width or x.dtype.itemsize) // parts.get(path, 1) for path, x in trained.items())
-    each, scores = activations(cfg)
     rows = cfg.data.batch_size // (math.prod(shape) * cfg.train.micro_batches)
     return Memory(
         held(state.params) + held(state.router_bias), held(opt.optimizer) + held(opt.controllers), held(opt.ema), grads,
-        round(each * rows), round(scores * rows),
+        round(activations(cfg) * rows),
     )  # fmt: skip
 
 
@@ -177,11 +171,7 @@ def lines(cfg: config.RunConfig) -> Iterator[str]:
     state = f"parameters {_size(found.parameters)}, moments {_size(found.moments)}, {average}"
     kept = f"gradients {_size(found.gradients)}, activations {_size(found.activations)} (remat {cfg.model.remat})"
     yield f"memory of a device: {state}{kept}"
-    together = _size(sum(found._replace(scores=0)))
-    yield f"together {together}, without the compiler's work space; --compile_only tells that, for a chip"
-    if found.scores:
-        scores = _size(found.scores)
-        yield f"{scores} of the activations are attention probabilities, which flash attention does not keep"
+    yield f"together {_size(sum(found))}, without the compiler's work space; --compile_only tells that, for a chip"
     yield from _of_schedule(cfg)
     corpus = data.prepare(cfg.data, workdir=None, seed=cfg.seed, progress=sys.stderr.isatty(), init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)

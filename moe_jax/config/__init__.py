@@ -17,6 +17,7 @@ from moe_jax.config.machine import (
     check_grouped_matmul,
     check_steps,
     check_vocabulary,
+    cudnn_refusals,
     evaluation_mesh,
     for_evaluation,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "check_steps",
     "check_vocabulary",
     "complete",
+    "cudnn_refusals",
     "default_config",
     "evaluation_mesh",
     "for_evaluation",

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
-from moe_jax.chips import has_ragged_exchange, is_hopper
+from moe_jax.chips import has_packed_attention, has_ragged_exchange, is_hopper
 from moe_jax.config.fields import nearest_divisor, require
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.schema import RunConfig
@@ -68,13 +70,32 @@ def _check_attention(cfg: RunConfig, platform: str, here: str) -> None:
         ok = name != backend or platform == kind
         require(ok, "model.attention", backend, f"needs {article}, this is {here}", "use 'auto'")
     if name == "cudnn":
-        rule = "must be 'bfloat16' for model.attention='cudnn'"
-        require(model.compute_dtype == "bfloat16", "model.compute_dtype", model.compute_dtype, rule, "use 'auto'")
-        rule, valid = "must be a multiple of 8 for model.attention='cudnn'", -(-model.head_dim // 8) * 8
-        require(model.head_dim % 8 == 0, "model.head_dim", model.head_dim, rule, f"nearest valid: {valid}")
+        for field, value, rule, nearest in cudnn_refusals(model, here):
+            require(False, field, value, f"for model.attention='cudnn' {rule}", nearest)
     if name == "splash":
         rule = "must be a multiple of 128 for model.attention='splash'"
         require(s % 128 == 0, "data.seq_len", s, rule, f"nearest valid: {max(128, round(s / 128) * 128)}")
+
+
+def cudnn_refusals(model: ModelConfig, device_kind: str) -> Iterator[tuple[str, Any, str, str]]:
+    """Yields what keeps cuDNN's attention from a model on a GPU: field, value, rule, nearest valid choice.
+
+    Sources: checks of JAX 0.10 to 0.12 before its call. Heads of more than 128 numbers are asked of Hopper alone.
+    """
+    mla, other = model.mla.kv_rank > 0, "use model.attention='chunked'"
+    if model.compute_dtype != "bfloat16":
+        yield "model.compute_dtype", model.compute_dtype, "must be 'bfloat16'", "use 'auto'"
+    most = 256 if is_hopper(device_kind) else 128
+    for field, size in (("model.head_dim", model.head_dim), ("model.mla.v_dim", model.mla.v_dim if mla else 8)):
+        if size % 8:
+            yield field, size, "must be a multiple of 8", f"nearest valid: {-(-size // 8) * 8}"
+        if size > most:
+            yield field, size, f"must be at most {most} on {device_kind}", f"nearest valid: {most}, or {other}"
+    if mla and not is_hopper(device_kind):
+        yield "model.mla.kv_rank", model.mla.kv_rank, f"needs a Hopper GPU, this is {device_kind}", other
+    if model.segment_mask and not has_packed_attention(device_kind):
+        rule = f"needs a Hopper GPU or a newer one, this is {device_kind}"
+        yield "model.segment_mask", True, rule, f"nearest valid: False, or {other}"
 
 
 def _mesh_shape(cfg: RunConfig, num_devices: int) -> tuple[int, int, int]:

@@ -220,8 +220,9 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     # Layers, or units of `layers`, in one turn of the loop over them. num_layers: no loop, which is faster to run and
     # slower to compile.
     unroll: int = machine(number(1, 1))
-    # Back end of attention (docs/performance.md). "cudnn" needs a GPU, "splash" a TPU; "auto" takes the best that runs.
-    attention: Literal["auto", "xla", "cudnn", "splash"] = machine("auto")
+    # Back end of attention (docs/performance.md). "cudnn" needs a GPU, "splash" a TPU, "chunked" runs anywhere; "xla"
+    # is the reference, with all logits at once. "auto" takes the best that runs.
+    attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = machine("auto")
     # True: a token sees its own document only. False: attention crosses the borders of documents packed in one row.
     segment_mask: bool = machine(True, FIXED)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -332,5 +333,3 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         require(m == n, "num_kv_heads", m, f"must be num_heads={n} with mla.kv_rank > 0", f"nearest valid: {n}")
         require(not self.qk_norm, "qk_norm", True, "is not available with mla.kv_rank > 0, which norms its latents",
                 "nearest valid: False")  # fmt: skip
-        backend, rule = self.attention, "takes heads of one size: with mla.kv_rank > 0 it must be 'auto' or 'xla'"
-        require(backend in ("auto", "xla"), "attention", backend, rule, "nearest valid: 'auto'")

@@ -164,7 +164,9 @@ class OptimConfig(Checked, resume=FIXED):
     # polynomial, and the others 5 steps.
     coefficients: Literal["jordan", "you", "polar_express", "cans", "deepseek_v4"] = "jordan"
     newton_schulz_steps: int = number(5, 1, 20)  # steps of the iteration; `coefficients` decides which are valid
-    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the iteration
+    # Dtype of the iteration. "auto" is float16 on GPUs, bfloat16 on TPUs and float32 on CPUs, also where a run is
+    # resumed on another kind of device.
+    newton_schulz_dtype: Literal["auto", "float16", "bfloat16", "float32"] = newer("auto", was="bfloat16")
     # Scale of Muon's update: "match_rms" multiplies it by update_rms · √max(in, out), "spectral" by √max(1, out/in).
     scale: Literal["match_rms", "spectral"] = "match_rms"
     update_rms: float = number(0.2, 0.0)  # RMS of Muon's update before the learning rate, with scale="match_rms"

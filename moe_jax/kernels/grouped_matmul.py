@@ -137,36 +137,56 @@ class _Simple:
 
 
 class _Reference(_Simple):
-    """The obviously right back end: one small matmul per block in use, in a loop, so that no weight is copied."""
+    """The obviously right back end: small matmuls for each block in use, in a loop, so that no weight is copied.
 
-    def _rows(self, x, w, sizes, transpose):
-        blocks = _Blocks.of(sizes)
-        width = w.shape[1] if transpose else w.shape[2]
-        padded = jnp.pad(x, ((0, BLOCK), (0, 0)))
+    Products of the same rows share one loop, which cuts each block out once.
+    """
 
-        def body(i, out):
+    def forward(self, x, ws, sizes):
+        product = lambda e, x_b: tuple(x_b @ _matrix(w, e) for w in ws)
+        return self._loop((x,), ws, sizes, product, [w.shape[2] for w in ws])
+
+    def backward(self, dys, ws, sizes):
+        product = lambda e, *dys_b: (sum(dy @ _matrix(w, e).T for dy, w in zip(dys_b, ws, strict=True)),)
+        return self._loop(dys, ws, sizes, product, [ws[0].shape[1]])[0]
+
+    def _loop(self, arrays, ws, sizes, product, widths):
+        """Computes product(e, blocks of `arrays`) for each block of group e: the rows of results of these widths."""
+        blocks, rows = _Blocks.of(sizes), arrays[0].shape[0]
+        padded = [jnp.pad(a, ((0, BLOCK), (0, 0))) for a in arrays]
+
+        def body(i, outs):
             e, row, _ = blocks.at(i)
-            w_e = jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
-            y = jax.lax.dynamic_slice_in_dim(padded, row, BLOCK) @ (w_e.T if transpose else w_e)
+            ys = product(e, *(jax.lax.dynamic_slice_in_dim(a, row, BLOCK) for a in padded))
             # Blocks come in row order: the block of the next group overwrites the rows that belong to it.
-            return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+            return tuple(jax.lax.dynamic_update_slice_in_dim(out, y, row, 0) for out, y in zip(outs, ys, strict=True))
 
-        out = varying_like(jnp.zeros((padded.shape[0], width), x.dtype), x, w, sizes)
-        return jax.lax.fori_loop(0, blocks.count, body, out)[: x.shape[0]]
+        zeros = lambda width: varying_like(jnp.zeros((rows + BLOCK, width), arrays[0].dtype), *arrays, *ws, sizes)
+        outs = jax.lax.fori_loop(0, blocks.count, body, tuple(map(zeros, widths)))
+        return tuple(self._in_use(out[:rows], sizes) for out in outs)
 
-    def _weights(self, x, dy, sizes):
+    def weights(self, x, dys, sizes):
         blocks = _Blocks.of(sizes)
-        x_padded, dy_padded = (jnp.pad(a, ((0, BLOCK), (0, 0))) for a in (x, dy))
+        x_padded, *dys_padded = (jnp.pad(a, ((0, BLOCK), (0, 0))) for a in (x, *dys))
 
-        def body(i, dw):
+        def body(i, dws):
             e, row, in_group = blocks.at(i)
-            x_b = jnp.where(in_group[:, None], jax.lax.dynamic_slice_in_dim(x_padded, row, BLOCK), 0)
-            dy_b = jnp.where(in_group[:, None], jax.lax.dynamic_slice_in_dim(dy_padded, row, BLOCK), 0)
-            dw_b = jnp.einsum("rd,rf->df", x_b, dy_b, preferred_element_type=jnp.float32)
-            return dw.at[e].add(dw_b)
+            cut = lambda a: jnp.where(in_group[:, None], jax.lax.dynamic_slice_in_dim(a, row, BLOCK), 0)
+            # The barrier makes XLA transpose the block once; inside the product a CPU would read it column by column.
+            x_T = jax.lax.optimization_barrier(cut(x_padded).T)
+            dws_b = (jnp.matmul(x_T, cut(dy), preferred_element_type=jnp.float32) for dy in dys_padded)
+            return tuple(
+                jax.lax.dynamic_update_index_in_dim(dw, _matrix(dw, e) + dw_b, e, 0)
+                for dw, dw_b in zip(dws, dws_b, strict=True)
+            )
 
-        dw = varying_like(jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32), x, dy, sizes)
-        return jax.lax.fori_loop(0, blocks.count, body, dw)
+        zeros = lambda dy: jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
+        start = tuple(varying_like(zeros(dy), x, *dys, sizes) for dy in dys)
+        return jax.lax.fori_loop(0, blocks.count, body, start)
+
+
+def _matrix(w: Float[Array, "E D F"], e: Int[Array, ""]) -> Float[Array, "D F"]:
+    return jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
 
 
 class _RaggedDot(_Simple):

@@ -24,12 +24,10 @@ import optax
 from jaxtyping import Array
 
 from moe_jax.optim import newton_schulz
-from moe_jax.optim.newton_schulz import Coefficients
+from moe_jax.optim.newton_schulz import AUTO, Coefficients
 from moe_jax.optim.spread import Rule, layout, one_matrix
 
 Number = float | Array  # traced or not
-# `optax.inject_hyperparams` takes a callable default for a schedule: jnp.bfloat16 is callable, its dtype is not.
-BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 class MuonState(NamedTuple):
@@ -48,7 +46,7 @@ def muon(
     coefficients: str | Coefficients = "jordan",
     scale: Literal["match_rms", "spectral"] = "match_rms",
     update_rms: Number = 0.2,
-    dtype: Any = BFLOAT16,
+    dtype: Any = AUTO,
     matrices: Rule | None = None,
 ) -> optax.GradientTransformation:
     """Makes Muon: W ← W − η·(scale·O + λ·W), with M ← μ·M + G and O = Newton–Schulz(G + μ·M), or of M without Nesterov.
@@ -84,7 +82,7 @@ def scale_by_muon(
     coefficients: str | Coefficients = "jordan",
     scale: Literal["match_rms", "spectral"] = "match_rms",
     update_rms: Number = 0.2,
-    dtype: Any = BFLOAT16,
+    dtype: Any = AUTO,
     matrices: Rule | None = None,
 ) -> optax.GradientTransformation:
     """Makes the direction of `muon`, scale·O, before weight decay and learning rate.
@@ -98,7 +96,8 @@ def scale_by_muon(
         scale: "match_rms" is update_rms·√max(m, n): every matrix gets an update RMS of about `update_rms`, like that of
             AdamW, so AdamW's η and λ carry over. "spectral" is √max(1, n/m) for m inputs and n outputs. They are
             those of one head where `matrices` cuts heads.
-        dtype: of the iteration, and of the matrices that move between devices. The momentum has the parameter's dtype.
+        dtype: of the iteration, and of the matrices that move between devices; "auto" is float16 on GPUs, bfloat16 on
+            TPUs and float32 on CPUs (`newton_schulz.iteration_dtype`). The momentum has the parameter's dtype.
         matrices: a rule that gives the axes of a leaf that form its matrices, and raises ValueError for a leaf that it
             does not know. With None every leaf is one matrix.
     """
@@ -107,10 +106,7 @@ def scale_by_muon(
     if isinstance(dtype, jax.Array):
         raise ValueError("muon: dtype is not a schedule; name it in static_args of optax.inject_hyperparams")
     chosen = newton_schulz.coefficients(coefficients) if isinstance(coefficients, str) else coefficients
-    iterate = functools.partial(newton_schulz.orthogonalize, coefficients=chosen, dtype=dtype)
     factor = lambda shape: SCALES[scale](*shape) * (update_rms if scale == "match_rms" else 1.0)
-    # Matrices are normalised after they moved, so the dtype that moves needs the range of float32. bfloat16 has it.
-    moved = dtype if jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp else jnp.float32
     rule = matrices or one_matrix
 
     def init(params):
@@ -121,12 +117,17 @@ def scale_by_muon(
         del params
         m = jax.tree.map(lambda m, g: (momentum * m + g).astype(m.dtype), state.momentum, grads)
         direction = jax.tree.map(lambda m, g: (g + momentum * m).astype(g.dtype), m, grads) if nesterov else m
+        own = newton_schulz.iteration_dtype(dtype)
+        iterate = functools.partial(newton_schulz.orthogonalize, coefficients=chosen, dtype=own)
+        # Matrices are normalised after they moved. Those of a type without the range of float32 are scaled before.
+        narrow = jnp.finfo(own).maxexp < jnp.finfo(jnp.float32).maxexp
+        moved = (lambda x: x) if narrow else (lambda x: x.astype(own))
         flat, tree = jax.tree.flatten(direction)
         gradients = jax.tree.leaves(grads)
         out: list = [None] * len(flat)
-        for group in layout(direction, rule):
+        for group in layout(direction, rule, len(chosen.steps), own):
             indices = [leaf.index for leaf in group.leaves]
-            results = group.map(iterate, [flat[i].astype(moved) for i in indices], [gradients[i] for i in indices])
+            results = group.map(iterate, [moved(flat[i]) for i in indices], [gradients[i] for i in indices], narrow)
             for leaf, o in zip(group.leaves, results, strict=True):
                 x = flat[leaf.index]
                 out[leaf.index] = (factor(leaf.matrix) * o.astype(jnp.float32)).astype(x.dtype)

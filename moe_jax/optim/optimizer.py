@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import OptimConfig
+from moe_jax.kernels.stacked import device_kind
 from moe_jax.nn.lora import is_adapter
 from moe_jax.optim import groups, muon, newton_schulz
 from moe_jax.optim.plan import Plan, make_plan
@@ -147,7 +148,7 @@ def make_optimizer(cfg: OptimConfig, steps: int, head_dim: int = 0) -> optax.Gra
             coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
             scale=cfg.scale,
             update_rms=cfg.update_rms,
-            dtype=jnp.dtype(cfg.newton_schulz_dtype),
+            dtype=cfg.newton_schulz_dtype,
             matrices=matrices_of(cfg, head_dim),
         )
         by_label = {"adamw": adamw, "router": matrix if cfg.router == "muon" else adamw, "matrix": matrix}
@@ -177,7 +178,7 @@ def muon_plan(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int
         jax.tree.map(placed, graph.shapes, graph.axes),
         lambda path, leaf: rule(path, leaf) if owner[labels[path]] == "muon" else None,
         coefficients=newton_schulz.coefficients(cfg.coefficients, cfg.newton_schulz_steps),
-        dtype=jnp.dtype(cfg.newton_schulz_dtype),
+        dtype=cfg.newton_schulz_dtype,
         in_place=("expert",),
         frozen=groups.frozen_paths(cfg, labels),
     )
@@ -204,5 +205,10 @@ def describe(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int 
             f"a norm's scale of 1 stays as it is: a step of optim.lr={cfg.lr:g} rounds away in bfloat16; "
             "model.param_dtype=float32 trains it"
         ]
-    muon = any(owner[label] == "muon" and (size or not frozen) for label, size in sums.items())
-    return "\n".join(lines + ([str(muon_plan(cfg, graph, sizes, head_dim))] if muon else []))
+    if any(owner[label] == "muon" and (size or not frozen) for label, size in sums.items()):
+        plan = muon_plan(cfg, graph, sizes, head_dim)
+        lines += [str(plan)]
+        if cfg.newton_schulz_dtype == newton_schulz.AUTO:
+            lines += [f"  optim.newton_schulz_dtype=auto is {plan.dtype} on this device ({device_kind()}); resumed on "
+                      "another kind of device, the run may iterate in another dtype"]  # fmt: skip
+    return "\n".join(lines)

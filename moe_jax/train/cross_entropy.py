@@ -8,6 +8,7 @@ from moe_jax.parallel import sharding
 from moe_jax.parallel.axes import varying_like
 
 CHUNK = 2048  # tokens of a device in one chunk: only their logits exist at a time
+CPU_CHUNK = 256  # in training on a CPU, so that the logits of a chunk stay in its cache
 
 
 def token_nll(
@@ -64,10 +65,13 @@ def summed_nll(
     return jnp.sum(sharding.per_device(local, 3, 1)(hidden, targets, weights, output))
 
 
-def _chunks(*arrays: Array) -> tuple[Array, ...]:
-    """Splits `[T, …]` into the fewest chunks of at most CHUNK tokens: `[chunks, tokens, …]`. Padding comes last."""
+def _chunks(*arrays: Array, most: int | None = None) -> tuple[Array, ...]:
+    """Splits `[T, …]` into the fewest chunks of at most `most` (default CHUNK) tokens: `[chunks, tokens, …]`.
+
+    Padding comes last.
+    """
     tokens = arrays[0].shape[0]
-    count = -(-tokens // CHUNK)
+    count = -(-tokens // (most or CHUNK))
     chunk = -(-tokens // count)
     pad = lambda a: jnp.pad(a, [(0, count * chunk - tokens)] + [(0, 0)] * (a.ndim - 1))
     return tuple(pad(a).reshape(count, chunk, *a.shape[1:]) for a in arrays)
@@ -88,6 +92,9 @@ def _summed_nll(h_TD, output, targets_T, weights_T):
 
 def _summed_nll_forward(h_TD, output, targets_T, weights_T):
     """Computes loss and gradients chunk by chunk: d logits = (softmax − one-hot) · weight."""
+    if sharding.current_kind() == "cpu" and h_TD.dtype == output.dtype == jnp.float32:
+        total, d_h, d_output = _on_cpu(h_TD, output, targets_T, weights_T)
+        return total, (d_h, d_output, jnp.zeros((), output.dtype))
 
     def step(sums, part):
         total, d_output = sums
@@ -102,6 +109,32 @@ def _summed_nll_forward(h_TD, output, targets_T, weights_T):
     (total, d_output), d_h = jax.lax.scan(step, zeros, _chunks(h_TD, targets_T, weights_T))
     d_h = d_h.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]]
     return total, (d_h, d_output, jnp.zeros((), output.dtype))
+
+
+def _on_cpu(h_TD, output, targets_T, weights_T):
+    """Computes what `_summed_nll_forward` does, in fewer passes over the logits, which take a CPU as long as products.
+
+    The softmax is never formed: its denominator divides rows of the products. The one-hot part of d logits selects rows
+    of `output`, and adds to rows of its gradient, after the loop. That gradient is summed as `[D, V]`, the order in
+    which the product reads the logits as they lie in memory.
+    """
+
+    def step(sums, part):
+        total, d_output_DV = sums
+        h, target, weight = part
+        logits = h @ output.T
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        exp = jnp.exp(logits - top)
+        denominator = jnp.sum(exp, axis=-1, keepdims=True)
+        nll = (top + jnp.log(denominator) - jnp.take_along_axis(logits, target[:, None], axis=-1))[:, 0]
+        scale = weight[:, None] / denominator
+        return (total + jnp.sum(weight * nll), d_output_DV + (h * scale).T @ exp), (exp @ output) * scale
+
+    zeros = varying_like(jnp.zeros(()), h_TD), jnp.zeros_like(output.T)
+    parts = _chunks(h_TD, targets_T, weights_T, most=min(CHUNK, CPU_CHUNK))
+    (total, d_output_DV), d_h = jax.lax.scan(step, zeros, parts)
+    d_h = d_h.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]] - weights_T[:, None] * output[targets_T]
+    return total, d_h, d_output_DV.T.at[targets_T].add(-weights_T[:, None] * h_TD)
 
 
 def _summed_nll_backward(saved, d_total):

@@ -1,0 +1,85 @@
+"""Memory that a CPU keeps: when glibc is told to, and that freed blocks are then used again."""
+
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_jax import startup
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+PATH = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+MANY = 100 * 2**20  # bytes: more than an arena other than the first can hold in one block
+# No block on its own; nothing given back, as of any other number 2 GB of freed memory would be; one arena.
+KEPT = [(-3, 2**31 - 1), (-1, -1), (-8, 1)]
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugin", "variables", "told"),
+    [
+        ("cpu", True, {}, True),
+        (None, False, {}, True),
+        (None, True, {}, False),  # a GPU may be there, and is not looked for
+        ("cuda,cpu", False, {}, False),
+        ("cpu", False, {"MALLOC_ARENA_MAX": "4"}, False),
+        ("cpu", False, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000"}, False),
+    ],
+)
+def test_only_a_cpu_keeps_memory_and_what_the_user_set_stays(monkeypatch, platforms, plugin, variables, told):
+    calls = []
+    library = type("Library", (), {"mallopt": staticmethod(lambda *call: calls.append(call) or 1)})
+    monkeypatch.setattr(startup.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: plugin or None)
+    monkeypatch.setattr(type(jax.config), "jax_platforms", platforms, raising=False)
+    for name in (*startup._VARIABLES, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert startup.keep_freed_memory() == told and calls == (KEPT if told else [])
+
+
+def test_an_old_library_stays_as_it_is(monkeypatch):
+    """Stops at the first refusal."""
+    calls = []
+    library = type("Library", (), {"mallopt": staticmethod(lambda *call: calls.append(call) or 0)})
+    monkeypatch.setattr(startup.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(type(jax.config), "jax_platforms", "cpu", raising=False)
+    for name in (*startup._VARIABLES, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    assert not startup.keep_freed_memory() and calls == KEPT[:1]
+
+
+def touch() -> list[int]:
+    """Returns the page faults of a first and a second block that a thread writes and frees."""
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    faults = []
+
+    def run():
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            block = library.malloc(ctypes.c_size_t(MANY))
+            ctypes.memset(block, 1, MANY)
+            library.free(ctypes.c_void_p(block))
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return faults
+
+
+def test_a_freed_block_is_used_again_in_any_thread():
+    """Counts in a new process: threads of this one may have begun before, and keep what they had."""
+    code = "import test_startup as t; assert t.startup.keep_freed_memory(); print(*t.touch())"
+    env = os.environ | {"PYTHONPATH": PATH, "JAX_PLATFORMS": "cpu"}
+    out = subprocess.check_output([sys.executable, "-c", code], env=env, encoding="utf-8")
+    first, second = map(int, out.split())
+    pages = MANY // resource.getpagesize()
+    assert first > 0.9 * pages and second < 0.1 * pages

@@ -139,7 +139,7 @@ class Row:
         platform = "cpu" if self.variant.padded else jax.default_backend()
         itemsize = jnp.dtype(cfg.model.compute_dtype).itemsize
         peers = self.mesh.shape["expert"]
-        sent = exchange.bytes_sent(cfg.model.moe, platform, peers, cfg.model.d_model, once, itemsize)
+        sent = exchange.bytes_sent(cfg.model.moe, platform, peers, cfg.model.expert_dim, once, itemsize)
         return (f"{self.variant.name:<40} {milliseconds(self.turns)}, "
                 f"{tokens / median:9.0f} tokens/s a device, {sent[self.variant.exchange] / 1e6:8.1f} MB sent, "
                 f"temporaries {self.timed.temporaries / 2**30:.2f} GiB, {self.note}")  # fmt: skip

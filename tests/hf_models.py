@@ -27,6 +27,19 @@ MODELS = {
     "smollm2": ("Llama", dict(tie_word_embeddings=True, num_attention_heads=2, num_key_value_heads=1)),
     "llama3": ("Llama", dict(rope_theta=None, rope_parameters=LLAMA3)),
     "mistral": ("Mistral", dict(sliding_window=None, head_dim=8)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        EXPERTS
+        | dict(
+            num_experts=8,
+            shared_expert_intermediate_size=48,
+            norm_topk_prob=False,
+            num_hidden_layers=5,
+            decoder_sparse_step=2,
+            mlp_only_layers=[1],
+        ),
+    ),
     "qwen3": ("Qwen3", dict(head_dim=10, tie_word_embeddings=True)),
     "mixtral": ("Mixtral", dict(num_local_experts=6, num_experts_per_tok=2)),
     "olmoe": ("Olmoe", dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False)),
@@ -37,7 +50,15 @@ MODELS = {
     ),
     "moonlight": ("DeepseekV3", EXPERTS | MLA | dict(n_group=1, topk_group=1, q_lora_rank=None)),
     "deepseek_v3": ("DeepseekV3", EXPERTS | MLA | dict(n_group=4, topk_group=2, q_lora_rank=18, num_experts_per_tok=3)),
+    "olmo2": ("Olmo2", dict()),
+    "flex_olmo": ("FlexOlmo", dict(num_experts=8, num_experts_per_tok=3, pad_token_id=1)),
 }
+# A model's seed is its place here, so that a new one at the end changes no other.
+SEEDS = (
+    "deepseek_v3", "llama", "llama3", "mistral", "mixtral", "moonlight", "olmoe", "qwen3", "qwen3_moe",
+    "qwen3_moe, every second", "smollm2", "qwen2", "qwen2_moe",
+    "olmo2", "flex_olmo",
+)  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 96, (8, 12)).astype(np.int32)
 
 
@@ -46,7 +67,7 @@ def build(name: str):
     """The model, in float32, whose every weight is drawn so that it matters."""
     kind, more = MODELS[name]
     fields = {k: v for k, v in (SIZE | more).items() if v is not None or k in ("sliding_window", "q_lora_rank")}
-    torch.manual_seed(sorted(MODELS).index(name))
+    torch.manual_seed(SEEDS.index(name))
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**fields)).eval()
     model.generation_config = transformers.GenerationConfig()
     with torch.no_grad():

@@ -32,8 +32,8 @@ from moe_jax.run import weights  # noqa: E402
 from moe_jax.train.state import abstract_weights  # noqa: E402
 from moe_jax.upcycle import Noise, VirtualGroups, convert  # noqa: E402
 
-# Compiling is what takes time: the fast tests have one model of each architecture, two of them with a cache.
-SLOW = {"llama", "smollm2", "mistral", "deepseek_v3", "qwen3_moe, every second"}
+# Compiling is what takes time: the fast tests have one model of each architecture but FlexOlmo, two with a cache.
+SLOW = {"qwen2", "llama", "smollm2", "mistral", "deepseek_v3", "qwen3_moe, every second", "flex_olmo"}
 some = lambda slow: [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in sorted(MODELS)]
 QUIET = lambda line: None
 
@@ -166,7 +166,8 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,architecture", [("llama", "MixtralForCausalLM"), ("qwen3", "Qwen3MoeForCausalLM")])
+@pytest.mark.parametrize("name,architecture", [("llama", "MixtralForCausalLM"), ("qwen3", "Qwen3MoeForCausalLM"),
+                                                ("olmo2", "FlexOlmoForCausalLM")])  # fmt: skip
 def test_an_upcycled_model_is_exported_and_computes_the_same(name, architecture, tmp_path):
     """Softmax over the chosen, as upcycling has it by default, is what these renormalise to. Experts are disturbed."""
     source, _ = imported(name)
@@ -232,11 +233,24 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 50}
 SAID = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {"sliding_window": 50},
+    "Qwen2ForCausalLM": WINDOW | {"max_window_layers": 3, "layer_types": ["sliding_attention"] * 40},
+    "Qwen2MoeForCausalLM": ROUTED
+    | WINDOW
+    | {
+        "num_experts": 16,
+        "mlp_only_layers": [0],
+        "shared_expert_intermediate_size": 4224,
+        "qkv_bias": False,
+        "max_window_layers": 3,
+        "layer_types": ["sliding_attention"] * 40,
+    },
     "Qwen3ForCausalLM": WINDOW | {"max_window_layers": 3, "layer_types": ["sliding_attention"] * 40},
     "MixtralForCausalLM": ROUTED | {"num_local_experts": 6, "sliding_window": 50},
     "OlmoeForCausalLM": ROUTED | {"num_experts": 16},
     "Qwen3MoeForCausalLM": ROUTED | WINDOW | {"num_experts": 16, "mlp_only_layers": [0]},
     "DeepseekV3ForCausalLM": ROUTED | LATENT,
+    "Olmo2ForCausalLM": {},
+    "FlexOlmoForCausalLM": ROUTED | {"num_experts": 16},
 }
 DEFAULT_ROPE = {"rope_theta": 99.0, "rope_parameters": {"rope_type": "default"}}
 
@@ -265,7 +279,13 @@ def of_transformers(architecture: str, hf: dict) -> dict[str, object] | None:
     sliding = "sliding_attention" in (getattr(cfg, "layer_types", None) or ["sliding_attention"])
     if architecture[:4] in ("Mist", "Mixt", "Qwen") and sliding and cfg.sliding_window is not None:
         want["max_seq_len"] = min(want["max_seq_len"], cfg.sliding_window)
-    if sliding and "Qwen3For" in architecture and cfg.sliding_window is None:
+    if "Qwen2Moe" in architecture:
+        if cfg.shared_expert_intermediate_size % cfg.moe_intermediate_size:
+            return None  # refused here
+        want["moe.num_shared_experts"] = cfg.shared_expert_intermediate_size / cfg.moe_intermediate_size
+        if cfg.sliding_window is None or (sliding and not cfg.use_sliding_window):
+            return None  # its forward pass raises, or has a window of nothing
+    if sliding and architecture[:8] in ("Qwen2For", "Qwen3For") and cfg.sliding_window is None:
         return None  # its forward pass raises
     return None if None in want.values() else want
 
@@ -311,6 +331,12 @@ def test_every_key_of_transformers_is_known(architecture):
               "chunk_size_feed_forward", "id2label", "label2id"}  # fmt: skip
     assert not [line for line in lines if line.split("=")[0] not in common and "sliding_window" not in line]
     assert all(hf[key] == value for key, value in MUST.items() if key in hf) and KEPT
+
+
+def test_olmo_3_is_refused_by_what_it_lacks():
+    hf = transformers.Olmo3Config().to_dict() | {"architectures": ["Olmo3ForCausalLM"]}
+    with pytest.raises(FormatError, match=r"Olmo3ForCausalLM.* attention windows and .*YaRN.*nearest: Olmo2ForCausal"):
+        read_config(hf, "here")
 
 
 def test_what_is_missing_is_said():

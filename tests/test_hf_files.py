@@ -273,13 +273,24 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 DENSE = ModelConfig(num_layers=2, num_dense_layers=2, max_seq_len=64)
 MOE = ModelConfig(num_layers=2, max_seq_len=64)
 SIGMOID = MoEConfig(score="sigmoid", selection_bias=True, num_shared_experts=1)
+OLMO = {"qk_norm": True, "qk_norm_over": "projection", "norm": "post"}
 SAID = {
     "LlamaForCausalLM": dataclasses.replace(DENSE, rope_scaling=RopeScalingConfig(8.0)),
+    "Qwen2ForCausalLM": dataclasses.replace(DENSE, qkv_bias=True),
+    "Qwen2MoeForCausalLM": dataclasses.replace(
+        MOE,
+        qkv_bias=True,
+        num_layers=4,
+        layers="2*(dense moe)",
+        moe=MoEConfig(num_shared_experts=4, shared_gate="sigmoid"),
+    ),
     "Qwen3ForCausalLM": dataclasses.replace(DENSE, qk_norm=True, head_dim=24),
     "MixtralForCausalLM": dataclasses.replace(MOE, moe=MoEConfig(renormalize=True)),
     "OlmoeForCausalLM": dataclasses.replace(MOE, qk_norm=True, qk_norm_over="projection"),
     "Qwen3MoeForCausalLM": dataclasses.replace(MOE, qk_norm=True, num_dense_layers=1, head_dim=24),
     "DeepseekV3ForCausalLM": dataclasses.replace(MOE, num_dense_layers=1, mla=MLAConfig(8, 0, 8, 16), moe=SIGMOID),
+    "Olmo2ForCausalLM": dataclasses.replace(DENSE, **OLMO),
+    "FlexOlmoForCausalLM": dataclasses.replace(MOE, **OLMO),
 }
 
 
@@ -319,6 +330,9 @@ def test_an_equal_function_finds_its_architecture(what):
 def test_a_model_of_no_architecture_is_refused():
     for change, message in (
         ({"moe": MoEConfig(score="sigmoid")}, "differs in"),
+        ({"moe": MoEConfig(latent=16)}, r"moe\.latent \(16 here"),
+        ({"moe": MoEConfig(num_shared_experts=1, shared_gate="softmax")}, r"moe\.shared_gate \(softmax here"),
+        ({"qkv_bias": True, "moe": MoEConfig(renormalize=True)}, r"qkv_bias \(True here"),
         ({"num_dense_layers": 1}, "num_dense_layers"),
         ({"moe": MoEConfig(num_shared_experts=1, renormalize=True)}, "num_shared_experts"),
         ({"moe": MoEConfig(score_order="topk_score", routed_scaling=2.0)}, "routed_scaling"),

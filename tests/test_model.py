@@ -97,20 +97,23 @@ def plain_norm(x, scale):
     return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * jnp.broadcast_to(scale, x.shape)
 
 
-def plain_rope(x, positions):
+def plain_rope(x, positions, theta):
     """Component i of every head turns with component i + H/2, as a complex number."""
     half = x.shape[-1] // 2
-    angle = positions[..., None] * jnp.broadcast_to(1e4 ** (-jnp.arange(half) / half), (*positions.shape, half))
+    angle = positions[..., None] * jnp.broadcast_to(theta ** (-jnp.arange(half) / half), (*positions.shape, half))
     turned = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * angle)[:, :, None]
     return jnp.concatenate([turned.real, turned.imag], -1)
 
 
 def plain_attention(cfg, w, x, inputs):
     b, s = x.shape[:2]
-    q, k, v = ((x @ w[n]).reshape(b, s, -1, cfg.head_dim) for n in ("w_q", "w_k", "w_v"))
-    if cfg.qk_norm:
+    q, k, v = (x @ w[f"w_{n}"] + (w[f"b_{n}"][None, None] if cfg.qkv_bias else 0) for n in "qkv")
+    if cfg.qk_norm and cfg.qk_norm_over == "projection":
         q, k = plain_norm(q, w["q_norm"]), plain_norm(k, w["k_norm"])
-    q, k = plain_rope(q, inputs.positions), plain_rope(k, inputs.positions)
+    q, k, v = (a.reshape(b, s, -1, cfg.head_dim) for a in (q, k, v))
+    if cfg.qk_norm and cfg.qk_norm_over == "head":
+        q, k = plain_norm(q, w["q_norm"]), plain_norm(k, w["k_norm"])
+    q, k = (plain_rope(a, inputs.positions, cfg.rope_theta) for a in (q, k))
     out = []
     for n in range(cfg.num_heads):
         m = n // (cfg.num_heads // cfg.num_kv_heads)
@@ -120,9 +123,9 @@ def plain_attention(cfg, w, x, inputs):
     return jnp.concatenate(out, -1) @ w["w_o"]
 
 
-def plain_glu(w, x):
+def plain_glu(w, x, ungated=lambda h: jnp.maximum(h, 0) ** 2):
     if "w_gate" not in w:
-        return jnp.maximum(x @ w["w_up"], 0) ** 2 @ w["w_down"]
+        return ungated(x @ w["w_up"]) @ w["w_down"]
     return (jax.nn.silu(x @ w["w_gate"]) * (x @ w["w_up"])) @ w["w_down"]
 
 

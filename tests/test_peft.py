@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,12 +13,12 @@ import pytest
 from test_hf import QUIET, error, imported, logits_of, mesh_of
 
 from configs import moonlight_16b_a3b
-from moe_jax.config import LoRAConfig
+from moe_jax.config import LoRAConfig, ModelConfig, MoEConfig
 from moe_jax.config import build as build_config
 from moe_jax.errors import FormatError
 from moe_jax.hf import export_run, peft, safetensors
 from moe_jax.hf.peft import export_adapter, fuse, stack, unfuse, unstack
-from moe_jax.hf.peft_import import KNOWN, Adapter, _oriented, compare_names, import_adapter, open_adapter
+from moe_jax.hf.peft_import import KNOWN, Adapter, _oriented, compare_names, import_adapter, open_adapter, read_adapter
 from moe_jax.nn import lora
 from moe_jax.run import base, weights
 from moe_jax.run.checkpoint import Checkpoints
@@ -361,6 +362,21 @@ def test_a_base_that_was_trained_has_no_name(run, tmp_path):
     settings = json.loads((tmp_path / "out" / peft.CONFIG).read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] is None
     assert f"is null, since {cfg.init_from} is no unchanged import: export the base too" in lines[-1]
+
+
+def test_a_gate_has_no_adapter():
+    """PEFT gives Qwen2-MoE's gate of the shared experts one, if it is asked for all linear layers."""
+    moe = MoEConfig(num_experts=4, d_expert=8, num_shared_experts=1, shared_gate="sigmoid")
+    model = ModelConfig(vocab_size=8, d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, moe=moe)
+    module = "model.layers.0.mlp.shared_expert_gate"
+    sizes = {
+        f"{peft.PREFIX}{module}.lora_{part}.weight": draw(*shape) for part, shape in {"A": (2, 8), "B": (1, 2)}.items()
+    }
+    adapter = Adapter(Path("adapter"), {}, {key: SimpleNamespace(read=lambda x=x: x) for key, x in sizes.items()})
+    with pytest.raises(
+        FormatError, match=f"has an adapter of {module}, which is layers/moe/w_shared_gate here and has"
+    ):
+        read_adapter(adapter, "Qwen2MoeForCausalLM", model)
 
 
 def test_square_matrices_need_the_version():

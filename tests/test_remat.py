@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import model
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config import MemoryConfig, ModelConfig, MoEConfig
 from moe_jax.model.blocks import Inputs
 from moe_jax.moe import experts
 from moe_jax.moe.layer import TokenInfo
@@ -17,6 +17,7 @@ from moe_jax.nn import attend, remat
 from moe_jax.parallel import sharding
 
 MOE = MoEConfig(num_experts=16, top_k=4, d_expert=24, num_shared_experts=2)
+BANK = dataclasses.replace(MOE, latent=8, shared_gate="softmax")
 CFG = ModelConfig(
     vocab_size=32, d_model=20, num_layers=3, num_dense_layers=1, d_ff=36, num_heads=4, num_kv_heads=2, head_dim=6,
     qk_norm=True, moe=MOE,
@@ -55,11 +56,23 @@ def of_a_token(cfg, **more_layers):
 
 
 def test_selective_keeps_what_its_table_says():
-    """The table of remat.py, in bytes a token, for an MoE and for a dense layer; bfloat16."""
+    """The table of remat.py, in bytes a token, for an MoE, a dense layer and a memory; bfloat16."""
     cfg = dataclasses.replace(CFG, remat="selective")
     both = 2 * (20 + (24 + 2 * 12) + 24 + 20)  # the layer's input, qkv, attention, residual
     assert of_a_token(cfg, num_layers=4, num_dense_layers=2) == both + 2 * 2 * 36
     assert of_a_token(cfg, num_layers=4) == both + 4 * 16 + 2 * 4 * 4 + 2 * 2 * (4 * 24 + 2 * 24)
+    memory = MemoryConfig(keys=16, heads=3, top=5, key_dim=8)
+    cfg = dataclasses.replace(cfg, num_layers=2, num_dense_layers=0, layers="2*memory", memory=memory)
+    larger = of_a_token(cfg, num_layers=3, layers="3*memory")
+    assert larger == both + 2 * 2 * 36 + 2 * 3 * 8 + (4 + 4) * 3 * 5
+
+
+@pytest.mark.slow
+def test_selective_keeps_what_latent_experts_read_and_what_a_gate_weighs():
+    cfg = dataclasses.replace(CFG, remat="selective")
+    bank = dataclasses.replace(cfg, moe=BANK)
+    more = 2 * 2 * 8 + 2 * 2 * 20  # in and out of the latent; the two results that the gate weighs
+    assert of_a_token(bank, num_layers=4) == of_a_token(cfg, num_layers=4) + more
 
 
 def test_every_kept_name_is_used_and_no_other():
@@ -70,7 +83,8 @@ def test_every_kept_name_is_used_and_no_other():
         names.update(eqn.params["name"] for eqn in found if eqn.primitive.name == "name")
         return 0
 
-    traced(CFG, 2, note)
+    traced(dataclasses.replace(CFG, moe=BANK), 2, note)
+    traced(dataclasses.replace(CFG, num_dense_layers=0, layers="memory 2*moe"), 2, note)
     assert names == set(remat.KEPT)
     with pytest.raises(ValueError, match="'queries' is not in"):
         remat.keep(jnp.zeros(3), "queries")

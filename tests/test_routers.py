@@ -293,6 +293,12 @@ MLP = (
     ExploreConfig(RampConfig(1.0, 0.2, 4), 1.0, 0.1, RampConfig(2.0, 0.5, 4, "exponential"), 3),
 )
 MODELS = {
+    "latent": (
+        {"layers": "", "num_layers": 3, "num_dense_layers": 1, "qkv_bias": True},
+        {"num_experts": 4, "top_k": 3, "identity_experts": 2, "latent": 12, "latent_norm": True,
+         "shared_gate": "softmax"},
+        ExploreConfig(),
+    ),
     # A state carried over layers, identity experts, and all that `explore` moves.
     "mlp": ({"layers": "", "num_layers": 2}, *MLP),
     "mlp in any order": ({"layers": "dense 2*(late dense) moe:8", "num_layers": 6}, *MLP),

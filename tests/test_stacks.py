@@ -139,7 +139,10 @@ def test_rules_between_fields(rule):
     assert rule in str(raised.value)
 
 
-@given(st.lists(st.sampled_from([Kind("dense"), Kind("moe", 4), Kind("moe", 8)]), min_size=1, max_size=12))
+KINDS = [Kind("dense"), Kind("moe", 4), Kind("moe", 8), Kind("memory")]
+
+
+@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=12))
 def test_every_order_has_one_spelling(kinds):
     """Reads the line that `units_of` gives for blocks in any order: it is these blocks again."""
     units = units_of(tuple(kinds))

@@ -21,6 +21,7 @@ import test_resume
 import two_processes
 from scipy import special, stats
 from test_model import forward, init, inputs_of, plain_attention, plain_glu, plain_norm, under_mesh
+from test_residual import plain_add, plain_memory, plain_read, plain_scaled
 from test_resume import write_text
 
 from moe_jax import config, model, optim, upcycle
@@ -38,7 +39,7 @@ from moe_jax.run import checkpoint, config_file, weights
 from moe_jax.train import knobs, metrics, step
 from moe_jax.train.gradients import make_gradients
 from moe_jax.train.state import abstract_batch, abstract_state, abstract_weights, init_state, process_rows, put_batch
-from moe_jax.tree import flatten
+from moe_jax.tree import flatten, nest
 from moe_jax.upcycle import Cluster, Depth, Drop, Transform, VirtualGroups, Width
 
 REPO = Path(__file__).parents[1]
@@ -217,7 +218,7 @@ def test_efficient_lm_has_experts_in_every_second_layer():
 
 
 def test_pr_moe_is_a_pyramid():
-    """Both banks by hand: experts, a router column each, and the shared expert."""
+    """Both banks by hand: experts, a router column each, the shared expert, and the gate, which begins as ½ and ½."""
     cfg = load("pr_moe")[1].model
     assert experts_by_depth("pr_moe") == [0, 8, 0, 8, 0, 16, 0, 16]
     assert [place for place in cfg.places if place.kind.experts == 16] == [
@@ -227,7 +228,7 @@ def test_pr_moe_is_a_pyramid():
     glu = 3 * 128 * 256
     for stack, experts in (("layers", 8), ("layers_2", 16)):
         bank = sum(x.size for path, x in shapes.items() if path.startswith(f"{stack}/block_1/moe/"))
-        assert bank == 2 * (experts * (glu + 128) + glu)
+        assert bank == 2 * (experts * (glu + 128) + glu + 2 * 128 + 2)
     counts, idle = model.count_parameters(cfg), 2 * (7 + 15) * glu
     assert counts.total - counts.active == idle
 
@@ -299,18 +300,34 @@ def test_cpm2_keeps_its_projection():
     assert np.abs(np.bincount(plan.experts[:, 0]) / 1024 - 1).max() < 0.4
 
 
+def opened(path, w):
+    """The gate of shared experts, which begins as zeros, with weights that matter."""
+    gate = "shared_gate" in jax.tree_util.keystr(path)
+    return jnp.sin(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape) if gate else w
+
+
 @functools.cache
 def ready(name: str):
     """The toy model in float32 with large random weights and biases, its compiled forward pass, and tokens for it."""
+    name, _, norm = name.partition(", ")
     cfg = dataclasses.replace(toy(name).model, init_std=0.3)
+    if norm:  # the option of latent_moe.py
+        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, latent_norm=True))
+    if cfg.moe.compute == "capacity":  # a loop over experts drops nothing
+        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, compute="grouped", overflow="first"))
     params, bias = init(cfg)
+    params = jax.tree_util.tree_map_with_path(opened, params)
+    rng = np.random.default_rng(1)
+    begins = ("_bias", "_scale", "b_query", "b_q", "b_k", "b_v")  # as zeros and ones
+    moved = lambda path, w: w + 0.1 * rng.normal(size=w.shape).astype(np.float32) if path.endswith(begins) else w
+    params = nest({path: moved(path, w) for path, w in flatten(params).items()})
     slope = lambda b: b if b.dtype == jnp.int32 else jnp.linspace(-0.1, 0.1, b.size, dtype=b.dtype).reshape(b.shape)
     tokens = np.random.default_rng(0).integers(0, 40, (2, 8))
     inputs = inputs_of(tokens, segments=np.ones((2, 8), np.int32))
     return cfg, params, jax.tree.map(slope, bias), inputs, under_mesh(functools.partial(forward, cfg))
 
 
-def plain_experts(moe, w, fixed, u, tokens, state=0.0):
+def plain_experts(moe, w, fixed, u, tokens, state=0.0, glu=plain_glu):
     """The experts of a layer, one after the other on every token: y, the state of the router, and the loads."""
     if moe.router == "mlp":
         r = w["router"]
@@ -322,18 +339,31 @@ def plain_experts(moe, w, fixed, u, tokens, state=0.0):
     else:
         h = u
     logits = h @ w["w_router"] if "w_router" in w else jnp.zeros((*u.shape[:2], moe.router_columns))
-    scores = {"softmax": jax.nn.softmax, "sqrt_softplus": lambda z: jnp.sqrt(jnp.log1p(jnp.exp(z)))}[moe.score](logits)
+    root = lambda z: jnp.sqrt(jnp.log1p(jnp.exp(z)))
+    scores = {"softmax": jax.nn.softmax, "sigmoid": lambda z: 1 / (1 + jnp.exp(-z)), "sqrt_softplus": root}[moe.score](
+        logits
+    )
     ranked = scores + jnp.broadcast_to(fixed.get("router_bias", 0.0), scores.shape)
     ids = jnp.argsort(-ranked)[..., : moe.top_k]
     ids = fixed["table"][tokens] if "table" in fixed else ids
     weights = jnp.take_along_axis(scores, ids, -1) if moe.combine == "score" else jnp.ones(ids.shape)
     weights = weights / weights.sum(-1, keepdims=True) if moe.renormalize else weights
     weights = moe.routed_scaling * jnp.sum(jax.nn.one_hot(ids, moe.router_columns) * weights[..., None], 2)
-    y = plain_glu(w["shared"], u) if moe.num_shared_experts else 0.0
+    inside, y = u @ w["w_in"] if moe.latent else u, 0.0
     for e in range(moe.num_experts):
-        y = y + weights[..., e, None] * plain_glu({name: w[name][e] for name in ("w_gate", "w_up", "w_down")}, u)
+        own = {name: w[name][e] for name in ("w_gate", "w_up", "w_down") if name in w}
+        y = y + weights[..., e, None] * glu(own, inside)
+    y = plain_norm(y, w["latent_norm"]) if moe.latent_norm else y
+    y = y @ w["w_out"] if moe.latent else y
     if moe.identity_output == "input":
         y = y + weights[..., moe.num_experts :].sum(-1, keepdims=True) * u
+    if moe.num_shared_experts:
+        c = (1.0, 1.0)
+        if moe.shared_gate == "sigmoid":
+            c = 1.0, 1 / (1 + jnp.exp(-u @ w["w_shared_gate"]))
+        elif moe.shared_gate == "softmax":
+            c = jnp.split(jax.nn.softmax(u @ w["w_shared_gate"] + w["b_shared_gate"][None, None]), 2, -1)
+        y = c[0] * y + c[1] * glu(w["shared"], u)
     return y, state, jnp.bincount(ids.ravel(), length=moe.router_columns)
 
 
@@ -345,27 +375,40 @@ def part(tree, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek_v4", "moebert", "zaya1"])
+@pytest.mark.parametrize(
+    "name",
+    ["bigmac", "latent_moe", "latent_moe, norm", "pr_moe", "deepseek_v4", "moebert", "zaya1", "olmo2", "product_key"],
+)
 def test_a_loop_over_the_blocks(name):
-    """Hidden states and loads of blocks that have attention and experts, and nothing else."""
+    """Hidden states, and loads of blocks with experts."""
     cfg, params, fixed, inputs, run = ready(name)
     hidden, stats = run(params, fixed, inputs)
+    glu = functools.partial(plain_glu, ungated=jax.nn.gelu) if cfg.activation == "gelu" else plain_glu
 
     @jax.jit
     def loop(params, fixed, inputs):
         x, state, loads = params["embed"][inputs.tokens], 0.0, []
+        x = plain_scaled(params, "embed", x) if cfg.residual_scale else x
         for place in cfg.places:
             w, b = part(params, place), part(fixed, place).get("moe", {})
-            x = x + plain_attention(cfg, w["attention"], plain_norm(x, w["attention_norm"]), inputs)
-            u = plain_norm(x, w["mlp_norm"])
-            y, state, load = plain_experts(cfg.moe, w["moe"], b, u, inputs.tokens, state)
-            x, loads = x + y, [*loads, load]
-        return plain_norm(x, params["final_norm"]), jnp.stack(loads)
+            y = plain_attention(cfg, w["attention"], plain_read(cfg, w, "attention", x), inputs)
+            x = plain_add(cfg, w, "attention", x, y)
+            u = plain_read(cfg, w, "mlp", x)
+            if "moe" in w:
+                moe = dataclasses.replace(cfg.moe, num_experts=place.kind.experts)
+                y, state, load = plain_experts(moe, w["moe"], b, u, inputs.tokens, state, glu)
+                loads.append(load)
+            else:
+                y = glu(w["mlp"], u)
+            y = y + plain_memory(cfg.memory, w["memory"], u) if "memory" in w else y
+            x = plain_add(cfg, w, "mlp", x, y)
+        return plain_norm(x, params["final_norm"]), loads
 
     want, loads = loop(*jax.tree.map(jnp.asarray, jax.device_get((params, fixed, inputs))))  # which knows of no mesh
     np.testing.assert_allclose(hidden, want, rtol=2e-4, atol=2e-4)
-    found = [stats[place.path].tokens_per_expert[place.index, 0] for place in cfg.places]
-    np.testing.assert_array_equal(found, loads)
+    found = [stats[p.path].tokens_per_expert[p.index, 0] for p in cfg.places if p.path in stats]
+    assert len(found) == len(loads) == cfg.num_moe_layers
+    jax.tree.map(np.testing.assert_array_equal, found, loads)
 
 
 @pytest.mark.slow
@@ -394,6 +437,23 @@ def test_zaya1_skips():
     assert not np.any(stats["layers"].dropped)
     np.testing.assert_array_equal(hidden, run(nothing, fixed, inputs)[0])
     assert np.abs(hidden - run(params, fixed, inputs)[0]).max() > 0.1
+
+
+@pytest.mark.slow
+def test_ling_s_head_has_rows_of_length_one():
+    """Rows of any length give the loss of the same rows with the length 1, and gradients across them."""
+    cfg, mesh = toy("ling"), mesh_of(1, 1, 1)
+    state, batch = init_state(cfg, mesh), put_batch(batch_rows(cfg), mesh, cfg)
+    run, found = jax.jit(make_gradients(cfg, mesh)), []
+    for power in (0, 3):
+        head = state.params["head"] * np.float32(2.0**power)
+        with jax.set_mesh(mesh):
+            found.append(run(state.params | {"head": head}, state.router_bias, batch, 60))
+        gradient = np.asarray(found[-1].grads["head"])
+        across = np.sum(gradient * np.asarray(head), 1)
+        assert np.abs(across).max() < 1e-5 * np.linalg.norm(gradient, axis=1).max() * np.linalg.norm(head, axis=1).max()
+    np.testing.assert_allclose(found[0].loss, found[1].loss, rtol=1e-6)
+    np.testing.assert_allclose(found[1].grads["head"] * 8, found[0].grads["head"], rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.slow
@@ -466,14 +526,23 @@ PLAIN = ModelConfig(
     vocab_size=512, d_model=16, num_layers=4, num_dense_layers=1, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
     qk_norm=True, compute_dtype="float32", moe=config.MoEConfig(num_experts=4, top_k=2, d_expert=8, renormalize=True),
 )  # fmt: skip
-# Late blocks, two numbers of experts, a table, and a router whose state passes all of them.
+# Late blocks, two numbers of experts, a table, and a router whose state passes all of them; latent experts with a norm,
+# a gate of the shared ones, and biases of queries, keys and values.
 MIXED = dataclasses.replace(
-    PLAIN, num_layers=7, num_dense_layers=0, layers="2*(late dense moe:8) table",
-    moe=dataclasses.replace(PLAIN.moe, selection_bias=True, router="mlp", router_width=8),
+    PLAIN, num_layers=7, num_dense_layers=0, layers="2*(late dense moe:8) table", qkv_bias=True,
+    moe=dataclasses.replace(PLAIN.moe, selection_bias=True, router="mlp", router_width=8, latent=12, latent_norm=True,
+                            num_shared_experts=1, shared_gate="softmax"),
+)  # fmt: skip
+# A memory, post-norm, scales of the residual stream, NormHead.
+BANKS = dataclasses.replace(
+    PLAIN, num_dense_layers=0, layers="2*(memory moe)", memory=config.MemoryConfig(8, 2, 3, 6), norm="post",
+    residual_scale=True, norm_head=True, qkv_bias=True,
+    moe=dataclasses.replace(PLAIN.moe, latent=12, latent_norm=True, num_shared_experts=1, shared_gate="sigmoid"),
 )  # fmt: skip
 EXPLORE = ExploreConfig(RampConfig(0.5, 0.0, 3), noise=0.5, threshold=0.1)
 
 NOT_WRITTEN = [
+    ("moe.latent", 8), ("qkv_bias", True),
     ("layers", "dense moe dense moe:8"), ("layers", "2*(late dense)"), ("layers", "table 3*moe"),
     ("moe.router", "mlp"), ("moe.router", "cosine"), ("moe.choice", "expert"), ("moe.identity_experts", 2),
     ("moe.score", "sqrt_softplus"),
@@ -483,10 +552,10 @@ NOT_WRITTEN = [
 @pytest.mark.parametrize(("field", "value"), NOT_WRITTEN)
 def test_export_refuses(field, value):
     """Export names the field that it cannot write, before it writes anything."""
-    if field == "layers":
-        cfg = dataclasses.replace(PLAIN, num_dense_layers=0, layers=value)
-    else:
+    if field.startswith("moe."):
         cfg = dataclasses.replace(PLAIN, moe=dataclasses.replace(PLAIN.moe, **{field.removeprefix("moe."): value}))
+    else:
+        cfg = dataclasses.replace(PLAIN, num_dense_layers=0 if field == "layers" else 1, **{field: value})
     with pytest.raises(FormatError, match=rf"differs in {field} \({re.escape(str(value))} here"):
         write_config(cfg, 16)
 
@@ -503,9 +572,9 @@ def test_generation_with_a_cache():
         assert tokens[prompt:] == logits.argmax(-1)[prompt - 1 : -1].tolist()
 
 
-def one_step() -> list[float]:
+def one_step(model_name: str) -> list[float]:
     """Numbers after a step on (2, 2, 2): loss, gradient, weights, and the load of each expert."""
-    cfg, mesh = dataclasses.replace(toy(SOURCE), model=MIXED, explore=EXPLORE), mesh_of(*MESH)
+    cfg, mesh = dataclasses.replace(toy(SOURCE), model=globals()[model_name], explore=EXPLORE), mesh_of(*MESH)
     mine = process_rows(mesh, cfg.data.batch_size)
     rows = {name: values[mine] for name, values in batch_rows(cfg).items()}
     state, report = step.make_train_step(cfg, mesh)(init_state(cfg, mesh), put_batch(rows, mesh, cfg))
@@ -516,23 +585,25 @@ def one_step() -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes():
-    numbers = one_step()
+@pytest.mark.parametrize("model_name", ["MIXED", "BANKS"])
+def test_two_processes(model_name):
+    numbers = one_step(model_name)
     code = f"""
 import sys
 sys.path.insert(0, "tests")
 import numpy as np
 import test_systems
-np.testing.assert_allclose(test_systems.one_step(), {numbers}, rtol=1e-5)
+np.testing.assert_allclose(test_systems.one_step({model_name!r}), {numbers}, rtol=1e-5)
 """
     two_processes.run(code)
 
 
 @pytest.mark.slow
-def test_resumed(tmp_path):
+@pytest.mark.parametrize("model_name", ["MIXED", "BANKS"])
+def test_resumed(model_name, tmp_path):
     """Two steps, and two of a run that was saved after them, are four, bit for bit."""
     write_text(tmp_path)
-    cfg = dataclasses.replace(test_resume.run_config(tmp_path), model=MIXED, explore=EXPLORE)
+    cfg = dataclasses.replace(test_resume.run_config(tmp_path), model=globals()[model_name], explore=EXPLORE)
     straight = test_resume.Run(tmp_path, cfg, MESH).start().go(2)
     with checkpoint.Checkpoints(tmp_path / "run", keep=2) as checkpoints:
         straight.save(checkpoints)

@@ -2,15 +2,16 @@
 
     python train.py --config=configs/systems/ling.py --workdir=runs/ling
 
-In the first step noise alone chooses the experts, so that all of them get tokens. After 50 steps logits alone do.
+In the first step noise alone chooses the experts, so that all of them get tokens. After 50 steps logits alone do. The
+rows of the output matrix are divided by their lengths before logits (NormHead).
 
 Paper: Every FLOP Counts: Scaling a 300B Mixture-of-Experts LING LLM without Premium GPUs, arXiv:2503.05139
 Parameters: 2,991,744 total, 1,812,096 active
-Exact: in the first step the choice does not depend on the token, after the warm-up it is the plain router's
-    (tests/test_systems.py)
+Exact: in the first step the choice does not depend on the token, after the warm-up it is the plain router's; the loss
+    does not depend on the lengths of the output matrix's rows (tests/test_systems.py)
 Not reproduced: its sizes and data; the length of its warm-up, which the paper does not give; the running mean and
-    deviation of its noise, which are the token's own here; its output head of unit rows (NormHead); its treatment of
-    loss spikes, which puts skipped samples into later batches
+    deviation of its noise, which are the token's own here; its treatment of loss spikes, which puts skipped samples
+    into later batches
 """
 
 from configs.systems import base
@@ -21,6 +22,7 @@ def get_config():
 
     model = config.model
     model.num_dense_layers = 0
+    model.norm_head = True
     model.moe.num_experts = 16
     model.moe.top_k = 4
     model.moe.d_expert = 64

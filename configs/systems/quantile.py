@@ -8,8 +8,8 @@ There is no loss that balances and no rate.
 Paper: Kimi K3 Technical Report, arXiv:2607.24653
 Parameters: 2,893,440 total, 1,713,792 active
 Exact: counts equal to a NumPy reference on every mesh, biases to float64 (tests/test_quantile.py)
-Not reproduced: its sizes and data, its attention, its activation, and experts that read a smaller latent. The formulas
-    are those of published code that follows the report.
+Not reproduced: its sizes and data, its attention and its activation; and its latent experts,
+    which configs/systems/latent_moe.py has. The formulas are those of published code that follows the report.
 """
 
 from configs.systems import base

@@ -21,6 +21,7 @@ from moe_jax.config.machine import (
     evaluation_mesh,
     for_evaluation,
 )
+from moe_jax.config.memory import MemoryConfig
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
@@ -41,6 +42,7 @@ __all__ = [
     "LoRAConfig",
     "LossConfig",
     "MLAConfig",
+    "MemoryConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",

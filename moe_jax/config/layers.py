@@ -15,15 +15,16 @@ from moe_jax.errors import ConfigError
 # "dense": attention, then a feed-forward layer. "moe": attention, then experts. "late" (shortcut-connected,
 # arXiv:2509.01322): a dense block whose experts read what its feed-forward layer reads, but their result is added after
 # the last block of the unit, so that their exchange between devices may run beside the blocks in between. "table": like
-# "moe", but a random table that is never trained names the experts of each token id (arXiv:2106.04426).
-KINDS = ("dense", "moe", "late", "table")
+# "moe", but a random table that is never trained names the experts of each token id (arXiv:2106.04426). "memory": a
+# dense block whose feed-forward layer has a product-key memory beside it (arXiv:1907.05242).
+KINDS = ("dense", "moe", "late", "table", "memory")
 
 
 class Kind(NamedTuple):
     """A kind of block."""
 
     name: str
-    experts: int = 0  # routed experts; 0 in a dense block
+    experts: int = 0  # routed experts; 0 in a dense or memory block
 
 
 class Stack(NamedTuple):
@@ -76,10 +77,11 @@ def is_plain(units: Units, num_experts: int) -> bool:
 
 
 def stacks_of(units: Units) -> tuple[Stack, ...]:
-    """The stacks of these units, with their names: `layers` holds experts, `dense_layers` none, a second `layers_2`."""
+    """The stacks of these units, with their names: `dense_layers` for dense blocks alone, else `layers`; a second is
+    `layers_2`."""
     found, used = [], {}
     for repeat, unit in units:
-        name = "layers" if any(kind.experts for kind in unit) else "dense_layers"
+        name = "dense_layers" if all(kind.name == "dense" for kind in unit) else "layers"
         used[name] = used.get(name, 0) + 1
         found.append(Stack(name if used[name] == 1 else f"{name}_{used[name]}", repeat, unit))
     return tuple(found)
@@ -199,9 +201,9 @@ class _Reader:
         if token["window"]:
             plain = token[0].removesuffix(token["window"])
             self.fail(token, "'@' is reserved for attention windows, which are not there yet", plain)
-        if name == "dense":
+        if name in ("dense", "memory"):
             if experts:
-                self.fail(token, "a dense block has no experts", name)
+                self.fail(token, f"a {name} block has no experts", name)
             return Kind(name)
         number = _number(experts[1:]) if experts else self.num_experts
         if not number:

@@ -19,7 +19,7 @@ class LoRAConfig(Checked, resume=FIXED, weights=MACHINE):
     rslora: bool = False  # scale = alpha/√rank (arXiv:2312.03732); False: alpha/rank
     # Regular expression. A matrix gets an adapter if it is found in the matrix's path, such as layers/attention/w_q or
     # layers/moe/w_up. The default takes attention, dense layers, routed and shared experts. Embedding, output matrix,
-    # routers and norms get none.
+    # routers, biases, norms, memories and the gate of shared experts get none.
     match: str = "/(attention|mlp|moe|shared)/"
 
     def check(self):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from moe_jax.config.layers import spell
+from moe_jax.config.memory import MemoryConfig
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 
 
@@ -15,6 +16,8 @@ def plain(model: ModelConfig) -> ModelConfig:
     kinds = {kind.name for stack in model.stacks for kind in stack.unit}
     if kinds <= {"moe", "table"}:
         changes["d_ff"] = ModelConfig.d_ff
+    if "memory" not in kinds:
+        changes["memory"] = MemoryConfig()
     if not model.mla.kv_rank:
         changes["mla"] = MLAConfig()
     if model.rope_scaling.factor == 1:

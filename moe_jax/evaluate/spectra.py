@@ -18,13 +18,18 @@ from moe_jax.tree import flatten
 KINDS = (
     (r"norm$", None),
     (r"/lora_[ab]$", None),  # of interest is the merged matrix: load a run's weights for `model.base`, which merges
+    (r"/b_(q|k|v)$|/moe/[wb]_shared_gate$", None),
     (r"^embed$", "embedding"),
     (r"^head$", "head"),
     (r"attention/w_(q|k|v|o|q_down|q_up|kv_down|k_rope|k_up|v_up)$", r"attention \1"),
     (r"moe/w_router$", "router"),
+    (r"moe/w_(in|out)$", r"latent \1"),
     (r"moe/w_(gate|up|down)$", r"expert \1"),
     (r"shared/w_(gate|up|down)$", r"shared \1"),
     (r"mlp/w_(gate|up|down)$", r"dense \1"),
+    (r"memory/w_query$", "memory query"),
+    (r"memory/(b_query|keys|values)$", None),
+    (r"(^embed|_residual/(stream|branch))_(bias|scale)$", None),
 )
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from moe_jax import config
 from moe_jax.config import ModelConfig
-from moe_jax.config.layers import Kind, spell, units_of
+from moe_jax.config.layers import spell, units_of
 from moe_jax.errors import ConfigError, FormatError
-from moe_jax.hf.defaults import DEFAULTS, NULL
+from moe_jax.hf.keys import DENSE_ANYWHERE, Keys, layers_of, number_of, shared_experts, window_of
 
 Field = tuple[str, str]  # key of config.json, field of ModelConfig; several keys: "first|second", the first is written
 
@@ -47,8 +47,6 @@ MUST = {  # the only value that is supported; in every class of transformers tha
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
-LARGEST = 2**31 - 1
-MOST_LAYERS = 10_000  # of a model whose dense layers are not the first ones
 QUIET = {"initializer_range", "use_sliding_window", "max_window_layers"}  # no message if one of these is missing
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # kept from import to export
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -81,6 +79,7 @@ ARCHITECTURES = {
     for a in (
         Architecture("LlamaForCausalLM", "llama", (*COMMON, *HEADS, *WIDTH), {}, {}),
         Architecture("MistralForCausalLM", "mistral", (*COMMON, *HEADS, *WIDTH), {}, {"sliding_window": None}),
+        Architecture("Qwen2ForCausalLM", "qwen2", (*COMMON, *HEADS, *WIDTH), {"qkv_bias": True}, {}),
         Architecture("Qwen3ForCausalLM", "qwen3", (*COMMON, *HEADS, *WIDTH), {"qk_norm": True}, {}),
         Architecture(
             "MixtralForCausalLM",
@@ -97,6 +96,15 @@ ARCHITECTURES = {
              ("num_experts|num_local_experts", "moe.num_experts"), ("norm_topk_prob", "moe.renormalize")),
             {"qk_norm": True, "qk_norm_over": "projection", "num_dense_layers": 0},
             {},
+        ),
+        Architecture(
+            "Qwen2MoeForCausalLM",
+            "qwen2_moe",
+            (*COMMON, *HEADS, *WIDTH, *EXPERTS, ("moe_intermediate_size", "moe.d_expert"),
+             ("num_experts|num_local_experts", "moe.num_experts"), ("norm_topk_prob", "moe.renormalize"),
+             ("qkv_bias", "qkv_bias")),
+            {"moe.shared_gate": "sigmoid"},
+            {"decoder_sparse_step": 1},
         ),
         Architecture(
             "Qwen3MoeForCausalLM",
@@ -119,48 +127,26 @@ ARCHITECTURES = {
              "num_nextn_predict_layers": 0},
             ("head_dim", "qk_head_dim"),
         ),
+        Architecture(
+            "Olmo2ForCausalLM", "olmo2", (*COMMON, *HEADS, *WIDTH),
+            {"qk_norm": True, "qk_norm_over": "projection", "norm": "post"}, {},
+        ),
+        Architecture(
+            "FlexOlmoForCausalLM",
+            "flex_olmo",
+            (*COMMON, *HEADS, *EXPERTS, ("intermediate_size", "moe.d_expert"),
+             ("num_experts|num_local_experts", "moe.num_experts"), ("norm_topk_prob", "moe.renormalize")),
+            {"qk_norm": True, "qk_norm_over": "projection", "num_dense_layers": 0, "norm": "post"},
+            {},
+        ),
     )
 }  # fmt: skip
+REFUSED = {  # architectures that are close to a supported one: what is missing
+    "Olmo3ForCausalLM": "its attention windows and its RoPE scaling (YaRN) are not there; nearest: Olmo2ForCausalLM",
+}
 
 
 # --- config.json → ModelConfig ---------------------------------------------------------------------------------------
-
-
-class Keys:
-    """The keys of a config.json, with the defaults of transformers' class of the architecture."""
-
-    def __init__(self, hf: dict[str, Any], model_type: str, where: str):
-        self.hf, self.where = hf, where
-        self.defaults, self.null = DEFAULTS[model_type], NULL[model_type]
-        self.asked: set[str] = set()
-        self.absent: dict[str, Any] = {}  # keys that were read but are missing, with the class's default
-
-    def get(self, keys: str) -> Any:
-        """The value of the first of `keys` ("first|second"), or the default."""
-        names = keys.split("|")
-        self.asked.update(names)
-        there = [name for name in names if name in self.hf]
-        if len(there) > 1 and self.hf[there[0]] != self.hf[there[1]]:
-            rule = f"{there[0]}={self.hf[there[0]]!r} and {there[1]}={self.hf[there[1]]!r} name the same setting"
-            raise FormatError(f"{self.where}: {rule}; remove one of them")
-        if there:
-            return self.hf[there[0]]
-        self.absent[names[0]] = self.defaults[names[0]]
-        return self.defaults[names[0]]
-
-    def number(self, keys: str) -> Any:
-        """The value as a number. Where the class allows null, it stands for a number derived from other keys."""
-        name = keys.split("|")[0]
-        value = self.get(keys)
-        if value is None and (name in self.null or name in self.absent):
-            value = self._derived(name)
-        return _number(value, name, self.where)
-
-    def _derived(self, name: str) -> int:
-        if name == "q_lora_rank":
-            return 0  # no latent
-        heads = self.number("num_attention_heads")
-        return heads if name == "num_key_value_heads" else self.number("hidden_size") // max(heads, 1)
 
 
 def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[str]]:
@@ -170,6 +156,8 @@ def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[
     """
     names = hf.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    if name in REFUSED:
+        raise FormatError(f"{where}: architectures={names!r} is not supported: {REFUSED[name]}")
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise FormatError(f"{where}: architectures={names!r} is not supported; must be one of {known}")
@@ -180,10 +168,12 @@ def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[
     keys = Keys(hf, arch.model_type, where)
     flat = {ours: keys.number(theirs) for theirs, ours in arch.fields}
     rope, lines = _rope(keys, flat["max_seq_len"])
-    flat |= arch.ours | rope | _layers(keys, arch, flat)
+    flat |= arch.ours | rope | layers_of(keys, flat)
+    if name == "Qwen2MoeForCausalLM":
+        flat |= shared_experts(keys, flat["moe.d_expert"])
     if "mla.rope_dim" in flat:  # a head has a part without RoPE and one with it
         flat["head_dim"] = keys.number("qk_nope_head_dim") + flat["mla.rope_dim"]
-    window = _window(keys, flat["num_layers"])
+    window = window_of(keys, flat["num_layers"])
     if window and window < flat["max_seq_len"]:
         flat["max_seq_len"] = window
         lines.append(f"sliding_window={window}: the model is used for up to {window} positions, without the window")
@@ -196,14 +186,6 @@ def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[
         defaults = ", ".join(f"{key}={value!r}" for key, value in absent.items())
         lines.append(f"config.json has no {', '.join(absent)}; defaults of transformers' {arch.model_type}: {defaults}")
     return name, model, lines
-
-
-def _number(value: Any, name: str, where: str) -> Any:
-    if not isinstance(value, int | float):  # bool is int
-        raise FormatError(f"{where}: {name} must be a number or true or false, not {value!r}")
-    if abs(value) > LARGEST:
-        raise FormatError(f"{where}: {name}={value!r} is too large; the largest number is {LARGEST:,}")
-    return value
 
 
 def _model(flat: dict[str, Any], where: str) -> ModelConfig:
@@ -239,7 +221,7 @@ def _rope(keys: Keys, positions: int) -> tuple[dict[str, Any], list[str]]:
             raise FormatError(f"{where}: {rule}; nearest valid: 1.0")
         values = {"original_max_position_embeddings": positions} | rope
         scaling = {
-            f"rope_scaling.{ours}": _number(values.get(key), f"RoPE scaling: {key}", where)
+            f"rope_scaling.{ours}": number_of(values.get(key), f"RoPE scaling: {key}", where)
             for key, ours in LLAMA3.items()
         }
         known |= set(LLAMA3)
@@ -250,67 +232,7 @@ def _rope(keys: Keys, positions: int) -> tuple[dict[str, Any], list[str]]:
     for key in rope:
         if key not in known and rope[key] is not None:
             lines.append(f"{key}={rope[key]!r} of RoPE in config.json is unknown and not used")
-    return {"rope_theta": _number(theta, "rope_theta", where)} | scaling, lines
-
-
-def _layers(keys: Keys, arch: Architecture, flat: dict[str, Any]) -> dict[str, Any]:
-    """The fields num_dense_layers and layers: which layers are dense."""
-    if "moe.top_k" not in flat:
-        return {"num_dense_layers": flat["num_layers"]}
-    if arch.model_type == "qwen3_moe":
-        return _dense_anywhere(keys, flat["num_layers"], flat["moe.num_experts"])
-    first = flat.get("num_dense_layers", 0)
-    return {"num_dense_layers": min(first, flat["num_layers"])}  # the key may exceed the number of layers
-
-
-def _dense_anywhere(keys: Keys, num_layers: int, num_experts: int) -> dict[str, Any]:
-    """The fields for the keys `mlp_only_layers` and `decoder_sparse_step`, which may make any layer dense."""
-    listed, step = keys.get("mlp_only_layers") or [], keys.number("decoder_sparse_step")
-    if not isinstance(listed, list) or not all(type(i) is int for i in listed):
-        raise FormatError(f"{keys.where}: mlp_only_layers={listed!r} must be a list of layers")
-    if type(step) is not int or step < 1:
-        raise FormatError(f"{keys.where}: decoder_sparse_step={step!r} must be a whole number ≥ 1")
-    listed = set(listed)
-    if type(num_layers) is not int or (step == 1 and sorted(listed) == list(range(len(listed)))):
-        return {"num_dense_layers": min(len(listed), num_layers)}  # a number that is not whole is refused later
-    if num_layers > MOST_LAYERS:
-        raise FormatError(f"{keys.where}: num_hidden_layers={num_layers} is too large; the largest is {MOST_LAYERS:,}")
-    dense, moe = Kind("dense"), Kind("moe", num_experts)
-    kinds = tuple(dense if i in listed or (i + 1) % step else moe for i in range(num_layers))
-    at_start = sum(not kind.experts for kind in kinds)
-    if not any(kind.experts for kind in kinds[:at_start]):
-        return {"num_dense_layers": at_start}
-    return {"num_dense_layers": 0, "layers": spell(units_of(kinds), num_experts)}
-
-
-def _window(keys: Keys, num_layers: int) -> int:
-    """The sliding window of any layer; 0 if there is none."""
-    if "sliding_window" not in keys.defaults:
-        return 0
-    window = keys.get("sliding_window")
-    if "use_sliding_window" in keys.defaults and not keys.number("use_sliding_window"):
-        window = None
-        keys.absent.pop("sliding_window", None)
-    if window is not None and (type(window) is not int or window < 1):
-        raise FormatError(f"{keys.where}: sliding_window={window!r} must be a whole number ≥ 1, or null")
-    if "layer_types" in keys.defaults:
-        kinds = keys.get("layer_types")
-        first = keys.number("max_window_layers")
-        if kinds is None:
-            return (window or 0) if first < num_layers else 0
-        keys.absent.pop("max_window_layers", None)
-        return _window_of(kinds, num_layers, window, keys.where)
-    return window or 0
-
-
-def _window_of(kinds: Any, num_layers: int, window: int | None, where: str) -> int:
-    """The sliding window of any layer, where `layer_types` lists the layers that have one; 0 if there is none."""
-    valid = ("full_attention", "sliding_attention")
-    if not (isinstance(kinds, list) and len(kinds) == num_layers and all(kind in valid for kind in kinds)):
-        raise FormatError(f"{where}: layer_types={kinds!r}: must be a list of {num_layers} values {' or '.join(valid)}")
-    if "sliding_attention" in kinds and window is None:
-        raise FormatError(f"{where}: layer_types has 'sliding_attention', but there is no sliding window")
-    return window or 0 if "sliding_attention" in kinds else 0
+    return {"rope_theta": number_of(theta, "rope_theta", where)} | scaling, lines
 
 
 # --- ModelConfig → config.json ---------------------------------------------------------------------------------------
@@ -326,18 +248,19 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
     if model.layers and all(kind.name in ("dense", "moe") for kind in kinds):  # one spelling for each order of blocks
         model = dataclasses.replace(model, layers=spell(units_of(kinds), model.moe.num_experts))
     model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len, moe=moe)
-    reasons = {}
+    reasons, unlike = {}, set()
     for name in sorted(ARCHITECTURES, key=lambda name: name != prefer):
         hf = _written(model, ARCHITECTURES[name])
         try:
             back = read_config(hf, name)[1]
         except (FormatError, ConfigError) as e:
             reasons[name] = [str(e)]
+            unlike.add(name)
             continue
         reasons[name] = differences(model, back)
         if not reasons[name]:
             return name, hf
-    nearest = min(reasons, key=lambda name: len(reasons[name]))
+    nearest = min(reasons, key=lambda name: (name in unlike, len(reasons[name])))
     rule = f"the nearest, {nearest}, differs in {'; '.join(reasons[nearest][:5])}"
     raise FormatError(f"none of {', '.join(ARCHITECTURES)} computes the same function as this model: {rule}")
 
@@ -346,7 +269,7 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
     """Fields that make two models different functions of the same weights, such as "top_k (2 here, 1 there)"."""
     a, b = config.plain(a), config.plain(b)
     out = []
-    for group in ("", "moe", "mla", "rope_scaling"):
+    for group in ("", "moe", "mla", "rope_scaling", "memory"):
         x, y = (getattr(m, group) if group else m for m in (a, b))
         for f in dataclasses.fields(x):
             one, two, name = getattr(x, f.name), getattr(y, f.name), f"{group}.{f.name}".removeprefix(".")
@@ -370,7 +293,9 @@ def _written(model: ModelConfig, arch: Architecture) -> dict[str, Any]:
     hf |= {"rope_parameters": rope, "rope_theta": model.rope_theta, "use_cache": True, **arch.extra}
     if s.factor > 1:
         hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if arch.model_type == "qwen3_moe":
+    if arch.name == "Qwen2MoeForCausalLM":
+        hf["shared_expert_intermediate_size"] = model.moe.num_shared_experts * model.moe.d_expert
+    if arch.model_type in DENSE_ANYWHERE:
         hf["mlp_only_layers"] = [i for i, place in enumerate(model.places) if not place.kind.experts]
     if "q_lora_rank" in hf:
         hf |= {"q_lora_rank": model.mla.q_rank or None, "qk_nope_head_dim": model.head_dim - model.mla.rope_dim}

@@ -134,7 +134,7 @@ def _in_dtype(model: ModelConfig, entries: dict[str, Any]) -> ModelConfig:
 
     The dtype of tensors that are always float32 here does not matter.
     """
-    always = ("gate.weight", "e_score_correction_bias")
+    always = (".gate.weight", "e_score_correction_bias")
     lossless = all(e.dtype.name == "bfloat16" or name.endswith(always) for name, e in entries.items())
     return dataclasses.replace(model, param_dtype="bfloat16" if lossless else "float32")
 

@@ -29,7 +29,7 @@ from moe_jax.hf import safetensors, tables
 from moe_jax.hf.architectures import write_config
 from moe_jax.hf.convert import whole_mesh
 from moe_jax.hf.peft import CONFIG, PREFIX, TENSORS, layer_of, shapes_of, single, unfuse, unstack
-from moe_jax.nn.lora import SUFFIX, is_adapter, matrix_of
+from moe_jax.nn.lora import NEVER, SUFFIX, is_adapter, matrix_of
 from moe_jax.run import weights
 from moe_jax.run.base import imported_from
 from moe_jax.run.config_file import load_config
@@ -239,6 +239,9 @@ def read_adapter(adapter: Adapter, name: str, model: ModelConfig) -> Found:
         module = tensor.name.removesuffix(".weight")
         if (pair := adapter.take(module)) is not None:
             target, (a, b) = single(tensor), pair
+            if re.search(NEVER, target.path):
+                rule = f"has an adapter of {module}, which is {target.path} here and has none"
+                raise FormatError(f"{source}: {rule}; nearest valid: an adapter trained without it")
             _check_shapes(source, module, a, b, tensor.shape)
             b = b if target.rows is None else b[target.rows]
             found[target.path, target.index] = Factors(a.T, b.T, adapter.scale(module, len(a)))
@@ -272,7 +275,7 @@ def _read_experts(adapter: Adapter, module: str, tensors: list[tables.Tensor], m
         named = [("gate_up_proj", inner), ("down_proj", outer)]
     else:
         named = [(_parameter(adapter, module), outer)] if outer is not None else []
-    d, f = model.d_model, model.moe.d_expert
+    d, f = model.expert_dim, model.moe.d_expert
     for parameter, (a, b) in named:
         key = f"{module}.{parameter}"
         shape = (2 * f, d) if parameter == "gate_up_proj" else (d, f)  # [out, in]

@@ -25,11 +25,20 @@ NORMS: tuple[Rule, ...] = (
     ("input_layernorm.weight", "attention_norm", "same"),
     ("post_attention_layernorm.weight", "mlp_norm", "same"),
 )
+POST_NORMS: tuple[Rule, ...] = (  # with norm="post": of what a branch adds
+    ("post_attention_layernorm.weight", "attention_norm", "same"),
+    ("post_feedforward_layernorm.weight", "mlp_norm", "same"),
+)
 ATTENTION: tuple[Rule, ...] = (
     ("self_attn.q_proj.weight", "attention/w_q", "linear"),
     ("self_attn.k_proj.weight", "attention/w_k", "linear"),
     ("self_attn.v_proj.weight", "attention/w_v", "linear"),
     ("self_attn.o_proj.weight", "attention/w_o", "linear"),
+)
+QKV_BIAS: tuple[Rule, ...] = (
+    ("self_attn.q_proj.bias", "attention/b_q", "same"),
+    ("self_attn.k_proj.bias", "attention/b_k", "same"),
+    ("self_attn.v_proj.bias", "attention/b_v", "same"),
 )
 QK_NORM: tuple[Rule, ...] = (
     ("self_attn.q_norm.weight", "attention/q_norm", "same"),
@@ -64,6 +73,10 @@ MIXTRAL = (
     *_glu("block_sparse_moe.experts.{expert}", "moe", ("w1", "w3", "w2")),
 )
 SHARED = _glu("mlp.shared_experts", "moe/shared")
+GATED = (
+    *_glu("mlp.shared_expert", "moe/shared"),
+    ("mlp.shared_expert_gate.weight", "moe/w_shared_gate", "linear"),
+)
 BIAS: tuple[Rule, ...] = (("mlp.gate.e_score_correction_bias", "moe/router_bias", "same"),)
 
 GGUF_TABLES: tuple[Rule, ...] = (("token_embd.weight", "embed", "same"), ("output_norm.weight", "final_norm", "same"))
@@ -85,13 +98,15 @@ def rules(name: str, cfg: ModelConfig) -> tuple[tuple[Rule, ...], tuple[Rule, ..
     """The rules outside the layers, those of a layer, and the prefix of its names, for an architecture or "gguf"."""
     if name == "gguf":
         return (*GGUF_TABLES, *(() if cfg.tie_embeddings else GGUF_HEAD)), GGUF_LAYER, "blk.{layer}."
-    attention = ATTENTION + (QK_NORM if cfg.qk_norm else ())
+    attention = ATTENTION + (QKV_BIAS if cfg.qkv_bias else ()) + (QK_NORM if cfg.qk_norm else ())
     if cfg.mla.kv_rank:
         attention = MLA + (MLA_Q_LATENT if cfg.mla.q_rank else MLA_Q)
-    layer = NORMS + attention + (DENSE if cfg.num_moe_layers < cfg.num_layers else ())
+    norms = POST_NORMS if cfg.norm == "post" else NORMS
+    layer = norms + attention + (DENSE if cfg.num_moe_layers < cfg.num_layers else ())
     if cfg.num_moe_layers:
         layer += MIXTRAL if name == "MixtralForCausalLM" else MOE
-        layer += (SHARED if cfg.moe.num_shared_experts else ()) + (BIAS if cfg.moe.selection_bias else ())
+        shared = GATED if cfg.moe.shared_gate == "sigmoid" else SHARED
+        layer += (shared if cfg.moe.num_shared_experts else ()) + (BIAS if cfg.moe.selection_bias else ())
     return (*TABLES, *(() if cfg.tie_embeddings else HEAD)), layer, "model.layers.{layer}."
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.config import ModelConfig
 from moe_jax.config.layers import Kind
 from moe_jax.moe.layer import MoE, TokenInfo
+from moe_jax.moe.product_keys import ProductKeys
 from moe_jax.moe.program import Program
 from moe_jax.moe.routing import Knobs
 from moe_jax.moe.stats import Choices, RouterStats
@@ -16,6 +17,7 @@ from moe_jax.nn.attention import Attention, KVCache
 from moe_jax.nn.layers import GLU, Init, rms_norm
 from moe_jax.nn.mla import MLA
 from moe_jax.nn.remat import keep
+from moe_jax.nn.residual import ResidualScale
 
 
 class Inputs(NamedTuple):
@@ -41,20 +43,24 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """A block: x + attention(norm(x)), then x + feed-forward(norm(x)). The feed-forward is a GLU, an MoE, or both.
+    """A block: x + attention(norm(x)), then x + feed-forward(norm(x)); with `model.norm="post"` x + norm(attention(x))
+    and x + norm(feed-forward(x)). The feed-forward is a GLU, an MoE, both, or a GLU plus a memory.
 
     In a late block both read the same, and the result of the MoE waits (`BlockOutput.late`).
     """
 
     def __init__(self, cfg: ModelConfig, init: Init, kind: Kind, program: Program):
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # 2·L branches add to the residual stream
-        self.eps, self.max_logit = cfg.norm_eps, program.max_logit
+        self.eps, self.post, self.max_logit = cfg.norm_eps, cfg.norm == "post", program.max_logit
         self.attention_norm = init.ones((cfg.d_model,), "norm")
         self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
         self.moe = MoE(cfg, kind, init, out_std, program) if kind.experts else None
-        fed = kind.name in ("dense", "late")
+        fed = kind.name in ("dense", "late", "memory")
         self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation) if fed else None
+        self.memory = ProductKeys(cfg, init) if kind.name == "memory" else None
+        scaled = lambda: ResidualScale(cfg.d_model, init) if cfg.residual_scale else None
+        self.attention_residual, self.mlp_residual = scaled(), scaled()
 
     def __call__(
         self,
@@ -66,21 +72,33 @@ class Block(nnx.Module):
         start: Int[Array, ""] | None,
     ) -> BlockOutput:
         """Runs the block. state: of the routers before. layer: number of the block in the decoder, for noise."""
-        h = rms_norm(x, self.attention_norm[...], self.eps)
+        h = self._read(x, self.attention_norm)
         counted = inputs.info.counted if self.max_logit else None
         with jax.named_scope("attention"):
             y, cache, max_logit = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
-        x = keep(x + y, "residual")
-        h = rms_norm(x, self.mlp_norm[...], self.eps)
+        x = keep(self._add(x, y, self.attention_norm, self.attention_residual), "residual")
+        h, add = self._read(x, self.mlp_norm), lambda y: self._add(x, y, self.mlp_norm, self.mlp_residual)
         routed, stats, choices = None, None, None
         if self.moe is not None:
             with jax.named_scope("moe"):
                 knobs = inputs.knobs and inputs.knobs._replace(key=jax.random.fold_in(inputs.knobs.key, layer))
                 routed, stats, choices, state = self.moe(h, inputs.info, inputs.tokens, state, knobs)
         if self.mlp is None:
-            return BlockOutput(x + routed, state, None, stats, cache, choices, max_logit)
+            return BlockOutput(add(routed), state, None, stats, cache, choices, max_logit)
         with jax.named_scope("mlp"):
-            return BlockOutput(x + self.mlp(h), state, routed, stats, cache, choices, max_logit)
+            y = self.mlp(h)
+        if self.memory is not None:
+            y = y + self.memory(h)
+        return BlockOutput(add(y), state, routed, stats, cache, choices, max_logit)
+
+    def _read(self, x: Float[Array, "B S D"], scale: nnx.Param) -> Float[Array, "B S D"]:
+        """Returns what a branch reads of the residual stream."""
+        return x if self.post else rms_norm(x, scale[...], self.eps)
+
+    def _add(self, x, y: Float[Array, "B S D"], scale: nnx.Param, residual: ResidualScale | None) -> Array:
+        """Returns the residual stream x plus the result y of a branch."""
+        y = rms_norm(y, scale[...], self.eps) if self.post else y
+        return x + y if residual is None else residual(x, y)
 
 
 class Unit(nnx.Module):

@@ -21,7 +21,10 @@ class Counts:
 
 
 # Share of a leaf that one token uses, by logical axis: (config, size of the axis) → share. Other axes are used whole.
-SHARE_IN_USE = {"experts": lambda cfg, e: dataclasses.replace(cfg.moe, num_experts=e).mean_slots / e}
+SHARE_IN_USE = {
+    "experts": lambda cfg, e: dataclasses.replace(cfg.moe, num_experts=e).mean_slots / e,
+    "memory": lambda cfg, rows: cfg.memory.reads / rows,
+}
 
 
 def _leaves(cfg: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int, float]]:
@@ -50,11 +53,12 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, frozen: frozenset[str] = fro
 
     The output matrix counts as a matmul, the embedding look-up does not. Attention is two products with S/2 keys on
     average: 6·S·N·H a layer; in MLA the product with values has their head size. Recomputation is not counted: these
-    are the FLOPs of the model, MFU's numerator, not those that the hardware does.
+    are the FLOPs of the model, MFU's numerator, not those that the hardware does. The rows of a
+    memory that a token reads count like weights: 2 FLOPs for each number, forward and for each of two gradients.
     """
     looked_up = () if cfg.tie_embeddings else ("embed",)
     leaves = list(_leaves(cfg))
-    order = ["embed", *(stack.name for stack in cfg.stacks), "final_norm", "head"]
+    order = ["embed", "embed_bias", "embed_scale", *(stack.name for stack in cfg.stacks), "final_norm", "head"]
     place = lambda path: order.index(path.partition("/")[0])
     first = min((place(path) for path, *_ in leaves if path not in frozen), default=0)
     flops = 0.0

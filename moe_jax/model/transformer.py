@@ -22,8 +22,9 @@ from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.stats import Choices, RouterStats
 from moe_jax.nn import lora
 from moe_jax.nn.attention import KVCache
-from moe_jax.nn.layers import Init, rms_norm, weight
+from moe_jax.nn.layers import Init, rms_norm, unit_rows, weight
 from moe_jax.nn.remat import POLICIES
+from moe_jax.nn.residual import shifted
 from moe_jax.parallel import overlap, sharding
 from moe_jax.tree import nest, split
 
@@ -46,6 +47,9 @@ class Transformer(nnx.Module):
         self.cfg, self.program = cfg, program
         init = Init(rngs, cfg.init_std, dtype=cfg.param_dtype)
         self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
+        if cfg.residual_scale:
+            self.embed_bias = init.filled((cfg.d_model,), "norm", 0.0)
+            self.embed_scale = init.ones((cfg.d_model,), "norm")
         for stack in cfg.stacks:
             blocks = [Block(cfg, init.stack(stack.repeat), kind, program) for kind in stack.unit]
             setattr(self, stack.name, blocks[0] if len(blocks) == 1 else Unit(blocks))
@@ -69,6 +73,8 @@ class Transformer(nnx.Module):
         out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
         with jax.named_scope("embedding"):
             x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
+            if self.cfg.residual_scale:
+                x = shifted(x, self.embed_bias[...], self.embed_scale[...]).astype(dtype)
         found: dict[str, BlockOutput] = {}
         state, first = self._router_state(x), 0
         for stack in self.cfg.stacks:
@@ -139,9 +145,10 @@ class Transformer(nnx.Module):
         return jax.lax.scan(body, carry, (experts, others, caches, firsts), unroll=unroll)
 
     @property
-    def output_matrix(self) -> nnx.Param:
-        """The matrix `[V, D]` that maps hidden states to logits."""
-        return self.embed if self.cfg.tie_embeddings else self.head
+    def output_matrix(self) -> nnx.Param | Float[Array, "V D"]:
+        """The matrix `[V, D]` that maps hidden states to logits. With `norm_head` its rows have length 1."""
+        matrix = self.embed if self.cfg.tie_embeddings else self.head
+        return unit_rows(matrix[...]) if self.cfg.norm_head else matrix
 
     def empty_cache(self, batch: int, length: int) -> dict[str, KVCache]:
         """A cache of zeros for `length` tokens of `batch` sequences, by block."""

@@ -165,5 +165,5 @@ def _program(model: ModelConfig, peers: int, balance_groups: int, record: bool) 
     where = device.platform, device.device_kind
     check_grouped_matmul(model, *where)
     matmul, _ = choose_backend(model.moe.grouped_matmul, *where, model.compute_dtype)
-    exchange, _ = choose_exchange(model.moe, where[0], peers, model.d_model, 1, itemsize, where[1])
+    exchange, _ = choose_exchange(model.moe, where[0], peers, model.expert_dim, 1, itemsize, where[1])
     return Program(exchange=exchange, grouped_matmul=matmul, balance_groups=balance_groups, record=record)

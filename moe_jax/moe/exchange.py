@@ -237,19 +237,20 @@ def devices_per_token(cfg: MoEConfig, peers: int) -> float:
     return peers * (1 - math.comb(e - e // peers, k) / math.comb(e, k))
 
 
-def bytes_sent(cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: int, itemsize: int) -> dict[str, float]:
+def bytes_sent(cfg: MoEConfig, platform: str, peers: int, width: int, tokens: int, itemsize: int) -> dict[str, float]:
     """Bytes of activations that a device sends in one layer, forward and backward, by exchange.
 
-    tokens: t. `ring` sends every token to the P − 1 others in the compute dtype, sums in float32, and both gradients in
-    the compute dtype. `all_to_all` sends rows and results in the compute dtype, and their gradients likewise.
+    width: of a row, D or `moe.latent`. tokens: t. `ring` sends every token to the P − 1 others in the compute dtype,
+    sums in float32, and both gradients in the compute dtype. `all_to_all` sends rows and results in the compute dtype,
+    and their gradients likewise.
     """
     others = peers - 1 if platform == "cpu" else devices_per_token(cfg, peers) * (peers - 1) / peers
-    numbers = tokens * d_model
+    numbers = tokens * width
     return {"ring": numbers * (peers - 1) * (3 * itemsize + 4), "all_to_all": numbers * others * 4 * itemsize}
 
 
 def choose_exchange(
-    cfg: MoEConfig, platform: str, peers: int, d_model: int, tokens: int, itemsize: int, device_kind: str = ""
+    cfg: MoEConfig, platform: str, peers: int, width: int, tokens: int, itemsize: int, device_kind: str = ""
 ) -> tuple[str, str]:
     """Chooses the exchange. Also returns the line about it that is printed at start-up.
 
@@ -259,7 +260,7 @@ def choose_exchange(
     """
     if peers == 1:
         return "ring", "none (mesh.expert=1)"  # collectives over one device do nothing
-    sent = bytes_sent(cfg, platform, peers, d_model, tokens, itemsize)
+    sent = bytes_sent(cfg, platform, peers, width, tokens, itemsize)
     name, why = cfg.exchange, "set in the config"
     if name == "auto":
         name, why = min(sent, key=sent.get), "sends less"
@@ -269,7 +270,7 @@ def choose_exchange(
     elif platform == "cpu" and name == "all_to_all":
         why += ", padded on CPU"
     (other,) = set(sent) - {name}
-    received = peers * tokens * d_model * itemsize // cfg.exchange_chunks
+    received = peers * tokens * width * itemsize // cfg.exchange_chunks
     return name, (
         f"{name} ({why}), {_with_unit(sent[name])} a layer and device against {_with_unit(sent[other])} for {other}, "
         f"room for {_with_unit(received)} received, chunks: {cfg.exchange_chunks}"

@@ -1,5 +1,8 @@
 """The MoE layer: router, routed experts, shared experts. Only `_region` is manual code (`shard_map`).
 
+With `moe.latent` routed experts read and write rows of a smaller width, and only these are sent between devices. The
+two matrices that make them, and a token's whole row again, are outside the region, like shared experts.
+
 Without a mesh the same code runs as it is, on one device. alone.py has the layer for a model of one's own.
 """
 
@@ -22,7 +25,7 @@ from moe_jax.moe.program import Program
 from moe_jax.moe.routers import ROUTERS, RouterWeights, draw_table
 from moe_jax.moe.routing import Facts, Knobs, Routing, route
 from moe_jax.moe.stats import Choices, RouterStats, choices_of, router_stats
-from moe_jax.nn.layers import ACTIVATIONS, GLU, Init
+from moe_jax.nn.layers import ACTIVATIONS, GLU, Init, linear, rms_norm
 from moe_jax.nn.lora import adapter_of
 from moe_jax.nn.remat import keep
 from moe_jax.parallel import sharding
@@ -64,17 +67,23 @@ class MoE(nnx.Module):
             cfg = self.cfg = dataclasses.replace(cfg, choice="token", selection_bias=False, num_groups=1, top_groups=1)
         self.program, activation = program, model.activation
         self.compute = ExpertCompute(cfg, program.grouped_matmul, activation, cfg.mean_slots / cfg.slots)
-        e, c, d, f = cfg.num_experts, cfg.router_columns, model.d_model, cfg.d_expert
+        e, c, d, f, width = cfg.num_experts, cfg.router_columns, model.d_model, cfg.d_expert, model.expert_dim
         router, exact = ROUTERS[cfg.router], init.as_float32()
         # A table with weights of one leaves nothing for logits to decide.
         self.w_router = None if by_table and cfg.combine == "one" else exact.normal((router.width(cfg, d), c), AXES)
         weights = router.weights(cfg, d, exact) if self.w_router is not None else {}
         self.router = RouterWeights(weights) if weights else None
-        self.w_gate = init.normal((e, d, f), "experts embed mlp") if ACTIVATIONS[activation].gated else None
-        self.w_up = init.normal((e, d, f), "experts embed mlp")
-        self.w_down = init.normal((e, f, d), "experts mlp embed", out_std)
+        self.w_gate = init.normal((e, width, f), "experts embed mlp") if ACTIVATIONS[activation].gated else None
+        self.w_up = init.normal((e, width, f), "experts embed mlp")
+        self.w_down = init.normal((e, f, width), "experts mlp embed", None if cfg.latent else out_std)
+        self.w_in = init.normal((d, width), "embed latent") if cfg.latent else None
+        self.w_out = init.normal((width, d), "latent embed", out_std) if cfg.latent else None
+        self.latent_norm, self.eps = init.ones((width,), "norm") if cfg.latent_norm else None, model.norm_eps
         shared = cfg.num_shared_experts * f
         self.shared = GLU(d, shared, init, out_std, activation) if shared else None
+        logits = {"none": 0, "sigmoid": 1, "softmax": 2}[cfg.shared_gate]
+        self.w_shared_gate = init.filled((d, logits), "router_embed router_experts", 0.0) if logits else None
+        self.b_shared_gate = init.filled((2,), "norm", 0.0) if logits == 2 else None
         self.router_bias = RouterBias(init.zeros((c,))) if cfg.selection_bias else None
         draw = functools.partial(draw_table, vocab=model.vocab_size, experts=e, top_k=cfg.top_k)
         self.table = RouterBias(init.drawn(draw)) if by_table else None
@@ -96,29 +105,56 @@ class MoE(nnx.Module):
         meshed = bool(sharding.current_sizes())
         by_token = TOKENS if meshed else None
         named = self.table[...].at[tokens].get(out_sharding=by_token) if self.table is not None else None
+        z = keep(linear(x, self, "w_in"), "latent") if self.w_in is not None else None
         region = functools.partial(self._region, None)
         if meshed:
             specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
             region = jax.shard_map(
                 functools.partial(self._region, specs),
-                in_specs=(sharding.BATCH, sharding.BATCH, sharding.BATCH, sharding.BATCH, P(), P(), P(), specs),
-                out_specs=MoEOutput(sharding.BATCH, P(), sharding.BATCH, sharding.BATCH),
+                in_specs=(sharding.BATCH,) * 5 + (P(), P(), P(), specs),
+                out_specs=(MoEOutput(sharding.BATCH, P(), sharding.BATCH, sharding.BATCH), sharding.BATCH),
                 check_vma=True,
             )
-        out = region(x, info, named, state, router, bias, knobs, w)
-        if self.shared is not None:
-            out = out._replace(y=out.y + self.shared(x))
-        return out
+        out, kept = region(x, z, info, named, state, router, bias, knobs, w)
+        return out._replace(y=self._joined(x, out.y, kept))
+
+    def _joined(
+        self, x: Float[Array, "B S D"], y: Float[Array, "B S width"], kept: Float[Array, "B S"] | None
+    ) -> Float[Array, "B S D"]:
+        """The sum over routed experts y, brought to the width of x, plus identity experts and shared experts.
+
+        kept: the combine weights of a token's identity experts; None without any.
+        """
+        if self.w_out is not None:
+            y = keep(y, "latent")
+            y = rms_norm(y, self.latent_norm[...], self.eps) if self.latent_norm is not None else y
+            y = linear(y, self, "w_out")
+        if kept is not None:
+            y = (y.astype(jnp.float32) + kept[:, :, None] * x.astype(jnp.float32)).astype(y.dtype)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        if self.w_shared_gate is None:
+            return y + shared
+        y, shared = keep((y, shared), "branches")
+        with jax.named_scope("shared_gate"):
+            logits = linear(x, self, "w_shared_gate").astype(jnp.float32)
+            if self.cfg.shared_gate == "sigmoid":
+                return (y + jax.nn.sigmoid(logits) * shared).astype(x.dtype)
+            share = jax.nn.softmax(logits)
+            return (share[:, :, :1] * y + share[:, :, 1:] * shared).astype(x.dtype)
 
     def _adapters(self) -> dict[str, tuple[Array, Array]] | None:
         """The factors of the routed experts' adapters; None without any."""
         found = {name: adapter_of(self, f"w_{name}") for name in ("gate", "up", "down")}
         return {name: adapter.factors for name, adapter in found.items() if adapter is not None} or None
 
-    def _region(self, specs, x_bSD, info, named, state, router, bias, knobs, w):
+    def _region(self, specs, x_bSD, z, info, named, state, router, bias, knobs, w):
         """Routes and computes the tokens of one device, b = B / devices sequences, and sums statistics over all.
 
-        specs: of the experts' matrices; None without a mesh, where nothing is communicated.
+        specs: of the experts' matrices; None without a mesh, where nothing is communicated. z: what routed experts
+        read; None: x.
+        Also returns the combine weights of identity experts, as `_joined` takes them.
         """
         shape = x_bSD.shape
         flat = lambda a: None if a is None else a.reshape(shape[0] * shape[1], *a.shape[2:])
@@ -135,7 +171,7 @@ class MoE(nnx.Module):
             w = jax.tree.map(lambda a: a.astype(x.dtype), w)
         else:
             w = jax.tree.map(functools.partial(_own_experts, x.dtype), w, specs)
-        y, computed = self._experts(x, routing, w)
+        y, computed, kept = self._experts(x if z is None else flat(z), routing, w)
         choices = choices_of(routing, probs, shape[:2]) if self.program.record else None
         state = None if state is None else state_TR.reshape(state.shape)
         with jax.named_scope("statistics"):
@@ -147,20 +183,25 @@ class MoE(nnx.Module):
                 stats = stats._replace(histogram=asked)
             # Sums over all devices: G·(2C+3) numbers a layer. This psum makes the balance global.
             stats = stats if specs is None else jax.lax.psum(stats, sharding.AXES)
-            return MoEOutput(y.reshape(shape), stats, choices, state)
+            kept = None if kept is None else kept.reshape(shape[:2])
+            return MoEOutput(y.reshape(*shape[:2], y.shape[1]), stats, choices, state), kept
 
-    def _experts(self, x: Float[Array, "T D"], routing: Routing, w: ExpertWeights) -> tuple[Array, Bool[Array, "T K"]]:
-        """The routed experts. Slots of identity experts are not sent anywhere and are never dropped."""
+    def _experts(
+        self, x: Float[Array, "T width"], routing: Routing, w: ExpertWeights
+    ) -> tuple[Float[Array, "T width"], Bool[Array, "T K"], Float[Array, " T"] | None]:
+        """The sum over routed experts, which slots were not dropped, and the weight of the token itself in the sum.
+
+        Slots of identity experts are not sent anywhere and are never dropped.
+        """
         run = functools.partial(run_experts, w=w, exchange=self.program.exchange, compute=self.compute)
         if not self.cfg.identity_experts:
-            return run(x, routing)
+            return *run(x, routing), None
         free = routing.experts >= self.cfg.num_experts
         sent = routing._replace(experts=jnp.where(free, 0, routing.experts), valid=routing.valid & ~free)
         y, computed = run(x, sent)
-        if self.cfg.identity_output == "input":
-            kept = jnp.sum(jnp.where(free & routing.valid, routing.weights, 0.0), axis=-1)
-            y = (y.astype(jnp.float32) + kept[:, None] * x.astype(jnp.float32)).astype(y.dtype)
-        return y, computed | free
+        if self.cfg.identity_output == "nothing":
+            return y, computed | free, None
+        return y, computed | free, jnp.sum(jnp.where(free & routing.valid, routing.weights, 0.0), axis=-1)
 
 
 def _own_experts(dtype, w: Array, spec: P) -> Array:

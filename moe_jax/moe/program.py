@@ -33,7 +33,7 @@ class Program:
         attention, why_a = choose_attention(cfg, platform, kind, seq_len)
         matmul, why_m = choose_backend(cfg.moe.grouped_matmul, platform, kind, cfg.compute_dtype)
         itemsize, peers = jnp.dtype(cfg.compute_dtype).itemsize, mesh.shape["expert"]
-        exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.d_model, tokens, itemsize, kind)
+        exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.expert_dim, tokens, itemsize, kind)
         why = f"attention: {attention} ({why_a}); "
         if cfg.num_moe_layers:
             shown = f", grouped matmul: {matmul} ({why_m})" if cfg.moe.compute == "grouped" else ""

@@ -54,6 +54,7 @@ class Attention(nnx.Module):
         self.w_k = init.normal((d, m * h), "embed heads")
         self.w_v = init.normal((d, m * h), "embed heads")
         self.w_o = init.normal((n * h, d), "heads embed", out_std)
+        self.b_q, self.b_k, self.b_v = (init.filled((x * h,), "norm", 0.0) if cfg.qkv_bias else None for x in (n, m, m))
         normed = (h, h) if cfg.qk_norm_over == "head" else (n * h, m * h)
         self.q_norm, self.k_norm = (init.ones((x,), "norm") if cfg.qk_norm else None for x in normed)
 

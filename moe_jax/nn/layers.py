@@ -78,15 +78,20 @@ def _normal(key, std, shape, spec, dtype):
     return (std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec)).astype(dtype)
 
 
-def weight(w: nnx.Param, dtype) -> Array:
+def weight(w: nnx.Param | Array, dtype) -> Array:
     """A weight as it enters a matmul: cast first, so that the gather over the mesh moves the smaller type."""
     return sharding.replicate(w[...].astype(dtype))
 
 
 def linear(x: Float[Array, "B S D"], layer: nnx.Module, name: str) -> Float[Array, "B S F"]:
-    """x times the matrix of this name in a layer, with its adapter (lora.py) if it has one."""
+    """x times the matrix of this name in a layer, with its adapter (lora.py) and its bias where it has them.
+
+    The bias of `w_q` is `b_q`.
+    """
     y, adapter = x @ weight(getattr(layer, name), x.dtype), getattr(layer, f"{name}_adapter", None)
-    return y if adapter is None else y + adapter(x)
+    y = y if adapter is None else y + adapter(x)
+    bias = getattr(layer, f"b_{name.removeprefix('w_')}", None)
+    return y if bias is None else y + bias[...].astype(x.dtype)[None, None]
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
@@ -95,6 +100,12 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
         return (y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def unit_rows(w: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """Divides each row by its length, in float32. A row of zeros stays zero."""
+    w = w.astype(jnp.float32)
+    return w * jax.lax.rsqrt(jnp.sum(jnp.square(w), axis=-1, keepdims=True) + 1e-12)
 
 
 def rope_frequencies(cfg: ModelConfig, size: int) -> Float[np.ndarray, " H/2"]:

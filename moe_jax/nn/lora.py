@@ -23,7 +23,9 @@ from moe_jax.tree import flatten, nest
 
 SUFFIX = "_adapter"
 NAMES = ("lora_a", "lora_b")
-NEVER = ("w_router", "w_in", "w_1", "w_2")  # matrices of routers: router logits are computed in float32, from W alone
+# Paths of matrices without one: those of routers, whose logits are computed in float32 from W alone, and the one or two
+# columns of the shared experts' gate.
+NEVER = r"/router/|/w_(router|shared_gate)$"
 
 
 class Adapter(nnx.Module):
@@ -77,7 +79,7 @@ def adapt(module: nnx.Module, cfg: LoRAConfig, path: str, init: Init) -> tuple[l
         if isinstance(value, nnx.Module):
             inner = adapt(value, cfg, where, init)
             matched, possible = matched + inner[0], possible + inner[1]
-        elif isinstance(value, nnx.Param) and name.startswith("w_") and name not in NEVER:
+        elif isinstance(value, nnx.Param) and name.startswith("w_") and not re.search(NEVER, where):
             possible.append(where)
             if re.search(cfg.match, where):
                 setattr(module, name + SUFFIX, Adapter(value, cfg, init))
@@ -97,7 +99,8 @@ def describe(cfg: ModelConfig, shapes: dict[str, jax.ShapeDtypeStruct]) -> str:
     """One line about the adapters of a run: which matrices have one, and which have none. shapes: by path."""
     size = sum(x.size for path, x in shapes.items() if is_adapter(path))
     adapted = {matrix_of(path) for path in shapes if is_adapter(path)}
-    is_matrix = lambda path: path in ("embed", "head") or path.rpartition("/")[2].startswith("w_")
+    tables = ("embed", "head", "memory/keys", "memory/values")
+    is_matrix = lambda path: path.endswith(tables) or path.rpartition("/")[2].startswith("w_")
     without = {path for path in shapes if is_matrix(path) and not is_adapter(path)} - adapted
     # Without the stack, in which blocks of one kind are alike.
     names = lambda paths: ", ".join(sorted({path.partition("/")[2] or path for path in paths}))

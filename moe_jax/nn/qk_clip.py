@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.parallel import sharding
 from moe_jax.tree import update_at
 
+CLIPPED = ("w_q", "w_q_up", "w_k", "w_k_up", "b_q", "b_k")  # what clipping scales
 BLOCK = 512  # queries and keys of a block; the logits of one block exist at a time
 
 
@@ -60,17 +61,18 @@ def max_logits(
 def clip_attention(w: dict, max_logit: Float[Array, "L N"], threshold: float) -> dict:
     """Scales the weights of L attention layers so that the largest logit of a head would have been at most `threshold`.
 
-    w_q and w_k of a head are multiplied by √γ, γ = min(1, threshold / its largest logit). Query heads that share keys
-    share the largest logit and so γ, as in Megatron. A head at or below the threshold keeps every bit. The optimizer's
-    momentum is not changed.
+    w_q and w_k of a head, and their biases, are multiplied by √γ, γ = min(1, threshold / its largest logit). Query
+    heads that share keys share the largest logit and so γ, as in Megatron. A head at or below the threshold keeps every
+    bit. The optimizer's momentum is not changed.
     Source: arXiv:2507.20534, §2.1.
     """
     layers, n = max_logit.shape
     m = w["w_k"].shape[-1] * n // w["w_q"].shape[-1]
     largest = jnp.max(max_logit.reshape(layers, m, n // m), axis=2)
     root = jnp.sqrt(threshold / jnp.maximum(largest, threshold))
-    scaled = {name: w[name] * jnp.repeat(root, w[name].shape[-1] // m, axis=1)[:, None] for name in ("w_q", "w_k")}
-    return {**w, **scaled}
+    scale = lambda a: jnp.repeat(root, a.shape[-1] // m, axis=1)
+    scaled = {name: w[name] * scale(w[name])[:, None] for name in ("w_q", "w_k")}
+    return {**w, **scaled, **{name: w[name] * scale(w[name]) for name in ("b_q", "b_k") if name in w}}
 
 
 def clip_mla(w: dict, max_logit: Float[Array, "L N"], threshold: float) -> dict:
@@ -105,7 +107,7 @@ def clip(
     """
     if maxima is None:
         return params, {}
-    fixed = lambda path: any(f"{path}/attention/{name}" in frozen for name in ("w_q", "w_q_up", "w_k", "w_k_up"))
+    fixed = lambda path: any(f"{path}/attention/{name}" in frozen for name in CLIPPED)
     able = {path: max_logit for path, max_logit in maxima.logit.items() if not fixed(path)}
 
     for path, max_logit in able.items():

@@ -14,7 +14,11 @@ rope_dim of MLA, W for its head size of values:
 | `residual`     | the layer's input plus attention                            | D                               |
 | `router`       | logits                                                      | E float32                       |
 | `rows`         | rows sorted by expert                                       | 2·K int32                       |
+| `latent`       | with moe.latent, what routed experts read and their sum     | 2·latent                        |
+| `branches`     | with moe.shared_gate, routed and shared experts' results    | 2·D                             |
 | `gate`, `up`   | pre-activations of routed and shared experts, or dense GLUs | 2·K·F, 2·F shared or dense      |
+| `memory`       | queries before their norm; rows that are read, their scores | heads · key_dim; heads · top    |
+|                |                                                             | int32 and float32               |
 """
 
 from typing import TypeVar
@@ -22,7 +26,7 @@ from typing import TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-KEPT = ("qkv", "attention", "residual", "router", "rows", "gate", "up")
+KEPT = ("qkv", "attention", "residual", "router", "rows", "latent", "branches", "gate", "up", "memory")
 # cuDNN's attention without segments is one primitive that returns result and logsumexp: no value in it can be named.
 KEPT_PRIMITIVES = ("dot_product_attention_fwd_wrapper",)
 

@@ -28,13 +28,25 @@ RULES = (
     (r"/w_router$", "router"),
     (r"/router/w_(in|1|2)$", "router"),
     (r"/router/(b_in|b_1|b_2|carry|log_scale)$", "adamw"),
+    (r"/moe/w_(in|out)$", "matrix"),
+    (r"/moe/[wb]_shared_gate$", "adamw"),  # one or two columns: too few to have a spectrum
+    (r"/attention/b_(q|k|v)$", "adamw"),
     (r"/w_(q|k|v|o|gate|up|down|q_down|q_up|kv_down|k_rope|k_up|v_up)$", "matrix"),
+    (r"/memory/w_query$", "matrix"),
+    (r"/memory/(b_query|keys|values)$", "adamw"),  # rows and keys are read one by one: tables, like the embedding
+    (r"(^embed|_residual/(stream|branch))_(bias|scale)$", "adamw"),
     (r"/lora_[ab]$", "adamw"),  # the factors of an adapter, which Muon never updates: their product is the matrix
 )
 PARTS = {  # rule → text in the paths of the part that it belongs to
     r"/w_router$": "/moe/w_router",
     r"/router/w_(in|1|2)$": "/router/",
     r"/router/(b_in|b_1|b_2|carry|log_scale)$": "/router/",
+    r"/moe/w_(in|out)$": "/moe/w_in",
+    r"/moe/[wb]_shared_gate$": "_shared_gate",
+    r"/attention/b_(q|k|v)$": "/attention/b_",
+    r"/memory/w_query$": "/memory/",
+    r"/memory/(b_query|keys|values)$": "/memory/",
+    r"(^embed|_residual/(stream|branch))_(bias|scale)$": "_residual/",
     r"/lora_[ab]$": "/lora_",
 }
 
@@ -47,8 +59,10 @@ GEOMETRY = (
     (r"(^|/)attention/w_(q|k|v)$", "layers in heads"),
     (r"(^|/)attention/w_(q_down|q_up|kv_down|k_rope|k_up|v_up)$", "layers in out"),
     (r"(^|/)attention/w_o$", "layers heads out"),
+    (r"(^|/)moe/w_(in|out)$", "layers in out"),
     (r"(^|/)moe/w_(gate|up|down)$", "layers experts in out"),
     (r"(^|/)(mlp|shared)/w_(gate|up|down)$", "layers in out"),
+    (r"(^|/)memory/w_query$", "layers in out"),
 )
 
 

@@ -7,6 +7,7 @@ The mesh always has the axes of `AXES`, all Explicit; an axis of size 1 is kept.
 | activations `[B, S, D]`      | `(data, fsdp, expert), None, None`                           |
 | expert weights `[L, E, D, F]`| `None, (expert, fsdp), None, None` if it divides E           |
 |                              | `None, expert, fsdp, None`, or `fsdp` on F, if it does not   |
+| rows of a memory `[L, n², D]`| `None, (fsdp, expert), None`                                 |
 | other matrices               | `(fsdp, expert)` on the first of `FSDP_ORDER` that divides   |
 | router, norms                | replicated                                                   |
 | optimizer moments            | as their parameter (their type carries it)                   |
@@ -26,8 +27,10 @@ Tree = TypeVar("Tree")
 AXES = ("data", "fsdp", "expert")
 BATCH = PartitionSpec(AXES)  # the leading (batch) dimension of activations and data
 # Logical axes of weights: those that may be sharded, in the order in which they are tried, and those that never are.
-FSDP_ORDER = ("vocab", "embed", "mlp", "heads")
-REPLICATED = ("layers", "norm", "latent", "rank", "router_embed", "router_width", "router_experts")
+FSDP_ORDER = ("vocab", "embed", "mlp", "heads", "memory")
+REPLICATED = (
+    "layers", "norm", "latent", "rank", "router_embed", "router_width", "router_experts", "keys", "value",
+)  # fmt: skip
 
 
 def make_mesh(shape: tuple[int, int, int], devices=None) -> Mesh:

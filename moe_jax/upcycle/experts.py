@@ -75,6 +75,9 @@ def shards(w: Float[Array, "L m n"], name: str, granularity: int) -> Float[Array
     return jnp.moveaxis(w.reshape(layers, rows, granularity, columns // granularity), 2, 1)
 
 
+NOT_OF_COPIES = {"router": "linear", "latent": 0, "shared_gate": "none"}  # fields with weights of their own
+
+
 @dataclass(frozen=True)
 class VirtualGroups(Transform):
     """Sparse upcycling into `expansion` copies of each dense layer, each cut into `granularity` experts.
@@ -116,6 +119,9 @@ class VirtualGroups(Transform):
         require(self.router_std >= 0, "router_std", self.router_std, "must be ≥ 0", "nearest valid: 0.0")
         routing = {name: getattr(self, name) for name in ("score", "score_order", "renormalize", "routed_scaling")}
         moe = moe_config(num_experts=e * g, top_k=k, d_expert=f // g, num_shared_experts=s, **routing, **self.moe)
+        for name, usual in NOT_OF_COPIES.items():
+            rule = "is not a part of copies of a dense layer"
+            require(getattr(moe, name) == usual, f"moe.{name}", getattr(moe, name), rule, f"nearest valid: {usual!r}")
         require(moe.routed_scaling > 0, "routed_scaling", moe.routed_scaling, "must be > 0", "nearest valid: 1.0")
         require(e % moe.num_groups == 0, "num_groups", moe.num_groups,
                 f"must divide expansion={e}, so that no copy is in two groups",
@@ -218,6 +224,8 @@ def with_experts(cfg: ModelConfig, moe: MoEConfig, dense_layers: int, layers: st
         require("late" not in names, "layers", layers, rule, "name dense and moe only")
         rule = "the table of a table block would not choose what the copies need"
         require("table" not in names, "layers", layers, rule, "name dense and moe only")
+        rule = "a memory would be fresh, so that the model would not compute the dense one's function"
+        require("memory" not in names, "layers", layers, rule, "name dense and moe only")
         rule = f"has no block with {moe.num_experts} experts, the number that the other options make"
         named = any(kind.experts == moe.num_experts for stack in stacks for kind in stack.unit)
         require(named, "layers", layers, rule, "nearest valid: moe without a number")
@@ -262,9 +270,9 @@ class Blocks(NamedTuple):
 
     def carried(self) -> tuple:
         """Rules for parameters that do not change: all but the feed-forward layers, and these in dense blocks."""
-        own = r"attention/.+|attention_norm|mlp_norm|mlp/.+"
+        own = r"attention/.+|attention_norm|mlp_norm|(attention|mlp)_residual/.+|mlp/.+"
         return (
-            (r"embed|head|final_norm", r"\g<0>", lambda w, _: w),
+            (r"embed|embed_bias|embed_scale|head|final_norm", r"\g<0>", lambda w, _: w),
             (rf"{BLOCK}/({own})", r"dense_layers/\1", self.take),
         )
 
@@ -351,7 +359,7 @@ class Drop(Transform):
             picked = jnp.argsort(jnp.argsort(drawn, axis=-1), axis=-1) < count
             picked = picked[..., None] if name == "w_down" else picked[:, :, None, :]
             w32 = w.astype(jnp.float32)
-            n = max(count, 1) * cfg.d_model
+            n = max(count, 1) * cfg.expert_dim
             over = lambda x: jnp.sum(jnp.where(picked, x, 0.0), axis=(2, 3), keepdims=True) / n
             mean = over(w32)
             std = jnp.sqrt(over(jnp.square(w32 - mean)))

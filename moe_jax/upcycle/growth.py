@@ -19,7 +19,7 @@ class Depth(Transform):
 
     order: "interpolate" puts copies beside their original (0 0 1 1 2 …), "stack" repeats all layers (0 1 2 0 1 …).
     new: "identity" sets the copies' output matrices to zero, so that they are the identity at first
-        (arXiv:2401.02415, LLaMA Pro).
+        (arXiv:2401.02415, LLaMA Pro). Learned scales of their residual stream are then 1, and its biases 0.
     """
 
     num_layers: int
@@ -49,11 +49,12 @@ class Depth(Transform):
 
         def layer(w, path):
             grown = w[index]
-            if self.new == "copy" or not path.endswith(("w_o", "w_down")):
+            if self.new == "copy" or not path.endswith(("w_o", "w_down", "_scale", "_bias")):
                 return grown
-            return jnp.where(original[:, None, None], grown, 0)
+            return jnp.where(original.reshape(-1, *[1] * (w.ndim - 1)), grown, float(path.endswith("_scale")))
 
-        rules = ((r"dense_layers/.+", r"\g<0>", layer), (r"embed|head|final_norm", r"\g<0>", lambda w, _: w))
+        rest = r"embed|embed_bias|embed_scale|head|final_norm"
+        rules = ((r"dense_layers/.+", r"\g<0>", layer), (rest, r"\g<0>", lambda w, _: w))
         return by_table(rules, flatten(model.abstract(self.config(cfg)).shapes), params)
 
     def changes(self, cfg: ModelConfig) -> str:
@@ -103,11 +104,14 @@ class Width(Transform):
         down = lambda w: scaled(w[:, unit_F], 1.0 / copies_F[None, :, None])
         rules = (
             (r"embed|head", r"\g<0>", lambda w, _: channels(w, 1)),
-            (r"final_norm", r"\g<0>", lambda w, _: scaled(channels(w, 0), 1.0 / wide)),  # an average, too
-            (r"dense_layers/(attention_norm|mlp_norm)", r"\g<0>", lambda w, _: channels(w, 1)),
+            # An average, too; but rows of length 1 are divided by √wide already.
+            (r"final_norm", r"\g<0>", lambda w, _: scaled(channels(w, 0), wide ** (-0.5 if cfg.norm_head else -1.0))),
+            (r"embed_bias|embed_scale", r"\g<0>", lambda w, _: channels(w, 0)),
+            (r"dense_layers/(attention_norm|mlp_norm|.+_residual/.+)", r"\g<0>", lambda w, _: channels(w, 1)),
             (r"dense_layers/attention/(q_norm|k_norm)", r"\g<0>",
              lambda w, _: w if cfg.qk_norm_over == "head" else jnp.tile(w, (1, heads))),
             (r"dense_layers/attention/w_[qkv]", r"\g<0>", lambda w, _: jnp.tile(inputs(w), (1, 1, heads))),
+            (r"dense_layers/attention/b_[qkv]", r"\g<0>", lambda w, _: jnp.tile(w, (1, heads))),
             (r"dense_layers/attention/w_o", r"\g<0>",
              lambda w, _: scaled(jnp.tile(channels(w, 2), (1, heads, 1)), 1.0 / heads)),
             (r"dense_layers/mlp/w_(gate|up)", r"\g<0>", lambda w, _: inputs(w)[:, :, unit_F]),

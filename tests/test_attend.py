@@ -106,7 +106,7 @@ def test_chunked_needs_memory_for_a_block_of_queries():
 
 @pytest.mark.parametrize(("segmented", "w"), [(False, 16), (True, 16), (True, 8)])
 def test_splash_equals_xla(segmented, w):
-    """In Pallas' interpreter, 2 blocks of 128, grouped queries, and values of another head size."""
+    """Runs in Pallas' interpreter, with 2 blocks of 128, grouped queries, and values of another head size."""
     qkv, dy, ids = operands(w=w)
     local = functools.partial(attend._splash, interpret=True)
     fn = lambda *args: sharding.per_device(local, 4, check_vma=False)(*args)

@@ -50,7 +50,7 @@ def test_activations_of_a_layer_are_those_of_the_table():
 
 @pytest.mark.slow
 def test_attention_probabilities_are_counted_where_they_are_kept():
-    """Of 4 layers and 4 heads, S × S numbers of at least 2 bytes; only "xla", and without rematerialisation."""
+    """Counts S × S numbers of at least 2 bytes for 4 layers and 4 heads with "xla" alone, without rematerialisation."""
     cases = itertools.product(("xla", "chunked", "cudnn"), ("none", "selective"))
     kept = {(name, remat): dry_run.activations(small(remat=remat, attention=name)) for name, remat in cases}
     assert kept["xla", "none"] - kept["chunked", "none"] >= 4 * 4 * 64 * 64 * 2

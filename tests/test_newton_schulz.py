@@ -28,7 +28,7 @@ def matrix(spectrum: str, shape: tuple[int, int]) -> np.ndarray:
 
 @functools.cache
 def errors(name: str, shape: tuple[int, int], dtype: str) -> list[float]:
-    """Of each spectrum, for the iteration that the shape takes."""
+    """Measures the errors of each spectrum, for the iteration that the shape takes."""
     x = np.stack([matrix(spectrum, shape) for spectrum in SPECTRA])
     got = jax.jit(functools.partial(orthogonalize, coefficients=SETS[name], dtype=jnp.dtype(dtype)))(x)
     assert got.dtype == jnp.dtype(dtype)
@@ -49,7 +49,7 @@ def test_float16_is_closer_than_bfloat16(name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_gram_is_the_same_function(name, monkeypatch):
-    """In float32, where it is not taken, within what its rounding is: 2⁻¹³ of that in float16."""
+    """Compares in float32, where it is not taken, within its rounding: 2⁻¹³ of that in float16."""
     monkeypatch.setattr(newton_schulz, "uses_gram", lambda *_: True)
     x = matrix("gaussian", (48, 120))
     for steps in (1, 4, 7) if name == "jordan" else (0,):
@@ -82,7 +82,7 @@ def test_the_range_of_float16(shape):
 
 
 def test_which_iteration_a_shape_takes(monkeypatch):
-    """By FLOPs: with kernels that compute half of a symmetric product from the first row that a side is longer."""
+    """Counts FLOPs: with kernels that compute half of a symmetric product, it is taken if one side is longer at all."""
     takes = lambda m, n, dtype=jnp.float16: newton_schulz.uses_gram(m, n, 5, dtype)
     assert not takes(1024, 1024) and not takes(1024, 1536) and takes(1024, 1664) and takes(1664, 1024)
     assert not takes(64, 1024, jnp.bfloat16) and not takes(64, 1024, jnp.float32)

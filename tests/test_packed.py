@@ -78,7 +78,7 @@ def slots(packed_, tokens, longest):
 
 
 def logits(q, k, packed_, scale):
-    """Of all tokens of all rows, and the place of each in the list."""
+    """Returns the logits of all tokens of all rows, and the place of each token in the list."""
     slot = slots(packed_, q.shape[0] * q.shape[1], q.shape[1])
     at = jnp.arange(len(slot))
     visible = (slot[:, None] == slot[None, :]) & (at[:, None] >= at[None, :])
@@ -89,7 +89,7 @@ def logits(q, k, packed_, scale):
 
 
 def forward(q, k, v, packed_, scale):
-    """What `cudnn.forward` promises: results of tokens in the list, and logsumexps by place in the list."""
+    """Stands in for `cudnn.forward`: results of tokens in the list, and logsumexps by place in the list."""
     x, slot = logits(q, k, packed_, scale)
     values = jnp.repeat(v.reshape(-1, *v.shape[2:]), q.shape[2] // v.shape[2], 1)
     y = jnp.einsum("nts,snh->tnh", jax.nn.softmax(x), values)
@@ -101,7 +101,7 @@ def forward(q, k, v, packed_, scale):
 
 
 def backward(q, k, v, packed_, scale, lse, y, dy):
-    """What `cudnn.backward` promises, from the logsumexps and the result that it is given."""
+    """Stands in for `cudnn.backward`, with the logsumexps and the result that it is given."""
     x, slot = logits(q, k, packed_, scale)
     flat = lambda z: z.reshape(-1, *z.shape[2:])
     begin = packed_.offset[slot]

@@ -1,4 +1,4 @@
-"""What a block reads and adds: post-norm, learned scales of the residual stream, a memory; and NormHead after the last.
+"""Post-norm, learned scales of the residual stream and a memory in a block, and NormHead after the last one.
 
 Values and gradients are those of a plain loop. What cannot be is refused by the field's name.
 """
@@ -85,7 +85,7 @@ def plain_add(cfg, w, branch, x, y):
 
 
 def plain_read(cfg, w, branch, x):
-    """What attention or the feed-forward layer reads."""
+    """The input of attention or of the feed-forward layer."""
     return x if cfg.norm == "post" else plain_norm(x, w[f"{branch}_norm"])
 
 

@@ -42,7 +42,7 @@ def cases(x: jax.Array):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 3e-3), (jnp.float16, 4e-4)])
 def test_einsums_are_the_formulas(dtype, tolerance):
-    """With 16 bits: what rounding the result once costs."""
+    """Allows, with 16 bits, what rounding the result once costs."""
     for name, got, want in cases(jnp.asarray(stack(48, 80), dtype)):
         error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
         assert got.dtype == dtype and error < tolerance, (name, error)
@@ -87,7 +87,7 @@ def test_kernel_equals_the_einsums(shape, dtype, which, request):
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule(1, 1), Schedule(2, 2, reuse=False)], ids=str)
 def test_every_schedule_computes_the_same(schedule):
-    """With a term that is no operand, and two operands that differ."""
+    """Takes a term that is no operand, and two operands that differ."""
     rng = np.random.default_rng(2)
     x, w = (jnp.asarray(v, jnp.float16) for v in (stack(384, 512), rng.normal(size=(2, 384, 384)) / 20))
     a, b, c = (jnp.asarray(v) for v in (A, B, C))

@@ -40,7 +40,7 @@ device_description_str: "NVIDIA {gpu.name}"
 
 
 class Gpu(NamedTuple):
-    """What XLA's compiler asks of a GPU, beside what `Chip` has."""
+    """The numbers of a GPU that XLA's compiler asks for, beside those of `Chip`."""
 
     name: str  # after "NVIDIA"
     capability: tuple[int, int]  # of CUDA

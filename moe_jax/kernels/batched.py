@@ -21,7 +21,7 @@ PASS = 8  # further blocks in one pass of the loop
 
 
 class Groups(NamedTuple):
-    """Where the rows of every group lie: in x, in the buffer of the first product, and in further blocks."""
+    """The places of the rows of every group: in x, in the buffer of the first product, and in further blocks."""
 
     start: Int[Array, " E"]  # first row
     end: Int[Array, " E"]  # the row after the last
@@ -110,7 +110,7 @@ def _passes(groups: Groups) -> Array:
 
 
 def _further(groups: Groups, i: Array, first: int, block: int) -> tuple[Array, Array, Array]:
-    """Of the further blocks of pass i: groups, first rows, and the ends of their groups.
+    """Returns groups, first rows, and the ends of groups for the further blocks of pass i.
 
     A block past the last one is of the last group, and begins past its end.
     """

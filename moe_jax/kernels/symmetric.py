@@ -26,7 +26,7 @@ PARTS = [(i, j) for j in range(0, UNIT, PART) for i in range(0, UNIT, PART)]  # 
 
 
 class Schedule(NamedTuple):
-    """How the kernel divides its work. Every schedule computes the same sums, some of them in another order.
+    """The division of the kernel's work. Every schedule computes the same sums, some of them in another order.
 
     ahead: steps by which one multiplying warpgroup is ahead of the other. keep: steps whose memory holds results, at
     most TERM. reuse: whether a term that is also an operand is read from the operand's copies, which then come last.
@@ -304,7 +304,7 @@ def _copy_term(z, tile: _Tile, k: int, a, b, arrived, symmetric: bool) -> None:
 
 
 def _diagonal() -> Array:
-    """Which elements of a part lie on its diagonal."""
+    """Marks the elements of a part that lie on its diagonal."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     index = lambda axis: plgpu.broadcasted_iota(jnp.int32, (PART, PART), axis, layout=plgpu.Layout.WGMMA)

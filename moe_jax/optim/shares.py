@@ -22,7 +22,7 @@ PARTS = 32  # a batch is about this part of a device's work: the more, the more 
 
 
 class Work(NamedTuple):
-    """What a group of matrices costs."""
+    """The costs of a group of matrices."""
 
     flops: int  # of one matrix
     bytes: int  # that a device sends for each matrix that it gets

@@ -460,7 +460,10 @@ def identity_layer(identity: int, exchange="ring"):
 
 @pytest.mark.slow
 def test_identity_slots_cost_no_memory():
-    """The buffers of a layer's gradient fall as the expected share of real experts: half of the choices are real."""
+    """The buffers of a layer's gradient fall with the expected share of real experts: half of the choices are real.
+
+    What does not depend on it, a quarter of all without identity experts, stays.
+    """
 
     def temporaries(identity: int) -> int:
         with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
@@ -471,7 +474,7 @@ def test_identity_slots_cost_no_memory():
             compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(8) < 0.7 * temporaries(0)
+    assert temporaries(8) < 0.75 * temporaries(0)
 
 
 def test_identity_slots_are_not_sent(monkeypatch):

@@ -452,29 +452,29 @@ def test_identity_experts_return_the_token():
         np.testing.assert_allclose(row["max_load"], 4 * load[:4].max() / load[:4].sum(), rtol=1e-6)
 
 
-def identity_layer(identity: int, exchange="ring"):
-    model = ModelConfig(d_model=64, moe=MoEConfig(num_experts=8, top_k=8, d_expert=64, identity_experts=identity,
+def identity_layer(identity: int, exchange="ring", width=64):
+    model = ModelConfig(d_model=64, moe=MoEConfig(num_experts=8, top_k=8, d_expert=width, identity_experts=identity,
                                                   selection_bias=True, exchange=exchange))  # fmt: skip
     return MoE(model, Kind("moe", 8), Init(nnx.Rngs(0), 1.0), 1.0, Program(exchange=exchange))
 
 
 @pytest.mark.slow
 def test_identity_slots_cost_no_memory():
-    """The buffers of a layer's gradient fall with the expected share of real experts: half of the choices are real.
+    """The buffers of a layer's gradient fall as the expected share of real experts: half of the choices are real.
 
-    What does not depend on it, a quarter of all without identity experts, stays.
+    Experts are wide, so that buffers of their rows are most of the memory.
     """
 
     def temporaries(identity: int) -> int:
         with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
-            graph, params, rest = nnx.split(identity_layer(identity), nnx.Param, ...)
+            graph, params, rest = nnx.split(identity_layer(identity, width=256), nnx.Param, ...)
             put = functools.partial(jax.device_put, device=NamedSharding(jax.sharding.get_mesh(), sharding.BATCH))
             x, info = put((normal(4, 512, 64), TokenInfo(np.ones((4, 512), bool), np.zeros((4, 512), np.int32))))
             loss = lambda params, x: jnp.sum(jnp.sin(nnx.merge(graph, params, rest)(x, info).y))
             compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(8) < 0.75 * temporaries(0)
+    assert temporaries(8) < 0.7 * temporaries(0)
 
 
 def test_identity_slots_are_not_sent(monkeypatch):

@@ -2,12 +2,13 @@
 
     python -m benchmarks.attention --backends=xla,cudnn
     python -m benchmarks.attention --backends=xla,splash --batch=2 --kv_heads=4
+    python -m benchmarks.attention --backends=chunked,cudnn --window=512 --length=8192 --batch=2
 
 It prints one row for each back end and number of segments a row (0: no segments; for many cuDNN needs more than one
-call, see nn/packed.py). A row has milliseconds forward and backward; TFLOP/s by the formula
-12·B·S²·N·H/2 for the causal half, which counts keys of other segments too; and the largest error of the result and of
-the gradients of q, k and v, relative to the largest entry. In bfloat16 0.01 is rounding. An error near 1, or NaN, is a
-wrong result.
+call, see nn/packed.py). A row has milliseconds forward and backward; TFLOP/s by the formula 12·B·S²·N·H/2 for the
+causal half, which also counts keys of other segments and those outside a window; and the largest error of the result
+and of the gradients of q, k and v, relative to the largest entry. In bfloat16 0.01 is rounding. An error near 1, or
+NaN, is a wrong result.
 """
 
 import functools
@@ -26,6 +27,7 @@ BACKENDS = flags.DEFINE_list("backends", ["xla", "cudnn"], "back ends to compare
 SEGMENTS = flags.DEFINE_list("segments", ["0", "1", "8", "100"], "segments a row; 0: none")
 BATCH = flags.DEFINE_integer("batch", 4, "sequences a device")
 LENGTH = flags.DEFINE_integer("length", 4096, "tokens of a sequence")
+WINDOW = flags.DEFINE_integer("window", 0, "tokens that a query sees; 0: all before it")
 HEADS = flags.DEFINE_integer("heads", 16, "query heads")
 KV_HEADS = flags.DEFINE_integer("kv_heads", 16, "key and value heads")
 HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head size")
@@ -49,7 +51,7 @@ def main(_):
 
     @functools.partial(jax.jit, static_argnums=3)
     def run(qkv, dy, segments, backend):
-        y, back = jax.vjp(lambda *x: attend.attend(*x, segments, backend), *qkv)
+        y, back = jax.vjp(lambda *x: attend.attend(*x, segments, backend, WINDOW.value), *qkv)
         return y, back(dy.astype(y.dtype))
 
     for segments in map(int, SEGMENTS.value):

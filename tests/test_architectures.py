@@ -17,8 +17,8 @@ from moe_jax.config import MLAConfig, ModelConfig, RopeScalingConfig
 from moe_jax.errors import ConfigError
 from moe_jax.evaluate import analysis, spectra
 from moe_jax.moe.program import Program
-from moe_jax.nn.layers import rope, rope_frequencies
 from moe_jax.nn.qk_clip import clip_mla
+from moe_jax.nn.rope import rope, rope_frequencies
 from moe_jax.parallel import sharding
 from moe_jax.train import losses, metrics, step
 from moe_jax.train.gradients import forward
@@ -165,7 +165,7 @@ def test_optimizer_rules_cover_dense_and_latent_models():
 def test_llama_3_scaling_by_hand():
     """Slow turns divided by the factor, fast ones as they are, a line between."""
     plain = ModelConfig(rope_theta=1e4)
-    scaled = dataclasses.replace(plain, rope_scaling=RopeScalingConfig(8.0, 1.0, 4.0, 1000))
+    scaled = dataclasses.replace(plain, rope_scaling=RopeScalingConfig(factor=8.0, original_length=1000))
     a, b = rope_frequencies(plain, 16), rope_frequencies(scaled, 16)
     turns = 1000 * a.astype(float) / (2 * np.pi)
     assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()

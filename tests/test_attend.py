@@ -74,7 +74,7 @@ def test_chunked_equals_xla(monkeypatch, length, w, cut, segmented):
     if len(cut) == 3:
         monkeypatch.setattr(chunked, "SPANS", 3)
         monkeypatch.setattr(chunked, "BLOCK", (16, 16))
-    assert chunked.spans(length) == cut
+    assert [span[:3] for span in chunked.spans(length)] == cut
     qkv, dy, ids = operands(s=length, w=w)
     check(functools.partial(attend.attend, backend="chunked"), qkv, dy, ids if segmented else None)
 

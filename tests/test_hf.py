@@ -18,6 +18,7 @@ from hf_models import MODELS, TOKENS, build, forward, saved, torch, transformers
 from moe_jax import model  # noqa: E402
 from moe_jax.config import ModelConfig, MoEConfig  # noqa: E402
 from moe_jax.errors import FormatError  # noqa: E402
+from moe_jax.evaluate.generate import generate  # noqa: E402
 from moe_jax.hf import export_run, import_model  # noqa: E402
 from moe_jax.hf import safetensors as files  # noqa: E402
 from moe_jax.hf.architectures import ARCHITECTURES, KEPT, MUST, read_config  # noqa: E402
@@ -32,8 +33,13 @@ from moe_jax.run import weights  # noqa: E402
 from moe_jax.train.state import abstract_weights  # noqa: E402
 from moe_jax.upcycle import Noise, VirtualGroups, convert  # noqa: E402
 
-# Compiling is what takes time: the fast tests have one model of each architecture but FlexOlmo, two with a cache.
-SLOW = {"qwen2", "llama", "smollm2", "mistral", "deepseek_v3", "qwen3_moe, every second", "flex_olmo"}
+# Compiling is what takes time: the fast tests have models of most architectures, two with a cache.
+SLOW = {
+    "qwen2", "llama", "smollm2", "mistral", "deepseek_v3", "qwen3_moe, every second", "olmo2", "flex_olmo",
+    "deepseek_v2, greedy", "smollm3", "glm4_moe", "linear", "dynamic", "yarn", "longrope",
+}  # fmt: skip
+# Scalings that depend on the length so far: keys stay in the cache as they were rotated, so that logits are others.
+BY_LENGTH = {"dynamic", "longrope"}
 some = lambda slow: [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in sorted(MODELS)]
 QUIET = lambda line: None
 
@@ -101,10 +107,25 @@ def test_same_logits_and_experts(name):
     assert error(got, want) < 1e-5 and want.std() > 0.1
 
 
-@pytest.mark.parametrize("name", some(set(MODELS) - {"moonlight", "llama3"}))
+@pytest.mark.parametrize(
+    "name", [p for p in some(set(MODELS) - {"moonlight", "llama3"}) if p.values[0] not in BY_LENGTH]
+)
 def test_same_logits_through_the_cache(name):
     want, _ = forward(build(name), TOKENS)
     assert error(logits_of(*load(name), TOKENS, prefill=9)[0], want) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_same_20_tokens(name):
+    """Greedily, through the cache, beyond windows and the context before it was extended: what transformers writes."""
+    prompts = [TOKENS[i, : 4 + i].tolist() for i in range(3)]
+    got = generate(load(name)[0], mesh_of(1, 1, 1), *load(name)[1:], prompts, 20)
+    for prompt, mine in zip(prompts, got, strict=True):
+        hf_models.reset(build(name))
+        with torch.no_grad():
+            theirs = build(name).generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        assert len(mine) == len(prompt) + 20 and mine == theirs[0].tolist()
 
 
 def tensors(folder):
@@ -251,8 +272,52 @@ SAID = {
     "DeepseekV3ForCausalLM": ROUTED | LATENT,
     "Olmo2ForCausalLM": {},
     "FlexOlmoForCausalLM": ROUTED | {"num_experts": 16},
+    "GraniteMoeForCausalLM": ROUTED
+    | {
+        "num_local_experts": 6,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.5,
+    },
+    "Olmo3ForCausalLM": {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"] * 20},
+    "SmolLM3ForCausalLM": WINDOW
+    | {
+        "layer_types": ["sliding_attention", "full_attention"] * 20,
+        "no_rope_layers": [0, 1, 1, 1] * 10,
+        "no_rope_layer_interval": 3,
+    },
+    "Glm4MoeForCausalLM": ROUTED
+    | {key: LATENT[key] for key in LATENT if "_rank" not in key and "head" not in key}
+    | {
+        "num_attention_heads": 64,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.65,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
+    "DeepseekV2ForCausalLM": ROUTED
+    | LATENT
+    | {
+        "norm_topk_prob": False,
+        "topk_method": "group_limited_greedy",
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+}
+NO_MODEL = {  # keys without which the defaults of a class are no model
+    "Glm4MoeForCausalLM": {"head_dim": 128},
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
 }
 DEFAULT_ROPE = {"rope_theta": 99.0, "rope_parameters": {"rope_type": "default"}}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 99.0}
+ROPES = (DEFAULT_ROPE, {"rope_scaling": ROPE}, {"rope_parameters": ROPE})
+OLMO3_ROPES = (
+    {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE}},
+    {"rope_scaling": ROPE, "rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE}},
+    {"rope_parameters": {"full_attention": ROPE, "sliding_attention": PLAIN_ROPE}},
+)
 
 
 def of_transformers(architecture: str, hf: dict) -> dict[str, object] | None:
@@ -271,21 +336,43 @@ def of_transformers(architecture: str, hf: dict) -> dict[str, object] | None:
     if "mla.kv_rank" in want:
         want |= {"head_dim": cfg.qk_head_dim, "mla.q_rank": cfg.q_lora_rank or 0}
     rope = cfg.rope_parameters
+    if architecture == "Olmo3ForCausalLM":
+        rope, window = (rope[f"{kind}_attention"] for kind in ("full", "sliding"))
+        if rope["rope_theta"] != window["rope_theta"]:
+            return None  # refused here
+        want["rope_scaling.layers"] = "all" if rope["rope_type"] == "default" else "full"
+    if "rope_dim" in want or architecture == "Glm4MoeForCausalLM":
+        turned = int(want["head_dim"] * rope.get("partial_rotary_factor", 1.0)) if want["head_dim"] else 0
+        want["rope_dim"] = turned % (want["head_dim"] or 1)
     want["rope_theta"] = rope["rope_theta"]
     want["rope_scaling.factor"] = rope["factor"] if rope["rope_type"] == "llama3" else 1.0
     if rope["rope_type"] == "llama3":
         want["rope_scaling.original_length"] = rope["original_max_position_embeddings"]
         want |= {f"rope_scaling.{name}": rope[name] for name in ("low_freq_factor", "high_freq_factor")}
-    sliding = "sliding_attention" in (getattr(cfg, "layer_types", None) or ["sliding_attention"])
-    if architecture[:4] in ("Mist", "Mixt", "Qwen") and sliding and cfg.sliding_window is not None:
-        want["max_seq_len"] = min(want["max_seq_len"], cfg.sliding_window)
+    layers, window = cfg.num_hidden_layers, getattr(cfg, "sliding_window", None)
+    types = getattr(cfg, "layer_types", None) or ["full" if window is None else "sliding_attention"] * layers
+    sliding = "sliding_attention" in types
+    if window is not None and window >= cfg.max_position_embeddings:
+        types = ["full"] * layers
+    rotated = getattr(cfg, "no_rope_layers", [1] * layers)
+    want["attends"] = tuple((kind == "sliding_attention", bool(rotated[i])) for i, kind in enumerate(types))
+    want["window"] = window if "sliding_attention" in types else 0
+    if architecture == "SmolLM3ForCausalLM" and sliding and not cfg.use_sliding_window:
+        return None  # its mask and its attention disagree
+    if architecture == "GraniteMoeForCausalLM":
+        want["attention_multiplier"] = cfg.attention_multiplier
+    if architecture == "DeepseekV2ForCausalLM" and cfg.topk_method != "greedy":
+        limited = cfg.topk_method == "group_limited_greedy"
+        want |= {"moe.num_groups": cfg.n_group if limited else None, "moe.top_groups": cfg.topk_group}
+    if (want.get("moe.top_groups") or 1) > (want.get("moe.num_groups") or 1):
+        return None  # its forward pass raises
     if "Qwen2Moe" in architecture:
         if cfg.shared_expert_intermediate_size % cfg.moe_intermediate_size:
             return None  # refused here
         want["moe.num_shared_experts"] = cfg.shared_expert_intermediate_size / cfg.moe_intermediate_size
         if cfg.sliding_window is None or (sliding and not cfg.use_sliding_window):
             return None  # its forward pass raises, or has a window of nothing
-    if sliding and architecture[:8] in ("Qwen2For", "Qwen3For") and cfg.sliding_window is None:
+    if sliding and architecture[:5] in ("Qwen2", "Qwen3", "Olmo3", "SmolL") and cfg.sliding_window is None:
         return None  # its forward pass raises
     return None if None in want.values() else want
 
@@ -301,12 +388,13 @@ def test_a_key_that_is_missing_or_null_is_what_transformers_takes(architecture):
     changes = [lambda hf, key=key: hf.pop(key) for key in base if key != "architectures"]
     changes += [lambda hf, key=key: hf.update({key: None}) for key in base if key != "architectures"]
     refused = 0
-    for rope in (DEFAULT_ROPE, {"rope_scaling": ROPE}, {"rope_parameters": ROPE}):
+    ropes = OLMO3_ROPES if architecture == "Olmo3ForCausalLM" else ROPES
+    for rope in ropes:
         extra = [lambda hf, key=key: hf.pop(key) for key in rope]
         extra += [lambda hf, key=key: hf["rope_scaling"].pop(key) for key in rope.get("rope_scaling", ())]
         extra += [lambda hf: hf.update(use_sliding_window=False), lambda hf: hf.pop("layer_types", None),
                   lambda hf: hf.update(max_window_layers=99, layer_types=None)]  # fmt: skip
-        for change in (changes if rope is DEFAULT_ROPE else []) + extra:
+        for change in (changes if rope is ropes[0] else []) + extra:
             hf = json.loads(json.dumps(base | rope))
             change(hf)
             want = of_transformers(architecture, hf)
@@ -325,26 +413,34 @@ def test_a_key_that_is_missing_or_null_is_what_transformers_takes(architecture):
 def test_every_key_of_transformers_is_known(architecture):
     """What its class writes is printed as unknown nowhere; what must have one value here has it there by default."""
     kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
-    hf = {"architectures": [architecture]} | kind().to_dict() | {"architectures": [architecture]}
+    made = kind(**NO_MODEL.get(architecture, {}))
+    hf = {"architectures": [architecture]} | made.to_dict() | {"architectures": [architecture]}
     _, _, lines = read_config(hf, "here")
     common = {"output_hidden_states", "return_dict", "is_encoder_decoder", "output_attentions", "problem_type",
               "chunk_size_feed_forward", "id2label", "label2id"}  # fmt: skip
-    assert not [line for line in lines if line.split("=")[0] not in common and "sliding_window" not in line]
+    assert not [line for line in lines if line.split("=")[0] not in common]
     assert all(hf[key] == value for key, value in MUST.items() if key in hf) and KEPT
 
 
-def test_olmo_3_is_refused_by_what_it_lacks():
-    hf = transformers.Olmo3Config().to_dict() | {"architectures": ["Olmo3ForCausalLM"]}
-    with pytest.raises(FormatError, match=r"Olmo3ForCausalLM.* attention windows and .*YaRN.*nearest: Olmo2ForCausal"):
-        read_config(hf, "here")
+def test_a_released_olmo_3():
+    """Its older keys: a scaling of the layers without a window, which are every fourth."""
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32,
+               "beta_slow": 1, "attention_factor": 1.2079441541679836}  # fmt: skip
+    hf = {"architectures": ["Olmo3ForCausalLM"]} | SIZES | {
+        "num_hidden_layers": 64, "max_position_embeddings": 65_536, "rope_theta": 500_000, "rope_scaling": scaling,
+        "sliding_window": 4096,
+    }  # fmt: skip
+    _, model, lines = read_config(hf, "here")
+    assert not lines and model.attention_layers == "3*window full" and model.window == 4096
+    assert (model.rope_scaling.type, model.rope_scaling.layers) == ("yarn", "full")
+    assert read_config(hf | {"layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16}, "")[1] == model
 
 
 def test_what_is_missing_is_said():
     hf = {"architectures": ["MistralForCausalLM"]} | SIZES | {"rope_theta": 5.0, "sliding_window": None}
     assert read_config(hf, "here")[2] == []
     del hf["sliding_window"], hf["head_dim"], hf["vocab_size"]
-    window, line = read_config(hf, "here")[2]
-    assert "sliding_window=4096: the model is used for up to 4096 positions" in window
+    (line,) = read_config(hf, "here")[2]
     assert line == (
         "config.json has no vocab_size, sliding_window; defaults of transformers' mistral: "
         "vocab_size=32000, sliding_window=4096"

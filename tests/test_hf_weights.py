@@ -158,3 +158,89 @@ def test_a_place_that_cannot_be_made_is_refused_before_any_work(tmp_path, monkey
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(CheckpointError, match=f"{tmp_path.name} may not be written to"):
         import_model(tmp_path / "in", tmp_path / "run", mesh=mesh())
+
+
+# --- float8 with scales of blocks ------------------------------------------------------------------------------------
+
+BLOCK = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [5, 4], "activation_scheme": "dynamic"}
+SCALES = "model.layers.1.mlp.up_proj.weight_scale_inv"
+
+
+def in_blocks(numbers):
+    """Makes float8 of all matrices of layers, and adds the scales of their blocks of 5 × 4. Returns what they mean."""
+    rng, meant = np.random.default_rng(1), {}
+    for name, x in list(numbers.items()):
+        if x.ndim == 2 and ".layers." in name:
+            scales = rng.uniform(0.01, 3.0, (-(-x.shape[0] // 5), -(-x.shape[1] // 4))).astype(np.float32)
+            numbers[name], numbers[f"{name}_scale_inv"] = x.astype(files.FLOAT8), scales
+            whole = np.kron(scales, np.ones((5, 4), np.float32))[: x.shape[0], : x.shape[1]]
+            meant[name] = numbers[name].astype(np.float32) * whole
+    return meant
+
+
+def test_float8_blocks_are_read_as_float32(tmp_path, monkeypatch):
+    """Each number times the scale of its block, those at the edges included; what is not so is refused."""
+    monkeypatch.setitem(files.CODES, files.FLOAT8, "F8_E4M3")
+    meant = {}
+    write(tmp_path / "in", lambda n: meant.update(in_blocks(n)), quantization_config=BLOCK)
+    write(tmp_path / "plain", lambda n: n.update(meant))
+    (*_, said), _ = imported(tmp_path / "in", tmp_path / "run"), imported(tmp_path / "plain", tmp_path / "run_plain")
+    assert len(meant) == 14 and "14 tensors in float8 with blocks of 5 × 4 are read as float32" in said
+    for name, folder in (("out", "run"), ("out_plain", "run_plain")):
+        export_run(tmp_path / folder, tmp_path / name, mesh=mesh(), echo=lambda line: None)
+    one, other = ((tmp_path / name / files.SINGLE).read_bytes() for name in ("out", "out_plain"))
+    assert one == other
+
+    def nan(numbers):
+        in_blocks(numbers)
+        numbers[SCALES.removesuffix("_scale_inv")][0, 0] = np.nan
+
+    broken = {
+        "is float8, but has no .*scale_inv": lambda n: (in_blocks(n), n.pop(SCALES)),
+        r"is \[2, 2\] in float32; with blocks of 5 × 4 of \[12, 8\] it must be \[3, 2\]": lambda n: (
+            in_blocks(n),
+            n.update({SCALES: np.ones((2, 2), np.float32)}),
+        ),
+        "has 1 value that is NaN": nan,
+        "of shape .* is float8; only matrices": lambda n: n.update(
+            {
+                "model.norm.weight": n["model.norm.weight"].astype(files.FLOAT8),
+                "model.norm.weight_scale_inv": np.ones((2, 1), np.float32),
+            }
+        ),
+    }
+    for i, (message, change) in enumerate(broken.items()):
+        write(tmp_path / f"broken{i}", change, quantization_config=BLOCK)
+        with pytest.raises(FormatError, match=message):
+            imported(tmp_path / f"broken{i}", tmp_path / "no")
+    for more in ({"quant_method": "gptq"}, {"weight_block_size": None}, {"fmt": "e5m2"}):
+        write(tmp_path / "other", quantization_config=BLOCK | more)
+        with pytest.raises(FormatError, match=r"quantization_config=.* is not supported; nearest valid: quant_method"):
+            imported(tmp_path / "other", tmp_path / "no")
+
+
+# --- layers of multi-token prediction --------------------------------------------------------------------------------
+
+DEEPSEEK = CONFIG | {
+    "architectures": ["DeepseekV3ForCausalLM"], "num_key_value_heads": 2, "kv_lora_rank": 4, "q_lora_rank": None,
+    "qk_rope_head_dim": 2, "qk_nope_head_dim": 2, "v_head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 6, "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.0, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+def test_layers_of_prediction_are_dropped_with_a_line(tmp_path):
+    """… where config.json has their number; one more layer than that is a tensor without a rule."""
+    names = ("eh_proj", "mlp.experts.0.up_proj", "embed_tokens")
+    numbers = np.ones((8, 16), np.float32)
+    more = lambda layer: lambda n: n.update({f"model.layers.{layer}.{name}.weight": numbers for name in names})
+    write(tmp_path / "in", more(2), base=DEEPSEEK, num_nextn_predict_layers=1)
+    *_, said = imported(tmp_path / "in", tmp_path / "run")
+    assert "3 tensors of multi-token prediction (layer 2) are not used" in said
+    export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), echo=lambda line: None)
+    write(tmp_path / "without", base=DEEPSEEK)
+    assert (tmp_path / "out" / files.SINGLE).read_bytes() == (tmp_path / "without" / files.SINGLE).read_bytes()
+    for i, (layer, number) in enumerate([(2, 0), (3, 1)]):
+        write(tmp_path / f"in{i}", more(layer), base=DEEPSEEK, num_nextn_predict_layers=number)
+        with pytest.raises(FormatError, match=rf"model\.layers\.{layer}\.eh_proj\.weight, for which there is no rule"):
+            imported(tmp_path / f"in{i}", tmp_path / "no")

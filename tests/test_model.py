@@ -117,7 +117,7 @@ def plain_attention(cfg, w, x, inputs):
     out = []
     for n in range(cfg.num_heads):
         m = n // (cfg.num_heads // cfg.num_kv_heads)
-        scores = jnp.einsum("bsh,bzh->bsz", q[:, :, n], k[:, :, m]) / cfg.head_dim**0.5
+        scores = jnp.einsum("bsh,bzh->bsz", q[:, :, n], k[:, :, m]) * (cfg.attention_multiplier or cfg.head_dim**-0.5)
         seen = jnp.tril(jnp.ones((s, s), bool))[None] & (inputs.segments[:, :, None] == inputs.segments[:, None])
         out.append(jax.nn.softmax(jnp.where(seen, scores, -1e30), -1) @ v[:, :, m])
     return jnp.concatenate(out, -1) @ w["w_o"]

@@ -16,7 +16,7 @@ from configs import moonlight_16b_a3b
 from moe_jax.config import LoRAConfig, ModelConfig, MoEConfig
 from moe_jax.config import build as build_config
 from moe_jax.errors import FormatError
-from moe_jax.hf import export_run, peft, safetensors
+from moe_jax.hf import export_run, peft, safetensors, tables
 from moe_jax.hf.peft import export_adapter, fuse, stack, unfuse, unstack
 from moe_jax.hf.peft_import import KNOWN, Adapter, _oriented, compare_names, import_adapter, open_adapter, read_adapter
 from moe_jax.nn import lora
@@ -401,3 +401,10 @@ def test_latents_of_mla_have_no_name_in_peft():
     }
     with pytest.raises(FormatError, match=r"is one matrix in the files and .*w_kv_down and .*w_k_rope here"):
         peft.wrapped("DeepseekV3ForCausalLM", model, fake)
+
+
+def test_experts_in_one_tensor_have_no_name_in_peft():
+    name = "model.layers.0.block_sparse_moe.output_linear.weight"
+    one = tables.Tensor(name, (4, 8, 6), True, (tables.Target("layers/moe/w_down", (0,), None),))
+    with pytest.raises(FormatError, match=r"output_linear\.weight is one tensor of all experts .*moe/w_down here"):
+        peft.single(one)

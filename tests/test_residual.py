@@ -1,4 +1,4 @@
-"""Post-norm, learned scales of the residual stream and a memory in a block, and NormHead after the last one.
+"""Post-norm, learned scales and fixed multipliers, and a memory in a block; and NormHead after the last one.
 
 Values and gradients are those of a plain loop. What cannot be is refused by the field's name.
 """
@@ -37,10 +37,11 @@ from moe_jax.train import cross_entropy
 from moe_jax.tree import flatten, nest
 
 MEMORY = MemoryConfig(keys=6, heads=2, top=3, key_dim=6)
-# Every block in the order of OLMo 2, with ZAYA1's scales and a memory; NormHead on a tied matrix.
+GRANITE = {"embedding_multiplier": 1.5, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_divisor": 1.2}
+# Every block in the order of OLMo 2, with ZAYA1's scales, multipliers and a memory; NormHead on a tied matrix.
 POST = dataclasses.replace(
     EVERYTHING, num_dense_layers=0, num_layers=2, layers="memory moe", memory=MEMORY, norm="post",
-    residual_scale=True, norm_head=True, qk_norm_over="projection",
+    residual_scale=True, norm_head=True, qk_norm_over="projection", **GRANITE,
 )  # fmt: skip
 MODELS = {
     "memory": dataclasses.replace(POST, layers="2*memory"),
@@ -77,7 +78,7 @@ def plain_scaled(w, name, x):
 
 def plain_add(cfg, w, branch, x, y):
     """The residual stream after what attention or the feed-forward layer adds. branch: "attention" or "mlp"."""
-    y = plain_norm(y, w[f"{branch}_norm"]) if cfg.norm == "post" else y
+    y = cfg.residual_multiplier * (plain_norm(y, w[f"{branch}_norm"]) if cfg.norm == "post" else y)
     if not cfg.residual_scale:
         return x + y
     w = w[f"{branch}_residual"]
@@ -98,7 +99,7 @@ def block_of(params, place):
 
 def plain_forward(cfg, params, bias, inputs):
     """Hidden states, by a loop over the blocks."""
-    x = params["embed"][inputs.tokens]
+    x = cfg.embedding_multiplier * params["embed"][inputs.tokens]
     x = plain_scaled(params, "embed", x) if cfg.residual_scale else x
     for place in cfg.places:
         w, b = block_of(params, place), block_of(bias, place)
@@ -112,7 +113,7 @@ def plain_forward(cfg, params, bias, inputs):
         if "memory" in w:
             y = y + plain_memory(cfg.memory, w["memory"], h)
         x = plain_add(cfg, w, "mlp", x, y)
-    return plain_norm(x, params["final_norm"])
+    return plain_norm(x, params["final_norm"]) / cfg.logits_divisor
 
 
 def plain_loss(cfg, params, bias, inputs):
@@ -233,6 +234,8 @@ LATE = {"layers": "2*(late dense)", "num_layers": 4, "num_dense_layers": 0, "mem
 BAD = {
     "norm='post': is not available with late blocks.*nearest valid: 'pre'": LATE | {"residual_scale": False},
     "residual_scale=True: is not available with late blocks.*nearest valid: False": LATE | {"norm": "pre"},
+    "residual_multiplier=0.7: is not available with late blocks.*nearest valid: 1.0": LATE
+    | {"norm": "pre", "residual_scale": False},
     "norm_eps=0.0: must be > 0 with norm='post'": {"norm_eps": 0.0},
     "memory.keys=6: has no effect without a memory block in layers; nearest valid: 512": {"layers": "moe dense"},
     "layers=.*'memory:4': a memory block has no experts; nearest valid: 'memory moe'": {"layers": "memory:4 moe"},
@@ -262,6 +265,7 @@ WRITTEN = {
     "norm": dataclasses.replace(EVERYTHING, norm="post"),
     "norm_head": dataclasses.replace(EVERYTHING, norm_head=True),
     "residual_scale": dataclasses.replace(EVERYTHING, residual_scale=True),
+    "embedding_multiplier": dataclasses.replace(EVERYTHING, embedding_multiplier=2.0),
     "layers": dataclasses.replace(EVERYTHING, num_dense_layers=0, layers="memory 2*moe", memory=MEMORY),
 }
 
@@ -294,7 +298,7 @@ CHAINS = {
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("name", CHAINS)
 def test_an_upcycled_model_is_the_same_function(name, norm):
-    """Upcycles models with post-norm, scales of the residual stream and NormHead."""
+    """Upcycles models with post-norm, scales of the residual stream, multipliers and NormHead."""
     cfg = dataclasses.replace(POST, layers="", num_layers=3, num_dense_layers=3, memory=MemoryConfig(), norm=norm)
     params, _ = ready(cfg)
     mesh = mesh_of(1, 1, 1)

@@ -38,6 +38,7 @@ VARIANTS = {
     "weights_of_one": (5, MoEConfig(num_experts=6, top_k=3, combine="one", routed_scaling=0.5)),
     "all_experts": (4, MoEConfig(num_experts=5, top_k=5)),
     "groups": (6, MoEConfig(num_experts=12, top_k=3, num_groups=4, top_groups=2)),
+    "groups_best": (6, MoEConfig(num_experts=12, top_k=3, num_groups=4, top_groups=2, group_score="best")),
     "groups_top_1": (6, MoEConfig(num_experts=6, top_k=1, num_groups=2, top_groups=1)),
     "groups_of_one": (6, MoEConfig(num_experts=6, top_k=2, num_groups=6, top_groups=3)),
     "groups_sigmoid": (
@@ -114,7 +115,7 @@ def select(row, bias, cfg):
     ranked = (row if cfg.score_order == "topk_score" else scores_of(row, cfg)) + bias
     size = cfg.num_experts // cfg.num_groups
     members = [range(g * size, (g + 1) * size) for g in range(cfg.num_groups)]
-    strength = [sum(sorted(ranked[list(m)])[-2:]) for m in members]
+    strength = [sum(sorted(ranked[list(m)])[-1 if cfg.group_score == "best" else -2 :]) for m in members]
     best = sorted(range(cfg.num_groups), key=lambda g: (-strength[g], g))[: cfg.top_groups]
     allowed = [e for g in best for e in members[g]]
     return sorted(allowed, key=lambda e: (-ranked[e], e))[: cfg.top_k]

@@ -98,7 +98,7 @@ BAD = {
     "dense:4 moe": ["a dense block has no experts", "nearest valid: 'dense moe'"],
     "moe:x dense": ["':' is followed by a number of experts", "nearest valid: 'moe:8 dense'"],
     "moe:0 dense": ["':' is followed by a number of experts"],
-    "moe@512 dense": ["'@' is reserved for attention windows", "nearest valid: 'moe dense'"],
+    "moe@512 dense": ["'@' is not used", "nearest valid: 'moe dense'"],
     "late dense": ["at character 1, 'late': 'late' outside a unit"],
     "2*(dense late)": ["at character 14, ')': a unit that ends with 'late'"],
     "2*(moe moe)": ["has a shorter spelling", "nearest valid: num_dense_layers=0 without it"],

@@ -533,10 +533,11 @@ MIXED = dataclasses.replace(
     moe=dataclasses.replace(PLAIN.moe, selection_bias=True, router="mlp", router_width=8, latent=12, latent_norm=True,
                             num_shared_experts=1, shared_gate="softmax"),
 )  # fmt: skip
-# A memory, post-norm, scales of the residual stream, NormHead.
+# A memory, post-norm, scales of the residual stream, fixed multipliers, NormHead.
 BANKS = dataclasses.replace(
     PLAIN, num_dense_layers=0, layers="2*(memory moe)", memory=config.MemoryConfig(8, 2, 3, 6), norm="post",
-    residual_scale=True, norm_head=True, qkv_bias=True,
+    residual_scale=True, norm_head=True, qkv_bias=True, embedding_multiplier=2.0, attention_multiplier=0.2,
+    residual_multiplier=0.5, logits_divisor=2.0,
     moe=dataclasses.replace(PLAIN.moe, latent=12, latent_norm=True, num_shared_experts=1, shared_gate="sigmoid"),
 )  # fmt: skip
 EXPLORE = ExploreConfig(RampConfig(0.5, 0.0, 3), noise=0.5, threshold=0.1)

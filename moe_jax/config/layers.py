@@ -1,15 +1,17 @@
 """The order of a decoder's blocks in one line: `"12*(dense moe)"`, `"10*(dense moe:32) 2*(dense moe:64)"`.
 
 The line is a list of blocks and of units, each with an optional count: `[n*]block` or `[n*](block block …)`. A block is
-one of `KINDS`, with an optional number of experts: `moe:64`. A unit's blocks follow each other, n times. The suffix `@`
-of a block is reserved for attention windows.
+one of `KINDS`, with an optional number of experts: `moe:64`. A unit's blocks follow each other, n times. Windows of
+attention are not in the line but in `attention_layers` (positions.py); `with_attention` joins the two.
 """
 
 import difflib
 import functools
+import math
 import re
 from typing import NamedTuple, NoReturn
 
+from moe_jax.config.positions import FULL, Attends
 from moe_jax.errors import ConfigError
 
 # "dense": attention, then a feed-forward layer. "moe": attention, then experts. "late" (shortcut-connected,
@@ -25,6 +27,7 @@ class Kind(NamedTuple):
 
     name: str
     experts: int = 0  # routed experts; 0 in a dense or memory block
+    attends: Attends = FULL
 
 
 class Stack(NamedTuple):
@@ -68,6 +71,23 @@ def parse(text: str, num_experts: int) -> tuple[Stack, ...]:
             hint = f"nearest valid: num_dense_layers={dense} without it"
         raise ConfigError("layers", text, rule, hint)
     return stacks_of(units)
+
+
+def with_attention(units: Units, attends: tuple[Attends, ...]) -> Units:
+    """The same blocks, each with its attention: a list that is repeated from the first block to the last.
+
+    A unit grows until the list fits into it a whole number of times, so that one loop runs over equal units; blocks
+    that are left over follow by themselves, as does all of a stack that has no two such units.
+    """
+    made, first = [], 0
+    for count, unit in units:
+        kinds = tuple(kind._replace(attends=attends[(first + i) % len(attends)]) for i, kind in enumerate(unit * count))
+        first += len(kinds)
+        size = math.lcm(len(unit), len(attends))
+        times = len(kinds) // size if len(kinds) >= 2 * size else 0
+        parts = [(times, kinds[:size]), (1, kinds[times * size :])]
+        made += _simplest([(times, part) for times, part in parts if times and part])
+    return made
 
 
 def is_plain(units: Units, num_experts: int) -> bool:
@@ -200,7 +220,7 @@ class _Reader:
             self.fail(token, f"must be one of {', '.join(KINDS)}", token[0].replace(name, close, 1))
         if token["window"]:
             plain = token[0].removesuffix(token["window"])
-            self.fail(token, "'@' is reserved for attention windows, which are not there yet", plain)
+            self.fail(token, "'@' is not used: model.attention_layers says which layers have windows", plain)
         if name in ("dense", "memory"):
             if experts:
                 self.fail(token, f"a {name} block has no experts", name)

@@ -93,6 +93,8 @@ def cudnn_refusals(model: ModelConfig, device_kind: str) -> Iterator[tuple[str, 
             yield field, size, f"must be at most {most} on {device_kind}", f"nearest valid: {most}, or {other}"
     if mla and not is_hopper(device_kind):
         yield "model.mla.kv_rank", model.mla.kv_rank, f"needs a Hopper GPU, this is {device_kind}", other
+    if mla and model.window:
+        yield "model.window", model.window, "is not available with model.mla.kv_rank > 0", other
     if model.segment_mask and not has_packed_attention(device_kind):
         rule = f"needs a Hopper GPU or a newer one, this is {device_kind}"
         yield "model.segment_mask", True, rule, f"nearest valid: False, or {other}"

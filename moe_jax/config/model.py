@@ -9,6 +9,7 @@ from moe_jax.config.fields import FIXED, FUNCTION, Checked, machine, nearest_div
 from moe_jax.config.lora import LoRAConfig
 from moe_jax.config.memory import MemoryConfig
 from moe_jax.config.moe import MoEConfig
+from moe_jax.config.positions import Attends, RopeScalingConfig, read_layers, write_layers
 from moe_jax.errors import ConfigError
 
 
@@ -28,24 +29,6 @@ class MLAConfig(Checked, resume=FIXED, weights=FUNCTION):
         hint = f"nearest valid: {self.rope_dim + 1}"
         require(self.rope_dim % 2 == 0, "rope_dim", self.rope_dim, "must be even (RoPE rotates pairs)", hint)
         require(self.kv_rank or not self.q_rank, "q_rank", self.q_rank, "needs kv_rank > 0", "nearest valid: 0")
-
-
-@dataclass(frozen=True)
-class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
-    """RoPE of Llama 3.1 for longer contexts: it divides slow frequencies by `factor` and keeps fast ones.
-
-    Between the two the divisor goes from one to the other.
-    """
-
-    factor: float = number(1.0, 1.0)  # divisor of slow frequencies; 1: off
-    low_freq_factor: float = number(1.0, 0.0)  # a frequency is slow if it makes fewer turns in original_length
-    # A frequency is fast if it makes more turns in original_length. Greater than low_freq_factor.
-    high_freq_factor: float = number(4.0, 0.0)
-    original_length: int = number(8192, 1)  # positions that the model was trained on before it was extended
-
-    def check(self):
-        high, low = self.high_freq_factor, self.low_freq_factor
-        require(high > low, "high_freq_factor", high, f"must be > low_freq_factor={low}", f"nearest valid: {low + 1}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,15 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     # What the norm of qk_norm is taken over: each head alone, or all heads together (OLMoE).
     qk_norm_over: Literal["head", "projection"] = "head"
     rope_theta: float = number(10_000.0, 1.0)  # base of RoPE's frequencies
+    # Numbers of a query's and a key's head that RoPE rotates, the first ones; even. 0: all. With MLA: mla.rope_dim.
+    rope_dim: int = number(0, 0)
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    # Tokens that a query sees in a layer with a window, its own and those before it; 0: no layer has a window.
+    window: int = number(0, 0)
+    # Which layers have the window, and which do not rotate queries and keys (docs/layers.md): a list that is repeated
+    # from the first layer to the last, such as "3*window full" (OLMo 3) or "3*full full:nope" (SmolLM3); "": all layers
+    # have the window, if there is one, and RoPE.
+    attention_layers: str = ""
     # Positions that the weights are good for, an upper bound of data.seq_len; 0: not known, any length is accepted.
     max_seq_len: int = machine(number(0, 0), FIXED)
     norm_eps: float = number(1e-6, 0.0, 1.0)  # epsilon of RMSNorm
@@ -84,6 +75,11 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     # Learned scales and biases of what a block adds, and of what it adds that to (ZAYA1, docs/layers.md). Not with late
     # blocks.
     residual_scale: bool = False
+    embedding_multiplier: float = number(1.0, 1e-6)  # fixed factor on embeddings (Granite)
+    attention_multiplier: float = number(0.0, 0.0)  # fixed factor on q·k; 0: 1/√head_dim
+    # Fixed factor on what attention and feed-forward layers add to the residual stream. Not with late blocks.
+    residual_multiplier: float = number(1.0, 1e-6)
+    logits_divisor: float = number(1.0, 1e-6)  # fixed divisor of the logits
     tie_embeddings: bool = False  # the output matrix is the embedding
     norm_head: bool = False  # divide each row of the output matrix by its length before logits (NormHead, Ling)
     # Standard deviation of a fresh weight, drawn from a normal distribution cut off at 3 standard deviations.
@@ -111,11 +107,35 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     @property
     def stacks(self) -> tuple[layers_lib.Stack, ...]:
         """The order of blocks: every other description of it follows from this one."""
+        units = self.units
+        if self.window or self.attention_layers:
+            units = layers_lib.with_attention(units, self._attention_list)
+        return layers_lib.stacks_of(units)
+
+    @property
+    def units(self) -> layers_lib.Units:
+        """The units of blocks that `layers`, or the two numbers, say, whatever the attention of each."""
         if self.layers:
-            return layers_lib.parse(self.layers, self.moe.num_experts)
+            return [(s.repeat, s.unit) for s in layers_lib.parse(self.layers, self.moe.num_experts)]
         dense, moe = layers_lib.Kind("dense"), layers_lib.Kind("moe", self.moe.num_experts)
         counts = ((self.num_dense_layers, (dense,)), (self.num_layers - self.num_dense_layers, (moe,)))
-        return layers_lib.stacks_of([(n, unit) for n, unit in counts if n])
+        return [(n, unit) for n, unit in counts if n]
+
+    @property
+    def _attention_list(self) -> tuple[Attends, ...]:
+        """The list of `attention_layers`, once."""
+        return read_layers(self.attention_layers) or (Attends(window=self.window > 0),)
+
+    @property
+    def attends(self) -> tuple[Attends, ...]:
+        """How each layer attends, from the first to the last."""
+        repeated = self._attention_list
+        return tuple(repeated[i % len(repeated)] for i in range(self.num_layers))
+
+    @property
+    def rope_size(self) -> int:
+        """Numbers of a head that RoPE rotates."""
+        return self.mla.rope_dim if self.mla.kv_rank else self.rope_dim or self.head_dim
 
     @property
     def base(self) -> "ModelConfig":
@@ -172,11 +192,12 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             self._check_layers()
         if self.mla.kv_rank:
             self._check_mla()
+        self._check_positions()
         self._check_residual()
 
     def _check_layers(self):
-        text, stacks, experts = self.layers, self.stacks, self.moe.num_experts
-        blocks = sum(stack.repeat * len(stack.unit) for stack in stacks)
+        text, units, experts = self.layers, self.units, self.moe.num_experts
+        blocks = sum(count * len(unit) for count, unit in units)
         require(self.num_layers == blocks, "num_layers", self.num_layers, f"layers={text!r} has {blocks} blocks",
                 f"nearest valid: {blocks}")  # fmt: skip
         require(self.num_dense_layers == 0, "num_dense_layers", self.num_dense_layers, "has no effect with layers",
@@ -191,7 +212,7 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             except ConfigError as error:
                 rule = f"its blocks with {e} experts: moe.{error.name}={error.value!r} {error.rule}"
                 raise ConfigError("layers", text, rule, error.hint) from None
-        fixed = [kind.experts for stack in stacks for kind in stack.unit if kind.name == "table"]
+        fixed = [kind.experts for _, unit in units for kind in unit if kind.name == "table"]
         rule = f"a table names experts, of which a token takes top_k={self.moe.top_k}"
         require(min(fixed, default=self.moe.top_k) >= self.moe.top_k, "layers", text, rule,
                 f"nearest valid: {self.moe.top_k} experts in a table block")  # fmt: skip
@@ -204,9 +225,8 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
                 value, default = getattr(self.moe, name), getattr(usual, name)
                 require(value == default, f"moe.{name}", value, f"has no effect: tables choose in layers={text!r}",
                         f"nearest valid: {default!r}")  # fmt: skip
-        units = [(stack.repeat, stack.unit) for stack in stacks]
         if layers_lib.is_plain(units, experts):
-            first = 0 if stacks[0].unit[0].experts else stacks[0].repeat
+            first = 0 if units[0][1][0].experts else units[0][0]
             rule = f"is the order that num_layers={blocks} and num_dense_layers={first} say without it"
             raise ConfigError("layers", text, rule, f"nearest valid: num_dense_layers={first} without it")
         # Of several spellings of an order the field keeps one, so that a run is resumed with any of them.
@@ -216,7 +236,11 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         """Refuses what late blocks have no place for, and a memory that no block has."""
         kinds = {kind.name for stack in self.stacks for kind in stack.unit}
         rule = f"is not available with late blocks, whose experts are added later: layers={self.layers!r}"
-        for name, value, plain in (("norm", self.norm, "pre"), ("residual_scale", self.residual_scale, False)):
+        branches = (
+            ("norm", self.norm, "pre"), ("residual_scale", self.residual_scale, False),
+            ("residual_multiplier", self.residual_multiplier, 1.0),
+        )  # fmt: skip
+        for name, value, plain in branches:
             require(value == plain or "late" not in kinds, name, value, rule, f"nearest valid: {plain!r}")
         named = "norm='post'" if self.norm == "post" else "moe.latent_norm=True"
         zeros = self.norm == "post" or (self.num_moe_layers > 0 and self.moe.latent_norm)
@@ -227,6 +251,39 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             value = getattr(self.memory, f.name)
             require("memory" in kinds or value == f.default, f"memory.{f.name}", value,
                     "has no effect without a memory block in layers", f"nearest valid: {f.default}")  # fmt: skip
+
+    def _check_positions(self):
+        size, head, scaling, text = self.rope_dim, self.head_dim, self.rope_scaling, self.attention_layers
+        hint = f"nearest valid: {min(size + size % 2, head)}"
+        require(size <= head, "rope_dim", size, f"must be ≤ head_dim={head}", hint)
+        require(size % 2 == 0, "rope_dim", size, "must be even (RoPE rotates pairs)", hint)
+        require(not (size and self.mla.kv_rank), "rope_dim", size,
+                "has no effect with mla.kv_rank > 0, which has mla.rope_dim", "nearest valid: 0")  # fmt: skip
+        for name in ("short_factor", "long_factor"):
+            value, pairs = getattr(scaling, name), self.rope_size // 2
+            rule = f"must have a number for each of the {pairs} pairs that RoPE rotates"
+            require(len(value) in (0, pairs), f"rope_scaling.{name}", value, rule, f"nearest valid: {pairs} numbers")
+        require(self.mla.kv_rank or not scaling.mscale_all_dim, "rope_scaling.mscale_all_dim", scaling.mscale_all_dim,
+                "needs mla.kv_rank > 0", "nearest valid: 0.0")  # fmt: skip
+        listed = self._attention_list
+        windows = {attends.window for attends in listed}
+        require(self.window or True not in windows, "window", 0,
+                f"must be > 0 for the windows of attention_layers={text!r}", "nearest valid: 1")  # fmt: skip
+        require(not self.window or True in windows, "window", self.window,
+                f"has no effect: no layer of attention_layers={text!r} has one", "nearest valid: 0")  # fmt: skip
+        require(scaling.layers == "all" or len(windows) == 2, "rope_scaling.layers", scaling.layers,
+                "needs layers with a window and layers without, in attention_layers",
+                "nearest valid: 'all'")  # fmt: skip
+        nope = not all(attends.rope for attends in listed)
+        require(not (nope and self.mla.kv_rank), "attention_layers", text,
+                "':nope' is not available with mla.kv_rank > 0", "nearest valid: ''")  # fmt: skip
+        late = any(kind.name == "late" for _, unit in self.units for kind in unit)
+        require(not late or len(set(listed)) == 1, "attention_layers", text,
+                f"must have one word with late blocks, whose units it would cut: layers={self.layers!r}",
+                "nearest valid: ''")  # fmt: skip
+        # Of several spellings of a list the field keeps one, so that a run is resumed with any of them.
+        plain = len(set(listed)) == 1 and listed[0] == Attends(window=self.window > 0)
+        object.__setattr__(self, "attention_layers", "" if plain else write_layers(listed))
 
     def _check_mla(self):
         rope, hint = self.mla.rope_dim, f"nearest valid: {self.mla.rope_dim + 2}"

@@ -47,6 +47,8 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # Equal groups of experts, for group-limited selection (DeepSeek-V2); 1: no groups.
     num_groups: int = number(1, 1)
     top_groups: int = number(1, 1)  # groups of experts that a token may choose from, at most num_groups
+    # What ranks a group: the sum of its two best scores (DeepSeek-V3), or its best one (DeepSeek-V2).
+    group_score: Literal["best_two", "best"] = "best_two"
     # Further choices of the router, which compute nothing (Z): a token that takes one has fewer experts.
     identity_experts: int = number(0, 0)
     # What such a choice adds to the layer's result, times its combine weight: the layer's input, or nothing.
@@ -103,6 +105,8 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
             "nearest valid: 1",
         )  # fmt: skip
         require(g == 1 or c == e, "identity_experts", c - e, "is not available with num_groups > 1", "nearest valid: 0")
+        require(g > 1 or self.group_score == "best_two", "group_score", self.group_score, "needs num_groups > 1",
+                "nearest valid: 'best_two'")  # fmt: skip
         most = self.top_groups * (e // g) if g > 1 else c
         require(
             k <= most, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {most}", f"nearest valid: {most}"

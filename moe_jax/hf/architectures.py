@@ -6,13 +6,24 @@ reads back as the same model.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from moe_jax import config
 from moe_jax.config import ModelConfig
 from moe_jax.config.layers import spell, units_of
+from moe_jax.config.positions import Attends
 from moe_jax.errors import ConfigError, FormatError
-from moe_jax.hf.keys import DENSE_ANYWHERE, Keys, layers_of, number_of, shared_experts, window_of
+from moe_jax.hf.keys import (
+    DENSE_ANYWHERE,
+    Keys,
+    attention_multiplier,
+    best_groups,
+    layers_of,
+    shared_experts,
+)
+from moe_jax.hf.rope import ROPE, read_rope, write_rope
+from moe_jax.hf.windows import read_windows, write_windows
 
 Field = tuple[str, str]  # key of config.json, field of ModelConfig; several keys: "first|second", the first is written
 
@@ -35,27 +46,20 @@ MLA: tuple[Field, ...] = (
     ("qk_rope_head_dim", "mla.rope_dim"),
     ("v_head_dim", "mla.v_dim"),
 )
-MUST = {  # the only value that is supported; in every class of transformers that has the key it is the default
+# The only value that is supported; in every class of transformers that has the key it is the default. An architecture
+# whose table reads the key takes other values, and its row may name another one.
+MUST = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "use_bias": False,
     "clip_qkv": None,
-    "quantization_config": None,
     "moe_layer_freq": 1,
     "rope_interleave": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
 }
+SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 QUIET = {"initializer_range", "use_sliding_window", "max_window_layers"}  # no message if one of these is missing
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # kept from import to export
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-LLAMA3 = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_length",
-}  # key of rope_parameters, field of RopeScalingConfig
 INERT = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "auto_map",
          "attention_dropout", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
          "aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "_name_or_path",
@@ -71,14 +75,32 @@ class Architecture(NamedTuple):
     ours: dict[str, Any]  # fields of ModelConfig that every model of the architecture has
     extra: dict[str, Any]  # keys that are written but not read
     inert: tuple[str, ...] = ()  # keys without effect in this architecture, which others may use
+    # Fields that take several keys, from those keys and the fields that take one; and the keys, from the model.
+    read: Callable[[Keys, dict[str, Any]], dict[str, Any]] = lambda keys, flat: {}
+    write: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
+    must: dict[str, Any] = {}  # beyond or instead of MUST  # noqa: RUF012
+
+    @property
+    def required(self) -> dict[str, Any]:
+        """The keys that must have one value, and the value."""
+        read = {key for keys, _ in self.fields for key in keys.split("|")}
+        return {key: value for key, value in (MUST | self.must).items() if key not in read}
 
 
 EXPERTS: tuple[Field, ...] = (("num_experts_per_tok", "moe.top_k"),)
+DEEPSEEK_EXPERTS: tuple[Field, ...] = (
+    ("moe_intermediate_size", "moe.d_expert"), ("n_shared_experts", "moe.num_shared_experts"),
+    ("routed_scaling_factor", "moe.routed_scaling"), ("first_k_dense_replace", "num_dense_layers"),
+)  # fmt: skip
+DEEPSEEK: tuple[Field, ...] = (*COMMON, *WIDTH, *MLA, *EXPERTS, *DEEPSEEK_EXPERTS)
+BEST_TWO: tuple[Field, ...] = (
+    ("n_group", "moe.num_groups"), ("topk_group", "moe.top_groups"), ("norm_topk_prob", "moe.renormalize"),
+)  # fmt: skip
 ARCHITECTURES = {
     a.name: a
     for a in (
         Architecture("LlamaForCausalLM", "llama", (*COMMON, *HEADS, *WIDTH), {}, {}),
-        Architecture("MistralForCausalLM", "mistral", (*COMMON, *HEADS, *WIDTH), {}, {"sliding_window": None}),
+        Architecture("MistralForCausalLM", "mistral", (*COMMON, *HEADS, *WIDTH), {}, {}),
         Architecture("Qwen2ForCausalLM", "qwen2", (*COMMON, *HEADS, *WIDTH), {"qkv_bias": True}, {}),
         Architecture("Qwen3ForCausalLM", "qwen3", (*COMMON, *HEADS, *WIDTH), {"qk_norm": True}, {}),
         Architecture(
@@ -87,7 +109,7 @@ ARCHITECTURES = {
             (*COMMON, *HEADS, *EXPERTS, ("intermediate_size", "moe.d_expert"),
              ("num_local_experts|num_experts", "moe.num_experts")),
             {"moe.renormalize": True, "num_dense_layers": 0},
-            {"sliding_window": None},
+            {},
         ),
         Architecture(
             "OlmoeForCausalLM",
@@ -105,6 +127,8 @@ ARCHITECTURES = {
              ("qkv_bias", "qkv_bias")),
             {"moe.shared_gate": "sigmoid"},
             {"decoder_sparse_step": 1},
+            read=shared_experts,
+            write=lambda m: {"shared_expert_intermediate_size": m.moe.num_shared_experts * m.moe.d_expert},
         ),
         Architecture(
             "Qwen3MoeForCausalLM",
@@ -118,14 +142,12 @@ ARCHITECTURES = {
         Architecture(
             "DeepseekV3ForCausalLM",
             "deepseek_v3",
-            (*COMMON, *WIDTH, *MLA, *EXPERTS, ("moe_intermediate_size", "moe.d_expert"),
-             ("n_routed_experts|num_local_experts", "moe.num_experts"), ("n_shared_experts", "moe.num_shared_experts"),
-             ("n_group", "moe.num_groups"), ("topk_group", "moe.top_groups"), ("norm_topk_prob", "moe.renormalize"),
-             ("routed_scaling_factor", "moe.routed_scaling"), ("first_k_dense_replace", "num_dense_layers")),
+            (*DEEPSEEK, *BEST_TWO, ("n_routed_experts|num_local_experts", "moe.num_experts")),
             {"moe.score": "sigmoid", "moe.selection_bias": True},
             {"rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
              "num_nextn_predict_layers": 0},
             ("head_dim", "qk_head_dim"),
+            must=SIGMOID,
         ),
         Architecture(
             "Olmo2ForCausalLM", "olmo2", (*COMMON, *HEADS, *WIDTH),
@@ -139,11 +161,49 @@ ARCHITECTURES = {
             {"qk_norm": True, "qk_norm_over": "projection", "num_dense_layers": 0, "norm": "post"},
             {},
         ),
+        Architecture(
+            "Olmo3ForCausalLM", "olmo3", (*COMMON, *HEADS, *WIDTH),
+            {"qk_norm": True, "qk_norm_over": "projection", "norm": "post"}, {},
+        ),
+        Architecture("SmolLM3ForCausalLM", "smollm3", (*COMMON, *HEADS, *WIDTH), {}, {}),
+        Architecture(
+            "Glm4MoeForCausalLM",
+            "glm4_moe",
+            (*COMMON, *HEADS, *WIDTH, *EXPERTS, *DEEPSEEK_EXPERTS, *BEST_TWO,
+             ("n_routed_experts|num_local_experts", "moe.num_experts"), ("attention_bias", "qkv_bias"),
+             ("use_qk_norm", "qk_norm")),
+            {"moe.score": "sigmoid", "moe.selection_bias": True},
+            {"num_nextn_predict_layers": 0},
+            must=SIGMOID,
+        ),
+        Architecture(
+            "GraniteMoeForCausalLM",
+            "granitemoe",
+            (*COMMON, *HEADS, *EXPERTS, ("intermediate_size", "moe.d_expert"),
+             ("num_local_experts|num_experts", "moe.num_experts"), ("embedding_multiplier", "embedding_multiplier"),
+             ("residual_multiplier", "residual_multiplier"), ("logits_scaling", "logits_divisor")),
+            {"moe.score_order": "topk_score", "num_dense_layers": 0},
+            {},
+            read=attention_multiplier,
+            write=lambda m: {"attention_multiplier": m.attention_multiplier or m.head_dim**-0.5},
+        ),
+        Architecture(
+            "DeepseekV2ForCausalLM",
+            "deepseek_v2",
+            (*DEEPSEEK, ("n_routed_experts|num_experts", "moe.num_experts")),
+            {},
+            {"norm_topk_prob": False, "scoring_func": "softmax"},
+            ("head_dim", "qk_head_dim"),
+            read=best_groups,
+            write=lambda m: {
+                "topk_method": "greedy" if m.moe.num_groups == 1 else "group_limited_greedy",
+                "n_group": m.moe.num_groups, "topk_group": m.moe.top_groups,
+            },
+            # transformers ignores norm_topk_prob, and the code of the release does not; all releases have false.
+            must={"norm_topk_prob": False, "scoring_func": "softmax"},
+        ),
     )
 }  # fmt: skip
-REFUSED = {  # architectures that are close to a supported one: what is missing
-    "Olmo3ForCausalLM": "its attention windows and its RoPE scaling (YaRN) are not there; nearest: Olmo2ForCausalLM",
-}
 
 
 # --- config.json → ModelConfig ---------------------------------------------------------------------------------------
@@ -156,36 +216,39 @@ def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[
     """
     names = hf.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    if name in REFUSED:
-        raise FormatError(f"{where}: architectures={names!r} is not supported: {REFUSED[name]}")
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise FormatError(f"{where}: architectures={names!r} is not supported; must be one of {known}")
     arch = ARCHITECTURES[name]
-    for key, value in MUST.items():
+    for key, value in arch.required.items():
         if key in hf and hf[key] != value and not (hf[key] is None and not value):
             raise FormatError(f"{where}: {key}={hf[key]!r} is not supported; nearest valid: {value!r}")
     keys = Keys(hf, arch.model_type, where)
     flat = {ours: keys.number(theirs) for theirs, ours in arch.fields}
-    rope, lines = _rope(keys, flat["max_seq_len"])
-    flat |= arch.ours | rope | layers_of(keys, flat)
-    if name == "Qwen2MoeForCausalLM":
-        flat |= shared_experts(keys, flat["moe.d_expert"])
+    flat |= arch.ours | layers_of(keys, flat)
+    flat |= arch.read(keys, flat)
     if "mla.rope_dim" in flat:  # a head has a part without RoPE and one with it
+        if flat["mla.kv_rank"] < 1:
+            rule = f"kv_lora_rank={flat['mla.kv_rank']!r} must be ≥ 1: {name} has latent attention"
+            raise FormatError(f"{where}: {rule}; nearest valid: 1")
         flat["head_dim"] = keys.number("qk_nope_head_dim") + flat["mla.rope_dim"]
-    window = window_of(keys, flat["num_layers"])
-    if window and window < flat["max_seq_len"]:
-        flat["max_seq_len"] = window
-        lines.append(f"sliding_window={window}: the model is used for up to {window} positions, without the window")
+    rope, lines = read_rope(keys, flat)
+    flat |= rope
+    flat |= read_windows(keys, flat)
     model = _model(flat, where)
-    known = keys.asked | set(MUST) | set(KEPT) | set(ROPE) | INERT | set(arch.inert)
+    known = keys.asked | set(arch.required) | {"quantization_config"} | set(KEPT) | set(ROPE) | INERT | set(arch.inert)
     unknown = [key for key in hf if key not in known and hf[key] is not None]
-    file = "the file" if where.endswith(".gguf") else "config.json"
+    file = _file(where)
     lines += [f"{key}={hf[key]!r} in {file} is unknown and not used" for key in unknown]
     if absent := {key: value for key, value in keys.absent.items() if value is not None and key not in QUIET}:
         defaults = ", ".join(f"{key}={value!r}" for key, value in absent.items())
-        lines.append(f"config.json has no {', '.join(absent)}; defaults of transformers' {arch.model_type}: {defaults}")
+        lines.append(f"{file} has no {', '.join(absent)}; defaults of transformers' {arch.model_type}: {defaults}")
     return name, model, lines
+
+
+def _file(where: str) -> str:
+    """What a message calls the file that has the settings."""
+    return "the file" if where.endswith(".gguf") else "config.json"
 
 
 def _model(flat: dict[str, Any], where: str) -> ModelConfig:
@@ -199,42 +262,6 @@ def _model(flat: dict[str, Any], where: str) -> ModelConfig:
         raise FormatError(f"{where}: {e}") from None
 
 
-def _rope(keys: Keys, positions: int) -> tuple[dict[str, Any], list[str]]:
-    """Fields of RoPE, and lines about its keys.
-
-    transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`.
-    """
-    hf, where = keys.hf, keys.where
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # transformers has this order too
-    if not isinstance(rope, dict):
-        raise FormatError(f"{where}: rope_scaling and rope_parameters must be JSON objects")
-    if nested := next((key for key, value in rope.items() if isinstance(value, dict)), None):
-        raise FormatError(f"{where}: a separate RoPE for {nested} is not supported; nearest valid: one for all layers")
-    theta = rope["rope_theta"] if "rope_theta" in rope else keys.get("rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    known, lines = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}, []
-    scaling = {}
-    if kind == "llama3":
-        if partial not in (None, 1.0):
-            rule = f"partial_rotary_factor={partial!r} is not supported with rope_type='llama3'"
-            raise FormatError(f"{where}: {rule}; nearest valid: 1.0")
-        values = {"original_max_position_embeddings": positions} | rope
-        scaling = {
-            f"rope_scaling.{ours}": number_of(values.get(key), f"RoPE scaling: {key}", where)
-            for key, ours in LLAMA3.items()
-        }
-        known |= set(LLAMA3)
-    elif kind != "default":
-        raise FormatError(f"{where}: rope_type={kind!r} is not supported; nearest valid: 'default', 'llama3'")
-    elif partial not in (None, 1.0):
-        lines.append(f"partial_rotary_factor={partial!r} is not used, as in transformers' {hf.get('model_type')}")
-    for key in rope:
-        if key not in known and rope[key] is not None:
-            lines.append(f"{key}={rope[key]!r} of RoPE in config.json is unknown and not used")
-    return {"rope_theta": number_of(theta, "rope_theta", where)} | scaling, lines
-
-
 # --- ModelConfig → config.json ---------------------------------------------------------------------------------------
 
 
@@ -246,7 +273,8 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
     moe = config.plain_routing(model.moe) if model.num_moe_layers else model.moe
     kinds = tuple(place.kind for place in model.places)
     if model.layers and all(kind.name in ("dense", "moe") for kind in kinds):  # one spelling for each order of blocks
-        model = dataclasses.replace(model, layers=spell(units_of(kinds), model.moe.num_experts))
+        plain = tuple(kind._replace(attends=Attends()) for kind in kinds)  # of which attention_layers is apart
+        model = dataclasses.replace(model, layers=spell(units_of(plain), model.moe.num_experts))
     model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len, moe=moe)
     reasons, unlike = {}, set()
     for name in sorted(ARCHITECTURES, key=lambda name: name != prefer):
@@ -285,16 +313,8 @@ def _written(model: ModelConfig, arch: Architecture) -> dict[str, Any]:
         for part in ours.split("."):
             value = getattr(value, part)
         hf[keys.split("|")[0]] = value
-    rope: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_type": "default"}
-    s = model.rope_scaling
-    if s.factor > 1:
-        rope |= {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor}
-        rope |= {"high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_length}
-    hf |= {"rope_parameters": rope, "rope_theta": model.rope_theta, "use_cache": True, **arch.extra}
-    if s.factor > 1:
-        hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if arch.name == "Qwen2MoeForCausalLM":
-        hf["shared_expert_intermediate_size"] = model.moe.num_shared_experts * model.moe.d_expert
+    hf |= {"use_cache": True, **arch.extra}
+    hf |= write_rope(model, arch.model_type) | write_windows(model, arch.model_type) | arch.write(model)
     if arch.model_type in DENSE_ANYWHERE:
         hf["mlp_only_layers"] = [i for i, place in enumerate(model.places) if not place.kind.experts]
     if "q_lora_rank" in hf:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from moe_jax import config
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data.tokenizers import COMPANION_FILES, companion_files
 from moe_jax.errors import FormatError
-from moe_jax.hf import gguf, safetensors, tables
+from moe_jax.hf import block_fp8, gguf, safetensors, tables
 from moe_jax.hf.architectures import KEPT, read_config, write_config
 from moe_jax.hf.devices import Assembly, fetch, is_finite
 from moe_jax.hf.tokenizer import exported, imported
@@ -30,6 +31,8 @@ from moe_jax.tree import flatten
 
 TOKENIZER_FILES = COMPANION_FILES
 HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # equal in a tied model
+PREDICTS = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")  # architectures with layers of multi-token prediction
+PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers")  # keys of their number
 IGNORED = ".rotary_emb.inv_freq"  # tensors of old Llama files, which follow from the configuration
 SEQ_LEN = 2048  # largest default of data.seq_len
 
@@ -84,7 +87,7 @@ def read_model(
     source = Path(source).expanduser()
     if source.suffix == ".gguf":
         hf, entries, files = gguf.open_model(source)
-        table = "gguf"
+        prefix, settings = tables.GGUF, "metadata"
     else:
         if source.is_file():
             raise FormatError(f"{source}: must be a directory of config.json and safetensors, or a .gguf file")
@@ -92,20 +95,22 @@ def read_model(
             raise FormatError(f"{source}: no such directory")
         hf = safetensors.read_json(source / "config.json")
         files = companion_files(source)
-        table = ""
+        prefix, settings = "", "config.json"
     name, model, lines = read_config(hf, str(source))
     for line in lines:
         echo(line)
-    if not table:
+    if not prefix:
         needed = lambda tensor: not (tensor.endswith(IGNORED) or (tensor in HEADS and model.tie_embeddings))
-        entries = safetensors.open_model(source, needed, echo)
+        block = block_fp8.block_of(hf.get("quantization_config"), str(source))
+        entries = block_fp8.dequantised(safetensors.open_model(source, needed, echo), block, str(source), echo)
+        entries = without_prediction(entries, hf, name, model.num_layers, echo)
     model = _in_dtype(model, entries)
     mesh = mesh_for(model)
-    check_size(source, model, len(entries))
+    check_size(source, model, len(entries), tables.rules(prefix + name, model)[1], settings)
     abstract = abstract_weights(model, mesh)
     shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
-    wanted = tables.tensors(table or name, model, shapes)
-    skipped = check_names(source, wanted, entries, model.tie_embeddings)
+    wanted = tables.tensors(prefix + name, model, shapes)
+    skipped = check_names(source, wanted, entries, model.tie_embeddings, settings)
     folder = workdir or (source.parent if source.suffix == ".gguf" else source)
     tokenizer, files, notes = imported(files, folder, model.vocab_size)
     for line in notes:
@@ -129,6 +134,23 @@ def read_model(
     return ReadModel(cfg, params, bias, files, origin, summary)
 
 
+def without_prediction(
+    entries: dict[str, Any], hf: dict[str, Any], name: str, num_layers: int, echo: Callable[[str], Any]
+) -> dict[str, Any]:
+    """The tensors without those of multi-token prediction, which follow the decoder's layers as layers of their own.
+
+    They are extra heads for training (arXiv:2412.19437, §2.2), which logits do not depend on.
+    """
+    declared = [hf[key] for key in PREDICTION if type(hf.get(key)) is int]
+    extra = range(num_layers, num_layers + max(declared, default=0) if name in PREDICTS else num_layers)
+    layer_of = lambda tensor: int(found[1]) if (found := re.match(r"model\.layers\.(\d{1,9})\.", tensor)) else -1
+    dropped = [tensor for tensor in entries if layer_of(tensor) in extra]
+    if dropped:
+        layers = ", ".join(map(str, sorted({layer_of(tensor) for tensor in dropped})))
+        echo(f"{len(dropped):,} tensors of multi-token prediction (layer {layers}) are not used: no logits need them")
+    return {tensor: entries[tensor] for tensor in entries if layer_of(tensor) not in extra}
+
+
 def _in_dtype(model: ModelConfig, entries: dict[str, Any]) -> ModelConfig:
     """The model with param_dtype bfloat16 if that loses nothing, else float32.
 
@@ -139,26 +161,37 @@ def _in_dtype(model: ModelConfig, entries: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(model, param_dtype="bfloat16" if lossless else "float32")
 
 
-def check_size(source: Path, model: ModelConfig, tensors: int) -> None:
-    """Raises FormatError if a model has far fewer tensors than its config.json implies.
+def check_size(source: Path, model: ModelConfig, tensors: int, rules: tuple[tables.Rule, ...], settings: str) -> None:
+    """Raises FormatError if a model has far fewer tensors than its settings imply.
 
-    Without this check a wrong config.json could ask for a huge list of names.
+    rules: of a layer. settings: what the settings are called, "config.json" or "metadata".
+
+    Without this check wrong settings could ask for a huge list of names.
     """
-    experts = sum(place.kind.experts for place in model.places) if model.num_layers <= tensors else 0
+    each = any("{expert}" in rule[0] for rule in rules)  # otherwise a layer's experts are one tensor
+    experts = sum(place.kind.experts for place in model.places) if each and model.num_layers <= tensors else 0
     if max(model.num_layers, experts) > tensors:
         rule = f"has {tensors:,} tensors, too few for {model.num_layers:,} layers with {experts:,} experts in all"
-        raise FormatError(f"{source}: {rule}, which its config.json asks for")
+        raise FormatError(f"{source}: {rule}, which its {settings} asks for")
 
 
-def check_names(source: Path, wanted: list[tables.Tensor], entries: dict[str, Any], tied: bool) -> list[str]:
-    """The names of unneeded tensors. Raises FormatError unless the files have the others, in these shapes."""
+def check_names(
+    source: Path, wanted: list[tables.Tensor], entries: dict[str, Any], tied: bool, settings: str
+) -> list[str]:
+    """The names of unneeded tensors. Raises FormatError unless the files have the others, in these shapes.
+
+    settings: what the settings are called, "config.json" or "metadata".
+    """
     names = {tensor.name for tensor in wanted}
     for tensor in wanted:
         if tensor.name not in entries:
-            raise FormatError(f"{source}: has no {tensor.name}, which its config.json asks for")
+            tie = (
+                "; if the head is the embedding, it must have tie_word_embeddings=true" if tensor.name in HEADS else ""
+            )
+            raise FormatError(f"{source}: has no {tensor.name}, which its {settings} asks for{tie}")
         if entries[tensor.name].shape != tensor.shape:
             have, want = list(entries[tensor.name].shape), list(tensor.shape)
-            raise FormatError(f"{source}: {tensor.name} has shape {have}; by its config.json it must be {want}")
+            raise FormatError(f"{source}: {tensor.name} has shape {have}; by its {settings} it must be {want}")
     skipped = [name for name in entries if name not in names and name.endswith(IGNORED)]
     for name in entries:
         if tied and name in HEADS and HEADS[name] in names:

@@ -9,6 +9,10 @@ from typing import Any
 _SHARED: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False, "initializer_range": 0.02,
 }  # fmt: skip
+_LLAMA: dict[str, Any] = _SHARED | {
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
+}  # fmt: skip
 _QWEN: dict[str, Any] = _SHARED | {
     "vocab_size": 151_936, "num_attention_heads": 32, "max_position_embeddings": 32_768, "use_sliding_window": False,
     "sliding_window": 4096,
@@ -25,10 +29,7 @@ _OLMO2: dict[str, Any] = _SHARED | {
 }  # fmt: skip
 # By model type. None: null in transformers, a number derived from other keys or the absence of a setting.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _SHARED | {
-        "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
-    },
+    "llama": _LLAMA,
     "mistral": _MISTRAL,
     "mixtral": _MISTRAL | {
         "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "num_experts_per_tok": 2, "num_local_experts": 8,
@@ -70,6 +71,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 100_352, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 500_000.0,
         "num_experts_per_tok": 5, "num_experts": 7, "norm_topk_prob": False,
     },
+    "olmo3": _OLMO2 | {"rope_theta": 500_000.0, "sliding_window": 4096, "layer_types": None},
+    "smollm3": _SHARED | {
+        "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": None, "max_position_embeddings": 32_768,
+        "rope_theta": 2_000_000.0, "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": None,
+        "no_rope_layers": None, "no_rope_layer_interval": 4, "layer_types": None,
+    },
+    "glm4_moe": _SHARED | {
+        "vocab_size": 151_552, "hidden_size": 4096, "intermediate_size": 10_944, "num_hidden_layers": 46,
+        "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "attention_bias": False, "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 8, "n_shared_experts": 1, "n_routed_experts": 128, "routed_scaling_factor": 1.0,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True, "use_qk_norm": False,
+    },
+    "granitemoe": _LLAMA | {
+        "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+    "deepseek_v2": _LLAMA | {
+        "vocab_size": 102_400, "first_k_dense_replace": 0, "kv_lora_rank": 512, "q_lora_rank": 1536, "n_group": None,
+        "n_routed_experts": 64, "n_shared_experts": 2, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "routed_scaling_factor": 1.0, "topk_group": None, "topk_method": "greedy", "v_head_dim": 128,
+        "num_experts_per_tok": None, "moe_intermediate_size": 1407,
+    },
 }  # fmt: skip
 # Keys that may be null, for a number derived from other keys. For all other keys transformers refuses null, or fails.
 _HEADS, _KV_HEADS = {"head_dim"}, {"num_key_value_heads"}
@@ -85,4 +110,9 @@ NULL: dict[str, set[str]] = {
     "deepseek_v3": _KV_HEADS | {"q_lora_rank"},
     "olmo2": _KV_HEADS,
     "flex_olmo": _KV_HEADS,
+    "olmo3": _KV_HEADS,
+    "smollm3": _KV_HEADS,
+    "glm4_moe": set(),
+    "granitemoe": _KV_HEADS,
+    "deepseek_v2": _KV_HEADS | {"q_lora_rank"},
 }

@@ -1,4 +1,4 @@
-"""Reads GGUF files of Llama's architecture with the `gguf` package. Its quantised formats become float32."""
+"""Reads GGUF files of Llama, Mixtral, Qwen3 and Qwen3-MoE with the `gguf` package. Quantised formats become float32."""
 
 import json
 from collections.abc import Callable
@@ -9,20 +9,26 @@ import numpy as np
 
 from moe_jax.errors import FormatError
 
-# key of the file below `llama.`, key of config.json
+# Values of general.architecture, and the architecture of transformers; Mixtral is a llama that has experts.
+KINDS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
+# Key of the file below its architecture, as in `llama.block_count`, and key of config.json.
 KEYS = (
     ("embedding_length", "hidden_size"),
     ("block_count", "num_hidden_layers"),
     ("feed_forward_length", "intermediate_size"),
     ("attention.head_count", "num_attention_heads"),
-    ("attention.head_count_kv", "num_key_value_heads"),
     ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
     ("context_length", "max_position_embeddings"),
 )
-# Further keys below `llama.` that are read, or repeat what the tensors show.
+EXPERTS = (("expert_used_count", "num_experts_per_tok"), ("expert_count", "num_local_experts"))
+EXPERT_WIDTH = (("expert_feed_forward_length", "moe_intermediate_size"),)
+# What llama.cpp does with every Qwen3-MoE, whatever the file says (qwen3moe.cpp); transformers' own default is false.
+QWEN3_MOE = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+# Further keys below the architecture that are read, or repeat what the tensors show.
 READ = {"rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
         "rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-        "attention.key_length", "attention.value_length", "vocab_size"}  # fmt: skip
+        "attention.key_length", "attention.value_length", "vocab_size", "attention.head_count_kv",
+        "expert_count", "expert_used_count"}  # fmt: skip
 CONTROL, USER_DEFINED = 3, 4  # types of tokens: special tokens, and words that are never split
 
 
@@ -53,30 +59,42 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
         reader = GGUFReader(str(path))
         value = lambda key: None if key not in reader.fields else reader.fields[key].contents()
         kind = value("general.architecture")
-        if kind != "llama":
-            raise FormatError(f"{path}: general.architecture={kind!r} is not supported; nearest valid: 'llama'")
-        hf = {theirs: value(f"llama.{ours}") for ours, theirs in KEYS}
+        if kind not in KINDS:
+            valid = ", ".join(map(repr, KINDS))
+            raise FormatError(f"{path}: general.architecture={kind!r} is not supported; must be one of {valid}")
+        of_kind = lambda key: value(f"{kind}.{key}")
+        name, hf, keys = KINDS[kind], {}, KEYS
+        if kind == "llama" and of_kind("expert_count"):
+            name, keys = "MixtralForCausalLM", (*KEYS, *EXPERTS)
+        if kind == "qwen3moe":
+            hf, keys = dict(QWEN3_MOE), (*KEYS, *EXPERTS, *EXPERT_WIDTH)
+        for ours, theirs in keys:
+            if (number := of_kind(ours)) is None:
+                raise FormatError(f"{path}: has no {kind}.{ours}, which every {kind} file has")
+            # The shortest decimal of a float32, which is the number of config.json that the file was made from.
+            hf[theirs] = float(str(np.float32(number))) if isinstance(number, float) else number
         width, heads = hf["hidden_size"], hf["num_attention_heads"]
+        hf["num_key_value_heads"] = of_kind("attention.head_count_kv") or heads
         entries = {}
         for t in reader.tensors:
             if t.name in entries:
                 raise FormatError(f"{path}: has {t.name} twice")
             entries[t.name] = Entry(t, tuple(int(n) for n in t.shape[::-1]), np.dtype("float32"))
-        _check_rope(path, value, entries)
-        rope = {"rope_theta": float(value("llama.rope.freq_base") or 10_000.0), "rope_type": "default"}
-        head = value("llama.attention.key_length") or value("llama.rope.dimension_count") or width // heads
+        _check_rope(path, kind, of_kind, entries)
+        rope = {"rope_theta": float(of_kind("rope.freq_base") or 10_000.0), "rope_type": "default"}
+        head = of_kind("attention.key_length") or of_kind("rope.dimension_count") or width // heads
         for key in ("rope.dimension_count", "attention.value_length"):
-            if (size := value(f"llama.{key}")) not in (None, head):
-                rule = f"llama.{key}={size} with heads of {head} is not supported"
+            if (size := of_kind(key)) not in (None, head):
+                rule = f"{kind}.{key}={size} with heads of {head} is not supported"
                 raise FormatError(f"{path}: {rule}; nearest valid: {head}")
         tied = "output.weight" not in entries
         hf |= {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": rope,
+            "architectures": [name], "rope_parameters": rope,
             "head_dim": head, "tie_word_embeddings": tied, "vocab_size": entries["token_embd.weight"].shape[0],
             "bos_token_id": value("tokenizer.ggml.bos_token_id"), "eos_token_id": value("tokenizer.ggml.eos_token_id"),
         }  # fmt: skip
-        known = READ | {ours for ours, _ in KEYS}
-        unknown = [key for key in reader.fields if key.startswith("llama.") and key.removeprefix("llama.") not in known]
+        known = {f"{kind}.{key}" for key in READ | {ours for ours, _ in keys}}
+        unknown = [key for key in reader.fields if key.startswith(f"{kind}.") and key not in known]
         hf |= {key: value(key) for key in unknown}  # read_config reports them like unknown keys of a config.json
         files = _tokenizer_files(value)
     except FormatError:
@@ -86,20 +104,21 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
     return hf, entries, files
 
 
-def _check_rope(path: Path, value: Callable[[str], Any], entries: dict[str, Entry]) -> None:
-    """Raises FormatError for scaled positions. Defaults are those of llama.cpp (llama-model.cpp, load_hparams).
+def _check_rope(path: Path, kind: str, value: Callable[[str], Any], entries: dict[str, Entry]) -> None:
+    """Raises FormatError for scaled positions. Defaults are those of llama.cpp (llama-model.cpp, load_hparams):
+    the type "linear", and the factor of `rope.scale_linear`, its older name. A factor of 0 means 1.
 
-    They are the type "linear", and the factor of `rope.scale_linear`, its older name. A factor of 0 means 1.
+    value: of a key below the architecture `kind`.
     """
-    kind = value("llama.rope.scaling.type") or "linear"
-    newer, older = (value(f"llama.rope.{key}") for key in ("scaling.factor", "scale_linear"))
+    scaling = value("rope.scaling.type") or "linear"
+    newer, older = (value(f"rope.{key}") for key in ("scaling.factor", "scale_linear"))
     factor = older if newer is None else newer
-    scaled = kind == "linear" and factor not in (None, 0, 1)
-    if scaled or kind not in ("linear", "none") or "rope_freqs.weight" in entries:
-        setting = f"llama.rope.scaling.type={kind!r}, factor={factor}"
+    scaled = scaling == "linear" and factor not in (None, 0, 1)
+    if scaled or scaling not in ("linear", "none") or "rope_freqs.weight" in entries:
+        setting = f"{kind}.rope.scaling.type={scaling!r}, factor={factor}"
         raise FormatError(f"{path}: {setting}: scaled positions in GGUF are not supported; nearest valid: 'none'")
-    if (factor := value("llama.rope.scaling.attn_factor")) not in (None, 0, 1):
-        raise FormatError(f"{path}: llama.rope.scaling.attn_factor={factor} is not supported; nearest valid: 1")
+    if (factor := value("rope.scaling.attn_factor")) not in (None, 0, 1):
+        raise FormatError(f"{path}: {kind}.rope.scaling.attn_factor={factor} is not supported; nearest valid: 1")
 
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type; 8: text, 9: array

@@ -41,16 +41,18 @@ class Keys:
             value = self._derived(name)
         return number_of(value, name, self.where)
 
-    def _derived(self, name: str) -> int:
+    def _derived(self, name: str) -> int | None:
         if name == "q_lora_rank":
             return 0  # no latent
+        if name not in ("num_key_value_heads", "head_dim"):
+            return None
         heads = self.number("num_attention_heads")
         return heads if name == "num_key_value_heads" else self.number("hidden_size") // max(heads, 1)
 
 
 def number_of(value: Any, name: str, where: str) -> Any:
     """The value of the key `name`. Raises FormatError if it is no number, true or false, or too large."""
-    if not isinstance(value, int | float):  # bool is int
+    if not isinstance(value, int | float) or value != value:  # bool is int; NaN is no number
         raise FormatError(f"{where}: {name} must be a number or true or false, not {value!r}")
     if abs(value) > LARGEST:
         raise FormatError(f"{where}: {name}={value!r} is too large; the largest number is {LARGEST:,}")
@@ -90,47 +92,33 @@ def _dense_anywhere(keys: Keys, num_layers: int, num_experts: int) -> dict[str, 
     return {"num_dense_layers": 0, "layers": spell(units_of(kinds), num_experts)}
 
 
-def window_of(keys: Keys, num_layers: int) -> int:
-    """The sliding window of any layer; 0 if there is none."""
-    if "sliding_window" not in keys.defaults:
-        return 0
-    window = keys.get("sliding_window")
-    sliding = "use_sliding_window" in keys.defaults and bool(keys.number("use_sliding_window"))
-    if "use_sliding_window" in keys.defaults and not sliding:
-        window = None
-        keys.absent.pop("sliding_window", None)
-    if window is not None and (type(window) is not int or window < 1):
-        raise FormatError(f"{keys.where}: sliding_window={window!r} must be a whole number ≥ 1, or null")
-    if "layer_types" in keys.defaults:
-        kinds = keys.get("layer_types")
-        first = keys.number("max_window_layers")
-        if keys.model_type == "qwen2_moe" and sliding and window is None:
-            raise FormatError(f"{keys.where}: use_sliding_window is true, but there is no sliding window")
-        if kinds is None and keys.model_type == "qwen2_moe":  # in every second one of the first layers
-            return (window or 0) if first > 0 else 0
-        if kinds is None:
-            return (window or 0) if first < num_layers else 0
-        keys.absent.pop("max_window_layers", None)
-        return _window_in(kinds, num_layers, window, keys.where)
-    return window or 0
-
-
-def _window_in(kinds: Any, num_layers: int, window: int | None, where: str) -> int:
-    """The sliding window of any layer, where `layer_types` lists the layers that have one; 0 if there is none."""
-    valid = ("full_attention", "sliding_attention")
-    if not (isinstance(kinds, list) and len(kinds) == num_layers and all(kind in valid for kind in kinds)):
-        raise FormatError(f"{where}: layer_types={kinds!r}: must be a list of {num_layers} values {' or '.join(valid)}")
-    if "sliding_attention" in kinds and window is None:
-        raise FormatError(f"{where}: layer_types has 'sliding_attention', but there is no sliding window")
-    return window or 0 if "sliding_attention" in kinds else 0
-
-
-def shared_experts(keys: Keys, expert_width: Any) -> dict[str, Any]:
+def shared_experts(keys: Keys, flat: dict[str, Any]) -> dict[str, Any]:
     """The number of shared experts: Qwen2-MoE's file has their width together, a multiple of a routed expert's."""
-    width = keys.number("shared_expert_intermediate_size")
+    width, expert_width = keys.number("shared_expert_intermediate_size"), flat["moe.d_expert"]
     number = width / max(expert_width, 1)
     if type(width) is not int or number < 1 or number != int(number):
         nearest = max(1, round(number)) * expert_width
         rule = f"must be a whole number, and a multiple of moe_intermediate_size={expert_width}"
         raise FormatError(f"{keys.where}: shared_expert_intermediate_size={width} {rule}; nearest valid: {nearest}")
     return {"moe.num_shared_experts": int(number)}
+
+
+def best_groups(keys: Keys, flat: dict[str, Any]) -> dict[str, Any]:
+    """The groups of DeepSeek-V2, ranked by their best expert. With topk_method "greedy" it does not use them."""
+    method, valid = keys.get("topk_method"), ("greedy", "group_limited_greedy")
+    if method not in valid:
+        raise FormatError(f"{keys.where}: topk_method={method!r} is not supported; must be {' or '.join(valid)}")
+    groups, kept = keys.get("n_group"), keys.get("topk_group")
+    if method == "greedy":
+        return {}
+    groups, kept = number_of(groups, "n_group", keys.where), number_of(kept, "topk_group", keys.where)
+    return {"moe.num_groups": groups, "moe.top_groups": kept, "moe.group_score": "best" if groups > 1 else "best_two"}
+
+
+def attention_multiplier(keys: Keys, flat: dict[str, Any]) -> dict[str, Any]:
+    """Granite's factor on q·k. Its 0 would make all logits 0, where the field's 0 stands for 1/√head_dim."""
+    value = keys.number("attention_multiplier")
+    if value <= 0:
+        nearest = flat["head_dim"] ** -0.5
+        raise FormatError(f"{keys.where}: attention_multiplier={value!r} must be > 0; nearest valid: {nearest!r}")
+    return {"attention_multiplier": value}

@@ -202,10 +202,12 @@ def _wrapped_experts(module: str, kinds: dict[str, list[tuple]], width: int) -> 
 
 
 def single(tensor: tables.Tensor) -> tables.Target:
-    """The parameter here that a tensor of the files belongs to. Raises FormatError if there are several."""
-    if len(tensor.targets) > 1:
-        ours = " and ".join(target.path for target in tensor.targets)
-        rule = f"{tensor.name} is one matrix in the files and {ours} here, whose adapters have no name in PEFT"
+    """The parameter here that a tensor of the files belongs to. Raises FormatError if there are several, and for the
+    experts of a layer in one tensor (Granite-MoE)."""
+    ours = " and ".join(target.path for target in tensor.targets)
+    if len(tensor.targets) > 1 or len(tensor.shape) > 2:
+        one = "matrix" if len(tensor.shape) == 2 else "tensor of all experts"
+        rule = f"{tensor.name} is one {one} in the files and {ours} here, whose adapters have no name in PEFT"
         raise FormatError(f"{rule}; nearest valid: the merged model, without --adapter")
     return tensor.targets[0]
 

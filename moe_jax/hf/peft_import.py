@@ -204,7 +204,7 @@ def open_adapter(source: Path) -> Adapter:
     _check_alphas(source / CONFIG, settings)
     if not (source / TENSORS).is_file():
         raise FormatError(f"{source}: has no {TENSORS}; save the adapter with safe_serialization=True")
-    return Adapter(source, settings, dict(safetensors.read_header(source / TENSORS)))
+    return Adapter(source, settings, dict(safetensors.read_header(source / TENSORS, safetensors.DTYPES)))
 
 
 def _check_alphas(where: Path, settings: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from moe_jax.errors import FormatError
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("float16")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOAT8 = np.dtype(jnp.float8_e4m3fn)
+READ = DTYPES | {"F8_E4M3": FLOAT8}  # block_fp8.py makes float32 of it
 EXPONENT = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # bits of the exponent; all are set in NaN and infinity
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,8 +135,8 @@ def _open_shards(folder: Path, needed: Callable[[str], bool], echo: Callable[[st
     return found
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file, from its header. No numbers are read."""
+def read_header(path: Path, types: dict[str, np.dtype] = READ) -> dict[str, Entry]:
+    """The tensors of one file, from its header. No numbers are read. types: dtypes that it may have, by their codes."""
     if not path.is_file():
         raise FormatError(f"{path}: is not a file")
     total = path.stat().st_size
@@ -146,7 +148,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         text = f.read(length)
     header = _parse_header(path, text)
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, body, 8 + length, total) for name, body in header.items()}
+    return {name: _entry(path, name, body, 8 + length, total, types) for name, body in header.items()}
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, body: Any, base: int, total: int) -> Entry:
+def _entry(path: Path, name: str, body: Any, base: int, total: int, types: dict[str, np.dtype]) -> Entry:
     try:
         code, shape, (start, end) = body["dtype"], tuple(body["shape"]), body["data_offsets"]
         valid = all(type(n) is int and n >= 0 for n in (*shape, start, end))
@@ -172,9 +174,9 @@ def _entry(path: Path, name: str, body: Any, base: int, total: int) -> Entry:
         valid = False
     if not valid:
         raise FormatError(f"{path}: the header's entry of {name} is not valid")
-    if code not in DTYPES:
-        raise FormatError(f"{path}: {name} is of type {code}; must be one of {', '.join(DTYPES)}")
-    entry = Entry(path, DTYPES[code], shape, base + start)
+    if code not in types:
+        raise FormatError(f"{path}: {name} is of type {code}; must be one of {', '.join(types)}")
+    entry = Entry(path, types[code], shape, base + start)
     if entry.size != end - start:
         raise FormatError(
             f"{path}: {name} of shape {list(shape)} in {code} is {entry.size:,} bytes, not {end - start:,}"

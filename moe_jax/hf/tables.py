@@ -1,9 +1,9 @@
 """Tables that map tensors of Hugging Face and GGUF files to parameters of moe_jax, and back.
 
-A linear map is `[out, in]` in the files and `[in, out]` here. Layers and experts are separate tensors in the files and
-leading axes here. A rule is (tensor, parameters here, layout). The layout lists, for each parameter, the rows of the
-tensor that belong to it, in order, so one rule serves both directions. A tensor or parameter without a rule is an
-error.
+A linear map is `[out, in]` in the files and `[in, out]` here. Layers, and in most files experts, are separate tensors
+there and leading axes here. A rule is (tensor, parameters here, layout). The layout lists, for each parameter, the rows
+of the tensor that belong to it, in order, so one rule serves both directions. A tensor or parameter without a rule is
+an error.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,6 +72,12 @@ MIXTRAL = (
     ("block_sparse_moe.gate.weight", "moe/w_router", "linear"),
     *_glu("block_sparse_moe.experts.{expert}", "moe", ("w1", "w3", "w2")),
 )
+GRANITE: tuple[Rule, ...] = (  # the experts of a layer are one tensor, gate and up too
+    ("block_sparse_moe.router.layer.weight", "moe/w_router", "linear"),
+    ("block_sparse_moe.input_linear.weight", "moe/w_gate,moe/w_up", "halves"),
+    ("block_sparse_moe.output_linear.weight", "moe/w_down", "linear"),
+)
+ROUTED = {"MixtralForCausalLM": MIXTRAL, "GraniteMoeForCausalLM": GRANITE}  # others: MOE
 SHARED = _glu("mlp.shared_experts", "moe/shared")
 GATED = (
     *_glu("mlp.shared_expert", "moe/shared"),
@@ -81,30 +87,48 @@ BIAS: tuple[Rule, ...] = (("mlp.gate.e_score_correction_bias", "moe/router_bias"
 
 GGUF_TABLES: tuple[Rule, ...] = (("token_embd.weight", "embed", "same"), ("output_norm.weight", "final_norm", "same"))
 GGUF_HEAD: tuple[Rule, ...] = (("output.weight", "head", "same"),)
-GGUF_LAYER: tuple[Rule, ...] = (  # of Llama: queries and keys are stored with RoPE's pairs side by side
+GGUF_LAYER: tuple[Rule, ...] = (
     ("attn_norm.weight", "attention_norm", "same"),
     ("ffn_norm.weight", "mlp_norm", "same"),
-    ("attn_q.weight", "attention/w_q", "pairs"),
-    ("attn_k.weight", "attention/w_k", "pairs"),
     ("attn_v.weight", "attention/w_v", "linear"),
     ("attn_output.weight", "attention/w_o", "linear"),
+)
+GGUF_QK_NORM: tuple[Rule, ...] = (
+    ("attn_q_norm.weight", "attention/q_norm", "same"),
+    ("attn_k_norm.weight", "attention/k_norm", "same"),
+)
+GGUF_DENSE: tuple[Rule, ...] = (
     ("ffn_gate.weight", "mlp/w_gate", "linear"),
     ("ffn_up.weight", "mlp/w_up", "linear"),
     ("ffn_down.weight", "mlp/w_down", "linear"),
 )
+GGUF_MOE: tuple[Rule, ...] = (  # the experts of a layer are one tensor
+    ("ffn_gate_inp.weight", "moe/w_router", "linear"),
+    ("ffn_gate_exps.weight", "moe/w_gate", "linear"),
+    ("ffn_up_exps.weight", "moe/w_up", "linear"),
+    ("ffn_down_exps.weight", "moe/w_down", "linear"),
+)
+GGUF = "gguf:"  # before the architecture, in the name of a table
 
 
 def rules(name: str, cfg: ModelConfig) -> tuple[tuple[Rule, ...], tuple[Rule, ...], str]:
-    """The rules outside the layers, those of a layer, and the prefix of its names, for an architecture or "gguf"."""
-    if name == "gguf":
-        return (*GGUF_TABLES, *(() if cfg.tie_embeddings else GGUF_HEAD)), GGUF_LAYER, "blk.{layer}."
+    """The rules outside the layers, those of a layer, and the prefix of its names, for an architecture.
+
+    name: of the architecture; with `GGUF` before it the rules are those of GGUF.
+    """
+    if name.startswith(GGUF):
+        # llama.cpp stores queries and keys of Llama and Mixtral with RoPE's pairs side by side, of others as they are.
+        layout = "pairs" if name in (f"{GGUF}LlamaForCausalLM", f"{GGUF}MixtralForCausalLM") else "linear"
+        layer = GGUF_LAYER + tuple((f"attn_{x}.weight", f"attention/w_{x}", layout) for x in "qk")
+        layer += (GGUF_QK_NORM if cfg.qk_norm else ()) + (GGUF_MOE if cfg.num_moe_layers else GGUF_DENSE)
+        return (*GGUF_TABLES, *(() if cfg.tie_embeddings else GGUF_HEAD)), layer, "blk.{layer}."
     attention = ATTENTION + (QKV_BIAS if cfg.qkv_bias else ()) + (QK_NORM if cfg.qk_norm else ())
     if cfg.mla.kv_rank:
         attention = MLA + (MLA_Q_LATENT if cfg.mla.q_rank else MLA_Q)
     norms = POST_NORMS if cfg.norm == "post" else NORMS
     layer = norms + attention + (DENSE if cfg.num_moe_layers < cfg.num_layers else ())
     if cfg.num_moe_layers:
-        layer += MIXTRAL if name == "MixtralForCausalLM" else MOE
+        layer += ROUTED.get(name, MOE)
         shared = GATED if cfg.moe.shared_gate == "sigmoid" else SHARED
         layer += (shared if cfg.moe.num_shared_experts else ()) + (BIAS if cfg.moe.selection_bias else ())
     return (*TABLES, *(() if cfg.tie_embeddings else HEAD)), layer, "model.layers.{layer}."
@@ -122,6 +146,10 @@ def _of_heads(rows: int, size: int, of_head: np.ndarray) -> np.ndarray:
     return (np.arange(0, rows, size)[:, None] + of_head[None, :]).reshape(-1)
 
 
+def _halves(rows: int) -> list[np.ndarray]:
+    return [np.arange(rows // 2), np.arange(rows // 2, rows)]
+
+
 def _heads_with_rope(cfg: ModelConfig, rows: int) -> list[np.ndarray]:
     plain = cfg.head_dim - cfg.mla.rope_dim
     return [_of_heads(rows, cfg.head_dim, np.concatenate([np.arange(plain), plain + _apart(cfg.mla.rope_dim)]))]
@@ -135,6 +163,7 @@ def _heads_of_k_and_v(cfg: ModelConfig, rows: int) -> list[np.ndarray]:
 LAYOUTS: dict[str, Callable[[ModelConfig, int], list[np.ndarray | None]]] = {
     "same": lambda cfg, rows: [None],  # not a linear map: nothing is transposed
     "linear": lambda cfg, rows: [None],
+    "halves": lambda cfg, rows: _halves(rows),
     "pairs": lambda cfg, rows: [_of_heads(rows, cfg.head_dim, _apart(cfg.head_dim))],
     "heads_with_rope": _heads_with_rope,
     "latent_and_rope": lambda cfg, rows: [np.arange(cfg.mla.kv_rank), cfg.mla.kv_rank + _apart(cfg.mla.rope_dim)],
@@ -164,15 +193,15 @@ class Tensor(NamedTuple):
     def split(self, x: np.ndarray) -> Iterator[tuple[Target, np.ndarray]]:
         """Yields each target and its part of the tensor's numbers."""
         for target in self.targets:
-            part = x if target.rows is None else x[target.rows]
-            yield target, part.T if self.transposed else part
+            part = x if target.rows is None else np.take(x, target.rows, axis=-2)
+            yield target, np.swapaxes(part, -1, -2) if self.transposed else part
 
     def join(self, parts: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
         """The tensor's numbers from the parts of its targets: the inverse of `split`."""
         out = np.empty(self.shape, dtype)
         for target, part in zip(self.targets, parts, strict=True):
-            part = part.T if self.transposed else part
-            out[slice(None) if target.rows is None else target.rows] = part.astype(dtype)
+            part = np.swapaxes(part, -1, -2) if self.transposed else part
+            out[... if target.rows is None else (..., target.rows, slice(None))] = part.astype(dtype)
         return out
 
 
@@ -207,8 +236,9 @@ def _tensor(cfg, rule: Rule, name: str, block: str, index: tuple[int, ...], shap
         raise FormatError(f"the rule for {name} is for {missing}, which is not in this model; see moe_jax/hf/tables.py")
     tails = [shapes[path][len(index) :] for path in paths]
     transposed = rule[2] != "same"
-    shape = (sum(tail[1] for tail in tails), tails[0][0]) if transposed else tails[0]
-    rows = LAYOUTS[rule[2]](cfg, shape[0])
+    # What precedes the two axes of a matrix is the experts, where a tensor has those of a layer together.
+    shape = (*tails[0][:-2], sum(tail[-1] for tail in tails), tails[0][-2]) if transposed else tails[0]
+    rows = LAYOUTS[rule[2]](cfg, shape[-2] if transposed else shape[0])
     targets = tuple(Target(path, index, r) for path, r in zip(paths, rows, strict=True))
     return Tensor(name, shape, transposed, targets)
 

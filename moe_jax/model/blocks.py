@@ -13,8 +13,9 @@ from moe_jax.moe.product_keys import ProductKeys
 from moe_jax.moe.program import Program
 from moe_jax.moe.routing import Knobs
 from moe_jax.moe.stats import Choices, RouterStats
-from moe_jax.nn.attention import Attention, KVCache
-from moe_jax.nn.layers import GLU, Init, rms_norm
+from moe_jax.nn.attention import Attention
+from moe_jax.nn.cache import KVCache
+from moe_jax.nn.layers import GLU, Init, rms_norm, times
 from moe_jax.nn.mla import MLA
 from moe_jax.nn.remat import keep
 from moe_jax.nn.residual import ResidualScale
@@ -52,8 +53,9 @@ class Block(nnx.Module):
     def __init__(self, cfg: ModelConfig, init: Init, kind: Kind, program: Program):
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # 2·L branches add to the residual stream
         self.eps, self.post, self.max_logit = cfg.norm_eps, cfg.norm == "post", program.max_logit
+        self.multiplier = cfg.residual_multiplier
         self.attention_norm = init.ones((cfg.d_model,), "norm")
-        self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention)
+        self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention, kind.attends)
         self.mlp_norm = init.ones((cfg.d_model,), "norm")
         self.moe = MoE(cfg, kind, init, out_std, program) if kind.experts else None
         fed = kind.name in ("dense", "late", "memory")
@@ -97,7 +99,7 @@ class Block(nnx.Module):
 
     def _add(self, x, y: Float[Array, "B S D"], scale: nnx.Param, residual: ResidualScale | None) -> Array:
         """Returns the residual stream x plus the result y of a branch."""
-        y = rms_norm(y, scale[...], self.eps) if self.post else y
+        y = times(rms_norm(y, scale[...], self.eps) if self.post else y, self.multiplier)
         return x + y if residual is None else residual(x, y)
 
 

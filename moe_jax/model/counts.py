@@ -52,7 +52,8 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, frozen: frozenset[str] = fro
     `frozen` lack the last; in stacks below the first that has something to train they lack the last two.
 
     The output matrix counts as a matmul, the embedding look-up does not. Attention is two products with S/2 keys on
-    average: 6·S·N·H a layer; in MLA the product with values has their head size. Recomputation is not counted: these
+    average: 6·S·N·H a layer; in MLA the product with values has their head size. With a window of W < S tokens the keys
+    are W − W²/2S on average. Recomputation is not counted: these
     are the FLOPs of the model, MFU's numerator, not those that the hardware does. The rows of a
     memory that a token reads count like weights: 2 FLOPs for each number, forward and for each of two gradients.
     """
@@ -70,5 +71,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, frozen: frozenset[str] = fro
     heads = cfg.num_heads * (cfg.head_dim + cfg.v_dim)
     for stack in cfg.stacks:
         share = 1.0 if place(stack.name) < first else 3.0
-        flops += share * stack.repeat * len(stack.unit) * seq_len * heads
+        for kind in stack.unit:
+            window = min(cfg.window, seq_len) if kind.attends.window else seq_len
+            flops += share * stack.repeat * (2 * window - window**2 / seq_len) * heads
     return flops

@@ -21,8 +21,8 @@ from moe_jax.moe.program import Program
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.stats import Choices, RouterStats
 from moe_jax.nn import lora
-from moe_jax.nn.attention import KVCache
-from moe_jax.nn.layers import Init, rms_norm, unit_rows, weight
+from moe_jax.nn.cache import KVCache
+from moe_jax.nn.layers import Init, rms_norm, times, unit_rows, weight
 from moe_jax.nn.remat import POLICIES
 from moe_jax.nn.residual import shifted
 from moe_jax.parallel import overlap, sharding
@@ -32,7 +32,7 @@ from moe_jax.tree import nest, split
 class Output(NamedTuple):
     """The result of the decoder. Dicts have the block's path in the parameters as key, and a leading L, its units."""
 
-    hidden: Float[Array, "B S D"]  # after the last norm
+    hidden: Float[Array, "B S D"]  # after the last norm, divided by `logits_divisor`
     stats: dict[str, RouterStats]  # of blocks with experts
     cache: dict[str, KVCache | None]  # with the new tokens
     choices: dict[str, Choices] | None  # None unless the program records them
@@ -73,6 +73,7 @@ class Transformer(nnx.Module):
         out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
         with jax.named_scope("embedding"):
             x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
+            x = times(x, self.cfg.embedding_multiplier)
             if self.cfg.residual_scale:
                 x = shifted(x, self.embed_bias[...], self.embed_scale[...]).astype(dtype)
         found: dict[str, BlockOutput] = {}
@@ -82,7 +83,9 @@ class Transformer(nnx.Module):
             (x, state), outputs = self._scan(stack, (x, state), inputs, caches, start, first)
             found |= dict(zip(stack.paths, outputs, strict=True))
             first += stack.repeat * len(stack.unit)
-        hidden = rms_norm(x, self.final_norm[...], self.cfg.norm_eps)
+        # Divides the logits where it costs nothing and is rounded once, in float32: in the scale of the norm.
+        scale = times(self.final_norm[...].astype(jnp.float32), 1 / self.cfg.logits_divisor)
+        hidden = rms_norm(x, scale, self.cfg.norm_eps)
         all_of = lambda name: {path: getattr(out, name) for path, out in found.items()}
         routed = lambda name: {path: getattr(out, name) for path, out in found.items() if out.stats is not None}
         over_batch = lambda by_block: {path: jnp.max(x, axis=1) for path, x in by_block.items()}
@@ -151,17 +154,22 @@ class Transformer(nnx.Module):
         return unit_rows(matrix[...]) if self.cfg.norm_head else matrix
 
     def empty_cache(self, batch: int, length: int) -> dict[str, KVCache]:
-        """A cache of zeros for `length` tokens of `batch` sequences, by block."""
+        """A cache of zeros for `length` tokens of `batch` sequences, by block; in one with a window for at most its."""
         cfg = self.cfg
         out = P(None, sharding.AXES, None, None, None) if sharding.current_sizes() else None
 
-        def zeros_for(layers):
+        def zeros_for(layers, kind):
             latent = (1, cfg.mla.kv_rank + cfg.mla.rope_dim)
-            shape = (layers, batch, length, *(latent if cfg.mla.kv_rank else (cfg.num_kv_heads, cfg.head_dim)))
+            tokens = min(length, cfg.window) if kind.attends.window else length
+            shape = (layers, batch, tokens, *(latent if cfg.mla.kv_rank else (cfg.num_kv_heads, cfg.head_dim)))
             zeros = lambda: jnp.zeros(shape, cfg.compute_dtype, out_sharding=out)
             return KVCache(zeros(), None if cfg.mla.kv_rank else zeros())
 
-        return {path: zeros_for(stack.repeat) for stack in cfg.stacks for path in stack.paths}
+        return {
+            path: zeros_for(stack.repeat, kind)
+            for stack in cfg.stacks
+            for path, kind in zip(stack.paths, stack.unit, strict=True)
+        }
 
 
 class Graph(NamedTuple):

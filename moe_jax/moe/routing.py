@@ -123,12 +123,12 @@ def rank(
 def limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T E"]:
     """Sets the scores of experts outside a token's best groups to −∞ (group-limited selection).
 
-    A group is ranked by the sum of its best two scores, however small K is, and `top_groups` groups are kept
-    (DeepSeek-V3's code).
+    `top_groups` groups are kept. By `group_score` a group is ranked by the sum of its best two scores, however small K
+    is (DeepSeek-V3's code), or by its best score (arXiv:2405.04434, §2.2.1).
     """
     tokens, experts = ranked.shape
     grouped = ranked.reshape(tokens, cfg.num_groups, experts // cfg.num_groups)
-    best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+    best, _ = jax.lax.top_k(grouped, min({"best_two": 2, "best": 1}[cfg.group_score], grouped.shape[-1]))
     _, groups = jax.lax.top_k(jnp.sum(best, axis=-1), cfg.top_groups)
     kept = jnp.any(jax.nn.one_hot(groups, cfg.num_groups, dtype=bool), axis=1)
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)

@@ -1,11 +1,14 @@
 """softmax(q·k/√H) · v behind one function: its back ends, and the choice among them.
 
-| back end  | segments                     | `[B, N, S, S]` | where it runs                                         |
-|-----------|------------------------------|----------------|-------------------------------------------------------|
-| `xla`     | a mask                       | materialised   | anywhere: the reference                               |
-| `chunked` | compared block by block      | never          | anywhere                                              |
-| `cudnn`   | packed sequences (packed.py) | never          | NVIDIA GPUs; segments and MLA need Hopper or newer    |
-| `splash`  | compared block by block      | never          | TPU; S a multiple of 128                              |
+| back end  | segments                     | window          | `[B, N, S, S]` | where it runs                          |
+|-----------|------------------------------|-----------------|----------------|----------------------------------------|
+| `xla`     | a mask                       | a mask          | materialised   | anywhere: the reference                |
+| `chunked` | compared block by block      | only its keys   | never          | anywhere                               |
+| `cudnn`   | packed sequences (packed.py) | of the kernel   | never          | NVIDIA GPUs; segments and MLA need     |
+|           |                              |                 |                | Hopper or newer; no window with MLA    |
+| `splash`  | compared block by block      | only its blocks | never          | TPU; S a multiple of 128               |
+
+With a window of W tokens a query sees its own token and the W − 1 before it.
 
 Letters: N query heads, M key/value heads, H head size of queries and keys, W that of values (in MLA it differs from H).
 """
@@ -61,26 +64,37 @@ def attend(
     v: Float[Array, "B S M W"],
     segments: Int[Array, "B S"] | None,
     backend: str,
+    window: int = 0,
 ) -> Float[Array, "B S N W"]:
     """Computes causal softmax(q·k/√H) · v. With `segments`, a query attends only to keys of its own segment.
 
     A segment is a run of equal ids; an id must not come back later in a row, since back ends differ there.
+    window: number of tokens that a query sees, its own included; 0, or S and more: all before it.
     `model.remat='selective'` keeps what the backward pass needs, so attention is not computed again.
     """
+    window = window if window < q.shape[1] else 0
     if backend == "cudnn" and segments is None:
         # Without per_device, jax.nn computes each device's own sequences and then gathers all of them on every device.
         ordinary = q.shape[-1] == v.shape[-1] <= ORDINARY
-        return sharding.per_device(_cudnn if ordinary else _cudnn_whole_rows, 3)(q, k, v)
+        return sharding.per_device(_with(_cudnn if ordinary else _cudnn_whole_rows, window), 3)(q, k, v)
     if backend == "splash":
         # The kernel does not mark the axes that its results vary over, so the check cannot pass. It is not needed: each
         # operand and result is sharded along the batch over the whole mesh, so nothing has to be reduced.
-        return sharding.per_device(_splash, 4, check_vma=False)(q, k, v, segments)
+        return sharding.per_device(_with(_splash, window), 4, check_vma=False)(q, k, v, segments)
     local = {"xla": _xla, "chunked": chunked_attention, "cudnn": _cudnn_segments}[backend]
-    return sharding.per_device(local, 4)(q, k, v, segments)
+    return sharding.per_device(_with(local, window), 4)(q, k, v, segments)
 
 
-def _xla(q, k, v, segments):
+def _with(local: Callable, window: int) -> Callable:
+    return functools.partial(local, window=window) if window else local
+
+
+def _xla(q, k, v, segments, window=0):
     mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+    if window:
+        at = jnp.arange(q.shape[1])
+        near = (at[:, None] - at[None, :] < window)[None, None]
+        mask = near if mask is None else mask & near
     return keep(plain_attention(q, k, v, mask=mask, is_causal=True), "attention")
 
 
@@ -102,7 +116,7 @@ def _of_one_size(attention: Callable, q, k, v, **options):
 # --- TPU -------------------------------------------------------------------------------------------------------------
 
 
-def _splash(q, k, v, segments, interpret=False):
+def _splash(q, k, v, segments, window=0, interpret=False):
     """Calls JAX's Pallas kernel. It keeps its result and the logsumexp of each query for its backward pass.
 
     The scale multiplies q in its own dtype. This is exact where √H is a power of two; otherwise it rounds once more
@@ -110,21 +124,23 @@ def _splash(q, k, v, segments, interpret=False):
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    kernel = _splash_kernel(q.shape[1], q.shape[2], interpret)
+    kernel = _splash_kernel(q.shape[1], q.shape[2], window, interpret)
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     args = heads_first(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)), heads_first(k), heads_first(v)
     ids = None if segments is None else SegmentIds(segments, segments)
     return heads_first(jax.vmap(kernel)(*args, ids))
 
 
-def _splash_kernel(seq_len: int, heads: int, interpret: bool):
+def _splash_kernel(seq_len: int, heads: int, window: int, interpret: bool):
     """Makes the kernel anew in each trace: its tables of blocks are constants of the program that is traced."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = next(size for size in BLOCKS if seq_len % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
-    mask = splash.MultiHeadMask([splash.CausalMask((seq_len, seq_len))] * heads)
+    shape = (seq_len, seq_len)
+    one = splash.LocalMask(shape, (window - 1, 0), 0) if window else splash.CausalMask(shape)
+    mask = splash.MultiHeadMask([one] * heads)
     return splash.make_splash_mha_single_device(
         mask=mask, block_sizes=sizes, residual_checkpoint_name="attention", interpret=interpret
     )
@@ -133,15 +149,16 @@ def _splash_kernel(seq_len: int, heads: int, interpret: bool):
 # --- GPU -------------------------------------------------------------------------------------------------------------
 
 
-def _cudnn(q, k, v, **options):
+def _cudnn(q, k, v, window=0, **options):
     # Its residuals have no names; `remat.KEPT_PRIMITIVES` keeps them.
+    options |= {"local_window_size": (window - 1, 0)} if window else {}
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", **options)
 
 
-def _cudnn_whole_rows(q, k, v):
+def _cudnn_whole_rows(q, k, v, window=0):
     both = q.shape[-1] == v.shape[-1] or cudnn.version() >= cudnn.TWO_SIZES
-    return cudnn.whole_rows(q, k, v) if both else _of_one_size(_cudnn, q, k, v)
+    return cudnn.whole_rows(q, k, v, window) if both else _of_one_size(_with(_cudnn, window), q, k, v)
 
 
-def _cudnn_segments(q, k, v, segments):
-    return _of_one_size(functools.partial(packed_attention, segments=segments), q, k, v)
+def _cudnn_segments(q, k, v, segments, window=0):
+    return _of_one_size(functools.partial(packed_attention, segments=segments, window=window), q, k, v)

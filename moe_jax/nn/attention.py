@@ -1,54 +1,36 @@
 """Causal self-attention with grouped queries, QK-norm or QK-clip, and a KV cache. Back ends: attend.py; MLA: mla.py.
 
-Letters: N query heads, M key/value heads, H head size, Z cache length.
+Letters: N query heads, M key/value heads, H head size.
 """
 
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
-from moe_jax.nn.attend import attend, plain_attention
-from moe_jax.nn.layers import Init, linear, rms_norm, rope, rope_frequencies
+from moe_jax.config.positions import FULL, Attends
+from moe_jax.nn.attend import attend
+from moe_jax.nn.cache import KVCache, attend_and_write
+from moe_jax.nn.layers import Init, linear, rms_norm, times
 from moe_jax.nn.qk_clip import max_logits
 from moe_jax.nn.remat import keep
+from moe_jax.nn.rope import rotate, rotation
 from moe_jax.parallel import sharding
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the tokens so far. The scan over layers adds a leading L."""
+def scaled_queries(q: Float[Array, "B S N H"], cfg: ModelConfig) -> Float[Array, "B S N H"]:
+    """q such that q·k/√H is q·k times `attention_multiplier`, where that is set.
 
-    k: Float[Array, "*L B Z M H"]
-    v: Float[Array, "*L B Z M H"] | None  # None: the keys are the values (MLA)
-
-    def write(self, k: Float[Array, "B S M H"], v: Float[Array, "B S M H"] | None, start: Int[Array, ""]) -> "KVCache":
-        """Returns the cache with S new tokens written at `start`."""
-        update = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-        return KVCache(update(self.k, k), None if v is None else update(self.v, v))
-
-
-def attend_cache(
-    q: Float[Array, "B S N H"], cache: KVCache, start: Int[Array, ""], scale: float
-) -> Float[Array, "B S N H"]:
-    """Attention of S new tokens, at positions start … start+S−1, to all tokens of the cache up to their own."""
-
-    def local(q, cache, start):
-        length, new = cache.k.shape[1], q.shape[1]
-        visible: Bool[Array, "S Z"] = jnp.arange(length)[None, :] <= start + jnp.arange(new)[:, None]
-        values = cache.k if cache.v is None else cache.v
-        return plain_attention(q, cache.k, values, mask=visible[None, None], scale=scale)
-
-    return sharding.per_device(local, 2, 1)(q, cache, start)
+    The scale is that of queries and not of each back end. In bfloat16 it is exact where it is a power of two, as in
+    Granite, whose multiplier is 1/H with heads of 64.
+    """
+    return times(q, cfg.attention_multiplier * cfg.head_dim**0.5) if cfg.attention_multiplier else q
 
 
 class Attention(nnx.Module):
     """Multi-head attention with grouped queries."""
 
-    def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str):
-        self.cfg, self.backend = cfg, backend
+    def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str, attends: Attends = FULL):
+        self.cfg, self.backend, self.attends = cfg, backend, attends
         d, n, m, h = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         self.w_q = init.normal((d, n * h), "embed heads")
         self.w_k = init.normal((d, m * h), "embed heads")
@@ -81,12 +63,12 @@ class Attention(nnx.Module):
             q, k = rms_norm(q, self.q_norm[...], cfg.norm_eps), rms_norm(k, self.k_norm[...], cfg.norm_eps)
         if cfg.qk_norm_over == "projection":
             q, k = heads(q), heads(k)
-        v, freq = heads(v), rope_frequencies(cfg, cfg.head_dim)
-        q, k = rope(q, positions, freq), rope(k, positions, freq)
-        max_logit = None if counted is None else max_logits(q, k, segments, counted)
+        v, turn = heads(v), rotation(cfg, self.attends, x.shape[1] if cache is None else start + x.shape[1])
+        q, k = scaled_queries(rotate(q, positions, turn), cfg), rotate(k, positions, turn)
+        window = cfg.window if self.attends.window else 0
+        max_logit = None if counted is None else max_logits(q, k, segments, counted, window)
         if cache is None:
-            y = attend(q, k, v, segments, self.backend)
+            y = attend(q, k, v, segments, self.backend, window)
         else:
-            cache = cache.write(k, v, start)
-            y = attend_cache(q, cache, start, cfg.head_dim**-0.5)
+            y, cache = attend_and_write(q, k, v, cache, start, cfg.head_dim**-0.5, window)
         return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), cache, max_logit

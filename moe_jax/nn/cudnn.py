@@ -8,6 +8,7 @@ Letters: P rows, T tokens of a row, N query heads, M key/value heads, H head siz
 R segments of a call.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,15 +42,18 @@ def forward(
     v: Float[Array, "P T M W"],
     packed: Packed | None,
     scale: float,
+    window: int = 0,
 ) -> tuple[Float[Array, "P T N W"], Float[Array, "R N T"]]:
     """Returns causal attention, and the logsumexp of each query, which the backward pass needs.
+
+    window: number of tokens that a query sees, its own included; 0: all before it.
 
     Without `packed`, each row is one sequence, and R = P. With it, results of tokens outside its segments are rubbish,
     and H must equal W: cuDNN is given one list of offsets for keys and values.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    operands, options = _call(cudnn, q, k, v, packed, scale)
+    operands, options = _call(cudnn, q, k, v, packed, scale, window)
     return tuple(cudnn._dot_product_attention_fwd_p.bind(*operands, is_training=True, **options))
 
 
@@ -62,15 +66,16 @@ def backward(
     lse: Float[Array, "R N T"],
     y: Float[Array, "P T N W"],
     dy: Float[Array, "P T N W"],
+    window: int = 0,
 ) -> tuple[Float[Array, "P T N H"], Float[Array, "P T M H"], Float[Array, "P T M W"]]:
     """Returns the gradients of q, k and v. With `packed`, those of tokens outside its segments are rubbish."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    operands, options = _call(cudnn, q, k, v, packed, scale)
+    operands, options = _call(cudnn, q, k, v, packed, scale, window)
     return tuple(cudnn._dot_product_attention_bwd_p.bind(*operands, lse, y, dy, **options))
 
 
-def _call(cudnn, q, k, v, packed, scale):
+def _call(cudnn, q, k, v, packed, scale, window):
     """Operands and parameters that both passes have."""
     cudnn.check_cudnn_version()  # raises an error that says so where there is no cuDNN
     none = jnp.zeros(0, q.dtype)
@@ -89,29 +94,29 @@ def _call(cudnn, q, k, v, packed, scale):
         mask = cudnn.MaskType.PADDING_CAUSAL
     options = {
         "scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False),
-        "mask_type": mask, "layout": cudnn.AttentionLayout.BTNH.value, "sliding_window_length": None,
+        "mask_type": mask, "layout": cudnn.AttentionLayout.BTNH.value, "sliding_window_length": window or None,
     }  # fmt: skip
     if jax.__version_info__ >= (0, 12):
         options |= {"score_mod_name": None, "score_mod_jaxpr": None}
     return (q, k, v, none, *lengths, *offsets, none, none), options
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def whole_rows(
-    q: Float[Array, "B S N H"], k: Float[Array, "B S M H"], v: Float[Array, "B S M W"]
+    q: Float[Array, "B S N H"], k: Float[Array, "B S M H"], v: Float[Array, "B S M W"], window: int = 0
 ) -> Float[Array, "B S N W"]:
     """Causal attention of whole rows. Values of another head size than the keys' need cuDNN 9.10 and Hopper."""
-    return forward(q, k, v, None, q.shape[-1] ** -0.5)[0]
+    return forward(q, k, v, None, q.shape[-1] ** -0.5, window)[0]
 
 
-def _whole_rows_forward(q, k, v):
-    y, lse = keep(forward(q, k, v, None, q.shape[-1] ** -0.5), "attention")
+def _whole_rows_forward(q, k, v, window):
+    y, lse = keep(forward(q, k, v, None, q.shape[-1] ** -0.5, window), "attention")
     return y, (q, k, v, lse, y)
 
 
-def _whole_rows_backward(saved, dy):
+def _whole_rows_backward(window, saved, dy):
     q, k, v, lse, y = saved
-    return backward(q, k, v, None, q.shape[-1] ** -0.5, lse, y, dy)
+    return backward(q, k, v, None, q.shape[-1] ** -0.5, lse, y, dy, window)
 
 
 whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)

@@ -1,4 +1,4 @@
-"""Initialisers, RMSNorm, RoPE, activations, and the dense feed-forward layer. Axis letters: CONTRIBUTING.md."""
+"""Initialisers, RMSNorm, activations, and the dense feed-forward layer. Axis letters: CONTRIBUTING.md."""
 
 import functools
 from collections.abc import Callable
@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from moe_jax.config import ModelConfig
 from moe_jax.nn.remat import keep
 from moe_jax.parallel import sharding
 
@@ -102,32 +100,15 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
         return (y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+def times(x: Array, factor: float) -> Array:
+    """x · factor, computed in float32, in x's dtype. A factor of 1 is no operation."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def unit_rows(w: Float[Array, "V D"]) -> Float[Array, "V D"]:
     """Divides each row by its length, in float32. A row of zeros stays zero."""
     w = w.astype(jnp.float32)
     return w * jax.lax.rsqrt(jnp.sum(jnp.square(w), axis=-1, keepdims=True) + 1e-12)
-
-
-def rope_frequencies(cfg: ModelConfig, size: int) -> Float[np.ndarray, " H/2"]:
-    """The angle by which each pair of a head of `size` rotates per position: θ^(−2i/H), scaled by `rope_scaling`."""
-    freq = cfg.rope_theta ** (-np.arange(size // 2) / (size // 2))
-    s = cfg.rope_scaling
-    if s.factor > 1:
-        rotations = s.original_length * freq / (2 * np.pi)
-        ramp = np.clip((rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-        freq = freq * (ramp + (1 - ramp) / s.factor)
-    return freq.astype(np.float32)
-
-
-def rope(
-    x: Float[Array, "B S N H"], positions: Int[Array, "B S"], freq: Float[np.ndarray, " H/2"]
-) -> Float[Array, "B S N H"]:
-    """Applies rotary position embedding (arXiv:2104.09864). Component i is paired with component i + H/2."""
-    half = x.shape[-1] // 2
-    angle = positions[:, :, None].astype(jnp.float32) * freq[None, None, :]
-    cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
-    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
 class Activation(NamedTuple):

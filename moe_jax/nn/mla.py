@@ -10,12 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
+from moe_jax.config.positions import FULL, Attends
 from moe_jax.nn.attend import attend
-from moe_jax.nn.attention import KVCache, attend_cache
-from moe_jax.nn.layers import Init, linear, rms_norm, rope, rope_frequencies
+from moe_jax.nn.attention import scaled_queries
+from moe_jax.nn.cache import KVCache, attend_and_write
+from moe_jax.nn.layers import Init, linear, rms_norm
 from moe_jax.nn.lora import whole_matrix
 from moe_jax.nn.qk_clip import max_logits
 from moe_jax.nn.remat import keep
+from moe_jax.nn.rope import rotate, rotation
 from moe_jax.parallel import sharding
 
 LATENT_EPS = 1e-6  # in the norms of latents: released models have this value, whatever their `norm_eps`
@@ -24,8 +27,9 @@ LATENT_EPS = 1e-6  # in the norms of latents: released models have this value, w
 class MLA(nnx.Module):
     """Multi-head latent attention."""
 
-    def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str):
-        self.cfg, self.backend = cfg, backend
+    def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str, attends: Attends = FULL):
+        self.cfg, self.backend, self.attends = cfg, backend, attends
+        self.window = cfg.window if attends.window else 0
         m, d, n = cfg.mla, cfg.d_model, cfg.num_heads
         if m.q_rank:
             self.w_q_down = init.normal((d, m.q_rank), "embed latent")
@@ -57,11 +61,12 @@ class MLA(nnx.Module):
             q = times(rms_norm(times(x, "w_q_down"), self.q_norm[...], LATENT_EPS), "w_q_up")
         else:
             q = times(x, "w_q")
+        q = scaled_queries(heads(q, cfg.head_dim), cfg)
         latent = rms_norm(times(x, "w_kv_down"), self.kv_norm[...], LATENT_EPS)
-        freq = rope_frequencies(cfg, size)
-        q_plain, q_rope = jnp.split(heads(q, cfg.head_dim), [cfg.head_dim - size], axis=-1)
-        q_rope = rope(q_rope, positions, freq)
-        k_rope: Float[Array, "B S 1 rotated"] = rope(heads(times(x, "w_k_rope"), size), positions, freq)
+        turn = rotation(cfg, self.attends, x.shape[1] if cache is None else start + x.shape[1])
+        q_plain, q_rope = jnp.split(q, [cfg.head_dim - size], axis=-1)
+        q_rope = rotate(q_rope, positions, turn)
+        k_rope: Float[Array, "B S 1 rotated"] = rotate(heads(times(x, "w_k_rope"), size), positions, turn)
         if cache is not None:
             y, cache = self._cached(q_plain, q_rope, latent, k_rope, cache, start)
             return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), cache, None
@@ -69,8 +74,10 @@ class MLA(nnx.Module):
         v = heads(times(latent, "w_v_up"), cfg.mla.v_dim)
         q = jnp.concatenate([q_plain, q_rope], axis=-1)
         k = jnp.concatenate([k_plain, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
-        max_logit = None if counted is None else max_logits(q, k, segments, counted)
-        y = attend(q, k, v, segments, self.backend)
+        if (factor := cfg.rope_scaling.logit_factor) != 1:
+            q = q * factor
+        max_logit = None if counted is None else max_logits(q, k, segments, counted, self.window)
+        y = attend(q, k, v, segments, self.backend, self.window)
         return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), None, max_logit
 
     def _cached(self, q_plain, q_rope, latent, k_rope, cache: KVCache, start: Int[Array, ""]):
@@ -80,6 +87,7 @@ class MLA(nnx.Module):
         q: Float[Array, "B S N latent+rotated"] = jnp.concatenate(
             [jnp.einsum("bsnh,cnh->bsnc", q_plain, up("w_k_up")), q_rope], axis=-1
         )
-        cache = cache.write(jnp.concatenate([latent[:, :, None], k_rope], axis=-1), None, start)
-        y = attend_cache(q, cache, start, cfg.head_dim**-0.5)[..., :rank]
-        return jnp.einsum("bsnc,cnw->bsnw", y, up("w_v_up")), cache
+        k = jnp.concatenate([latent[:, :, None], k_rope], axis=-1)
+        scale = cfg.head_dim**-0.5 * cfg.rope_scaling.logit_factor
+        y, cache = attend_and_write(q, k, None, cache, start, scale, self.window)
+        return jnp.einsum("bsnc,cnw->bsnw", y[..., :rank], up("w_v_up")), cache

@@ -118,30 +118,34 @@ def packed_attention(
     v: Float[Array, "B S M H"],
     segments: Int[Array, "B S"],
     scale: float,
+    window: int = 0,
 ) -> Float[Array, "B S N H"]:
-    """Computes causal softmax(scale · q·k) · v inside each segment, a run of equal ids. Needs Hopper or newer."""
-    return _packed(q, k, v, segments, scale)
+    """Computes causal softmax(scale · q·k) · v inside each segment, a run of equal ids. Needs Hopper or newer.
+
+    window: number of tokens that a query sees, its own included; 0: all before it in its segment.
+    """
+    return _packed(q, k, v, segments, scale, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _packed(q, k, v, segments, scale):
-    return _forward(q, k, v, segments, scale)[1]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _packed(q, k, v, segments, scale, window):
+    return _forward(q, k, v, segments, scale, window)[1]
 
 
-def _forward(q, k, v, segments, scale):
+def _forward(q, k, v, segments, scale, window):
     cut, sizes = lists(segments), shapes(*segments.shape)
     inside = lambda which: which.reshape(*segments.shape, 1, 1)
     pieces = lambda x: x.reshape(sizes.rows, sizes.length, *x.shape[2:])
 
     def call(i, y):
-        new, lse = cudnn.forward(*map(pieces, (q, k, v)), cut.further_call(sizes, i), scale)
+        new, lse = cudnn.forward(*map(pieces, (q, k, v)), cut.further_call(sizes, i), scale, window)
         return jnp.where(inside(cut.in_further_call(sizes, i)), new.reshape(y.shape), y), lse
 
     def rest(y):
         y, lse = call(0, y)
         return _further_calls(cut, sizes, lambda i, y: call(i, y)[0], y), lse
 
-    y, lse = cudnn.forward(q, k, v, cut.first_call(sizes), scale)
+    y, lse = cudnn.forward(q, k, v, cut.first_call(sizes), scale, window)
     y = jnp.where(inside(cut.in_first_call()), y, 0)
     none = varying_like(jnp.zeros((sizes.rest, q.shape[2], sizes.length), jnp.float32), q)
     y, lse_rest = jax.lax.cond(cut.rest > 0, rest, lambda y: (y, none), y)
@@ -155,12 +159,12 @@ def _further_calls(cut: Lists, sizes: Shapes, call, carry):
     return jax.lax.while_loop(lambda carry: carry[0] * sizes.rest < cut.rest, step, start)[1]
 
 
-def _forward_rule(q, k, v, segments, scale):
-    cut, y, lse, lse_rest = _forward(q, k, v, segments, scale)
+def _forward_rule(q, k, v, segments, scale, window):
+    cut, y, lse, lse_rest = _forward(q, k, v, segments, scale, window)
     return y, (q, k, v, cut, y, lse, lse_rest)
 
 
-def _backward(scale, saved, dy):
+def _backward(scale, window, saved, dy):
     q, k, v, cut, y, lse, lse_rest = saved
     sizes = shapes(*q.shape[:2])
     inside = lambda which: which.reshape(*q.shape[:2], 1, 1)
@@ -169,15 +173,15 @@ def _backward(scale, saved, dy):
     def call(i, gradients, lse=None):
         packed, operands = cut.further_call(sizes, i), tuple(map(pieces, (q, k, v)))
         if lse is None:
-            _, lse = cudnn.forward(*operands, packed, scale)
-        new = cudnn.backward(*operands, packed, scale, lse, pieces(y), pieces(dy))
+            _, lse = cudnn.forward(*operands, packed, scale, window)
+        new = cudnn.backward(*operands, packed, scale, lse, pieces(y), pieces(dy), window)
         which = inside(cut.in_further_call(sizes, i))
         return tuple(jnp.where(which, a.reshape(b.shape), b) for a, b in zip(new, gradients, strict=True))
 
     def rest(*gradients):
         return _further_calls(cut, sizes, call, call(0, gradients, lse_rest))
 
-    gradients = cudnn.backward(q, k, v, cut.first_call(sizes), scale, lse, y, dy)
+    gradients = cudnn.backward(q, k, v, cut.first_call(sizes), scale, lse, y, dy, window)
     gradients = tuple(jnp.where(inside(cut.in_first_call()), x, 0) for x in gradients)
     return *jax.lax.cond(cut.rest > 0, rest, lambda *same: same, *gradients), None
 

@@ -22,6 +22,7 @@ def max_logits(
     k: Float[Array, "B S M H"],
     segments: Int[Array, "B S"] | None,
     counted: Bool[Array, "B S"],
+    window: int = 0,
 ) -> Float[Array, "B N"]:
     """The largest q·k/√H of counted queries and keys they attend to, by sequence and head; −∞ if there are none.
 
@@ -29,6 +30,7 @@ def max_logits(
     it exceeds the maximum by up to the log of the number of keys. Blocks up to the diagonal are computed one at a time,
     so `[B, N, S, S]` never exists. It costs S·N·H FLOPs a token and layer, one sixth of the attention's own (forward
     and backward, causal), and writes and reads each logit once. The backward pass and recomputation cost nothing.
+    window: number of tokens that a query sees, its own included; 0: all before it.
     """
 
     def local(q, k, segments, counted):
@@ -49,11 +51,16 @@ def max_logits(
             i, j = pair
             logits = jnp.einsum("bsmrh,bzmh->bmrsz", q[i], k[j], preferred_element_type=jnp.float32)
             visible = (i * size + position[:, None] >= j * size + position[None, :])[None] & counted[i][:, :, None]
+            if window:
+                visible &= ((i - j) * size + position[:, None] - position[None, :] < window)[None]
             if segments is not None:
                 visible &= segments[i][:, :, None] == segments[j][:, None, :]
             return jnp.max(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=(3, 4)).reshape(b, n)
 
-        return jnp.max(jax.lax.map(largest, np.tril_indices(count)), axis=0) / h**0.5
+        pairs = np.tril_indices(count)
+        if window:  # blocks of which no key is near enough are left out
+            pairs = tuple(x[(pairs[0] - pairs[1] - 1) * size + 1 < window] for x in pairs)
+        return jnp.max(jax.lax.map(largest, pairs), axis=0) / h**0.5
 
     return sharding.per_device(local, 4)(*jax.lax.stop_gradient((q, k)), segments, counted)
 

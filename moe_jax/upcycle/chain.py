@@ -53,6 +53,9 @@ def require_dense(cfg: ModelConfig) -> None:
     memory = any(place.kind.name == "memory" for place in cfg.places)
     require(not memory, "from", f"layers={cfg.layers!r}", "the model has memory blocks, for which there is no rule",
             "nearest valid: a model of dense blocks")  # fmt: skip
+    rule = "its layers do not attend alike, and the rules are for layers in one stack"
+    require(len(set(cfg.attends)) == 1, "from", f"attention_layers={cfg.attention_layers!r}", rule,
+            "nearest valid: one word for all layers")  # fmt: skip
 
 
 def describe(chain: Sequence[Transform]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from moe_jax.evaluate.during_training import HeldOut
 from moe_jax.moe import balance, router_losses
 from moe_jax.nn import lora
 from moe_jax.parallel import sharding
-from moe_jax.run import base, changes, checkpoint, config_file, log, replay, survive, weights
+from moe_jax.run import base, changes, checkpoint, config_file, log, replay, survive, teacher, weights
 from moe_jax.run.recorder import Recorder
 from moe_jax.train import guard, knobs, losses, metrics, step
 from moe_jax.train.state import abstract_weights, choose_program, init_state, process_rows, put_batch
@@ -87,18 +87,21 @@ def train(preemption: survive.Preemption):
     with checkpoint.Checkpoints(workdir) as existing:
         differs = weights.check_same_model(cfg) if cfg.init_from and existing.latest() is None else []
         before = existing.data_state(RESUME_STEP.value)
+        done = RESUME_STEP.value if RESUME_STEP.value is not None else existing.latest() or 0
+    taught = teacher.find(cfg, done, before, mesh.shape["expert"])
 
     # --- data ---------------------------------------------------------------------------------------------------------
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal, init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
     held_out.check_held_out(corpus)
+    unknown = teacher.check_tokenizer(taught, corpus.tokenizer) if taught else []
     read, other_data = data.record.resume(before, checkpoint.gather_json(corpus.record()), ACCEPT.value)
     batches = corpus.train_iterator(process_rows(mesh, cfg.data.batch_size))
     for line in changed:
         say(line)
     say(corpus.table(cfg.train.steps))
-    for line in [*corpus.notes(), *other_data]:
+    for line in [*corpus.notes(), *unknown, *other_data]:
         say(line)
 
     # --- model --------------------------------------------------------------------------------------------------------
@@ -118,6 +121,8 @@ def train(preemption: survive.Preemption):
             say(balance.describe(cfg.loss, cfg.trained, fixed, bool(moving)))
     if line := knobs.describe(cfg):
         say(line)
+    if taught:
+        say(teacher.describe(cfg, taught))
     if cfg.model.lora.rank:
         say(lora.describe(cfg.model, flatten(graph.shapes)))
     say(optim.describe(cfg.optim, graph, dict(mesh.shape), cfg.model.head_dim))
@@ -158,10 +163,12 @@ def train(preemption: survive.Preemption):
     else:
         state = init_state(cfg, mesh)
 
+    lesson, record = teacher.load(taught, mesh) if taught else (None, (before or {}).get("teacher"))
+
     # --- loop --------------------------------------------------------------------------------------------------------
     scores = checkpoints.scores
     scores.update(held_out.scores(workdir, start))
-    train_step = step.make_train_step(cfg, mesh, program)
+    train_step = step.make_train_step(cfg, mesh, program, taught.model if taught else None)
     clock = metrics.Throughput(tokens)
     writer = log.Writer(
         workdir,
@@ -183,6 +190,7 @@ def train(preemption: survive.Preemption):
         saved = {"batches": batches.get_state(), "tokens": clock.tokens, "origin": origin, "read": read}
         saved |= {"revision": changes.REVISION, "steps": steps, "watch": watch.state()}
         saved |= {"base": reference} if reference else {}
+        saved |= {"teacher": record} if record else {}
         with clock.paused():
             checkpoints.save(n, base.kept(cfg, state), saved, wait=wait)
 
@@ -192,10 +200,13 @@ def train(preemption: survive.Preemption):
             survive.stop(start)  # stops before the next step, so that the resumed run repeats this evaluation
         for n in range(start + 1, steps + 1):
             rows, limits = next(batches), watch.limits(n)
-            state, report = train_step(state, put_batch(rows, mesh, cfg), limits)
+            if lesson and not cfg.distill.is_on(n):
+                lesson = None  # the next step is compiled without it
+                progress.write(f"step {n - 1} was the last with a teacher")
+            state, report = train_step(state, put_batch(rows, mesh, cfg), limits, lesson)
             recorder.push(n, report)
             if watch.limit_reached:
-                replay.give_up(workdir, cfg, state, rows, watch.last, limits)
+                replay.give_up(workdir, cfg, state, rows, watch.last, limits, record)
             if evaluation.is_due(n):
                 recorder.flush()
                 evaluation.evaluate(n, state)

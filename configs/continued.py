@@ -10,17 +10,24 @@ Expect: at the first step the loss that the run ended with, and then a lower one
 The part after the colon is the run directory, and after a comma may come a folder of text as for
 configs/balance_scope.py. Without one, the text is the standard library of the Python that runs this. Model, tokenizer
 and sequence length are those of the run. The learning rate rises again before it falls, which arXiv:2410.07524 (§3.1)
-found better than continuing at the lowest rate.
+found better than continuing at the lowest rate. The group of parameters `router` has the routers of the model:
+
+    --config.optim.groups.router.lr=0.1          a lower learning rate of theirs
+    --config.optim.groups.router.start=100       as they are for the first 100 updates
 """
 
+import re
 from pathlib import Path
 
 from configs import balance_scope
 from moe_jax import config as config_lib
+from moe_jax import model
 from moe_jax.data import tokenizers
 from moe_jax.run import config_file
+from moe_jax.tree import flatten
 
 STEPS, BATCH, LONGEST = 300, 16, 512
+ROUTER = "/moe/(w_router$|router/)"
 
 
 def get_config(where: str = "runs/moe"):
@@ -47,6 +54,9 @@ def get_config(where: str = "runs/moe"):
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 10
     config.optim.final_lr_fraction = 0.1
+    paths = flatten(model.abstract(config_lib.build_model(config.model.to_dict())).shapes)
+    if any(re.search(ROUTER, path) for path in paths):  # a group that matches nothing is refused
+        config.optim.groups = {"router": config_lib.parameter_group(match=ROUTER)}
 
     config.data.batch_size = BATCH
     config.data.seq_len = min(earlier["data"]["seq_len"], LONGEST)

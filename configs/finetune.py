@@ -21,20 +21,16 @@ they are:
 
 import glob
 import itertools
-import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from configs import balance_scope, continued
 from moe_jax import config as config_lib
-from moe_jax import model
 from moe_jax.data import readers
 from moe_jax.errors import ConfigError, FileError, nearest
-from moe_jax.tree import flatten
 
 EPOCHS, BATCH = 2, 16
 LOOKED_AT = 1000  # rows of each file
-ROUTER = "/moe/(w_router$|router/)"
 KINDS = {  # fields of a row: fields of the config of a source
     ("messages",): {"messages_field": "messages"},
     ("question", "answer"): {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"},
@@ -105,8 +101,4 @@ def get_config(where: str = "runs/base,answers.jsonl"):
     config.train.checkpoint_every = config.train.eval_every * max(1, 200 // config.train.eval_every)
     config.optim.lr = 1e-4
     config.optim.warmup_steps = min(10, config.train.steps // 10)
-
-    paths = flatten(model.abstract(config_lib.build_model(config.model.to_dict())).shapes)
-    if any(re.search(ROUTER, name) for name in paths):  # a group that matches nothing is refused
-        config.optim.groups = {"router": config_lib.parameter_group(match=ROUTER)}
     return config

@@ -8,14 +8,15 @@ Every arm of `ARMS` is made by `python -m moe_jax.upcycle` with its options, and
 with its fields changed. Runs with the same seed have the same batches; the seed also decides the new routers. The
 comparison shows held-out loss before the first step, against tokens and against FLOPs, and the similarity of a layer's
 experts over time: OUT/table.md, OUT/results.json, OUT/loss.png and OUT/similarity.png. Run the same command to resume.
-`--report_only` writes only the comparison. `--known=FILE` names a results.json (docs/upcycling_runs.json has the
-published runs), whose runs are compared with the others. Those whose experts were measured are not run again, so use
-the same `--set`. A run's checkpoints are deleted after its experts are measured, unless you set `--keep`: an arm of 64
-experts has 8 GB a checkpoint.
+`--only` and `--seeds` choose runs. `--report_only` writes only the comparison. `--known=FILE` names a results.json
+(docs/upcycling_runs.json has the published runs), whose runs are compared with the others. Those whose experts were
+measured are not run again, so use the same `--set`. A run's checkpoints are deleted after its experts are measured,
+unless you set `--keep`: an arm of 64 experts has 8 GB a checkpoint.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +33,15 @@ STEPS, BATCH = 600, 128
 PEAK, LOWEST = 3e-4, 3e-5  # learning rate: risen again, and the least of its schedule
 CHECKPOINTS = 4  # of a run, for the experts' similarity
 
+E8G1T1 = ("--expansion=8", "--granularity=1", "--top_k=1")
 E8G1T2 = ("--expansion=8", "--granularity=1", "--top_k=2")
 E8G8T8 = ("--expansion=8", "--granularity=8", "--top_k=8")
+TERNARY = ("--expert_weights=ternary", "--expert_inputs=int8")
+E8G8T16 = ("--expansion=8", "--granularity=8", "--top_k=16")
+SHARDS, SHARES = "--choice=shards", "--combine=share"
 CONSTANT = {"optim.schedule": "constant", "optim.lr": LOWEST, "optim.warmup_steps": 0}
 MUON = {"optim.name": "muon"}
+ROUTER = "optim.groups.router."  # fields that a dense model does not have
 
 
 class Arm(NamedTuple):
@@ -43,6 +49,7 @@ class Arm(NamedTuple):
     options: tuple[str, ...] | None  # of `python -m moe_jax.upcycle`; None: the dense model
     overrides: dict[str, Any]
     seeds: tuple[int, ...] = (0,)
+    late_router: float = 0.0  # share of the steps in which the router stays as it is
 
 
 SEEDS = (0, 1, 2)  # of the arms that the others are compared with
@@ -58,10 +65,22 @@ ARMS = {
         "… softmax, then top-k, small router", (*E8G8T8, "--score_order=score_topk", "--router_std=0.0005"), {}
     ),
     "drop": Arm("copies, Drop-Upcycling 0.5", (*E8G1T2, "--drop=0.5"), {}),
+    # Eight ternary matrices take as many bytes, packed, as one in bfloat16: as many as the dense model's.
+    "ternary": Arm("ternary copies, E8G1T1", (*E8G1T1, *TERNARY), {}),
+    "ternary_two": Arm("ternary copies, E8G1T2", (*E8G1T2, *TERNARY), {}),
+    "copy_one": Arm("copies, E8G1T1", E8G1T1, {}),
     "dense_muon": Arm("dense, Muon", None, MUON),
     "exact_muon": Arm("virtual groups, Muon", E8G8T8, MUON),
     "dense_constant": Arm("dense, constant lowest rate", None, CONSTANT),
     "exact_constant": Arm("virtual groups, constant lowest rate", E8G8T8, CONSTANT),
+    # That keep shards complete, or for longer. One copy a token is the same number of weights as E8G8T8.
+    "single": Arm("copies, E8G1T1", E8G1T1, {}),
+    "shards": Arm("choice from every shard", (*E8G8T8, SHARDS), {}),
+    "shards_shares": Arm("… equal weights", (*E8G8T8, SHARDS, SHARES), {}),
+    "shards_large_router": Arm("… router ten times as large", (*E8G8T8, SHARDS, "--router_std=0.2"), {}),
+    "shards_two": Arm("choice from every shard, shares, E8G8T16", (*E8G8T16, SHARDS, SHARES), {}),
+    "slow_router": Arm("virtual groups, a tenth of the rate for the router", E8G8T8, {"optim.groups.router.lr": 0.1}),
+    "late_router": Arm("virtual groups, router frozen for a third", E8G8T8, {}, late_router=1 / 3),
 }
 
 DEFAULTS = {
@@ -86,13 +105,17 @@ def weights_of(name: str, seed: int, run: Path, out: Path) -> Path:
 def make_run(name: str, seed: int, out: Path, extra: dict[str, str]) -> Run:
     steps = int(extra.get("train.steps", STEPS))
     times = {"train.eval_every": max(1, steps // 12), "train.checkpoint_every": max(1, steps // CHECKPOINTS)}
-    fields = DEFAULTS | times | extra | ARMS[name].overrides | {"seed": seed}
+    late = {"optim.groups.router.start": round(ARMS[name].late_router * steps)} if ARMS[name].late_router else {}
+    fields = DEFAULTS | times | extra | ARMS[name].overrides | late | {"seed": seed}
     return Run(name, seed, out / name / f"seed{seed}", fields)
 
 
-def planned(names: list[str], out: Path, extra: dict[str, str]) -> list[Run]:
-    """Every arm with its first seed, then the other seeds, so that the finished runs can be compared at any time."""
-    pairs = sorted(((seed, name) for name in names for seed in ARMS[name].seeds), key=lambda pair: pair[0])
+def planned(names: list[str], out: Path, extra: dict[str, str], seeds: Sequence[int] = ()) -> list[Run]:
+    """Every arm with its first seed, then the other seeds, so that the finished runs can be compared at any time.
+
+    seeds: of every arm; (): those of `ARMS`.
+    """
+    pairs = sorted(((seed, name) for name in names for seed in seeds or ARMS[name].seeds), key=lambda pair: pair[0])
     return [make_run(name, seed, out, extra) for seed, name in pairs]
 
 
@@ -122,10 +145,15 @@ def jobs(runs: list[Run], dense: Path, data: str, out: Path, keep: bool) -> list
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
+def _seeds(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=expanded, default=Path("runs/dense"), help="run directory of a dense model")
     parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    parser.add_argument("--seeds", type=_seeds, default=(), help="seeds of every arm; default: one, or three of some")
     parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     pool.add_flags(parser, "runs/upcycling")
@@ -145,9 +173,12 @@ def main() -> int:
         if not (dense / "config.json").is_file():
             print(f"error: --run={arguments.run}: is not a run directory", file=sys.stderr)
             return 2
-        # Fields do not depend on the arm's weights, so those of the dense model show every mistake.
-        runs = [run for run in planned(names, out, extra) if not is_measured(known.get((run.arm, run.seed)))]
-        configs = pool.checked_configs(CONFIG, f"{dense},{data}", runs)
+        planned_runs = planned(names, out, extra, arguments.seeds)
+        runs = [run for run in planned_runs if not is_measured(known.get((run.arm, run.seed)))]
+        # Fields do not depend on the arm's weights, but for the router's, so those of the dense model show mistakes.
+        of_all = lambda fields: {n: x for n, x in fields.items() if not n.startswith(ROUTER)}
+        checked = [run._replace(overrides=of_all(run.overrides)) for run in runs]
+        configs = pool.checked_configs(CONFIG, f"{dense},{data}", checked)
         if configs is None:
             return 2
         if configs:  # else all of it is known

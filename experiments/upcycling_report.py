@@ -28,7 +28,9 @@ NOTES = """\
 Held-out cross-entropy, nats per token, before the first step and after shares of the {tokens:.3g} training tokens.
 *perplexity*: at the end. *against dense*: of the perplexity, seed by seed. *FLOPs*: of a training token, of the dense
 model's. *experts apart*: 1 − cosine of two experts' matrices made of the same shard of a dense layer, at the end, mean
-over layers and matrices. `±` is the sample standard deviation over seeds, whose number stands behind the arm.
+over layers and matrices. *shards uneven*: at the end, the variance of how often a held-out token has a shard, mean and
+largest over layers; 0 if every token has complete copies. *minutes*: of training steps. `±` is the sample standard
+deviation over seeds, whose number stands behind the arm.
 """
 
 
@@ -40,6 +42,8 @@ class Finished(NamedTuple):
     parameters: tuple[int, int]  # total, active
     similarity: dict[int, dict[str, list[float]]]  # by step, by kind of matrix, by layer; {} unknown
     domains: dict[str, float]  # perplexity at the end
+    unevenness: dict[int, list[float]]  # of shards, by step, by layer; {} unknown
+    seconds: float  # of training steps; NaN unknown
 
     @property
     def perplexity(self) -> float:
@@ -75,6 +79,11 @@ class Arm(NamedTuple):
         theirs = {run.seed: run.perplexity for run in base.runs}
         shares = [run.perplexity / theirs[run.seed] - 1 for run in self.runs if run.seed in theirs]
         return cell(np.array(shares), "{:+.2%}") if shares else ""
+
+    def uneven(self) -> str:
+        """At the end, mean and largest over layers, mean over seeds."""
+        last = [layers for run in self.runs for layers in [*run.unevenness.values()][-1:] if layers]
+        return f"{np.mean(last):.2g}; {np.max(last, axis=1).mean():.2g}" if last else ""
 
     def losses(self) -> Float[np.ndarray, "seeds n"]:
         return np.stack([run.loss for run in self.runs])
@@ -114,6 +123,8 @@ def load_run(folder: Path) -> Finished:
         found["flops_per_token"], tuple(found["parameters"]),
         {int(n): kinds for n, kinds in found["similarity"].items()},
         total({row["domain"]: row["perplexity"] for row in domains}),
+        {int(n): layers for n, layers in found.get("unevenness", {}).items()},
+        float(np.sum(np.diff(steps, prepend=0) * np.array([row.get("step_seconds", math.nan) for row in rows]))),
     )  # fmt: skip
 
 
@@ -135,6 +146,8 @@ def read(file: Path) -> Runs:
             similarity = {int(n): kinds for n, kinds in run["similarity"].items()}
             fields = {"tokens": np.array(run["tokens"]), "loss": loss, "similarity": similarity}
             fields["domains"] = total(run["domains"])
+            fields["unevenness"] = {int(n): layers for n, layers in run.get("unevenness", {}).items()}
+            fields["seconds"] = run.get("seconds") or math.nan
             found[arm, run["seed"]] = Finished(**run | fields | {"parameters": tuple(run["parameters"])})
     return found
 
@@ -151,7 +164,7 @@ def arms_of(runs: Runs, labels: dict[str, str]) -> dict[str, Arm]:
 def table(arms: dict[str, Arm]) -> str:
     dense, rows = arms.get("dense"), []
     head = ["arm (seeds)", "parameters", "active", "FLOPs", "before", *(f"{share:.0%}" for share in SHARES), "end",
-            "perplexity", "against dense", "experts apart"]  # fmt: skip
+            "perplexity", "against dense", "experts apart", "shards uneven", "minutes"]  # fmt: skip
     for arm in arms.values():
         first = arm.runs[0]
         flops = dense and first.flops_per_token / dense.runs[0].flops_per_token
@@ -161,7 +174,8 @@ def table(arms: dict[str, Arm]) -> str:
             *(arm.cell(lambda run, share=share: run.at(share), "{:.3f}") for share in SHARES),
             arm.cell(lambda run: run.loss[-1], "{:.3f}"), arm.cell(lambda run: run.perplexity, "{:.2f}"),
             arm.against(dense) if dense and arm is not dense else "",
-            arm.cell(lambda run: [math.nan, *run.apart().values()][-1], "{:.1e}"),
+            arm.cell(lambda run: [math.nan, *run.apart().values()][-1], "{:.1e}"), arm.uneven(),
+            arm.cell(lambda run: run.seconds / 60, "{:.1f}"),
         ])  # fmt: skip
     domains = list(next(iter(arms.values())).runs[0].domains)
     of_domain = lambda arm, d: arm.cell(lambda run: run.domains.get(d, math.nan), "{:.2f}")
@@ -174,7 +188,8 @@ def numbers(arms: dict[str, Arm]) -> dict[str, dict]:
     one = lambda run: {
         "seed": run.seed, "tokens": run.tokens.tolist(), "loss": [x if math.isfinite(x) else None for x in run.loss],
         "flops_per_token": run.flops_per_token, "parameters": run.parameters, "similarity": run.similarity,
-        "domains": run.domains,
+        "domains": run.domains, "unevenness": run.unevenness,
+        "seconds": run.seconds if math.isfinite(run.seconds) else None,
     }  # fmt: skip
     return {name: {"label": arm.label, "runs": [one(run) for run in arm.runs]} for name, arm in arms.items()}
 

@@ -104,7 +104,7 @@ def test_qk_clip_brings_every_head_to_the_threshold(q_rank):
     params = init_state(run, mesh).params
     with jax.set_mesh(mesh):
         batch = put_batch(batch_rows(0.25), mesh, run)
-        top = jax.jit(lambda p: forward(run, graph, p, {}, batch)[0].max_logit["dense_layers"])
+        top = jax.jit(lambda p: forward(graph, p, {}, batch)[0].max_logit["dense_layers"])
         before = np.asarray(top(params))
         limit = float(np.median(before))
         w = params["dense_layers"]["attention"]

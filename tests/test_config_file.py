@@ -72,8 +72,8 @@ def test_config_that_cannot_be_read(tmp_path):
 # --- classes of fields -----------------------------------------------------------------------------------------------
 
 CHANGEABLE = {  # beside all of train, mesh and sample
-    "data.num_workers", "data.cache_dir", "model.remat", "model.unroll", "model.attention", "model.moe.exchange",
-    "model.moe.exchange_chunks", "model.moe.room", "model.moe.grouped_matmul",
+    "distill.teacher", "data.num_workers", "data.cache_dir", "model.remat", "model.unroll", "model.attention",
+    "model.moe.exchange", "model.moe.exchange_chunks", "model.moe.room", "model.moe.grouped_matmul",
 }  # fmt: skip
 OTHER_NUMBERS = {  # of the same function: they make another run, and weights of one may start the other
     "model.compute_dtype", "model.param_dtype", "model.init_std", "model.max_seq_len", "model.segment_mask",

@@ -28,6 +28,7 @@ from moe_jax.evaluate import analysis
 from moe_jax.hf import convert, gguf, safetensors
 from moe_jax.hf.architectures import read_config
 from moe_jax.run import config_file, log
+from moe_jax.upcycle import scores
 
 SAID = (ConfigError, FileError, CheckpointError, UserError)  # cli.run prints these as one line
 SECONDS = 20.0  # far more than any case takes, on a machine that has other work
@@ -150,6 +151,9 @@ def whole(tmp_path_factory) -> Path:
     rows = [{"kind": "train", "step": i, "loss": 1.0 / i} for i in range(1, 5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     write_analysis(folder / "analysis.npz")
+    counts = {"step": 3, "tokens_per_expert": [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]}
+    (folder / "eval.json").write_text(json.dumps(counts), encoding="utf-8")
+    np.save(folder / "units.npy", np.ones((2, 3), np.float32))
     write_store(folder / "store")
     write_answers(folder / "answers")
     write_gguf(folder / "m.gguf")
@@ -176,6 +180,7 @@ def read_all(entries):
     return [e.read() for e in entries.values()]
 
 
+TWO_EXPERTS = config.ModelConfig(num_layers=2, moe=config.MoEConfig(num_experts=2))
 READERS = {  # file → what reads it, given its folder
     "model-00001-of-00002.safetensors": lambda folder: read_all(safetensors.open_model(folder)),
     "model.safetensors.index.json": lambda folder: read_all(safetensors.open_model(folder)),
@@ -185,6 +190,8 @@ READERS = {  # file → what reads it, given its folder
     "config.json": lambda folder: config_file.load_config(folder),
     "metrics.jsonl": lambda folder: log.read_metrics(folder),
     "analysis.npz": lambda folder: analysis.load(folder / "analysis.npz"),
+    "eval.json": lambda folder: scores.read_counts(folder, TWO_EXPERTS),
+    "units.npy": lambda folder: scores.read_units(folder / "units.npy"),
     **{name: lambda folder, name=name: read_source(folder / name)
        for name in ("a.jsonl", "a.csv", "a.txt", "b.jsonl.gz", "a.parquet")},
     "m.gguf": lambda folder: gguf._check_lengths(folder / "m.gguf"),

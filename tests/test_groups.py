@@ -36,7 +36,8 @@ FACTORS = {
     "attention": GroupConfig("attention/w_", lr=0.5),
     "queries": GroupConfig("/w_q$", lr=0.3, weight_decay=2.0),  # also in the one above
     "norms": GroupConfig("norm$", weight_decay=0.0),
-    "router": GroupConfig("/moe/w_router$", lr=3.0),
+    "router": GroupConfig("/moe/w_router$", lr=3.0, start=2),  # one of the three updates
+    "late": GroupConfig("/moe/w_(router|up)$", start=1),
 }
 EXPERTS = {"experts": GroupConfig("/moe/w_(gate|up|down)$", freeze=True)}
 FROZEN = {
@@ -112,7 +113,7 @@ def test_factors_are_those_of_an_optimizer_for_each_leaf(name):
     shapes = model.abstract(run_config().model).shapes
     of_leaf, rate = {}, optim.schedule(cfg, 40)
     for path, label in flatten(optim.label_params(shapes)).items():
-        lr = lambda count, path=path: rate(count) * groups.factor(cfg, "lr", path)
+        lr = lambda count, path=path: rate(count) * groups.factor(cfg, "lr", path) * (count >= groups.start(cfg, path))
         decay = cfg.weight_decay * groups.factor(cfg, "weight_decay", path)
         if optim.owners(cfg)[label] == "muon":
             leaf = muon.muon(lr, weight_decay=decay, cautious_decay=True, dtype=jnp.dtype("float32"),
@@ -124,6 +125,7 @@ def test_factors_are_those_of_an_optimizer_for_each_leaf(name):
     want = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optax.partition(of_leaf, paths))
     assert groups.factor(cfg, "lr", "layers/attention/w_q") == 0.15
     assert groups.factor(cfg, "weight_decay", "layers/attention/w_q") == 2
+    assert [groups.start(cfg, f"layers/moe/w_{name}") for name in ("router", "up", "down")] == [2, 1, 0]
 
     found = []
     for tx in (optim.make_optimizer(cfg, 40), want):
@@ -378,6 +380,8 @@ WRONG = {
     r"x.weight_decay=0.0: has no effect with freeze": dict(match="w_", weight_decay=0.0, freeze=True),
     r"x.freeze=True: leaves no parameter to train; nearest valid: False": dict(match="", freeze=True) | {"match": "."},
     r"x.lr=-1.0: must be ≥ 0": dict(match="w_", lr=-1.0),
+    r"x.start=2: has no effect with freeze=True; nearest valid: 0": dict(match="w_", start=2, freeze=True),
+    r"x.start=40: must be < train.steps=40; .*nearest valid: 39": dict(match="w_", start=40),
     r"x.mach='w_': is not a field; nearest valid name: match": dict(mach="w_"),
 }
 
@@ -412,6 +416,16 @@ def test_another_group_is_another_run(tmp_path):
     for other in ({}, {"experts": GroupConfig("/moe/w_up$", freeze=True)}, FROZEN):
         with pytest.raises(CheckpointError, match=r"another configuration \(config\.optim\.groups\."):
             config_file.resume(tmp_path, run_config(other))
+
+
+def test_a_group_that_does_nothing_is_no_other_run(tmp_path):
+    """A run begun without it goes on with it, and the reverse, until it does something."""
+    idle, acting = ({"x": GroupConfig("w_", start=n)} for n in (0, 3))
+    for number, (first, then) in enumerate((({}, idle), (idle, {}))):
+        config_file.save_config(tmp_path / str(number), run_config(first))
+        assert config_file.resume(tmp_path / str(number), run_config(then)) == (run_config(then), [])
+        with pytest.raises(CheckpointError, match=r"config\.optim\.groups\.x\.start: (absent|0) in the run, 3 now"):
+            config_file.resume(tmp_path / str(number), run_config(acting))
 
 
 def test_a_rule_may_match_nothing_only_among_some_parameters():

@@ -382,6 +382,7 @@ def test_a_model_of_no_architecture_is_refused():
         ({"moe": MoEConfig(num_shared_experts=1, renormalize=True)}, "num_shared_experts"),
         ({"moe": MoEConfig(score_order="topk_score", routed_scaling=2.0)}, "routed_scaling"),
         ({"moe": MoEConfig(score_order="topk_score", num_groups=4, top_groups=2)}, "score_order"),
+        ({"moe": MoEConfig(renormalize=True, top_k=4, shard_groups=2)}, r"moe\.shard_groups \(2 here"),
         ({"layers": "moe moe:4", "qk_norm": True}, r"layers \(moe:8 moe here"),
         ({"layers": "(late dense)", "qk_norm": True}, r"layers \(\(late dense\) here"),
     ):

@@ -130,7 +130,7 @@ def hidden(cfg, mesh, params, bias):
     graph = model.abstract(cfg.model)
     with jax.set_mesh(mesh):
         batch = put_batch(batch_rows(0.25), mesh, cfg)
-        run = jax.jit(lambda params, bias: forward(cfg, graph, params, bias, batch)[0].hidden)
+        run = jax.jit(lambda params, bias: forward(graph, params, bias, batch)[0].hidden)
         return np.asarray(run(params, bias))
 
 

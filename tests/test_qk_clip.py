@@ -100,7 +100,7 @@ def maxima(params) -> dict[str, np.ndarray]:
 @jax.jit
 def _maxima(params, bias, batch):
     graph = model.abstract(run_with().model, Program(max_logit=True))
-    return forward(run_with(), graph, params, bias, batch)[0].max_logit
+    return forward(graph, params, bias, batch)[0].max_logit
 
 
 @functools.cache

@@ -271,6 +271,7 @@ def test_refused_by_name():
     for words, changes in {
         r"model.moe.score='softmax': must be 'sigmoid' with loss.bias_update='quantile'": {"moe": {"score": "softmax"}},
         r"model.moe.num_groups=2: must be 1 .*nearest valid: 1": {"moe": {"num_groups": 2, "top_groups": 2}},
+        r"model.moe.shard_groups=2: must be 1 .*nearest valid: 1": {"moe": {"shard_groups": 2}},
         r"model.moe.top_k=8: must be < 8 .*nearest valid: 7": {"moe": {"top_k": 8}},
         r"loss.bias_update='quantile': needs model.moe.selection_bias": {"moe": {"selection_bias": False}},
         r"loss.load_balance_coef=0.1: must be 0 .*nearest valid: 0.0": {"loss": {"load_balance_coef": 0.1}},

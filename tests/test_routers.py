@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from scipy import special, stats
 from test_invariance import assert_same, batch_rows, run_config
+from test_model import forward, inputs_of, under_mesh
 
 from moe_jax import config
 from moe_jax.config import ExploreConfig, ModelConfig, MoEConfig, RampConfig
@@ -318,6 +319,11 @@ MODELS = {
         {"num_experts": 4, "top_k": 4, "identity_experts": 4, "identity_output": "nothing", "score": "sigmoid"},
         ExploreConfig(),
     ),
+    "shards": (
+        {"layers": "", "num_layers": 1},
+        {"num_experts": 8, "top_k": 4, "shard_groups": 2, "combine": "share", "num_shared_experts": 0},
+        ExploreConfig(noise=0.5),
+    ),
 }  # fmt: skip
 
 
@@ -398,6 +404,9 @@ def test_invariance(name, case):
         made = stats_of.tokens_per_expert.sum(-1)
         if name.startswith("mlp"):  # some slots are under the threshold
             assert (made < 2.95 * stats_of.tokens).all() and (made >= stats_of.tokens).all()
+        if name == "shards":
+            for g in (0, 1):
+                np.testing.assert_array_equal(stats_of.tokens_per_expert[..., g::2].sum(-1), 2 * stats_of.tokens)
         if name == "expert choice":
             loads = stats_of.tokens_per_expert.sum(1)
             assert (loads.max(-1) - loads.min(-1) <= 16).all()  # padding, in half of the sequences
@@ -434,6 +443,24 @@ def test_expert_choice_writes_no_text():
     mesh, state = state_on("expert choice", (1, 1, 1))
     with pytest.raises(ConfigError, match=r"model\.moe\.choice='expert': depends on later tokens"):
         generate(cfg.model, mesh, state.params, state.router_bias, [[1]], 2)
+
+
+@pytest.mark.slow
+def test_a_choice_from_every_shard_writes_text():
+    """Token by token from the cache as in one pass over all of it."""
+    cfg, (mesh, state) = routers_config("shards").model, state_on("shards", (1, 1, 1))
+    prompts = [[5, 7, 2], [3]]
+    out = generate(cfg, mesh, state.params, state.router_bias, prompts, 5)
+    table = np.zeros((2, 8), np.int32)
+    for row, ids in enumerate(out):
+        table[row, : len(ids)] = ids
+    run = under_mesh(functools.partial(forward, cfg))
+    hidden = np.asarray(run(state.params, state.router_bias, inputs_of(table))[0], np.float64)
+    logits = hidden @ np.asarray(state.params["head"]).T
+    for row, prompt in enumerate(prompts):
+        best = np.sort(logits[row, len(prompt) - 1 : len(prompt) + 4], -1)
+        assert (best[:, -1] - best[:, -2]).min() > 1e-4
+        assert out[row][len(prompt) :] == logits[row, len(prompt) - 1 : len(prompt) + 4].argmax(-1).tolist()
 
 
 # --- identity experts -------------------------------------------------------------------------------------------------
@@ -519,6 +546,14 @@ REFUSED = {
     "a threshold for experts' choices": ("expert choice", "explore", {"threshold": 0.1}, r"explore\.threshold"),
     "more experts than there are": ("mlp", "explore", {"top_k": 7}, r"explore\.top_k=7: must be ≤ 6"),
     "a balancing loss": ("expert choice", "loss", {"load_balance_coef": 0.1}, r"loss\.load_balance_coef"),
+    "a threshold for shards": ("shards", "explore", {"threshold": 0.1}, r"explore\.threshold=0\.1: is not available"),
+    "half of the shards in training": ("shards", "explore", {"top_k": 3}, r"as shard_groups must divide"),
+    "shares in a table": (
+        "cosine",
+        "moe",
+        {"combine": "share", "shard_groups": 2, "renormalize": False},
+        r"moe\.combine='share': is not available with table",
+    ),
     "text": ("expert choice", "sample", {"tokens": 4}, r"sample\.tokens=4: must be 0"),
 }
 
@@ -557,6 +592,12 @@ def test_refused_together():
         ({"compute": "capacity", "overflow": "score", "combine": "one"}, "overflow"),
         ({"choice": "expert", "compute": "capacity"}, "compute"),
         ({"router_width": 8}, "router_width"),
+        ({"top_k": 4, "shard_groups": 3}, r"shard_groups=3: must divide num_experts=8 and top_k=4; nearest valid: 2"),
+        ({"shard_groups": 2, "num_groups": 2, "top_groups": 2}, "num_groups=2: is not available with shard_groups"),
+        ({"shard_groups": 2, "num_experts": 6, "identity_experts": 2}, "identity_experts"),
+        ({"shard_groups": 2, "choice": "expert"}, "shard_groups"),
+        ({"combine": "share"}, "combine='share': needs shard_groups > 1"),
+        ({"combine": "share", "shard_groups": 2, "renormalize": True}, "renormalize"),
         ({"overflow": "random"}, "overflow"),
         ({"identity_experts": 2, "num_groups": 2, "top_groups": 1}, "identity_experts"),
         ({"top_k": 11, "identity_experts": 2}, r"must be ≤ num_experts=8 \+ identity_experts=2"),

@@ -49,6 +49,9 @@ VARIANTS = {
         6,
         MoEConfig(num_experts=8, top_k=2, num_groups=2, top_groups=1, score_order="topk_score"),
     ),
+    "shards": (6, MoEConfig(num_experts=12, top_k=3, shard_groups=3, score_order="topk_score", routed_scaling=2.0)),
+    "shards_share": (6, MoEConfig(num_experts=12, top_k=6, shard_groups=3, combine="share", routed_scaling=0.5)),
+    "shards_sigmoid": (5, MoEConfig(num_experts=8, top_k=4, shard_groups=2, combine="share", score="sigmoid")),
 }
 FIELDS = ("tokens", "tokens_per_expert", "prob_per_expert", "z_sq", "dropped")
 
@@ -113,6 +116,10 @@ def scores_of(row, cfg):
 def select(row, bias, cfg):
     """Expert ids of one token, best first, ties to the lower id."""
     ranked = (row if cfg.score_order == "topk_score" else scores_of(row, cfg)) + bias
+    if cfg.shard_groups > 1:
+        groups = [range(g, cfg.num_experts, cfg.shard_groups) for g in range(cfg.shard_groups)]
+        best = [sorted(m, key=lambda e: (-ranked[e], e))[: cfg.top_k // cfg.shard_groups] for m in groups]
+        return [e for of_rank in zip(*best, strict=True) for e in of_rank]
     size = cfg.num_experts // cfg.num_groups
     members = [range(g * size, (g + 1) * size) for g in range(cfg.num_groups)]
     strength = [sum(sorted(ranked[list(m)])[-1 if cfg.group_score == "best" else -2 :]) for m in members]
@@ -134,6 +141,10 @@ def by_hand(inputs, cfg, logits=None, experts=None):
         weights = softmax(row[ids]) if cfg.score_order == "topk_score" else scores[ids]
         weights = weights / weights.sum() if cfg.renormalize else weights
         weights = np.ones(len(ids)) if cfg.combine == "one" else weights
+        if cfg.combine == "share":
+            weights = np.array([w / sum(v for j, v in zip(ids, weights, strict=True)
+                                        if (j - e) % cfg.shard_groups == 0)
+                                for e, w in zip(ids, weights, strict=True)])  # fmt: skip
         out["experts"].append(ids)
         out["weights"].append(weights * cfg.routed_scaling)
         out["probs"].append(scores / scores.sum())
@@ -202,6 +213,9 @@ def test_renaming_experts_renames_choices_and_statistics(name, seed):
     # With groups, whole groups change places and experts change places inside their group.
     size = cfg.num_experts // cfg.num_groups
     order = np.concatenate([g * size + rng.permutation(size) for g in rng.permutation(cfg.num_groups)])
+    if cfg.shard_groups > 1:  # the members of a shard group change places
+        groups = [rng.permutation(np.arange(g, cfg.num_experts, cfg.shard_groups)) for g in range(cfg.shard_groups)]
+        order = np.stack(groups, axis=1).ravel()
     plan, probs, stats = run(**inputs, cfg=cfg)
     renamed = {**inputs, "logits": inputs["logits"][:, order], "bias": inputs["bias"][order]}
     plan2, probs2, stats2 = run(**renamed, cfg=cfg)
@@ -266,6 +280,9 @@ def test_bias_moves_the_selection_only(name, seed):
         size = cfg.num_experts // cfg.num_groups
         groups = rng.permutation(cfg.num_groups)[: cfg.top_groups]
         chosen = np.concatenate([g * size + np.arange(size) for g in groups])[: cfg.top_k]
+    if cfg.shard_groups > 1:
+        groups = [rng.permutation(np.arange(g, cfg.num_experts, cfg.shard_groups)) for g in range(cfg.shard_groups)]
+        chosen = np.concatenate([members[: cfg.top_k // cfg.shard_groups] for members in groups])
     bias = np.zeros(cfg.num_experts, np.float32)
     bias[chosen] = 100.0
     plan, probs, _ = run(**{**inputs, "bias": bias}, cfg=cfg)
@@ -274,6 +291,23 @@ def test_bias_moves_the_selection_only(name, seed):
     np.testing.assert_array_equal(probs, free_probs)
     want = by_hand(inputs, cfg, experts=np.asarray(plan.experts))["weights"]
     np.testing.assert_allclose(plan.weights, want, rtol=2e-6)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(name=st.sampled_from(["shards", "shards_share", "shards_sigmoid"]), seed=st.integers(0, 10**6))
+def test_every_shard_group_gives_the_same_number_and_weight(name, seed):
+    """Whatever logits, ties and bias are: K/G distinct experts of each group, and with shares one weight a group."""
+    cfg, inputs, rng = draw(name, seed)
+    t, g = len(inputs["logits"]), cfg.shard_groups
+    inputs["logits"] = rng.choice([-30.0, 0.0, 0.5, 30.0], inputs["logits"].shape).astype(np.float32)
+    plan = run(**inputs, cfg=cfg)[0]
+    experts = np.asarray(plan.experts)
+    assert all(len(set(row)) == cfg.top_k for row in experts.tolist())
+    member = experts[:, :, None] % g == np.arange(g)
+    np.testing.assert_array_equal(member.sum(1), np.full((t, g), cfg.top_k // g))
+    if cfg.combine == "share":
+        sums = (np.asarray(plan.weights)[:, :, None] * member).sum(1)
+        np.testing.assert_allclose(sums, np.full((t, g), cfg.routed_scaling), rtol=1e-5)
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
@@ -373,8 +407,8 @@ def test_equal_routings_are_plainly_equal():
     bias = np.random.default_rng(1).normal(size=4, scale=0.3).astype(np.float32)
     functions, said = {}, 0
     fields = {"top_k": (1, 2, 4), "score": ("softmax", "sigmoid"), "score_order": ("score_topk", "topk_score"),
-              "renormalize": (False, True), "combine": ("score", "one"), "selection_bias": (False, True),
-              "num_groups": (1, 2), "top_groups": (1, 2)}  # fmt: skip
+              "renormalize": (False, True), "combine": ("score", "one", "share"), "selection_bias": (False, True),
+              "num_groups": (1, 2), "top_groups": (1, 2), "shard_groups": (1, 2)}  # fmt: skip
     for values in itertools.product(*fields.values()):
         try:
             cfg = MoEConfig(num_experts=4, **dict(zip(fields, values, strict=True)))

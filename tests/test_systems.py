@@ -40,19 +40,26 @@ from moe_jax.train import knobs, metrics, step
 from moe_jax.train.gradients import make_gradients
 from moe_jax.train.state import abstract_batch, abstract_state, abstract_weights, init_state, process_rows, put_batch
 from moe_jax.tree import flatten, nest
-from moe_jax.upcycle import Cluster, Depth, Drop, Transform, VirtualGroups, Width
+from moe_jax.upcycle import Beside, Cluster, Depth, Drop, Grow, Mask, Quantize, Transform, VirtualGroups, Width
 
 REPO = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (REPO / "configs" / "systems").glob("*.py"))
 SOURCE = "base"  # the dense model that upcycling starts from
 # What the first command of an upcycled system does to it.
 CHAINS: dict[str, list[Transform]] = {
-    "aquila": [Depth(6), Width(256, 512, 4), VirtualGroups(8, 1, 2)],
+    "aquila": [Depth(6), Width(256, 512, 4, aki=True), VirtualGroups(8, 1, 2)],
     "cpm2": [VirtualGroups(8, 1, 1)],
     "drop_upcycling": [VirtualGroups(8, 1, 2), Drop(0.5)],
     "emoe": [Cluster(16, 4, dense_layers=2)],
+    "evomoe": [VirtualGroups(8, 1, 1, "none", score_order="score_topk", dense_layers=2), Mask(0.2)],
     "llama3_meets_moe": [VirtualGroups(8, 1, 2)],
-}
+    "mixda": [Beside(16, 64, moe={"score": "softmax", "score_order": "topk_score", "renormalize": False,
+                                  "routed_scaling": 1.0})],
+    "mixture_growth": [VirtualGroups(8, 1, 2, score_order="score_topk", renormalize=True), Drop(0.5), Grow(16)],
+    "mote": [Beside(4, top_k=1, init="copy", moe={"score": "softmax", "score_order": "score_topk",
+                                                 "renormalize": False, "routed_scaling": 1.0}), Quantize()],
+}  # fmt: skip
+TEACHERS = {"runs/dense": "base", "runs/pr_moe": "pr_moe"}  # by the directory that a file names
 MESH = (2, 2, 2)
 # Files that are traced in the fast part: each has something in its program that no other has.
 TRACED_FAST = (
@@ -75,6 +82,11 @@ def toy(name: str) -> RunConfig:
     small = dataclasses.replace(cfg.model, vocab_size=512)
     data = dataclasses.replace(cfg.data, batch_size=8, seq_len=16, tokenizer=config.TokenizerConfig())
     return dataclasses.replace(cfg, model=small, data=data)
+
+
+def teacher_of(cfg: RunConfig) -> ModelConfig | None:
+    """The model of a system's teacher; None if it has none."""
+    return toy(TEACHERS[cfg.distill.teacher]).model if cfg.distill.teacher else None
 
 
 @functools.cache
@@ -118,9 +130,10 @@ def test_docstring(name):
 )
 def test_traced_on_a_mesh(name):
     cfg, mesh = toy(name), mesh_of(*MESH)
-    state = abstract_state(cfg, mesh)
+    state, taught = abstract_state(cfg, mesh), teacher_of(cfg)
+    arguments = state, abstract_batch(cfg, mesh), None, abstract_weights(taught, mesh) if taught else None
     with jax.set_mesh(mesh):
-        new, report = jax.eval_shape(step.make_train_step(cfg, mesh).__wrapped__, state, abstract_batch(cfg, mesh))
+        new, report = jax.eval_shape(step.make_train_step(cfg, mesh, None, taught).__wrapped__, *arguments)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     identity = cfg.model.moe.identity_experts
     columns = {place.path: place.kind.experts + identity for place in cfg.model.places if place.kind.experts}
@@ -132,9 +145,13 @@ def test_traced_on_a_mesh(name):
 def test_a_step(name):
     """Changes every parameter that is not frozen, routes every token, and ends with finite numbers."""
     cfg, mesh = toy(name), mesh_of(*MESH)
-    state = init_state(cfg, mesh)
+    state, taught = init_state(cfg, mesh), teacher_of(cfg)
     before = jax.device_get(state.params)
-    after, report = step.make_train_step(cfg, mesh)(state, put_batch(batch_rows(cfg), mesh, cfg))
+    with jax.set_mesh(mesh):
+        lesson = model.init(taught, jax.random.key(1)) if taught else None
+    run = step.make_train_step(cfg, mesh, None, taught)
+    after, report = run(state, put_batch(batch_rows(cfg), mesh, cfg), None, lesson)
+    assert {"distill", "distill_raw"} <= set(report.terms) or not taught
     assert np.isfinite(report.loss) and report.grad_norm > 0
     moe, tokens = cfg.trained.moe, 8 * 16
     for path, sums in report.router.items():
@@ -170,7 +187,7 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_upcycling_command(name, runs):
-    """It is the chain above, and the training command takes what it makes. Nothing but copies is the dense function."""
+    """It is the chain above, and the training command takes what it makes. Copies and zeros are the dense function."""
     ((start, folder, options),) = re.findall(UPCYCLE, load(name)[0], re.MULTILINE)
     made = runs / Path(folder).name
     command = [sys.executable, "-m", "moe_jax.upcycle", f"--from={runs / Path(start).name}", f"--workdir={made}"]
@@ -183,7 +200,7 @@ def test_the_upcycling_command(name, runs):
         *_, origin = weights.load_weights(made, *abstract_weights(cfg.model, mesh_of(1, 1, 1)))
     assert origin[-1]["chain"] == json.loads(json.dumps(upcycle.describe(CHAINS[name])))
     error = float(re.search(r"relative error of the logits on random tokens: (\S+)", ran.stdout)[1])
-    exact = name in ("cpm2", "llama3_meets_moe")
+    exact = name in ("cpm2", "llama3_meets_moe", "mixda")
     assert (error < 1e-5) == exact == ("function: the same as that of the dense model" in ran.stdout)
 
 
@@ -233,6 +250,14 @@ def test_pr_moe_is_a_pyramid():
     assert counts.total - counts.active == idle
 
 
+def test_mos_is_a_smaller_pyramid():
+    """One block less than its teacher, of the same kinds, and the larger bank in as many layers."""
+    assert experts_by_depth("mos") == [0, 8, 0, 16, 0, 16, 0]
+    student, teacher = (load(name)[1] for name in ("mos", "pr_moe"))
+    assert 0 < student.distill.stop_step < student.train.steps
+    assert model.count_parameters(student.model).total < model.count_parameters(teacher.model).total
+
+
 def test_ling_begins_at_random():
     """In the first step two batches of different logits have the same routes; after the warm-up they are the best K."""
     cfg = load("ling")[1]
@@ -249,7 +274,7 @@ def test_ling_begins_at_random():
 def test_evomoe_gets_sparser():
     """Along the ramp, on the same logits; evaluation takes the best expert with its softmax as weight."""
     logits = np.random.default_rng(0).normal(0, 0.5, (500, 8))
-    slots = [routed("evomoe", logits, number).valid.sum(1).mean() for number in (0, 50, 100, 149)]
+    slots = [routed("evomoe", logits, number).valid.sum(1).mean() for number in (0, 25, 50, 74)]
     assert slots == sorted(slots, reverse=True) and slots[0] > 7.9 and slots[-1] < 1.5
     plan = routed("evomoe", logits)
     np.testing.assert_array_equal(plan.experts, logits.argmax(1)[:, None])

@@ -21,6 +21,7 @@ from tests.upcycle_source import (
     apply,
     dense,
     dense_logits,
+    distance,
     error,
     mesh_of,
 )  # fmt: skip
@@ -69,6 +70,43 @@ def test_with_shared_experts_dense_layers_groups_of_experts_and_a_selection_bias
     cfg, params = apply(chain)
     assert params["layers"]["moe"]["shared"]["w_down"].shape == (1, 64, 16)
     assert (cfg.num_dense_layers, cfg.moe.num_experts, cfg.moe.d_expert) == (1, 16, 8)
+
+
+SHARDS = {
+    "scores": {"combine": "score", **FIXED["topk_softmax"]},
+    "shares": {"combine": "share", "routed_scaling": 1.5, "num_shared_experts": 4, "dense_layers": 1},
+    "shares of sigmoids": {"combine": "share", "score": "sigmoid", "score_order": "score_topk"},
+}
+
+
+OTHERS = [pair for pair in itertools.product(SHARDS, (1, 2, 4)) if pair != ("shares", 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "copies"), [("shares", 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
+)
+def test_a_choice_from_every_shard(name, copies):
+    """Exact at the start, and with shares or one copy a token of weight one for any router that training may make.
+
+    There every token has different copies of its shards, whose weights add up to one copy. Without shares, or with the
+    choice of copies, such a router makes another function.
+    """
+    chain = [VirtualGroups(4, 4, 4 * copies, choice="shards", router_std=STD, **SHARDS[name])]
+    assert chain[0].changes(dense()[0]) == ""
+    assert error(chain) < 1e-5
+    cfg, params = apply(chain)
+    free = STD * np.random.default_rng(0).normal(size=params["layers"]["moe"]["w_router"].shape)
+    params["layers"]["moe"]["w_router"] = jax.numpy.float32(free)
+    changed = distance(upcycle.logits(cfg, params, TOKENS, mesh_of(1, 1, 1)))
+    assert (changed > 0.05) if name == "scores" else (changed < 1e-5)
+
+
+@pytest.mark.slow
+def test_a_choice_of_copies_loses_shards_once_rows_differ():
+    cfg, params = apply([VirtualGroups(4, 4, 4, router_std=STD)])
+    w = params["layers"]["moe"]["w_router"]
+    params["layers"]["moe"]["w_router"] = w + 0.1 * np.random.default_rng(0).normal(size=w.shape).astype(np.float32)
+    assert distance(upcycle.logits(cfg, params, TOKENS, mesh_of(1, 1, 1))) > 0.05
 
 
 # --- where it cannot be exact, and the paper's scale -----------------------------------------------------------------

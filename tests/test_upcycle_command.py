@@ -81,6 +81,10 @@ MISTAKES = {
     "--granularity=4 --num_shared_experts=3": ["--num_shared_experts=3", "multiple of granularity=4", "valid: 4"],
     "--method=cluster --num_experts=5": ["--num_experts=5: must divide the dense d_ff=32", "nearest valid: 4"],
     "--method=cluster --num_experts=4 --top_k=9": ["--top_k=9: must be ≤ num_experts=4", "nearest valid: 4"],
+    "--choice=shards": ["--choice=shards: needs granularity > 1", "nearest valid: 'copies'"],
+    "--granularity=4 --combine=share": ["--combine=share: needs choice='shards'", "nearest valid: 'score'"],
+    "--granularity=4 --choice=shards --combine=share --renormalize": ["--renormalize=True: has no effect with combine"],
+    "--method=cluster --choice=shards": ["--choice=shards: has no effect without --method=virtual_groups"],
     # layers
     "--dense_layers=2": ["--dense_layers=2: must be in [0, 1]", "of the 2 layers that stay dense", "nearest valid: 1"],
     "--dense_layers=-1": ["--dense_layers=-1: must be in [0, 1]", "nearest valid: 0"],
@@ -92,8 +96,8 @@ MISTAKES = {
     "--layers=(late,dense)": ["--layers=(late,dense): at character 6, ','", "nearest valid: '(late dense)'"],
     "--layers=moe:4*dense": ["--layers=moe:4*dense: at character 6, '*'"],
     "--layers=moe:2dense --dense_layers=1": ["--dense_layers=1: has no effect with layers"],
-    "--method=none --layers=moe": ["--layers=moe: has no effect without --method=virtual_groups or cluster"],
-    "--depth=1": ["--depth=1: must be ≥ num_layers=2", "nearest valid: 2"],
+    "--method=none --layers=moe": ["--layers=moe: has no effect without --method=virtual_groups, cluster"],
+    "--depth=-1": ["--depth=-1: must be in [1, 9999]", "nearest valid: 1"],
     "--width=40": ["--width=40: must be a multiple of d_model=16", "nearest valid: 32"],
     "--heads=3": ["--heads=3: must be a multiple of num_heads=2", "nearest valid: 4"],
     "--d_ff=20": ["--d_ff=20: must be ≥ the model's d_ff=32", "nearest valid: 32"],
@@ -109,10 +113,30 @@ MISTAKES = {
     "--granularty=8": ["unknown flag --granularty; nearest valid: --granularity"],
     "stray": ["unexpected argument 'stray'"],
     "--method=cluster --scale=paper": ["--scale=paper: has no effect without --method=virtual_groups"],
-    "--method=none --dense_layers=1": ["--dense_layers=1: has no effect without --method=virtual_groups or cluster"],
+    "--method=none --dense_layers=1": ["--dense_layers=1: has no effect without --method=virtual_groups, cluster"],
     "--num_experts=8": ["--num_experts=8: has no effect without --method=cluster"],
     "--noshared_indices": ["--shared_indices=False: has no effect without --drop"],
     "--depth_new=identity": ["--depth_new=identity: has no effect without --depth"],
+    "--d_expert=8": ["--d_expert=8: has no effect without --method=beside or importance"],
+    "--method=merge --num_experts=8": ["--num_experts=8: has no effect without --method=cluster, beside or importance"],
+    "--aki": ["--aki=True: has no effect without --width, --d_ff or --heads"],
+    "--scores=x": ["--scores=x: has no effect without --prune or --method=importance"],
+    "--method=importance --scores=x --score_sequences=2": ["--score_sequences=2: has no effect", "without --scores"],
+    "--weights=1": ["--weights=1: has no effect without several run directories that are averaged"],
+    # models with experts, scores, shares
+    "--prune=4": ["--from=@/dense: it has no experts, which this transform changes", "a model with experts"],
+    "--from=@/moe --prune=1": ["--prune=1: must be in [2, 8]", "nearest valid: 2"],
+    "--method=virtual_groups --prune=4": ["@/dense/eval.json: no such file; eval.py --workdir=@/dense writes it"],
+    "--method=virtual_groups --prune=4 --scores=@/file": ["@/file: is not a valid evaluation file"],
+    "--from=@/moe --grow=16": ["--from=@/moe: the model has moe.score_order='topk_score': a bias closes only"],
+    "--method=beside --d_expert=5": ["--d_expert=5: must divide the dense d_ff=32", "nearest valid: 4"],
+    "--method=importance --shared=40": ["--shared=40: must be in [0, 32]", "nearest valid: 32"],
+    "--method=importance --scores=@/file": ["@/file: is not a NumPy file with one array of numbers"],
+    "--mask=2": ["--mask=2.0: must be in [0, 1]", "nearest valid: 1.0"],
+    "--from=@/trained@10,@/trained --weights=1": ["--weights=1: must be 2 numbers", "nearest valid: 1,1"],
+    "--from=@/trained@10,@/trained --weights=0,0": ["--weights=0,0: must be ≥ 0, and not all 0", "nearest valid: 1,1"],
+    "--from=@/trained@10,@/trained --weights=a,b": ["--weights=a,b: must be numbers"],
+    "--from=@/trained@10,@/trained --method=merge --top_k=3": ["--top_k=3: must be in [1, 2]", "nearest valid: 2"],
     # sources
     "--from=@/moe": ["--from=@/moe: the model is a Mixture of Experts already, in 2 of its 2 layers"],
     "--from=@/nowhere": ["--from=@/nowhere: no such run directory"],
@@ -191,6 +215,61 @@ def test_everything_at_once(server, root):
     np.testing.assert_allclose(params["embed"], 15 * dense()[1]["embed"], rtol=1e-6)
     steps = [event["steps"] for o in origin[0]["origins"] for event in o]
     assert origin[0]["event"] == "average" and steps == [10, 20]
+
+
+@pytest.mark.slow
+def test_merged_pruned_and_grown(server, root):
+    """Three commands: steps of a dense run as experts, their bank pruned by counts, and grown. Each keeps its origin,
+    and the biases that are saved close the new experts."""
+    options = ["--method=merge", "--top_k=1", "--nocheck"]
+    runs = f"--from={root}/trained@10,{root}/trained,{root}/trained"
+    status, _, stderr, _ = server(PROGRAM, runs, f"--workdir={root}/merged", *options)
+    assert status == 0, stderr
+    cfg, merged, _, origin = load(root / "merged")
+    assert (cfg.model.moe.num_experts, origin[0]["event"]) == (3, "merge")
+    np.testing.assert_array_equal(merged["layers"]["moe"]["w_up"][:, 1], 20 * dense()[1]["dense_layers"]["mlp"]["w_up"])
+    counts = {"step": 0, "tokens_per_expert": [[[5, 1, 3]], [[0, 2, 9]]]}
+    (root / "merged" / "eval.json").write_text(json.dumps(counts), encoding="utf-8")
+    pruned = [f"--from={root}/merged", f"--workdir={root}/pruned", "--prune=2"]
+    status, stdout, stderr, _ = server(PROGRAM, *pruned)
+    assert status == 0, stderr
+    assert "function: changed: 33% of the experts are gone, for the tokens that used them" in stdout
+    cfg, params, _, origin = load(root / "pruned")
+    assert origin[-1]["chain"] == [{"transform": "Prune", "num_experts": 2}] and origin[-1]["scores"]
+    kept = np.stack([merged["layers"]["moe"]["w_up"][0][[0, 2]], merged["layers"]["moe"]["w_up"][1][[1, 2]]])
+    np.testing.assert_array_equal(params["layers"]["moe"]["w_up"], kept)
+    renormalised = dataclasses.replace(cfg.model.moe, score_order="score_topk", renormalize=True)
+    run = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=renormalised))
+    weights.save_weights(root / "open", run, params, {}, ORIGIN)
+    status, stdout, stderr, _ = server(PROGRAM, f"--from={root}/open", f"--workdir={root}/grown", "--grow=4")
+    assert status == 0 and "function: the same as before\nrelative error" in stdout, stderr
+    _, _, bias, _ = load(root / "grown")
+    np.testing.assert_array_equal(bias["layers"]["moe"]["router_bias"], [[0, 0, -1, -1]] * 2)
+
+
+@pytest.mark.slow
+def test_experts_of_units_by_scores_of_training_text(server, root):
+    """The command computes them on the run's own text, as `unit_scores` does on the same rows; or takes a file."""
+    (root / "text").mkdir()
+    (root / "text" / "a.txt").write_text("one two three four five\n" * 400, encoding="utf-8")
+    source = config.SourceConfig(kind="files", path=f"{root}/text/a.txt")
+    data = config.DataConfig(sources={"a": source}, seq_len=16, batch_size=2, cache_dir=str(root / "cache"))
+    cfg, params = dense(vocab_size=257)
+    run = dataclasses.replace(RUN, model=cfg, data=data)
+    weights.save_weights(root / "units", run, params, {}, ORIGIN)
+    options = ["--method=importance", "--shared=8", "--layers=2*table", "--score_sequences=3"]
+    status, stdout, stderr, _ = server(PROGRAM, f"--from={root}/units", f"--workdir={root}/units_moe", *options)
+    assert status == 0, stderr
+    assert "changed: 4 experts with 14 of the 32 hidden units of a layer" in stdout
+    rows = upcycle.scores.training_rows(run, root / "units", 3)
+    found = upcycle.unit_scores(cfg, params, rows)
+    assert rows["tokens"].shape == (3, 16) and np.std(found["dense_layers"]) > 0
+    np.save(root / "scores.npy", found["dense_layers"])
+    made, tables = load(root / "units_moe")[1:3]
+    assert tables["layers"]["moe"]["table"].shape == (2, 257, 1)
+    again = [f"--workdir={root}/units_again", *options[:-1], f"--scores={root}/scores.npy"]
+    assert server(PROGRAM, f"--from={root}/units", *again)[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, made, load(root / "units_again")[1])
 
 
 @pytest.mark.slow

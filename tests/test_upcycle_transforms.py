@@ -131,7 +131,7 @@ def test_clusters_are_found():
 
 
 def test_depth():
-    assert Depth(5, "stack").sources(2) == [0, 1, 0, 1, 0] and Depth(5).sources(2) == [0, 0, 0, 1, 1]
+    assert Depth(5, "stack").origins(2) == [0, 1, 0, 1, 0] and Depth(5).origins(2) == [0, 0, 0, 1, 1]
     cfg, params = apply([Depth(5, "stack")])
     assert cfg.num_layers == cfg.num_dense_layers == 5
     old = dense()[1]["dense_layers"]["mlp"]["w_up"]

@@ -24,8 +24,9 @@ from moe_jax.errors import UserError
 from moe_jax.moe import exchange
 from moe_jax.optim.plan import Plan
 from moe_jax.parallel import sharding
+from moe_jax.run import teacher
 from moe_jax.train import step
-from moe_jax.train.state import abstract_batch, abstract_state, choose_program, parts_of
+from moe_jax.train.state import abstract_batch, abstract_state, abstract_weights, choose_program, parts_of
 from moe_jax.tree import flatten
 
 # Messages of JAX about the machine on which it traces, and what to do about them.
@@ -62,9 +63,11 @@ def compile_step(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.C
     # XLA's autotuning runs kernels to find the fastest, which needs a GPU.
     absent = mesh.devices.flat[0].platform == "gpu" and jax.default_backend() != "gpu"
     options = {"xla_gpu_autotune_level": 0} if absent else None
+    taught = teacher.find(cfg, experts=mesh.shape["expert"])
+    lesson = (None, abstract_weights(taught.model, mesh)) if taught else ()  # no limits
     with jax.set_mesh(mesh):
-        step_of = step.make_train_step(cfg, mesh).__wrapped__
-        return step_of.lower(abstract_state(cfg, mesh), abstract_batch(cfg, mesh)).compile(options)
+        step_of = step.make_train_step(cfg, mesh, None, taught.model if taught else None).__wrapped__
+        return step_of.lower(abstract_state(cfg, mesh), abstract_batch(cfg, mesh), *lesson).compile(options)
 
 
 def bytes_of_device(tree: Any) -> int:
@@ -103,6 +106,8 @@ def compile_report(cfg: config.RunConfig, topology: str) -> Report:
     memory = {"parameters": bytes_of_device((state.params, state.router_bias)),
               "moments": bytes_of_device((parts.optimizer, parts.controllers))}  # fmt: skip
     memory |= {AVERAGE: bytes_of_device(parts.ema)} if parts.ema else {}
+    if taught := teacher.find(cfg, experts=mesh.shape["expert"]):
+        memory["teacher"] = bytes_of_device(abstract_weights(taught.model, mesh))
     capacity = machines.chip(topology).memory * (GPU_SHARE if machines.is_gpu(topology) else 1)
     sent, text = [], ""
     try:

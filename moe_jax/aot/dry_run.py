@@ -18,6 +18,7 @@ from moe_jax import config, data, model, optim
 from moe_jax.nn.layers import weight
 from moe_jax.optim import groups
 from moe_jax.parallel import sharding
+from moe_jax.run import teacher
 from moe_jax.train import cross_entropy, gradients
 from moe_jax.train.state import abstract_batch, abstract_state, choose_program, parts_of
 from moe_jax.tree import flatten
@@ -33,6 +34,7 @@ class Memory(NamedTuple):
     average: int
     gradients: int
     activations: int
+    teacher: int
 
 
 def mesh_shape(cfg: config.RunConfig) -> tuple[int, int, int]:
@@ -57,9 +59,9 @@ def _bytes(shape: tuple[int, ...], dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _shares(cfg: config.RunConfig, sizes: dict[str, int]) -> dict[str, int]:
+def _shares(cfg: config.ModelConfig, sizes: dict[str, int]) -> dict[str, int]:
     """The number of parts that each parameter, by path, is cut into on a mesh with these axis sizes."""
-    graph = model.abstract(cfg.model)
+    graph = model.abstract(cfg)
     axes = flatten(jax.tree.map(" ".join, graph.axes, is_leaf=lambda x: isinstance(x, tuple)))
     parts = {}
     for path, x in flatten(graph.shapes).items():
@@ -97,7 +99,7 @@ def _residuals(cfg: config.RunConfig, rows: int) -> int:
         trained, fixed = groups.split(params, frozen)
 
         def loss(trained):
-            out, matrix = gradients.forward(cfg, graph, groups.join(trained, fixed), bias, batch)
+            out, matrix = gradients.forward(graph, groups.join(trained, fixed), bias, batch)
             return cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
 
         return jax.vjp(loss, trained)[1]
@@ -107,9 +109,13 @@ def _residuals(cfg: config.RunConfig, rows: int) -> int:
     return sum(_bytes(x.shape, x.dtype) for x in leaves)
 
 
-def memory(cfg: config.RunConfig, shape: tuple[int, int, int]) -> Memory:
-    """The memory of a run on one device of a mesh of this shape, without work space and buffers of exchanges."""
-    parts = _shares(cfg, dict(zip(sharding.AXES, shape, strict=True)))
+def memory(cfg: config.RunConfig, shape: tuple[int, int, int], taught_by: config.ModelConfig | None = None) -> Memory:
+    """The memory of a run on one device of a mesh of this shape, without work space and buffers of exchanges.
+
+    taught_by: the model of its teacher.
+    """
+    sizes = dict(zip(sharding.AXES, shape, strict=True))
+    parts = _shares(cfg.model, sizes)
     state = abstract_state(cfg, sharding.make_mesh((1, 1, 1)))
     frozen = optim.frozen_paths(cfg.optim, flatten(state.params))
 
@@ -128,8 +134,14 @@ def memory(cfg: config.RunConfig, shape: tuple[int, int, int]) -> Memory:
     rows = cfg.data.batch_size // (math.prod(shape) * cfg.train.micro_batches)
     return Memory(
         held(state.params) + held(state.router_bias), held(opt.optimizer) + held(opt.controllers), held(opt.ema), grads,
-        round(activations(cfg) * rows),
+        round(activations(cfg) * rows), _of_teacher(taught_by, sizes) if taught_by else 0,
     )  # fmt: skip
+
+
+def _of_teacher(cfg: config.ModelConfig, sizes: dict[str, int]) -> int:
+    """Bytes of a teacher's weights on one device."""
+    parts = _shares(cfg, sizes)
+    return sum(_bytes(x.shape, x.dtype) // parts[path] for path, x in flatten(model.abstract(cfg).shapes).items())
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -164,10 +176,18 @@ def lines(cfg: config.RunConfig) -> Iterator[str]:
     yield f"devices: {devices}, mesh {mesh}; {rows} sequences of {cfg.data.seq_len} tokens each, {a} micro-batches"
     no_tables = f"{counts.active_no_embedding:,} without embedding and head"
     yield f"parameters: {counts.total:,} total, {counts.active:,} active ({no_tables})"
+    if cfg.model.num_moe_layers and cfg.model.moe.expert_weights == "ternary":
+        sizes = [_size(model.stored_bytes(cfg.model, packed=packed)) for packed in (True, False)]
+        yield (f"weights in {cfg.model.compute_dtype}: {sizes[0]} with ternary experts packed, two bits a number and a "
+               f"scale a matrix; {sizes[1]} as they are computed")  # fmt: skip
     total = flops * cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
     yield f"FLOPs by formula: {flops / 1e6:,.2f} MFLOP a token, {total:.3g} FLOP in the run"
-    found = memory(cfg, shape)
+    taught = teacher.find(cfg, experts=shape[2])
+    if taught:
+        yield teacher.describe(cfg, taught)
+    found = memory(cfg, shape, taught.model if taught else None)
     average = f"average of the weights {_size(found.average)}, " if found.average else ""
+    average += f"teacher {_size(found.teacher)}, " if taught else ""
     state = f"parameters {_size(found.parameters)}, moments {_size(found.moments)}, {average}"
     kept = f"gradients {_size(found.gradients)}, activations {_size(found.activations)} (remat {cfg.model.remat})"
     yield f"memory of a device: {state}{kept}"
@@ -175,6 +195,7 @@ def lines(cfg: config.RunConfig) -> Iterator[str]:
     yield from _of_schedule(cfg)
     corpus = data.prepare(cfg.data, workdir=None, seed=cfg.seed, progress=sys.stderr.isatty(), init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
+    yield from teacher.check_tokenizer(taught, corpus.tokenizer) if taught else []
     yield corpus.table(cfg.train.steps)
     yield from corpus.notes()
     epochs = corpus.epochs(cfg.train.steps)

@@ -8,6 +8,7 @@ value, the rule and the nearest valid choice.
 from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
 from moe_jax.config.convert import build, build_model, default_config, parameter_group, router_loss, source, to_dict
 from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
+from moe_jax.config.distill import DistillConfig
 from moe_jax.config.explore import ExploreConfig, RampConfig
 from moe_jax.config.fields import nearest_divisor
 from moe_jax.config.lora import LoRAConfig
@@ -37,6 +38,7 @@ from moe_jax.config.schema import (
 
 __all__ = [
     "DataConfig",
+    "DistillConfig",
     "ExploreConfig",
     "GroupConfig",
     "LoRAConfig",

@@ -35,7 +35,7 @@ def _check_quantile(loss: Any, model: Any) -> None:
     def rule(ok: bool, name: str, value: Any, text: str, nearest: Any) -> None:
         require(ok, name, value, text, f"nearest valid: {nearest}")
 
-    target, score, groups, k = loss.bias_target, moe.score, moe.num_groups, moe.top_k
+    target, score, k = loss.bias_target, moe.score, moe.top_k
     rate, usual = loss.bias_update_rate, type(loss).bias_update_rate
     rule(rate == usual, "loss.bias_update_rate", rate, f"has no effect {why} has no rate", usual)
     rule(not target, "loss.bias_target", target, f"must be () {why} makes all loads equal", "()")
@@ -45,7 +45,8 @@ def _check_quantile(loss: Any, model: Any) -> None:
     rule(
         score == "sigmoid", "model.moe.score", score, f"must be 'sigmoid' {why} counts scores from 0 to 1", "'sigmoid'"
     )
-    rule(groups == 1, "model.moe.num_groups", groups, f"must be 1 {why} compares all experts", 1)
+    for name, groups in (("num_groups", moe.num_groups), ("shard_groups", moe.shard_groups)):
+        rule(groups == 1, f"model.moe.{name}", groups, f"must be 1 {why} compares all experts", 1)
     columns = min(model.routed_counts, default=moe.num_experts) + moe.identity_experts
     rule(columns > 1, "loss.bias_update", loss.bias_update, "needs layers with more than one expert", "'sign'")
     rule(

@@ -79,6 +79,9 @@ def check_routing(cfg: Any) -> None:
     several = max(explore.top_k, moe.top_k if not explore.top_k else 0) > 1
     require(several or not explore.threshold, "explore.threshold", explore.threshold,
             "has no effect on tokens that choose one expert", "nearest valid: 0.0")  # fmt: skip
+    whole = not explore.threshold or moe.shard_groups == 1
+    require(whole, "explore.threshold", explore.threshold, "is not available with model.moe.shard_groups > 1: a token "
+            "would have fewer experts of some groups", "nearest valid: 0.0")  # fmt: skip
     if cfg.model.table_paths and not experts:
         rule = "reaches no router: tables choose"
         for name, coef in loss.load_balance_coefs.items():

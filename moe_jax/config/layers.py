@@ -62,7 +62,7 @@ def parse(text: str, num_experts: int) -> tuple[Stack, ...]:
     Raises ConfigError, which points at the place in the text.
     """
     units = _Reader(text, num_experts).units
-    simple = _simplest(units)
+    simple = simplest(units)
     if simple != units:
         rule = "has a shorter spelling: counts for what repeats, units only for what repeats as a whole"
         hint = f"nearest valid: {spell(simple, num_experts)!r}"
@@ -86,7 +86,7 @@ def with_attention(units: Units, attends: tuple[Attends, ...]) -> Units:
         size = math.lcm(len(unit), len(attends))
         times = len(kinds) // size if len(kinds) >= 2 * size else 0
         parts = [(times, kinds[:size]), (1, kinds[times * size :])]
-        made += _simplest([(times, part) for times, part in parts if times and part])
+        made += simplest([(times, part) for times, part in parts if times and part])
     return made
 
 
@@ -123,7 +123,7 @@ def spell(units: Units, num_experts: int) -> str:
     times = lambda count, text: f"{count}*{text}" if count > 1 else text
 
     def blocks(unit):
-        runs = _simplest([(1, (kind,)) for kind in unit])
+        runs = simplest([(1, (kind,)) for kind in unit])
         return " ".join(times(count, word(kind)) for count, (kind,) in runs)
 
     return " ".join(times(n, f"({blocks(unit)})" if len(unit) > 1 else blocks(unit)) for n, unit in units)
@@ -131,10 +131,10 @@ def spell(units: Units, num_experts: int) -> str:
 
 def units_of(kinds: tuple[Kind, ...]) -> Units:
     """Units for blocks of these kinds: one unit that is repeated, if there is one, else runs of equal blocks."""
-    return _simplest([(1, kinds)])
+    return simplest([(1, kinds)])
 
 
-def _simplest(units: Units) -> Units:
+def simplest(units: Units) -> Units:
     """The same blocks, where no unit repeats a smaller one, each is repeated or has a late block, and no two neighbours
     are equal."""
     found: Units = []

@@ -1,6 +1,7 @@
 """Fields of the model: attention, and the decoder around it. Those of routing and experts: moe.py."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -194,6 +195,15 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             self._check_mla()
         self._check_positions()
         self._check_residual()
+        if self.lora.rank and self.moe.expert_weights == "ternary":
+            self._check_adapters()
+
+    def _check_adapters(self):
+        blocks = (block for stack in self.stacks for block in zip(stack.paths, stack.unit, strict=True))
+        paths = [f"{path}/moe/w_{name}" for path, kind in blocks if kind.experts for name in ("gate", "up", "down")]
+        found = next((path for path in paths if re.search(self.lora.match, path)), "")
+        rule = f"gives {found} an adapter, and their sum has more values than moe.expert_weights='ternary'"
+        require(not found, "lora.match", self.lora.match, rule, "nearest valid: '/(attention|mlp|shared)/'")
 
     def _check_layers(self):
         text, units, experts = self.layers, self.units, self.moe.num_experts
@@ -219,8 +229,11 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         identity, usual = self.moe.identity_experts, MoEConfig()
         rule = f"is not available with table blocks, whose tables name experts: layers={text!r}"
         require(not (fixed and identity), "moe.identity_experts", identity, rule, "nearest valid: 0")
+        combine = self.moe.combine
+        rule = f"is not available with table blocks, whose tables know no shard groups: layers={text!r}"
+        require(not (fixed and combine == "share"), "moe.combine", combine, rule, "nearest valid: 'score'")
         if fixed and not self.routed_counts:
-            names = ("choice", "selection_bias", *(("router",) if self.moe.combine == "one" else ()))
+            names = ("choice", "selection_bias", "shard_groups", *(("router",) if self.moe.combine == "one" else ()))
             for name in names:
                 value, default = getattr(self.moe, name), getattr(usual, name)
                 require(value == default, f"moe.{name}", value, f"has no effect: tables choose in layers={text!r}",

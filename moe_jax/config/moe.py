@@ -1,5 +1,6 @@
 """Fields of routing and experts."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,14 +42,18 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # the softmax over those.
     score_order: Literal["score_topk", "topk_score"] = "score_topk"
     renormalize: bool = False  # divide a token's combine weights by their sum, before routed_scaling
-    # The combine weight of a chosen expert: its score, or 1 (EMoE, arXiv:2310.10908).
-    combine: Literal["score", "one"] = "score"
+    # The combine weight of a chosen expert: its score, or 1 (EMoE, arXiv:2310.10908). "share": its score divided by the
+    # sum of those of the token's choices in the same shard group, so that every group has the same weight.
+    combine: Literal["score", "one", "share"] = "score"
     routed_scaling: float = number(1.0, 0.0)  # factor on the combine weights of routed experts
     # Equal groups of experts, for group-limited selection (DeepSeek-V2); 1: no groups.
     num_groups: int = number(1, 1)
     top_groups: int = number(1, 1)  # groups of experts that a token may choose from, at most num_groups
     # What ranks a group: the sum of its two best scores (DeepSeek-V3), or its best one (DeepSeek-V2).
     group_score: Literal["best_two", "best"] = "best_two"
+    # Equal groups of experts of which each gives a token K / shard_groups experts (MoGE, arXiv:2505.21411); 1: no such
+    # groups. Expert e is in group e mod shard_groups: in an upcycled model the copies of one shard of the dense layer.
+    shard_groups: int = number(1, 1)
     # Further choices of the router, which compute nothing (Z): a token that takes one has fewer experts.
     identity_experts: int = number(0, 0)
     # What such a choice adds to the layer's result, times its combine weight: the layer's input, or nothing.
@@ -57,6 +62,11 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     expert_budget: float = machine(number(0.0, 0.0), FIXED)
     # Balance without a loss: add a bias to each expert's score for selection only. loss.bias_update sets how it moves.
     selection_bias: bool = False
+    # Values of the matrices of routed experts: any, or three for each matrix, −s, 0 and s, where s is the mean of its
+    # absolute values (BitNet b1.58, MoTE). Training keeps and updates the unrounded ones (docs/layers.md).
+    expert_weights: Literal["float", "ternary"] = "float"
+    # What routed experts multiply their matrices with: any numbers, or rows rounded to 255 values each.
+    expert_inputs: Literal["float", "int8"] = "float"
     # "grouped" sorts rows by expert and drops none. "capacity" gives each expert a fixed number of rows; the rest is
     # dropped and counted. "dense" computes every expert on every token: slow, for comparison.
     compute: Literal["grouped", "dense", "capacity"] = machine("grouped", FIXED)
@@ -111,13 +121,14 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
         require(
             k <= most, "top_k", k, f"must be ≤ top_groups · num_experts/num_groups = {most}", f"nearest valid: {most}"
         )
+        self._check_shards()
         require(
             self.score == "softmax" or self.score_order == "score_topk",
             "score_order", self.score_order, "needs score='softmax' (the others do not depend on the other experts)",
             "nearest valid: 'score_topk'",
         )  # fmt: skip
-        require(not (self.renormalize and self.combine == "one"), "renormalize", True,
-                "has no effect with combine='one'", "nearest valid: False")  # fmt: skip
+        require(not self.renormalize or self.combine == "score", "renormalize", True,
+                f"has no effect with combine={self.combine!r}", "nearest valid: False")  # fmt: skip
         require(self.num_shared_experts or self.shared_gate == "none", "shared_gate", self.shared_gate,
                 "needs num_shared_experts > 0", "nearest valid: 'none'")  # fmt: skip
         require(self.latent or not self.latent_norm, "latent_norm", True, "needs latent > 0", "nearest valid: False")
@@ -135,6 +146,17 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
         if self.choice == "expert":
             self._check_expert_choice()
 
+    def _check_shards(self):
+        s, e, k = self.shard_groups, self.num_experts, self.top_k
+        both, nearest = math.gcd(e, k), nearest_divisor(math.gcd(e, k), s)
+        require(both % s == 0, "shard_groups", s, f"must divide num_experts={e} and top_k={k}",
+                f"nearest valid: {nearest}")  # fmt: skip
+        for name, value in {"identity_experts": 0, "num_groups": 1}.items() if s > 1 else ():
+            mine = getattr(self, name)
+            require(mine == value, name, mine, "is not available with shard_groups > 1", f"nearest valid: {value}")
+        require(s > 1 or self.combine != "share", "combine", self.combine, "needs shard_groups > 1",
+                "nearest valid: 'score'")  # fmt: skip
+
     def _check_budget(self):
         def rule(ok: bool, text: str) -> None:
             require(ok, "expert_budget", self.expert_budget, text, "nearest valid: 0.0")
@@ -148,7 +170,8 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
 
     def _check_expert_choice(self):
         """Refuses what balances or groups the choices of tokens: with expert choice all loads are equal."""
-        usual = {"identity_experts": 0, "num_groups": 1, "selection_bias": False, "score_order": "score_topk"}
+        usual = {"identity_experts": 0, "num_groups": 1, "shard_groups": 1, "selection_bias": False,
+                 "score_order": "score_topk"}  # fmt: skip
         require(self.compute != "capacity", "compute", self.compute, "drops rows, but with choice='expert' loads are "
                 "equal", "nearest valid: 'grouped'")  # fmt: skip
         for name, value in usual.items():

@@ -66,9 +66,13 @@ def plain_routing(moe: MoEConfig) -> MoEConfig:
     Softmax and sigmoid order experts alike, but rounding makes large sigmoids equal, so the two are kept apart.
     """
     changes: dict = {} if moe.router != "linear" else {"router_width": MoEConfig.router_width}
+    if moe.combine == "share" and moe.top_k == moe.shard_groups:  # a choice that is alone in its group has all of it
+        moe = dataclasses.replace(moe, combine="one")
     if moe.choice == "expert":
         return dataclasses.replace(moe, **changes)
     all_chosen = moe.top_k == moe.router_columns
+    if all_chosen and moe.combine != "share":
+        changes["shard_groups"] = 1
     # Groups limit nothing if all are kept, if each is one expert, or if those of the best K experts are kept.
     any_group = moe.top_groups == moe.num_groups or moe.num_groups == moe.num_experts
     any_group = any_group or (moe.group_score == "best" and moe.top_groups >= moe.top_k)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from moe_jax.config.balance import check_bias_update
 from moe_jax.config.data import DataConfig
+from moe_jax.config.distill import DistillConfig
 from moe_jax.config.explore import ExploreConfig, check_routing
 from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, newer, number, renamed, require
 from moe_jax.config.model import ModelConfig
@@ -113,7 +114,7 @@ class GroupConfig(Checked, resume=FIXED):
     """A group of parameters that are trained otherwise, or not at all (docs/finetuning.md). The config file chooses its
     name.
 
-    Where groups overlap their factors are multiplied, and one that freezes is enough.
+    Where groups overlap their factors are multiplied, one that freezes is enough, and the latest start counts.
     """
 
     # Regular expression that is searched in the paths of the parameters, such as "^embed$" or "/moe/w_(gate|up|down)$".
@@ -123,6 +124,9 @@ class GroupConfig(Checked, resume=FIXED):
     weight_decay: float = number(1.0, 0.0)  # factor of the weight decay; 0: these parameters do not decay
     # These parameters stay as they are, without gradients and moments. A frozen router keeps its selection bias too.
     freeze: bool = False
+    # Updates of the optimizer before these parameters move. Until then they stay as they are, but gradients, moments
+    # and selection biases are those of a run that trains them.
+    start: int = number(0, 0)
 
     def check(self):
         hint = "nearest valid: '^embed$'"
@@ -132,10 +136,10 @@ class GroupConfig(Checked, resume=FIXED):
         except re.error as e:
             hint = f"nearest valid: {re.escape(self.match)!r}"
             raise ConfigError("match", self.match, f"is not a regular expression: {e}", hint) from None
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
+        for name in ("lr", "weight_decay", "start"):
+            value, plain = getattr(self, name), getattr(GroupConfig, name)
             rule = "has no effect with freeze=True"
-            require(value == 1 or not self.freeze, name, value, rule, "nearest valid: 1.0")
+            require(value == plain or not self.freeze, name, value, rule, f"nearest valid: {plain}")
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,7 @@ class RunConfig(Checked, resume=FIXED):
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     explore: ExploreConfig = field(default_factory=ExploreConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -284,6 +289,10 @@ class RunConfig(Checked, resume=FIXED):
                  f"must hold the tokenizer's {need} tokens", f"nearest valid: {need}")  # fmt: skip
         require(self.optim.warmup_steps < self.train.steps, "optim.warmup_steps", self.optim.warmup_steps,
                  f"must be < train.steps={self.train.steps}", f"nearest valid: {self.train.steps - 1}")  # fmt: skip
+        for name, group in self.optim.groups.items():
+            require(group.start < self.train.steps, f"optim.groups.{name}.start", group.start,
+                    f"must be < train.steps={self.train.steps}; freeze=True trains them never",
+                    f"nearest valid: {self.train.steps - 1}")  # fmt: skip
         require(not (self.optim.qk_clip and self.model.qk_norm), "optim.qk_clip", self.optim.qk_clip,
                  "has no effect with model.qk_norm=True, which undoes any scale of w_q and w_k and bounds the logits",
                  "nearest valid: 0.0")  # fmt: skip

@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.transformer import abstract
+from moe_jax.nn import fake_quant
 from moe_jax.tree import flatten
 
 
@@ -75,3 +77,17 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, frozen: frozenset[str] = fro
             window = min(cfg.window, seq_len) if kind.attends.window else seq_len
             flops += share * stack.repeat * (2 * window - window**2 / seq_len) * heads
     return flops
+
+
+def stored_bytes(cfg: ModelConfig, *, packed: bool = True) -> int:
+    """Bytes of a model's weights in the compute dtype, those of ternary experts packed (`fake_quant.packed_bytes`).
+
+    packed: False counts ternary experts in the compute dtype too.
+    """
+    size, itemsize = 0, jnp.dtype(cfg.compute_dtype).itemsize
+    graph = abstract(cfg)
+    axes = flatten(jax.tree.map(" ".join, graph.axes, is_leaf=lambda x: isinstance(x, tuple)))
+    for path, x in flatten(graph.shapes).items():
+        rounded = packed and cfg.moe.expert_weights == "ternary" and "experts" in axes[path].split()
+        size += fake_quant.packed_bytes(x.shape) if rounded else x.size * itemsize
+    return size

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from moe_jax.config import MoEConfig
 from moe_jax.kernels import grouped_matmuls
 from moe_jax.moe.routing import Routing
+from moe_jax.nn.fake_quant import int8
 from moe_jax.nn.layers import ACTIVATIONS
 from moe_jax.nn.remat import keep
 
@@ -81,11 +82,12 @@ def _products(x: Array, names: tuple[str, ...], matmuls: Matmuls, w: ExpertWeigh
     return [low(name, y) for name, y in zip(names, ys, strict=True)]
 
 
-def _hidden(activation: str, x: Array, matmuls: Matmuls, w: ExpertWeights) -> Array:
-    """The input of the down projection."""
+def _hidden(compute: ExpertCompute, x: Array, matmuls: Matmuls, w: ExpertWeights) -> Array:
+    """The input of the down projection, before combine weights."""
     *gates, up = _products(x, ("up",) if w.gate is None else ("gate", "up"), matmuls, w)
     gate = keep(gates[0], "gate") if gates else None
-    return ACTIVATIONS[activation].hidden(gate, keep(up, "up"))
+    h = ACTIVATIONS[compute.activation].hidden(gate, keep(up, "up"))
+    return int8(h) if compute.cfg.expert_inputs == "int8" else h
 
 
 def dense(x, routing, w, compute):
@@ -94,7 +96,7 @@ def dense(x, routing, w, compute):
     combine_Te = jnp.einsum("tke,tk->te", one_hot, jnp.where(routing.valid, routing.weights, 0.0))
     rows = {2: "td,edf->etf", 3: "etf,efd->etd"}  # the tokens, and what each expert makes of them
     matmuls = lambda x, ms: [jnp.einsum(rows[x.ndim], x, m) for m in ms]
-    h = _hidden(compute.activation, x, matmuls, w)
+    h = _hidden(compute, x, matmuls, w)
     (y_eTD,) = _products(h, ("down",), matmuls, w)
     return jnp.einsum("etd,te->td", y_eTD.astype(jnp.float32), combine_Te), routing.valid
 
@@ -213,7 +215,7 @@ def _compute_rows(x, weight_A, w: ExpertWeights, plan: RowPlan, compute: ExpertC
         weight_R = permute(weight_A, plan.slot_R, plan.row_A)
     with jax.named_scope("experts"):
         matmuls = lambda x, ms: grouped_matmuls(x, ms, plan.sizes_e, compute.backend)
-        h_RF = _hidden(compute.activation, x_RD, matmuls, w)
+        h_RF = _hidden(compute, x_RD, matmuls, w)
         h_RF = (h_RF.astype(jnp.float32) * weight_R[:, None]).astype(x.dtype)
         (y_RD,) = _products(h_RF, ("down",), matmuls, w)
     with jax.named_scope("combine"):
@@ -291,7 +293,7 @@ def capacity(x, routing, w, compute):
     x_RD = dispatch(x, plan)
     x_eQD = jnp.where(filled_eQ[:, :, None], x_RD[jnp.minimum(row_eQ, x_RD.shape[0] - 1)], 0)
     matmuls = lambda x, ms: [jnp.einsum("eqd,edf->eqf", x, m) for m in ms]
-    h = _hidden(compute.activation, x_eQD, matmuls, w)
+    h = _hidden(compute, x_eQD, matmuls, w)
     (y_eQD,) = _products(h, ("down",), matmuls, w)
     y_TKD = y_eQD[routing.experts, jnp.minimum(position, rows - 1)].astype(jnp.float32)
     return jnp.einsum("tkd,tk->td", y_TKD, jnp.where(computed, routing.weights, 0.0)), computed

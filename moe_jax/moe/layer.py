@@ -25,6 +25,7 @@ from moe_jax.moe.program import Program
 from moe_jax.moe.routers import ROUTERS, RouterWeights, draw_table
 from moe_jax.moe.routing import Facts, Knobs, Routing, route
 from moe_jax.moe.stats import Choices, RouterStats, choices_of, router_stats
+from moe_jax.nn.fake_quant import int8, ternary
 from moe_jax.nn.layers import ACTIVATIONS, GLU, Init, linear, rms_norm
 from moe_jax.nn.lora import adapter_of
 from moe_jax.nn.remat import keep
@@ -64,7 +65,8 @@ class MoE(nnx.Module):
         cfg = self.cfg = dataclasses.replace(model.moe, num_experts=kind.experts)
         by_table = kind.name == "table"
         if by_table:
-            cfg = self.cfg = dataclasses.replace(cfg, choice="token", selection_bias=False, num_groups=1, top_groups=1)
+            free = {"num_groups": 1, "top_groups": 1, "shard_groups": 1}
+            cfg = self.cfg = dataclasses.replace(cfg, choice="token", selection_bias=False, **free)
         self.program, activation = program, model.activation
         self.compute = ExpertCompute(cfg, program.grouped_matmul, activation, cfg.mean_slots / cfg.slots)
         e, c, d, f, width = cfg.num_experts, cfg.router_columns, model.d_model, cfg.d_expert, model.expert_dim
@@ -97,8 +99,10 @@ class MoE(nnx.Module):
         knobs: Knobs | None = None,
     ) -> MoEOutput:
         """Applies the layer. tokens: ids, for a table. state: of the layer before. knobs: of this layer."""
-        gate = self.w_gate[...] if self.w_gate is not None else None
-        w = ExpertWeights(gate, self.w_up[...], self.w_down[...], self._adapters())
+        # On each device's part of the float32 matrices, before they are cast and gathered.
+        rounded = ternary if self.cfg.expert_weights == "ternary" else lambda w: w
+        gate = rounded(self.w_gate[...]) if self.w_gate is not None else None
+        w = ExpertWeights(gate, rounded(self.w_up[...]), rounded(self.w_down[...]), self._adapters())
         router = {"w_router": self.w_router[...]} if self.w_router is not None else {}
         router |= nnx.to_pure_dict(nnx.state(self.router)) if self.router is not None else {}
         bias = self.router_bias[...] if self.router_bias is not None else None
@@ -193,6 +197,7 @@ class MoE(nnx.Module):
 
         Slots of identity experts are not sent anywhere and are never dropped.
         """
+        x = int8(x) if self.cfg.expert_inputs == "int8" else x
         run = functools.partial(run_experts, w=w, exchange=self.program.exchange, compute=self.compute)
         if not self.cfg.identity_experts:
             return *run(x, routing), None

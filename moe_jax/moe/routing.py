@@ -143,6 +143,8 @@ def select(
     """
     if facts.table is not None:
         return facts.table, None
+    if cfg.shard_groups > 1:
+        return choose_in_shards(ranked, cfg), None
     if cfg.choice == "token":
         return jax.lax.top_k(ranked, cfg.top_k)[1], None
     experts = varying_like(jnp.arange(ranked.shape[1])[None, :], ranked)
@@ -162,6 +164,19 @@ def choose_tokens(ranked: Float[Array, "T E"], facts: Facts, cfg: MoEConfig) -> 
     none = varying_like(jnp.zeros((facts.sequences, ranked.shape[1], size), bool), ranked)
     hit = jnp.put_along_axis(none, chosen, True, axis=2, inplace=False)
     return jnp.swapaxes(hit, 1, 2).reshape(ranked.shape)
+
+
+def choose_in_shards(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Int[Array, "T K"]:
+    """Takes the K/G best experts of each of the G = `shard_groups` groups. Expert e is in group e mod G.
+
+    The first G slots are the best of each group, the next G the second best, and so on.
+    Source: MoGE, arXiv:2505.21411; with one expert of a group M6-T's prototypes, arXiv:2105.15082.
+    """
+    (tokens, columns), g = ranked.shape, cfg.shard_groups
+    by_group = jnp.swapaxes(ranked.reshape(tokens, columns // g, g), 1, 2)
+    _, members = jax.lax.top_k(by_group, cfg.top_k // g)
+    experts = members * g + jnp.arange(g)[None, :, None]
+    return jnp.swapaxes(experts, 1, 2).reshape(tokens, cfg.top_k)
 
 
 def cut(
@@ -191,10 +206,12 @@ def weigh(
 ) -> Float[Array, "T K"]:
     """Returns combine weights: the scores of the chosen experts, the softmax over the chosen logits, or ones.
 
-    What is not chosen weighs 0, and enters no sum.
+    What is not chosen weighs 0, and enters no sum. With `combine="share"` the weights of each shard group sum to 1.
     """
     if cfg.combine == "one":
         weights = jnp.ones(experts.shape, jnp.float32)
+    elif cfg.combine == "share":
+        weights = share_in_shards(logits, scores, experts, cfg)
     elif cfg.score_order == "topk_score":
         picked = pick_chosen(logits, experts)
         weights = jax.nn.softmax(picked if chosen is None else jnp.where(chosen, picked, -jnp.inf), axis=-1)
@@ -204,6 +221,20 @@ def weigh(
     if cfg.renormalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return weights * cfg.routed_scaling
+
+
+def share_in_shards(
+    logits: Float[Array, "T E"], scores: Float[Array, "T E"], experts: Int[Array, "T K"], cfg: MoEConfig
+) -> Float[Array, "T K"]:
+    """Divides each score by the sum over the token's choices in the same shard group, in the slots' order.
+
+    Of a softmax these shares are the softmax of the group's chosen logits, which also holds where scores underflow.
+    """
+    softmax = cfg.score == "softmax"
+    by_group = pick_chosen(logits if softmax else scores, experts).reshape(experts.shape[0], -1, cfg.shard_groups)
+    if softmax:
+        return jax.nn.softmax(by_group, axis=1).reshape(experts.shape)
+    return (by_group / (jnp.sum(by_group, axis=1, keepdims=True) + 1e-20)).reshape(experts.shape)
 
 
 def validate(experts: Int[Array, "T K"], chosen: Bool[Array, "T K"] | None, facts: Facts) -> Bool[Array, "T K"]:

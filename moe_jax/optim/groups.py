@@ -1,7 +1,7 @@
 """Groups of parameters: factors of the learning rate and the weight decay, and parameters that are not trained.
 
 A group is a regular expression over the paths of parameters (`optim.groups`). Where groups overlap their factors are
-multiplied, and one group that freezes is enough. So their order means nothing.
+multiplied, one group that freezes is enough, and the latest start counts. So their order means nothing.
 
 A frozen parameter is split off before the loss is differentiated (`split`). Nothing below sees it: there is no gradient
 of it, no moment, no share in the norm that clipping takes, no decay. The factors of the others act around the optimizer
@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from moe_jax import model
-from moe_jax.config import OptimConfig, RunConfig
+from moe_jax.config import GroupConfig, OptimConfig, RunConfig
 from moe_jax.config.fields import require
 from moe_jax.errors import ConfigError
 from moe_jax.nn.lora import is_adapter
@@ -48,10 +49,10 @@ def check(cfg: RunConfig) -> None:
                 "nearest valid: False")  # fmt: skip
     trained = [path for path in paths if path not in frozen]
     for name, group in cfg.optim.groups.items():
-        if (group.lr, group.weight_decay) != (1, 1) and not any(re.search(group.match, path) for path in trained):
+        if _acts(group) and not any(re.search(group.match, path) for path in trained):
             close = difflib.get_close_matches(group.match, trained, 1, 0.0)[0]
             raise ConfigError(f"optim.groups.{name}.match", group.match, "matches frozen parameters only, on which "
-                              "lr and weight_decay have no effect", f"nearest valid: {close!r}")  # fmt: skip
+                              "lr, weight_decay and start have no effect", f"nearest valid: {close!r}")  # fmt: skip
 
 
 # --- frozen parameters -----------------------------------------------------------------------------------------------
@@ -105,24 +106,41 @@ def split_biases(frozen: frozenset[str], params: dict, router_bias: dict) -> tup
 # --- factors ---------------------------------------------------------------------------------------------------------
 
 
+def _acts(group: GroupConfig) -> bool:
+    return (group.lr, group.weight_decay, group.start) != (1, 1, 0)
+
+
 def factor(cfg: OptimConfig, which: str, path: str) -> float:
     """The product of the factors of all groups that match a path. which: "lr" or "weight_decay"."""
     return math.prod(getattr(group, which) for group in cfg.groups.values() if re.search(group.match, path))
 
 
+def start(cfg: OptimConfig, path: str) -> int:
+    """The number of updates before a parameter moves: the largest `start` of all groups that match its path."""
+    return max((group.start for group in cfg.groups.values() if re.search(group.match, path)), default=0)
+
+
+def updates_so_far(state: Any) -> Int[Array, ""] | None:
+    """The number of updates that an optimizer's state counts; None if it counts none."""
+    counts = optax.tree_utils.tree_get_all_with_path(state, "count")
+    return counts[0][1] if counts else None
+
+
 def with_factors(optimizer: optax.GradientTransformation, cfg: OptimConfig) -> optax.GradientTransformation:
     """Multiplies the learning rate and the weight decay of each parameter by its factors. The state stays the same.
 
-    optimizer: one whose update is rate · (direction + decay · parameter), and that uses parameters for nothing else.
-    So the parameter times a factor decays with that factor, and the update times a factor has that factor's rate.
+    optimizer: one whose update is rate · (direction + decay · parameter), that uses parameters for nothing else, and
+    whose state counts updates. So the parameter times a factor decays with that factor, and the update times a factor
+    has that factor's rate, which is 0 before the parameter's start.
     """
-    if all(group.lr == group.weight_decay == 1 for group in cfg.groups.values()):
+    if not any(map(_acts, cfg.groups.values())):
         return optimizer
 
     def update(grads, state, params=None):
         decayed = None if params is None else _scaled(cfg, "weight_decay", params)
+        before = updates_so_far(state)
         updates, state = optimizer.update(grads, state, decayed)
-        return _scaled(cfg, "lr", updates), state
+        return _started(cfg, before, _scaled(cfg, "lr", updates)), state
 
     return optax.GradientTransformation(optimizer.init, update)
 
@@ -138,6 +156,14 @@ def _scaled(cfg: OptimConfig, which: str, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def _started(cfg: OptimConfig, before: Int[Array, ""] | None, updates: Any) -> Any:
+    def one(path, x):
+        first = start(cfg, path_of(path))
+        return jnp.where(before >= first, x, 0) if first else x
+
+    return jax.tree_util.tree_map_with_path(one, updates)
+
+
 # --- what is printed -------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +175,7 @@ def describe(cfg: OptimConfig, shapes: dict) -> list[str]:
         found = {path: x.size for path, x in flat.items() if re.search(group.match, path)}
         does = [f"{word} × {value:g}" for word, value in
                 (("learning rate", group.lr), ("weight decay", group.weight_decay)) if value != 1]  # fmt: skip
+        does += [f"as they are for the first {group.start:,} updates"] if group.start else []
         if group.freeze:
             router = any(re.search("/(w_router$|router/)", path) for path in found)
             does += ["frozen; a router that is frozen whole keeps its selection bias"] if router else ["frozen"]

@@ -9,6 +9,7 @@ A line is valid from its step on. It overrides earlier lines for that step and l
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -84,10 +85,23 @@ def values(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def differences(workdir: str | os.PathLike, cfg: config.RunConfig) -> dict[str, tuple[Any, Any]]:
-    """A dict of the fields of `cfg` that differ from the run's: (in the run, now), None for a field that one lacks."""
+    """A dict of the fields of `cfg` that differ from the run's: (in the run, now), None for a field that one lacks.
+
+    A group of parameters that only one of them has, and that does nothing to them, is left out: a config file may name
+    it for the command line to change.
+    """
     old, new = values(workdir), flatten_config(_plain(cfg))
+    old, new = _without_idle_groups(old, new), _without_idle_groups(new, old)
     names = [*old, *(name for name in new if name not in old)]
     return {n: (old.get(n), new.get(n)) for n in names if _shown(old, n) != _shown(new, n)}
+
+
+def _without_idle_groups(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    neutral = {f.name: f.default for f in dataclasses.fields(config.GroupConfig) if f.name != "match"}
+    prefixes = {".".join(name.split(".")[:3]) + "." for name in values if name.startswith("optim.groups.")}
+    alone = {prefix for prefix in prefixes if f"{prefix}match" not in others}
+    idle = tuple(prefix for prefix in alone if all(values.get(prefix + name) == x for name, x in neutral.items()))
+    return {name: value for name, value in values.items() if not name.startswith(idle)}
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
 from moe_jax.errors import BadNumbers, CheckpointError
-from moe_jax.run import checkpoint, config_file
+from moe_jax.run import checkpoint, config_file, teacher
 from moe_jax.train import guard, step
 from moe_jax.train.gradients import make_gradients
 from moe_jax.train.state import TrainState, abstract_state, process_rows, put_batch
@@ -31,16 +32,19 @@ def dump(
     rows: Mapping[str, np.ndarray],
     skip: guard.Skip,
     limits: np.ndarray | None,
+    of_teacher: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the dump of a skipped step and returns its folder. Every process writes its own rows.
 
     state: the state after the step, of which a skipped step changes only the count. rows: the rows of this process.
+    of_teacher: its record, if the run has one.
     """
     folder = _free(Path(workdir) / "dumps" / str(skip.step), cfg)
     config_file.save_config(folder, cfg)
     with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
         if checkpoints.latest() is None:  # else an earlier start of this run stopped at the same step
-            checkpoints.save(skip.step - 1, state._replace(step=state.step - 1), {})
+            data = {"teacher": of_teacher} if of_teacher else {}
+            checkpoints.save(skip.step - 1, state._replace(step=state.step - 1), data)
     np.savez(folder / f"batch_{jax.process_index()}.npz", **rows)
     if jax.process_index() == 0:
         bounds = None if limits is None else [str(x) for x in limits]
@@ -56,9 +60,9 @@ def _free(folder: Path, cfg: RunConfig) -> Path:
     return next(name for name in names if not other(name))
 
 
-def give_up(workdir: Path, cfg: RunConfig, state, rows, skip: guard.Skip, limits) -> None:
+def give_up(workdir: Path, cfg: RunConfig, state, rows, skip: guard.Skip, limits, of_teacher=None) -> None:
     """Dumps the step and raises BadNumbers with a message that names the dump."""
-    folder = dump(workdir, cfg, state, rows, skip, limits)
+    folder = dump(workdir, cfg, state, rows, skip, limits, of_teacher)
     raise BadNumbers(
         f"step {skip.step}: {cfg.train.max_skipped} steps in a row were skipped (train.max_skipped), the last: "
         f"{skip.reason}; add --replay={folder} to the command to repeat it; all checkpoints are from before these steps"
@@ -80,14 +84,18 @@ def replay(cfg: RunConfig, mesh: Mesh, folder: Path) -> str:
     rows = _rows(folder, process_rows(mesh, cfg.data.batch_size))
     then = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
     with checkpoint.Checkpoints(folder) as checkpoints:
-        state, _ = checkpoints.restore(abstract_state(cfg, mesh))
+        state, saved = checkpoints.restore(abstract_state(cfg, mesh))
+    taught = teacher.find(cfg, int(state.step), saved, mesh.shape["expert"])
+    lesson, of = (teacher.load(taught, mesh)[0], taught.model) if taught else (None, None)
     batch = put_batch(rows, mesh, cfg)
     with jax.set_mesh(mesh):
-        grads = jax.jit(make_gradients(cfg, mesh))(state.params, state.router_bias, batch, state.step).grads
+        grads = jax.jit(make_gradients(cfg, mesh, None, of))(
+            state.params, state.router_bias, batch, state.step, lesson
+        ).grads
         broken = jax.device_get(jax.jit(_not_finite)({"params": state.params, "gradient": grads}))
     before = int(state.step)
     limits = then["limits"] and np.float32([float(x) for x in then["limits"]])
-    _, report = step.make_train_step(cfg, mesh)(state, batch, limits)
+    _, report = step.make_train_step(cfg, mesh, None, of)(state, batch, limits, lesson)
     now = {name: str(float(getattr(report, name))) for name in guard.WATCHED}
     lines = [f"step {before + 1} repeated; it was skipped: {then['reason']}"]
     lines += [f"  {name}: {then[name]} then, {now[name]} now" for name in guard.WATCHED]

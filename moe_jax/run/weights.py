@@ -30,6 +30,14 @@ CASTABLE = ("float32", "bfloat16")
 HOST_BYTES = 2 * 2**30  # limit of the host's memory for weights on their way to the disk
 
 
+def source_of(text: str) -> tuple[Path, int | None]:
+    """The folder and the step of `RUN` (None: the newest) or `RUN@STEP`."""
+    folder, at, number = text.rpartition("@")
+    if at and number.isdigit() and not Path(text).exists():
+        return Path(folder), int(number)
+    return Path(text), None
+
+
 def check_free(workdir: str | os.PathLike) -> Path:
     """The path of a new run directory, with `~` and links resolved.
 
@@ -113,6 +121,12 @@ def load_weights(
     without an average.
     """
     return _load(Path(workdir).expanduser(), abstract_params, abstract_bias, step, cast, average)[:3]
+
+
+def load_identified(workdir: Path, abstract_params: dict, abstract_bias: dict, step: int) -> tuple[dict, dict, str]:
+    """Parameters and router biases of a checkpoint, as `load_weights`, and the fingerprint of what the files hold."""
+    params, bias, _, found = _load(workdir, abstract_params, abstract_bias, step, False, False, identify=True)
+    return params, bias, found
 
 
 def _load(

@@ -21,7 +21,7 @@ def token_nll(
 
     def local(hidden, targets, output):
         step = lambda _, part: (None, _log_softmax(part[0], output, part[1])[1])
-        parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+        parts = split_chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
         _, nll = jax.lax.scan(step, None, parts)
         return nll.reshape(-1)[: targets.size].reshape(targets.shape)
 
@@ -38,7 +38,7 @@ def token_scores(
             log_p, nll = _log_softmax(part[0], output, part[1])
             return None, (nll, jnp.argmax(log_p, axis=-1) == part[1])
 
-        parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+        parts = split_chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
         _, made = jax.lax.scan(step, None, parts)
         return tuple(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in made)
 
@@ -65,7 +65,7 @@ def summed_nll(
     return jnp.sum(sharding.per_device(local, 3, 1)(hidden, targets, weights, output))
 
 
-def _chunks(*arrays: Array, most: int | None = None) -> tuple[Array, ...]:
+def split_chunks(*arrays: Array, most: int | None = None) -> tuple[Array, ...]:
     """Splits `[T, …]` into the fewest chunks of at most `most` (default CHUNK) tokens: `[chunks, tokens, …]`.
 
     Padding comes last.
@@ -87,7 +87,7 @@ def _log_softmax(hidden, output, targets):
 @jax.custom_vjp
 def _summed_nll(h_TD, output, targets_T, weights_T):
     step = lambda total, part: (total + jnp.sum(part[2] * _log_softmax(part[0], output, part[1])[1]), None)
-    return jax.lax.scan(step, varying_like(jnp.zeros(()), h_TD), _chunks(h_TD, targets_T, weights_T))[0]
+    return jax.lax.scan(step, varying_like(jnp.zeros(()), h_TD), split_chunks(h_TD, targets_T, weights_T))[0]
 
 
 def _summed_nll_forward(h_TD, output, targets_T, weights_T):
@@ -106,7 +106,7 @@ def _summed_nll_forward(h_TD, output, targets_T, weights_T):
         return (total + jnp.sum(weight * nll), d_output), d_logits @ output
 
     zeros = varying_like(jnp.zeros(()), h_TD), jnp.zeros_like(output, dtype=jnp.float32)
-    (total, d_output), d_h = jax.lax.scan(step, zeros, _chunks(h_TD, targets_T, weights_T))
+    (total, d_output), d_h = jax.lax.scan(step, zeros, split_chunks(h_TD, targets_T, weights_T))
     d_h = d_h.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]]
     return total, (d_h, d_output, jnp.zeros((), output.dtype))
 
@@ -131,7 +131,7 @@ def _on_cpu(h_TD, output, targets_T, weights_T):
         return (total + jnp.sum(weight * nll), d_output_DV + (h * scale).T @ exp), (exp @ output) * scale
 
     zeros = varying_like(jnp.zeros(()), h_TD), jnp.zeros_like(output.T)
-    parts = _chunks(h_TD, targets_T, weights_T, most=min(CHUNK, CPU_CHUNK))
+    parts = split_chunks(h_TD, targets_T, weights_T, most=min(CHUNK, CPU_CHUNK))
     (total, d_output_DV), d_h = jax.lax.scan(step, zeros, parts)
     d_h = d_h.reshape(-1, h_TD.shape[1])[: h_TD.shape[0]] - weights_T[:, None] * output[targets_T]
     return total, d_h, d_output_DV.T.at[targets_T].add(-weights_T[:, None] * h_TD)

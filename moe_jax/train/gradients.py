@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax import model, optim
-from moe_jax.config import RunConfig
+from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.moe import quantile, router_losses
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
@@ -30,7 +30,8 @@ from moe_jax.nn.layers import weight
 from moe_jax.nn.qk_clip import Maxima
 from moe_jax.optim import groups
 from moe_jax.parallel import sharding
-from moe_jax.train import cross_entropy, knobs, losses
+from moe_jax.train import cross_entropy, distillation, knobs, losses
+from moe_jax.train.distillation import Lesson
 from moe_jax.train.losses import BatchSums, LossParts
 from moe_jax.train.state import Batch, choose_program, split_micro_batches
 from moe_jax.tree import flatten
@@ -45,11 +46,15 @@ class Gradients(NamedTuple):
     grads: dict  # in the tree of the parameters, without the frozen ones (`groups.split`)
 
 
-def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -> Callable[..., Gradients]:
-    """Makes the function (params, router_bias, batch, step) → `Gradients` of the optimizer batch.
+def make_gradients(
+    cfg: RunConfig, mesh: Mesh, program: Program | None = None, teacher: ModelConfig | None = None
+) -> Callable[..., Gradients]:
+    """Makes the function (params, router_bias, batch, step[, teacher]) → `Gradients` of the optimizer batch.
 
-    program: by default `choose_program`. Raises ConfigError for a router loss that is not in the table, and for a group
-    of parameters that matches none.
+    program: by default `choose_program`.
+    teacher: the model of `cfg.distill.teacher`; the function takes its weights, (params, router_bias), or None for a
+        step without it.
+    Raises ConfigError for a router loss that is not in the table, and for a group of parameters that matches none.
     """
     router_losses.check(cfg)
     optim.check_groups(cfg)
@@ -58,26 +63,34 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
     bins = quantile.BINS if cfg.loss.bias_update == "quantile" else 0
     frozen = optim.frozen_paths(cfg.optim, flatten(count_graph.shapes))
     training = dataclasses.replace(program, max_logit=cfg.optim.qk_clip > 0, histogram_bins=bins, frozen=frozen)
+    training = dataclasses.replace(training, residual=teacher is not None and cfg.distill.hidden_coef > 0)
     graph = model.abstract(cfg.trained, training)
+    teach = _make_teacher(cfg, mesh, teacher) if teacher else None
 
-    def gradients(params: dict, bias: dict, batch: Batch, step: Int[Array, ""]) -> Gradients:
+    def gradients(
+        params: dict, bias: dict, batch: Batch, step: Int[Array, ""], of_teacher: tuple[dict, dict] | None = None
+    ) -> Gradients:
         if cfg.loss.shuffle_tokens:
             batch = batch._replace(group=_random_groups(cfg, batch.group.shape, step))
         if knobs.draws_noise(cfg):
             batch = batch._replace(index=knobs.number_tokens(batch.tokens.shape))
         moving = knobs.of_step(cfg, step)
-        total_loss = functools.partial(losses.total_loss, cfg=cfg.loss, step=step, model=cfg.trained)
+        total_loss = functools.partial(
+            losses.total_loss, cfg=cfg.loss, step=step, model=cfg.trained, distill=cfg.distill
+        )
         trained, fixed = groups.split(params, frozen)
-        gradients_of = functools.partial(_gradients_of, cfg, graph, trained, fixed, bias, moving)
+        lesson_of = functools.partial(teach, of_teacher) if of_teacher else None
+        gradients_of = functools.partial(_gradients_of, cfg, graph, trained, fixed, bias, moving, lesson_of)
         if count == 1:
             return gradients_of(batch, total_loss)
         micro = split_micro_batches(batch, count)
         if cfg.loss.accumulation == "running":
             total = _running(gradients_of, total_loss, micro, count)
         else:
-            stats_of = functools.partial(_router_stats, cfg, count_graph, params, bias, moving)
+            stats_of = functools.partial(_router_stats, count_graph, params, bias, moving)
+            terms = {name: jnp.zeros(()) for name in cfg.distill.factors} if of_teacher else None
             first_pass = cfg.model.num_moe_layers > 0 and losses.needs_whole_batch(cfg.loss)
-            total = _exact(gradients_of, total_loss, micro, stats_of if first_pass else None)
+            total = _exact(gradients_of, total_loss, micro, stats_of if first_pass else None, terms)
         return total._replace(grads=jax.tree.map(lambda g, p: g.astype(p.dtype), total.grads, trained))
 
     return gradients
@@ -87,22 +100,22 @@ def make_gradients(cfg: RunConfig, mesh: Mesh, program: Program | None = None) -
 
 
 def forward(
-    cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, batch: Batch, moving: Knobs | None = None
+    graph: model.Graph, params: dict, bias: dict, batch: Batch, moving: Knobs | None = None
 ) -> tuple[model.Output, Float[Array, "V D"]]:
     """Runs the model on a batch. Returns its output, and the matrix that maps hidden states to logits.
 
     moving: the knobs of the step, in training.
     """
     net = graph.bind(params, bias)
-    segments = batch.segment_ids if cfg.model.segment_mask else None
+    segments = batch.segment_ids if net.cfg.segment_mask else None
     info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group, index=batch.index)
     return net(model.Inputs(batch.tokens, batch.positions, segments, info, moving)), net.output_matrix
 
 
 def _router_stats(
-    cfg: RunConfig, graph: model.Graph, params: dict, bias: dict, moving: Knobs | None, batch: Batch
+    graph: model.Graph, params: dict, bias: dict, moving: Knobs | None, batch: Batch
 ) -> dict[str, RouterStats]:
-    return forward(cfg, graph, params, bias, batch, moving)[0].stats
+    return forward(graph, params, bias, batch, moving)[0].stats
 
 
 def _gradients_of(
@@ -112,25 +125,74 @@ def _gradients_of(
     fixed: dict,
     bias: dict,
     moving: Knobs | None,
+    lesson_of: Callable[[Batch], Lesson] | None,
     batch: Batch,
     loss_of: Callable[[BatchSums], tuple[Float[Array, ""], LossParts | None]],
 ) -> Gradients:
     """Loss and gradients of one (micro-)batch. loss_of: sums of this batch → the loss, and its parts.
 
-    trained, fixed: the parameters, of which only the former have gradients.
+    trained, fixed: the parameters, of which only the former have gradients. lesson_of: what a teacher makes of the
+    batch; None without one.
     """
+    lesson = lesson_of(batch) if lesson_of else None
 
     def loss(trained):
-        out, matrix = forward(cfg, graph, groups.join(trained, fixed), bias, batch, moving)
+        out, matrix = forward(graph, groups.join(trained, fixed), bias, batch, moving)
         with jax.named_scope("output"):
-            nll = cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
+            outputs = (out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
+            if lesson:
+                nll, terms = _with_teacher(cfg, out, outputs, lesson)
+            else:
+                nll, terms = cross_entropy.summed_nll(*outputs), None
         maxima = Maxima(out.max_logit) if out.max_logit else None
-        sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima)
+        sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima, terms)
         value, parts = loss_of(sums)
         return value, (parts, sums)
 
     (value, (parts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     return Gradients(value, parts, sums, grads)
+
+
+# --- a teacher -------------------------------------------------------------------------------------------------------
+
+
+def _make_teacher(cfg: RunConfig, mesh: Mesh, teacher: ModelConfig) -> Callable[[tuple[dict, dict], Batch], Lesson]:
+    """Makes the function (weights of the teacher, batch) → `Lesson`. It routes as in evaluation, without noise."""
+    tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
+    program = Program.choose(teacher, mesh, tokens, cfg.data.seq_len)
+    compared = cfg.distill.hidden_coef > 0
+    program = dataclasses.replace(program, balance_groups=cfg.balance_groups, residual=compared)
+    graph = model.abstract(teacher, program)
+
+    def lesson(weights: tuple[dict, dict], batch: Batch) -> Lesson:
+        with jax.named_scope("teacher"):
+            out, matrix = forward(graph, *weights, batch)
+            blocks = _in_order(teacher, out.residual) if compared else None
+            return Lesson(out.hidden, weight(matrix, out.hidden.dtype), blocks)
+
+    return lesson
+
+
+def _with_teacher(
+    cfg: RunConfig, out: model.Output, outputs: tuple, lesson: Lesson
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The summed negative log-likelihood, and the sums of the terms that are on (`DistillConfig.factors`)."""
+    distill, terms = cfg.distill, {}
+    if distill.coef:
+        symmetric = distill.divergence == "symmetric"
+        nll, terms["distill"] = distillation.summed_losses(*outputs, lesson, distill.temperature, symmetric)
+    else:
+        nll = cross_entropy.summed_nll(*outputs)
+    if distill.hidden_coef:
+        weights = outputs[-1]
+        blocks = _in_order(cfg.model, out.residual)
+        terms["distill_hidden"] = distillation.summed_distance(blocks, lesson.blocks, weights)
+    return nll, terms
+
+
+def _in_order(cfg: ModelConfig, residual: dict[str, Float[Array, "L B S D"]]) -> list[Float[Array, "B S D"]]:
+    """The residual stream after each block, from the first block to the last."""
+    return [residual[place.path][place.index] for place in cfg.places]
 
 
 def _cast_gradients(part: Gradients) -> Gradients:
@@ -141,14 +203,17 @@ def _cast_gradients(part: Gradients) -> Gradients:
 # --- sums over micro-batches -----------------------------------------------------------------------------------------
 
 
-def _exact(gradients_of: Callable, total_loss: Callable, micro: Batch, stats_of: Callable | None) -> Gradients:
+def _exact(
+    gradients_of: Callable, total_loss: Callable, micro: Batch, stats_of: Callable | None, terms: dict | None
+) -> Gradients:
     """Sums the gradients of micro-batches, each with the slopes of the loss at the sums of the whole batch.
 
     stats_of: the first pass of a micro-batch, which computes no logits and no gradients; None if the loss is linear.
+    terms: zeros in place of the terms of a teacher, if there is one.
     """
     weights = jnp.sum(micro.weights)
     if stats_of:
-        whole = BatchSums(jnp.zeros(()), weights, _sum_over(lambda _, part: stats_of(part), micro))
+        whole = BatchSums(jnp.zeros(()), weights, _sum_over(lambda _, part: stats_of(part), micro), teacher=terms)
         slopes = jax.grad(lambda sums: total_loss(sums)[0], allow_int=True)(whole)
         loss_of = lambda sums: (losses.dot(slopes, sums), None)
     else:

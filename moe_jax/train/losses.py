@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import LossConfig, ModelConfig, MoEConfig, RouterLossConfig
+from moe_jax.config import DistillConfig, LossConfig, ModelConfig, MoEConfig, RouterLossConfig
 from moe_jax.moe.router_losses import LOSSES, column_targets, merge_groups
 from moe_jax.moe.stats import RouterStats
 from moe_jax.nn.qk_clip import Maxima
@@ -20,6 +20,7 @@ class BatchSums(NamedTuple):
     weights: Float[Array, ""]  # Σ weight of a token's target
     router: dict[str, RouterStats]  # by block
     maxima: Maxima | None = None  # QK-clip needs them, the loss does not
+    teacher: dict[str, Float[Array, ""]] | None = None  # Σ weight · distance from a teacher, by `DistillConfig.factors`
 
 
 class LossParts(NamedTuple):
@@ -27,15 +28,16 @@ class LossParts(NamedTuple):
 
     xent: Float[Array, ""]  # nats per token
     router: dict[str, Float[Array, ""]]  # by the names of `LossConfig.router_losses`
-    raw: dict[str, Float[Array, ""]]  # router losses without coefficients, by the names they are logged under
+    teacher: dict[str, Float[Array, ""]]  # by the names of `DistillConfig.factors`; {} without a teacher
+    raw: dict[str, Float[Array, ""]]  # losses without coefficients, by the names they are logged under
 
     def total(self) -> Float[Array, ""]:
         """The loss: the sum of its terms."""
-        return self.xent + sum(self.router.values())
+        return self.xent + sum([*self.router.values(), *self.teacher.values()])
 
     def scalars(self) -> dict[str, Float[Array, ""]]:
         """The terms of the loss by the names they are logged under."""
-        return {"xent": self.xent, **self.router}
+        return {"xent": self.xent, **self.router, **self.teacher}
 
 
 def total_loss(
@@ -46,6 +48,7 @@ def total_loss(
     *,
     tokens: Float[Array, ""] | None = None,
     share: float = 1.0,
+    distill: DistillConfig | None = None,
 ) -> tuple[Float[Array, ""], LossParts]:
     """The training loss at `step`: nats per token, and the router losses averaged (or summed) over layers.
 
@@ -54,6 +57,7 @@ def total_loss(
         experts a table names have no balance to gain, so that only losses that are linear see their routers.
     tokens: counted tokens that a linear router loss is a mean over; None: those of `sums`.
     share: weight of the other router losses.
+    distill: the factors of the terms of a teacher, if `sums` has any.
     """
     if tokens is None:
         tokens = next((jnp.sum(s.tokens[:1]) for s in sums.router.values()), 0.0)  # every layer sees the same
@@ -73,7 +77,11 @@ def total_loss(
             value = join(lambda stats, term=term: share * _of_bank(stats, cfg, term, model and model.moe), chosen)
         router[name] = _coef(term, step) * value if term.coef else jnp.zeros_like(value)
         raw[name.replace(term.kind, f"{term.kind}_raw", 1)] = value
-    parts = LossParts(sums.nll / jnp.maximum(sums.weights, 1.0), router, raw)
+    weights, teacher = jnp.maximum(sums.weights, 1.0), {}
+    for name, total in (sums.teacher or {}).items():
+        raw[f"{name}_raw"] = total / weights
+        teacher[name] = jnp.where(distill.is_on(step + 1), distill.factors[name], 0.0) * raw[f"{name}_raw"]
+    parts = LossParts(sums.nll / weights, router, teacher, raw)
     return parts.total(), parts
 
 
@@ -105,7 +113,8 @@ def dot(slopes: BatchSums, sums: BatchSums) -> Float[Array, ""]:
     """Σ slope · sum. `slopes` are the gradient of a function of `BatchSums`, from which integers are left out."""
     numbers = lambda tree: [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     pairs = zip(numbers(slopes.router), numbers(sums.router), strict=True)
-    return slopes.nll * sums.nll + sum(jnp.sum(slope * x) for slope, x in pairs)
+    of_teacher = [slope * sums.teacher[name] for name, slope in (slopes.teacher or {}).items()]
+    return slopes.nll * sums.nll + sum([*(jnp.sum(slope * x) for slope, x in pairs), *of_teacher])
 
 
 def describe(cfg: LossConfig, micro_batches: int) -> str:

@@ -96,8 +96,9 @@ def train_metrics(
 ) -> dict[str, float]:
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
-    report: on the host. Its terms are xent, load_balance, router_z and <kind>/<name> of `loss.more`, which add up to
-        the loss, and load_balance_raw, router_z_raw and <kind>_raw/<name>, which are without coefficients.
+    report: on the host. Its terms are xent, load_balance, router_z, <kind>/<name> of `loss.more`, and distill and
+        distill_hidden of a teacher, which add up to the loss, and load_balance_raw, router_z_raw, <kind>_raw/<name>,
+        distill_raw and distill_hidden_raw, which are without coefficients.
     router: its `router_metrics`.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward, by formula. peak: FLOP/s of all devices together. mfu is the FLOP/s of the

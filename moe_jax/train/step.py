@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from moe_jax import model, optim
-from moe_jax.config import RunConfig
+from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.moe import balance, quantile
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import RouterStats, choice_sums
@@ -26,19 +26,22 @@ from moe_jax.tree import at_path, flatten, nest
 
 
 def make_train_step(
-    cfg: RunConfig, mesh: Mesh, program: Program | None = None
+    cfg: RunConfig, mesh: Mesh, program: Program | None = None, teacher: ModelConfig | None = None
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Makes the jitted train step: (state, batch[, limits]) → (new state, `StepMetrics`). It donates the old state.
+    """Makes the jitted train step: (state, batch[, limits[, teacher]]) → (new state, `StepMetrics`). It donates the old
+    state.
 
     program: by default `choose_program`.
+    teacher: the model of `cfg.distill.teacher`, whose weights, (params, router_bias), the step takes. None in their
+        place gives the step without a teacher, another program.
     limits: see `Watch.limits`. A bad step (moe_jax/train/guard.py) adds 1 to `state.step` and changes nothing else.
     """
-    gradients = make_gradients(cfg, mesh, program)
+    gradients = make_gradients(cfg, mesh, program, teacher)
     optimizer = optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim)
     lr = optim.schedule(cfg.optim, cfg.train.steps)
 
-    def train_step(state: TrainState, batch: Batch, limits=None):
-        loss, parts, sums, grads = gradients(state.params, state.router_bias, batch, state.step)
+    def train_step(state: TrainState, batch: Batch, limits=None, of_teacher=None):
+        loss, parts, sums, grads = gradients(state.params, state.router_bias, batch, state.step, of_teacher)
         with jax.named_scope("optimizer"):
             moments, controllers, ema = parts_of(state.opt_state)
             frozen = optim.frozen_paths(cfg.optim, flatten(state.params))
@@ -102,9 +105,8 @@ def update_biases(
 
 def _updates(state: TrainState) -> Int[Array, ""]:
     """The number of optimizer updates so far: steps that were not skipped."""
-    moments = parts_of(state.opt_state).optimizer  # a controller has a count of its own
-    counts = optax.tree_utils.tree_get_all_with_path(moments, "count")
-    return counts[0][1] if counts else state.step
+    counted = groups.updates_so_far(parts_of(state.opt_state).optimizer)  # a controller has a count of its own
+    return state.step if counted is None else counted
 
 
 def make_eval_step(
@@ -118,13 +120,13 @@ def make_eval_step(
     graph = model.abstract(cfg.model, dataclasses.replace(program, balance_groups=num_domains, record=record))
 
     def eval_step(params, bias, batch, earlier=None) -> EvalSums:
-        out, matrix = forward(cfg, graph, params, bias, batch)
+        out, matrix = forward(graph, params, bias, batch)
         with jax.named_scope("output"):
             nll = cross_entropy.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets)
         member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
         choices = None
         if record:
-            before = forward(cfg, graph, *earlier, batch)[0].choices if earlier else {}
+            before = forward(graph, *earlier, batch)[0].choices if earlier else {}
             choices = {
                 path: choice_sums(
                     chosen,

@@ -4,11 +4,13 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import model
@@ -19,9 +21,23 @@ from moe_jax.parallel import sharding
 from moe_jax.run import config_file, weights
 from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.train.state import abstract_weights
-from moe_jax.tree import flatten, nest
-from moe_jax.upcycle.chain import Transform, apply, average, describe, final_config, logits_error, require
+from moe_jax.tree import flatten, join, nest, split
+from moe_jax.upcycle.chain import (
+    Scores,
+    Transform,
+    apply,
+    average,
+    check_scores,
+    describe,
+    final_config,
+    is_fixed,
+    logits_error,
+    require,
+    shares_of,
+)
+from moe_jax.upcycle.dense import Importance
 from moe_jax.upcycle.experts import SCALES, VirtualGroups, fixed_sum, kappa
+from moe_jax.upcycle.scores import read_counts, read_units, training_rows, unit_scores
 
 ROUTER_SCALES = (0.0, 0.01, 0.1, 1.0)  # multiples of `router_std` for which the error is measured
 
@@ -33,14 +49,6 @@ class Report(NamedTuple):
     changes: str  # why the function has changed; "" if it is the same
     error: float | None  # ‖logits after − before‖ / ‖before‖ in float32; None: not measured
     deviation: dict[float, float]  # errors by router_std, for routing whose combine weights have no fixed sum
-
-
-def source_of(text: str) -> tuple[Path, int | None]:
-    """The folder and the step of `RUN` (None: the newest) or `RUN@STEP`."""
-    folder, at, number = text.rpartition("@")
-    if at and number.isdigit() and not Path(text).exists():
-        return Path(folder), int(number)
-    return Path(text), None
 
 
 def mesh_for(expert_counts: Sequence[int]) -> Mesh:
@@ -58,60 +66,83 @@ def convert(
     seed: int = 0,
     check: bool = True,
     echo: Callable[[str], Any] = print,
+    shares: Sequence[float] | None = None,
+    scores: str | os.PathLike = "",
+    score_sequences: int = 64,
 ) -> Report:
     """Makes the run directory of weights `workdir` from other run directories. After a failure there is no `workdir`.
 
-    sources: RUN or RUN@STEP, by default the newest step. Several sources are averaged first.
+    sources: RUN or RUN@STEP, by default the newest step. Several sources are averaged first, unless the chain begins
+        with `Merge`.
     check: also run the model before and after on random tokens, and print the relative error of the logits.
+    shares: of the sources in their average, divided by their sum; by default equal.
+    scores: for `Prune` a run directory with an eval.json, or a file like that; by default the source. For `Importance`
+        a NumPy file with an array `[L, F]`; by default it is computed on `score_sequences` sequences of the source's
+        training text.
     Raises ConfigError, or CheckpointError, before anything is compiled or written. Every process calls this.
     """
-    runs = [source_of(text) for text in sources]
+    runs = [weights.source_of(text) for text in sources]
     require(bool(runs), "from", "", "must name a run directory", "for example --from=runs/a")
     weights.check_free(workdir)
+    merges = bool(chain) and chain[0].sources > 1
+    of_each = None if merges else shares_of(shares, len(runs))
+    require(not merges or shares is None, "weights", shares, "has no effect on models that are merged", "leave it out")
     configs = [_config(folder) for folder, _ in runs]
     for folder, _ in runs[1:]:
         weights.check_same_model(dataclasses.replace(configs[0], init_from=str(folder)))
         _check_same_tokenizer(runs[0][0], folder)
     before, after = configs[0].model, final_config(chain, configs[0].model)
+    steps = []
     for folder, number in runs:
         with Checkpoints(folder) as checkpoints:
-            checkpoints.contents(number)  # raises if there is no such step
+            steps.append(checkpoints.contents(number)[0])  # raises if there is no such step
+    given = _given_scores(chain, before, scores, runs, steps)
+    if given is not None:
+        check_scores(chain, before, given)
+    require(not merges or chain[0].sources == len(runs), "from", ",".join(sources),
+            f"the chain merges {chain[0].sources if chain else 0} models", f"name {len(runs)} models")  # fmt: skip
     changes = [reason for reason in _changes(chain, before) if reason]
     cfg = _new_config(configs[0], after, runs[0][0], Path(workdir))
     cfg, gone = _without_lost_groups(cfg)
 
-    mesh = mesh_for(after.expert_counts)
+    mesh = mesh_for((*before.expert_counts, *after.expert_counts))
     echo(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
     origins: list[list[dict]] = []
 
     def load(run):
         folder, number = run
-        abstract = abstract_weights(before, mesh)
-        params, _, origin = weights.load_weights(folder, *abstract, step=number, cast=True)
+        params, bias, origin = weights.load_weights(folder, *abstract_weights(before, mesh), step=number, cast=True)
         origins.append(origin)
-        return params
+        return join(params, bias)
 
     with jax.set_mesh(mesh):
-        params = load(runs[0]) if len(runs) == 1 else average(map(load, runs), len(runs))
+        params = _joined(map(load, runs), of_each, sources)
         for line in [*explain(chain, before), *gone]:
             echo(line)
-        _, made = apply(chain, before, params, seed)
+        if given is None and any(transform.needs_scores for transform in chain):
+            given = _computed_scores(configs[0], runs[0], score_sequences)
+        _, made = apply(chain, before, params, seed, given)
     echo(f"now {_size(after)}")
+    first = params[0] if isinstance(params, tuple) else params
     error, deviation = None, {}
     if check:
-        error = logits_error((before, params), (after, made), mesh)
-        deviation = _deviation(chain, (before, params), (after, made), mesh)
-    same = "changed: " + "; ".join(changes) if changes else "the same as that of the dense model"
-    echo(f"function: {same}")
+        error = logits_error((before, first), (after, made), mesh)
+        deviation = _deviation(chain, (before, first), (after, made), mesh)
+    unchanged = "the same as before" if before.num_moe_layers else "the same as that of the dense model"
+    echo(f"function: {'changed: ' + '; '.join(changes) if changes else unchanged}")
     if error is not None:
-        echo(f"relative error of the logits on random tokens: {error:.2g}")
+        to = ", to those of the first model" if merges else ""
+        echo(f"relative error of the logits on random tokens{to}: {error:.2g}")
     for std, value in deviation.items():
         echo(f"  with router_std={std:g}: {value:.2g}")
 
-    zeros = jax.tree.map(_zeros, abstract_weights(after, mesh)[1])
     own = {"event": "upcycle", "from": list(sources), "seed": seed, "chain": describe(chain)}
-    earlier = origins[0] if len(runs) == 1 else [{"event": "average", "origins": origins}]
-    weights.save_weights(workdir, cfg, made, zeros, [*earlier, own], _tokenizer_files(runs[0][0]))
+    own |= {"weights": list(shares)} if shares else {}
+    own |= {"scores": str(scores) or f"{score_sequences} sequences of training text"} if given is not None else {}
+    together = {"event": "merge" if merges else "average", "origins": origins}
+    fixed, made = split(made, is_fixed)
+    files = _tokenizer_files(runs[0][0])
+    weights.save_weights(workdir, cfg, made, fixed, [*(origins[0] if len(runs) == 1 else [together]), own], files)
     echo(f"written to {workdir}: weights and their origin; training starts with a fresh optimizer state")
     return Report(cfg, "; ".join(changes), error, deviation)
 
@@ -156,8 +187,60 @@ def _tokenizer_files(folder: Path) -> dict[str, bytes]:
     return tokenizers.companion_files(folder) | tokenizers.read_files(folder, (tokenizers.SETTINGS,))
 
 
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.jit(lambda: jax.numpy.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+def _joined(models: Iterable[dict], shares: Sequence[float] | None, sources: Sequence[str]) -> dict | tuple[dict, ...]:
+    """The average of models, one at a time in memory; without shares all of them. Raises ConfigError for two tables."""
+    if shares is None:
+        return tuple(models)
+    if len(shares) == 1:
+        return next(iter(models))
+    tables: list[dict] = []
+
+    def learned(one):
+        table, rest = split(one, lambda path: path.endswith("/table"))
+        tables.append(table)
+        same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), tables[0], table)
+        rule = "their tables name other experts for a token, and have no average"
+        require(all(jax.tree.leaves(same)), "from", ",".join(sources), rule, "name runs with the same tables")
+        return rest
+
+    mean = average(map(learned, models), len(shares), shares)
+    return join(mean, tables[0])
+
+
+def _given_scores(
+    chain: Sequence[Transform], before: ModelConfig, scores: str | os.PathLike, runs: list, steps: list[int]
+) -> Scores | None:
+    """The scores for a chain that a file has; None where there are none, or where they are computed."""
+    at = next((i for i, transform in enumerate(chain) if transform.needs_scores), None)
+    require(at is not None or not str(scores), "scores", str(scores), "no transform uses scores", "leave it out")
+    if at is None:
+        return None
+    cfg = final_config(chain[:at], before)
+    if isinstance(chain[at], Importance):
+        if str(scores):
+            return read_units(scores)
+        rule = "are not known for what is made before: they are computed on the model that is read"
+        require(at == 0 and len(runs) == 1, "scores", "", rule, "name a file of scores")
+        rule = "computes scores in one process only"
+        require(jax.process_count() == 1, "distributed", True, rule, "name a file of scores")
+        return None
+    require(bool(str(scores)) or len(runs) == 1, "scores", "", "each of several models has its own counts",
+            "name a run directory or a file")  # fmt: skip
+    found, step = read_counts(scores or runs[0][0], cfg)
+    rule = f"its eval.json is of step {step}, its weights of step {steps[0]}"
+    require(bool(str(scores)) or step == steps[0], "scores", "", rule, f"nearest valid: --from={runs[0][0]}@{step}")
+    return found
+
+
+def _computed_scores(cfg: RunConfig, run: tuple[Path, int | None], count: int) -> Scores:
+    """The importance of the hidden units of a dense run, on its training text."""
+    folder, step = run
+    mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
+    rows = training_rows(cfg, folder, count)
+    with jax.set_mesh(mesh):
+        params, _, _ = weights.load_weights(folder, *abstract_weights(cfg.model, mesh), step=step, cast=True)
+        found = unit_scores(cfg.model, params, rows)
+    return jax.tree.map(np.asarray, found)
 
 
 def _size(cfg: ModelConfig) -> str:

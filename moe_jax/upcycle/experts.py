@@ -1,4 +1,4 @@
-"""Makes experts from dense feed-forward layers: virtual groups (copies if G = 1), noise, Drop-Upcycling.
+"""Makes experts from dense feed-forward layers: virtual groups (copies if G = 1), and which layers get experts.
 
 Letters: L layers, D model, F hidden width of the dense layer, f = F/G hidden width of an expert, E experts, K experts
 per token, G shards of a dense layer, S shared experts. docs/upcycling.md has the formulas.
@@ -6,7 +6,6 @@ per token, G shards of a dense layer, S shared experts. docs/upcycling.md has th
 
 import dataclasses
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +46,8 @@ def expected_weight(moe: MoEConfig) -> float:
     """
     if moe.combine == "one":
         return moe.routed_scaling
+    if moe.combine == "share":
+        return moe.routed_scaling * moe.shard_groups / moe.top_k
     if moe.renormalize or moe.score_order == "topk_score":
         return moe.routed_scaling / moe.top_k
     return moe.routed_scaling * (1 / moe.num_experts if moe.score == "softmax" else 1 / 2)
@@ -54,15 +55,15 @@ def expected_weight(moe: MoEConfig) -> float:
 
 def fixed_sum(moe: MoEConfig) -> bool:
     """Whether a token's combine weights have the same sum for every token."""
-    return moe.combine == "one" or moe.renormalize or moe.score_order == "topk_score"
+    return moe.combine != "score" or moe.renormalize or moe.score_order == "topk_score"
 
 
 def kappa(moe: MoEConfig, granularity: int) -> float:
     """The factor κ = G / (K · w̄) by which the dense layer's output exceeds the sum of the routed experts.
 
-    A token uses K/G copies of the layer with the mean weight w̄. κ is G if the weights sum to 1, and E·G/K for a softmax
-    over all E experts (arXiv:2410.07524 writes E·G²/T; its E is E/G here and its T is K), both divided by
-    `routed_scaling`.
+    A token uses K/G copies of the layer with the mean weight w̄. κ is G if the weights sum to 1, 1 if those of each
+    shard group do, and E·G/K for a softmax over all E experts (arXiv:2410.07524 writes E·G²/T; its E is E/G here and
+    its T is K), all divided by `routed_scaling`.
     """
     return granularity / (moe.top_k * expected_weight(moe))
 
@@ -84,6 +85,10 @@ class VirtualGroups(Transform):
 
     Expert e·G + g is shard g of copy e. The G experts of a copy have the same router row, so the top K, a multiple of
     G, are complete copies. Source: arXiv:2410.07524, §2.3; G = 1: arXiv:2212.05055.
+    choice: "copies" takes the K best of all experts, which are complete copies until training tells the rows of a copy
+        apart. "shards" takes the K/G best of each shard, so that a token always has every shard K/G times, be it of
+        different copies (`moe.shard_groups`).
+    combine: `moe.combine`; "share" gives every shard the same weight.
     """
 
     expansion: int = 8
@@ -94,6 +99,8 @@ class VirtualGroups(Transform):
     score_order: Literal["topk_score", "score_topk"] = "topk_score"
     renormalize: bool = False
     routed_scaling: float = 1.0
+    choice: Literal["copies", "shards"] = "copies"
+    combine: Literal["score", "share"] = "score"
     router_std: float = 0.02
     dense_layers: int = 0  # number of layers at the start that stay dense
     layers: str = ""  # which layers get experts, as `model.layers` of the result; "": all but dense_layers
@@ -117,7 +124,15 @@ class VirtualGroups(Transform):
         require(self.scale in SCALES, "scale", self.scale, f"must be one of {', '.join(SCALES)}",
                 "nearest valid: 'exact'")  # fmt: skip
         require(self.router_std >= 0, "router_std", self.router_std, "must be ≥ 0", "nearest valid: 0.0")
-        routing = {name: getattr(self, name) for name in ("score", "score_order", "renormalize", "routed_scaling")}
+        require(self.choice in ("copies", "shards"), "choice", self.choice, "must be copies or shards",
+                "nearest valid: 'copies'")  # fmt: skip
+        require(g > 1 or self.choice == "copies", "choice", self.choice, "needs granularity > 1: there is one shard",
+                "nearest valid: 'copies'")  # fmt: skip
+        names = ("score", "score_order", "renormalize", "routed_scaling", "combine")
+        routing = {name: getattr(self, name) for name in names}
+        routing["shard_groups"] = g if self.choice == "shards" else 1
+        require(self.combine != "share" or self.choice == "shards", "combine", self.combine, "needs choice='shards'",
+                "nearest valid: 'score'")  # fmt: skip
         moe = moe_config(num_experts=e * g, top_k=k, d_expert=f // g, num_shared_experts=s, **routing, **self.moe)
         for name, usual in NOT_OF_COPIES.items():
             rule = "is not a part of copies of a dense layer"
@@ -205,8 +220,13 @@ def moe_config(**fields) -> MoEConfig:
 BLOCK = r"(?:dense_)?layers(?:_\d+)?(?:/block_\d+)?"  # the path of a block in the parameters
 
 
-def with_experts(cfg: ModelConfig, moe: MoEConfig, dense_layers: int, layers: str) -> ModelConfig:
-    """The dense model with experts in some layers: those that `layers` names, or all but the first `dense_layers`."""
+def with_experts(
+    cfg: ModelConfig, moe: MoEConfig, dense_layers: int, layers: str, *, tables: bool = False
+) -> ModelConfig:
+    """The dense model with experts in some layers: those that `layers` names, or all but the first `dense_layers`.
+
+    tables: whether a block's experts may be named by a table.
+    """
     last = cfg.num_layers - 1
     rule = f"must be in [0, {last}]: it is the number of the {last + 1} layers that stay dense; all others get experts"
     nearest = min(max(dense_layers, 0), last)
@@ -223,7 +243,7 @@ def with_experts(cfg: ModelConfig, moe: MoEConfig, dense_layers: int, layers: st
         rule = "a late block has its feed-forward layer beside the experts, so it would not compute the dense layer"
         require("late" not in names, "layers", layers, rule, "name dense and moe only")
         rule = "the table of a table block would not choose what the copies need"
-        require("table" not in names, "layers", layers, rule, "name dense and moe only")
+        require(tables or "table" not in names, "layers", layers, rule, "name dense and moe only")
         rule = "a memory would be fresh, so that the model would not compute the dense one's function"
         require("memory" not in names, "layers", layers, rule, "name dense and moe only")
         rule = f"has no block with {moe.num_experts} experts, the number that the other options make"
@@ -275,98 +295,3 @@ class Blocks(NamedTuple):
             (r"embed|embed_bias|embed_scale|head|final_norm", r"\g<0>", lambda w, _: w),
             (rf"{BLOCK}/({own})", r"dense_layers/\1", self.take),
         )
-
-
-# --- making experts different ----------------------------------------------------------------------------------------
-
-EXPERTS = ("w_gate", "w_up", "w_down")
-
-
-def _each_expert_matrix(
-    cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""], keys: int, change: Callable[..., Array]
-) -> dict[str, Array]:
-    """The parameters with change(name, matrices, experts, keys of the block) in the place of the experts' matrices.
-
-    keys: number of keys that a block has.
-    """
-    blocks = Blocks.of(cfg)
-
-    def changed(path, w):
-        if not (found := re.fullmatch(rf"{BLOCK}/moe/({'|'.join(EXPERTS)})", path)):
-            return w
-        name = found[1]
-        return change(name, w, blocks.experts(path), jax.random.split(blocks.key(key, path), keys))
-
-    return {path: changed(path, w) for path, w in params.items()}
-
-
-def _require_experts(cfg: ModelConfig, name: str, value: Any) -> None:
-    rule = "needs a model with experts"
-    require(cfg.num_moe_layers > 0, name, value, rule, "put it after the transform that makes them")
-
-
-@dataclass(frozen=True)
-class Noise(Transform):
-    """Adds normal noise to every routed expert, of `std` times the standard deviation of the expert's own matrix."""
-
-    std: float = 0.01
-
-    def config(self, cfg: ModelConfig) -> ModelConfig:
-        require(self.std >= 0, "noise", self.std, "must be ≥ 0", "nearest valid: 0.0")
-        _require_experts(cfg, "noise", self.std)
-        return cfg
-
-    def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
-        def noisy(name, w, experts, keys):
-            w32 = w.astype(jnp.float32)
-            size = self.std * jnp.std(w32, axis=(2, 3), keepdims=True)
-            return (w32 + size * jax.random.normal(keys[EXPERTS.index(name)], w.shape, jnp.float32)).astype(w.dtype)
-
-        return _each_expert_matrix(cfg, params, key, len(EXPERTS), noisy)
-
-    def changes(self, cfg: ModelConfig) -> str:
-        return f"noise on the experts ({self.std:g})" if self.std else ""
-
-
-@dataclass(frozen=True)
-class Drop(Transform):
-    """Drop-Upcycling: draws a random share `ratio` of each routed expert's hidden units again.
-
-    The normal distribution has the mean and standard deviation of the weights that are replaced. Source:
-    arXiv:2502.19261.
-    shared_indices: True draws the same units in gate, up and down, as in the paper; False draws different units for
-        each matrix, as in its code.
-    """
-
-    ratio: float = 0.5
-    shared_indices: bool = True
-
-    def config(self, cfg: ModelConfig) -> ModelConfig:
-        nearest = min(max(self.ratio, 0.0), 1.0)
-        require(0 <= self.ratio <= 1, "drop", self.ratio, "must be in [0, 1]", f"nearest valid: {nearest}")
-        _require_experts(cfg, "drop", self.ratio)
-        return cfg
-
-    def params(self, cfg: ModelConfig, params: dict[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
-        f = cfg.moe.d_expert
-        count = round(self.ratio * f)
-
-        def redrawn(name, w, experts, keys):
-            key_of_units, *rest = keys
-            which, values = jax.random.split(rest[EXPERTS.index(name)])
-            # A mask [L, E, f] of `count` random units of every expert.
-            drawn = jax.random.uniform(key_of_units if self.shared_indices else which, (w.shape[0], experts, f))
-            picked = jnp.argsort(jnp.argsort(drawn, axis=-1), axis=-1) < count
-            picked = picked[..., None] if name == "w_down" else picked[:, :, None, :]
-            w32 = w.astype(jnp.float32)
-            n = max(count, 1) * cfg.expert_dim
-            over = lambda x: jnp.sum(jnp.where(picked, x, 0.0), axis=(2, 3), keepdims=True) / n
-            mean = over(w32)
-            std = jnp.sqrt(over(jnp.square(w32 - mean)))
-            new = mean + std * jax.random.normal(values, w.shape, jnp.float32)
-            return jnp.where(picked, new, w32).astype(w.dtype)
-
-        return _each_expert_matrix(cfg, params, key, 1 + len(EXPERTS), redrawn)
-
-    def changes(self, cfg: ModelConfig) -> str:
-        return f"{self.ratio:.0%} of the experts' hidden units are new" if round(self.ratio * cfg.moe.d_expert) else ""

@@ -1,0 +1,127 @@
+"""Prunes trained models by the use of their experts, 32 to 24 to 16, and compares two scopes of the balancing loss.
+
+    python -m experiments.multi_domain_text data/domains --local=FOLDER
+    python -m experiments.pruning --data=data/domains --out=runs/pruning
+
+Every arm of `ARMS` is `configs/balance_scope.py` with the scope of its load-balancing loss changed. After training,
+tokens of each expert are counted on training text, each layer keeps the experts with the most (`upcycle.Prune`), and
+held-out perplexity is measured, also with experts that are kept at random. Then the model, whole and pruned, is trained
+for a few more steps at a constant low rate. Each GPU runs `--per_gpu` jobs at a time. Run the same command to resume.
+`--known=FILE` names a results.json, whose arms are compared with the others and not run again, if they were pruned to
+as many experts and trained for as many steps. The comparison is OUT/table.md, OUT/results.json and OUT/pruning.png.
+`--report_only` writes only these.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from experiments import pool, pruning_report
+from experiments.pool import Job, Run
+from moe_jax import terminal
+from moe_jax.cli import expanded
+
+CONFIG = "configs/balance_scope.py"
+ARMS = {"global": "balanced over the global batch", "sequence": "balanced in each sequence"}
+SCOPES = {"global": "global", "sequence": "1"}
+SEEDS = (0,)
+DEFAULTS = {"train.log_every": 5, "train.keep_checkpoints": 1, "sample.tokens": 0}
+RATE = 1e-4  # of the steps after pruning: the rate with which the training ends
+
+
+def trained(out: Path, arm: str, seed: int, extra: dict[str, str]) -> Run:
+    """The run whose model is pruned."""
+    fields = DEFAULTS | extra | {"loss.balance_batch": SCOPES[arm], "seed": seed}
+    return Run(arm, seed, out / arm / f"seed{seed}", fields)
+
+
+def continued(run: Run, experts: int, whole: int, steps: int) -> Run:
+    """The run that goes on with the model of `run` with so many experts. whole: the number that it has."""
+    source = run.folder if experts == whole else run.folder / "pruned" / str(experts)
+    fields = {
+        "init_from": source, "model.moe.num_experts": experts, "train.steps": steps, "optim.lr": RATE,
+        "optim.schedule": "constant", "optim.warmup_steps": min(5, steps - 1), "train.checkpoint_every": steps,
+        "seed": 1000 + run.seed,  # another order of the text than in the training before
+    }  # fmt: skip
+    return Run(f"{run.arm}, {experts} experts", run.seed, run.folder / "after" / str(experts), run.overrides | fields)
+
+
+def jobs(runs: list[Run], experts: list[int], whole: int, steps: int, batches: int, folder: str) -> list[Job]:
+    """The jobs that can be run now: trainings, then counts and pruning, then what follows these."""
+    found = [pool.training(run, CONFIG, folder) for run in runs]
+    for run in runs:
+        if not run.done:
+            continue
+        command = ["-m", "experiments.pruning_measure", str(run.folder), f"--batches={batches}"]
+        command += [f"--experts={','.join(map(str, experts))}"]
+        measured = Job(f"pruning of {run.arm}, seed {run.seed}", run.folder, command, "pruned.json")
+        found.append(measured)
+        if measured.done:
+            after = [continued(run, n, whole, steps) for n in (whole, *experts)]
+            pool.give_tokenizer(run.folder.parents[1], after)
+            found += [pool.training(one, CONFIG, folder) for one in after]
+    return found
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse() -> tuple[argparse.Namespace, list[str], list[int], dict[str, str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    parser.add_argument("--experts", default="24,16", help="numbers of experts that a layer keeps")
+    parser.add_argument("--after_steps", type=int, default=50, help="steps of training after pruning")
+    parser.add_argument("--count_batches", type=int, default=32, help="batches of training text that are counted")
+    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
+    pool.add_flags(parser, "runs/pruning")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    if not all(part.isdigit() and int(part) for part in arguments.experts.split(",")):
+        parser.error(f"--experts={arguments.experts}: must be numbers ≥ 1, separated by commas")
+    for name in ("after_steps", "count_batches"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}={getattr(arguments, name)}: must be ≥ 1")
+    return arguments, names, [int(n) for n in arguments.experts.split(",")], pool.extra_fields(parser, arguments)
+
+
+def main() -> int:
+    arguments, names, experts, extra = parse()
+    out, failed = arguments.out.resolve(), []
+    known = pruning_report.read(arguments.known) if arguments.known else {}
+    if not arguments.report_only:
+        folder = str(Path(arguments.data).resolve())
+        runs = [trained(out, arm, seed, extra) for seed in SEEDS for arm in names]
+        configs = pool.checked_configs(CONFIG, folder, runs)
+        if configs is None:
+            return 2
+        whole, least = configs[names[0]].model.moe.num_experts, configs[names[0]].model.moe.top_k
+        if bad := [n for n in experts if not least <= n < whole]:
+            print(f"error: --experts={bad[0]}: must be in [{least}, {whole - 1}]", file=sys.stderr)
+            return 2
+        is_known = lambda run: (
+            (run.arm, run.seed) in known
+            and known[run.arm, run.seed].has(experts, configs[run.arm].train.steps, arguments.after_steps)
+        )
+        runs = [run for run in runs if not is_known(run)]
+        if runs:  # else all of it is known
+            jax.config.update("jax_platforms", "cpu")  # of this process only
+            pool.prepare(configs[runs[0].arm], out)
+            pool.give_tokenizer(out, runs)
+            plan = lambda: jobs(runs, experts, whole, arguments.after_steps, arguments.count_batches, folder)
+            failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
+    finished = known | pruning_report.load(out)
+    if not finished:
+        print(f"error: {out} holds no finished run", file=sys.stderr)
+        return 1
+    pruning_report.write(out, finished, ARMS, arguments.figures)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    terminal.replace_unprintable()
+    sys.exit(main())

@@ -8,12 +8,13 @@ a run will take, and begins none.
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from moe_jax import chips, cli, config, data, model, optim
+from moe_jax import chips, cli, config, data, ending, model, optim
 from moe_jax.aot import compile_only, dry_run
 from moe_jax.errors import Stopped, UserError
 from moe_jax.evaluate import generate, held_out
@@ -88,7 +89,12 @@ def train(preemption: survive.Preemption):
         differs = weights.check_same_model(cfg) if cfg.init_from and existing.latest() is None else []
         before = existing.data_state(RESUME_STEP.value)
         done = RESUME_STEP.value if RESUME_STEP.value is not None else existing.latest() or 0
+    config.check_steps(cfg, done)
     taught = teacher.find(cfg, done, before, mesh.shape["expert"])
+    program, of_teacher = choose_program(cfg, mesh), taught.model if taught else None
+    train_step = step.make_train_step(cfg, mesh, program, of_teacher)
+    if done < cfg.train.steps:
+        compiled = ending.leave_without(step.compile_ahead(train_step, cfg, mesh, of_teacher))  # beside the text
 
     # --- data ---------------------------------------------------------------------------------------------------------
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
@@ -105,7 +111,6 @@ def train(preemption: survive.Preemption):
         say(line)
 
     # --- model --------------------------------------------------------------------------------------------------------
-    program = choose_program(cfg, mesh)
     counts, graph = model.count_parameters(cfg.model), model.abstract(cfg.model)
     frozen = optim.frozen_paths(cfg.optim, flatten(graph.shapes))
     flops = model.flops_per_token(cfg.trained, cfg.data.seq_len, frozen)
@@ -140,13 +145,13 @@ def train(preemption: survive.Preemption):
     if RESUME_STEP.value is not None:
         for later in checkpoints.rewind(RESUME_STEP.value):
             say(f"checkpoint {later} is set aside in {workdir}/checkpoints.dropped")
-    start, tokens, origin, reference, watch = 0, 0.0, [], None, guard.Watch(cfg.train)
+    start, tokens, origin, reference = 0, 0.0, [], None
+    watch = guard.Watch(cfg.train, taught=cfg.distill.stop_step)
     if checkpoints.latest() is not None:
         state, saved, reference = weights.restore(workdir, checkpoints, cfg, mesh)
         batches.set_state(saved["batches"])
         start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
-        watch = guard.Watch(cfg.train, saved.get("watch"))
-        config.check_steps(cfg, start)
+        watch = guard.Watch(cfg.train, saved.get("watch"), cfg.distill.stop_step)
         config_file.begin(workdir, cfg, start + 1)
         say(f"resumed after step {start}")
         for line in changes.since(saved.get("revision", 0), cfg):
@@ -168,7 +173,6 @@ def train(preemption: survive.Preemption):
     # --- loop --------------------------------------------------------------------------------------------------------
     scores = checkpoints.scores
     scores.update(held_out.scores(workdir, start))
-    train_step = step.make_train_step(cfg, mesh, program, taught.model if taught else None)
     clock = metrics.Throughput(tokens)
     writer = log.Writer(
         workdir,
@@ -195,6 +199,8 @@ def train(preemption: survive.Preemption):
             checkpoints.save(n, base.kept(cfg, state), saved, wait=wait)
 
     with checkpoints, writer, progress:
+        if start < steps:
+            compiled.result()
         preemption.begin()
         if evaluation.is_due(start) and evaluation.evaluate(start, state) is None:
             survive.stop(start)  # stops before the next step, so that the resumed run repeats this evaluation
@@ -222,6 +228,9 @@ def train(preemption: survive.Preemption):
         preemption.end()
 
         # --- the end: held-out text, and a sample ---------------------------------------------------------------------
+        # Compressors have a core of their own while the model is evaluated.
+        baselines = ThreadPoolExecutor(1).submit(held_out.compression_bits_per_byte, corpus.validation_texts())
+        ending.leave_without(baselines)
         result = evaluation.evaluate(steps, state)
         if result is None:
             raise Stopped
@@ -236,7 +245,7 @@ def train(preemption: survive.Preemption):
     prompt = cfg.sample.prompt or corpus.beginning()
     text = generate.sample_text(cfg, mesh, state.params, state.router_bias, corpus.tokenizer, prompt)
     write("sample.txt", text + "\n", log.write_text)
-    baselines = held_out.compression_bits_per_byte(corpus.validation_texts())
+    baselines = baselines.result()
     write(name, held_out.to_json(steps, result, baselines))
     lock.close()
     say("\nheld-out text, bits per byte beside general-purpose compressors of the same text")

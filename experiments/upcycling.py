@@ -73,7 +73,7 @@ ARMS = {
     "exact_muon": Arm("virtual groups, Muon", E8G8T8, MUON),
     "dense_constant": Arm("dense, constant lowest rate", None, CONSTANT),
     "exact_constant": Arm("virtual groups, constant lowest rate", E8G8T8, CONSTANT),
-    # That keep shards complete, or for longer. One copy a token is the same number of weights as E8G8T8.
+    # These keep shards complete, always or for longer. E8G1T1 uses as many weights a token as E8G8T8.
     "single": Arm("copies, E8G1T1", E8G1T1, {}),
     "shards": Arm("choice from every shard", (*E8G8T8, SHARDS), {}),
     "shards_shares": Arm("… equal weights", (*E8G8T8, SHARDS, SHARES), {}),

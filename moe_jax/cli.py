@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from moe_jax import startup, terminal
+from moe_jax import ending, startup, terminal
 from moe_jax.chips import ABSENT_TPU
 from moe_jax.errors import ONE_LINE, ConfigError, FileError, UserError
 
@@ -396,4 +396,4 @@ def run(main: Callable[[list[str]], None], take: Callable[[list[str]], list[str]
     quiet_absent_tpu()
     startup.keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # Orbax logs every action at INFO
-    app.run(guarded, flags_parser=functools.partial(_parse, take=take))
+    app.run(ending.without_waiting(guarded), flags_parser=functools.partial(_parse, take=take))

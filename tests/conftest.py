@@ -2,12 +2,14 @@
 
 import gc
 import os
+import tempfile
 
 import jax
 
 from moe_jax import startup
 
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+flags.append("--xla_cpu_parallel_codegen_split_count=1")  # both cores have a test of their own
 if jax.__version_info__ < (0, 11):  # the XLA of jax 0.12 has no such flag
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(flags)
@@ -17,3 +19,18 @@ jax.config.update("jax_platforms", "cpu")
 startup.keep_freed_memory()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A program is compiled once for all tests and workers. The first process makes the folder, before it starts workers.
+COMPILED = "MOE_JAX_TESTS_COMPILED"
+if not os.environ.get(COMPILED):
+    folder = tempfile.TemporaryDirectory(prefix="moe_jax_tests_", ignore_cleanup_errors=True)
+    os.environ[COMPILED] = folder.name
+jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # tests read the names of operations
+
+
+def pytest_collection_finish():
+    """Frees what collecting left behind. What stays is never looked at again: the tests, and all that they import."""
+    gc.collect()
+    gc.freeze()

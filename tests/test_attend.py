@@ -48,9 +48,9 @@ def with_gradients(fn, qkv, dy, segments):
         return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(put(qkv), put(dy), put(segments)))
 
 
-def check(fn, qkv, dy, segments):
+def check(fn, qkv, dy, segments, window=0):
     got = with_gradients(fn, qkv, dy, segments)
-    want = with_gradients(functools.partial(attend.attend, backend="xla"), qkv, dy, segments)
+    want = with_gradients(functools.partial(attend.attend, backend="xla", window=window), qkv, dy, segments)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())

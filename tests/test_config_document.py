@@ -57,7 +57,7 @@ class Outer(Checked, resume=FIXED):
 
 def test_a_row(monkeypatch):
     monkeypatch.setattr("moe_jax.config.document.RunConfig", Inner)
-    was = "A run that was begun before this field existed has `3`."
+    was = 'A run that was begun before `"auto"` was the default has `3`.'
     assert rows(page()) == {
         "size": ["integer from 1 to 5,000", "`1`", "fixed; free with `init_from`", r"Of two lines, (a \| b), above."],
         "how": ['integer or `"auto"`', '`"auto"`', "fixed", f"How it is done; see [muon.md](muon.md). {was}"],

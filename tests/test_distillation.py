@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_lora_run
-import test_train
 import two_processes
 from jax.sharding import NamedSharding, PartitionSpec
 from test_invariance import assert_same, batch_rows, run_config
+from test_train import rows, run, start, write_text
 
 from moe_jax import model
 from moe_jax.config import DistillConfig, ModelConfig, RunConfig
@@ -253,7 +253,11 @@ def test_a_teacher_is_found(with_weights):
     with pytest.raises(ConfigError, match=r"distill\.teacher='': the run began with elsewhere"):
         teacher.find(dataclasses.replace(cfg, distill=DistillConfig()), 3, saved)
     assert teacher.find(with_teacher(folder, stop_step=3), 3, saved) is None
-    assert teacher.find(with_teacher(f"{folder}@0")).step == 0
+    assert teacher.find(cfg, cfg.train.steps, saved) is None  # nothing is left to learn
+    named = with_teacher(f"{folder}@0")
+    assert teacher.find(named).step == teacher.find(named, 3, saved).step == 0
+    with pytest.raises(ConfigError, match=r"@7': the run began with step 0; nearest valid: '.*@0'"):
+        teacher.find(with_teacher(f"{folder}@7"), 3, saved)
     with pytest.raises(CheckpointError, match="step 7"):
         teacher.find(with_teacher(f"{folder}@7"))
 
@@ -290,34 +294,34 @@ def test_fields_without_effect(fields, name):
 @pytest.mark.slow
 def test_runs(tmp_path):
     """A run whose teacher stops, resumed bit for bit, though the teacher was trained on; with others it is refused."""
-    test_train.write_text(tmp_path)
+    write_text(tmp_path)
     common = [f"--config={tmp_path}/config.py", "--config.optim.warmup_steps=0", "--config.train.log_every=1",
               "--config.train.checkpoint_every=2", "--config.train.keep_checkpoints=9"]  # fmt: skip
-    test_train.run(tmp_path, "train.py", *common, "--config.train.steps=2", workdir="teacher")
+    run(tmp_path, "train.py", *common, "--config.train.steps=2", workdir="teacher")
     taught = [*common, "--config.train.steps=6", "--config.seed=1", f"--config.distill.teacher={tmp_path / 'teacher'}",
               "--config.distill.stop_step=5", "--config.distill.hidden_coef=0.1"]  # fmt: skip
-    done = test_train.run(tmp_path, "train.py", *taught, workdir="run")
+    done = run(tmp_path, "train.py", *taught, workdir="run")
     assert "teacher: " in done.stdout and "step 5 was the last with a teacher" in done.stdout
-    lines = test_train.rows(tmp_path, "train")
+    lines = rows(tmp_path, "train")
     assert ["distill" in line for line in lines] == [True] * 5 + [False]
     assert lines[0]["distill"] > 0 and lines[0]["distill_hidden"] > 0
     shutil.copytree(tmp_path / "run", tmp_path / "again")
-    test_train.run(tmp_path, "train.py", *common, "--config.train.steps=4", workdir="teacher")
-    done = test_train.run(tmp_path, "train.py", *taught, "--resume_step=2", workdir="again")
+    run(tmp_path, "train.py", *common, "--config.train.steps=4", workdir="teacher")
+    done = run(tmp_path, "train.py", *taught, "--resume_step=2", workdir="again")
     assert "resumed after step 2" in done.stdout and "/teacher, step 2," in done.stdout
     straight, resumed = (test_lora_run.state_of(tmp_path / name, 6) for name in ("run", "again"))
     for path, x in resumed.items():
         np.testing.assert_array_equal(x, straight[path], err_msg=path)
-    done = test_train.run(tmp_path, "train.py", *taught, "--dry_run", workdir="dry")
+    done = run(tmp_path, "train.py", *taught, "--dry_run", workdir="dry")
     assert "teacher: " in done.stdout and ", teacher " in done.stdout
     shutil.rmtree(tmp_path / "teacher" / "checkpoints" / "2")
     (tmp_path / "teacher" / "checkpoints" / "4").rename(tmp_path / "teacher" / "checkpoints" / "2")
-    process = test_train.start(tmp_path, "train.py", *taught, "--resume_step=4", workdir="again")
+    process = start(tmp_path, "train.py", *taught, "--resume_step=4", workdir="again")
     _, err = process.communicate(timeout=300)
     assert process.returncode and "Traceback" not in err
     # After its last step nobody asks for the teacher.
     shutil.rmtree(tmp_path / "teacher")
-    assert "resumed after step 6" in test_train.run(tmp_path, "train.py", *taught, workdir="run").stdout
+    assert "resumed after step 6" in run(tmp_path, "train.py", *taught, workdir="run").stdout
 
 
 @pytest.mark.slow

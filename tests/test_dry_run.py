@@ -54,7 +54,7 @@ def test_attention_probabilities_are_counted_where_they_are_kept():
     cases = itertools.product(("xla", "chunked", "cudnn"), ("none", "selective"))
     kept = {(name, remat): dry_run.activations(small(remat=remat, attention=name)) for name, remat in cases}
     assert kept["xla", "none"] - kept["chunked", "none"] >= 4 * 4 * 64 * 64 * 2
-    assert kept["chunked", "none"] == kept["cudnn", "none"]
+    assert kept["cudnn", "none"] - kept["chunked", "none"] == 4 * 4 * 64 * 4 * (8 + 16 - 1)  # of places in its lists
     assert kept["chunked", "selective"] - kept["xla", "selective"] == 4 * 4 * 64 * 4  # logsumexps
 
 

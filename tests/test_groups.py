@@ -403,6 +403,12 @@ def test_factors_of_frozen_parameters_alone_are_refused():
     groups.check(run_config(FROZEN | {"decay": GroupConfig("^embed$")}))  # as all others
 
 
+def test_clipping_would_move_what_has_not_started():
+    with pytest.raises(ConfigError, match=r"optim\.groups\.late\.start=2: is not available with optim\.qk_clip > 0"):
+        groups.check(run_config({"late": GroupConfig("/attention/", start=2)}, qk_clip=9.0))
+    groups.check(run_config({"late": GroupConfig("/attention/w_v$", start=2)}, qk_clip=9.0))
+
+
 def test_names_and_decays_are_checked():
     with pytest.raises(ConfigError, match=r"groups='a b': names must be words.*nearest valid: 'embedding'"):
         config.OptimConfig(groups={"a b": GroupConfig("w_")})

@@ -60,11 +60,12 @@ class Run:
     def __init__(self, cfg: config.RunConfig):
         self.cfg, self.mesh = cfg, sharding.make_mesh((2, 2, 2))
         self.train_step, self.state = step.make_train_step(cfg, self.mesh), init_state(cfg, self.mesh)
+        step.compile_ahead(self.train_step, cfg, self.mesh).result()
         self.watch = guard.Watch(cfg.train)
 
     def take(self, n: int, rows: dict, limits=None) -> dict:
         limits = self.watch.limits(n) if limits is None else limits
-        self.state, aux = self.train_step(self.state, put_batch(rows, self.mesh, self.cfg), limits)
+        self.state, aux = self.train_step(self.state, put_batch(rows, self.mesh, self.cfg), limits, None)
         self.watch.record(n, aux)
         return jax.device_get(aux)
 
@@ -80,6 +81,17 @@ def run():
 def reset(run: Run) -> Run:
     run.state, run.watch = init_state(run.cfg, run.mesh), guard.Watch(run.cfg.train)
     return run
+
+
+def test_a_step_that_was_compiled_ahead_is_not_compiled_again(run):
+    rows, seen = put_batch(rows_of(1), run.mesh, run.cfg), []
+    record = lambda event, seconds, **_: seen.append(event)
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        run.state, _ = run.train_step(run.state, rows, run.watch.limits(1), None)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+    assert not [event for event in seen if event.startswith("/jax/core/compile")], seen
 
 
 def test_a_bad_step_changes_nothing_but_the_count(run):
@@ -168,6 +180,9 @@ def test_limits_are_median_and_deviations_of_steps_already_read():
     np.testing.assert_array_equal(watch.limits(10), np.float32([4 + 3 * 1, 40 + 3 * 10]))
     np.testing.assert_array_equal(watched(losses[:8]).limits(9), np.float32([np.inf, np.inf]))  # seven so far
     assert guard.Watch(train_config(spike=0.0)).limits(10) is None
+    taught = watched(losses, guard.Watch(train_config(), taught=10))
+    np.testing.assert_array_equal(taught.limits(10), watch.limits(10))
+    np.testing.assert_array_equal(taught.limits(11), np.float32([np.inf, np.inf]))  # none so far without it
 
 
 def test_limits_are_the_same_after_a_resume_at_any_step():

@@ -40,6 +40,9 @@ SAME = {
                           SLIDING | {"layer_types": ALL_FULL[:2] + ["sliding_attention"] * 2}),
     "OLMo 3's list": ("Olmo3", {"sliding_window": 8}, "Olmo3",
                       {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ALL_FULL[:1]}),
+    "OLMo 3's own length": ("Olmo3", scaled(**YARN | {"original_max_position_embeddings": 64}) | {"sliding_window": 8},
+                            "Olmo3", scaled(rope_type="yarn", factor=4.0)
+                            | {"sliding_window": 8, "original_max_position_embeddings": 16}),
     "an OLMo 2": ("Olmo2", {"rms_norm_eps": 1e-6}, "Olmo3", {"layer_types": ALL_FULL}),
     "a Llama with RoPE everywhere": ("Llama", {}, "SmolLM3", {"no_rope_layers": [1] * 4}),
     "SmolLM3's list": ("SmolLM3", {}, "SmolLM3", {"no_rope_layers": [1, 1, 1, 0]}),
@@ -60,6 +63,13 @@ SAME = {
 # The same with one number changed, where the function is another one: what differs.
 OTHER = {
     "a scaling by 2": ("Llama", {}, "Llama", scaled(rope_type="linear", factor=2.0), "rope_scaling"),
+    "YaRN by its attention factor": (
+        "Llama",
+        {},
+        "Llama",
+        scaled(**YARN | {"factor": 1.0}, attention_factor=2.0),
+        "rope_scaling",
+    ),
     "a window": ("Llama", {}, "Mistral", {"sliding_window": 63}, "window"),
     "NoPE": ("Llama", {}, "SmolLM3", {}, "attention_layers"),
     "fewer groups than experts": ("DeepseekV2", V2, "DeepseekV2", V2 | LIMITED | {"topk_group": 1}, "num_groups"),

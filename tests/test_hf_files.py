@@ -181,6 +181,14 @@ BROKEN = {
     "quantised": (said(quantization_config={"bits": 4}), "quantization_config=.* is not supported"),
     "another scaling": (said(rope_scaling={"type": "mrope"}), "rope_type='mrope' is not supported; must be one of"),
     "half a yarn": (said(rope_scaling={"type": "yarn"}), "RoPE scaling: factor is missing"),
+    "a factor on logits": (
+        said(
+            architectures=["DeepseekV3ForCausalLM"],
+            num_key_value_heads=2,
+            rope_scaling={"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0},
+        ),
+        "mscale_all_dim=1.0 with rope_type='linear' is not supported; nearest valid: null",
+    ),
     "no latent": (
         said(architectures=["DeepseekV3ForCausalLM"], kv_lora_rank=0, num_key_value_heads=2),
         "kv_lora_rank=0 must be ≥ 1",
@@ -400,6 +408,23 @@ def test_sliding_windows():
     qwen = mistral | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "head_dim": 4}
     assert window(qwen | {"max_window_layers": 1}) == (12, "full window")
     assert window(qwen | {"max_window_layers": 2}) == window(qwen | {"use_sliding_window": False}) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        (dict(window=64), "Llama"),
+        (dict(window=63), "Mistral"),
+        (dict(window=64, max_seq_len=0), "Llama"),
+        (dict(window=64, attention_layers="window full:nope"), "SmolLM3"),
+        # Its context is what a reader takes from the file: that before the scaling, times the factor.
+        (dict(window=80, rope_scaling=RopeScalingConfig("dynamic", 2.0, original_length=40)), "Llama"),
+        (dict(window=64, rope_scaling=RopeScalingConfig("dynamic", 2.0, original_length=40)), "Mistral"),
+    ],
+)
+def test_a_window_as_long_as_the_context_is_not_written(fields, want):
+    name, hf = write_config(of(DENSE, **fields), 64)
+    assert name == f"{want}ForCausalLM" and bool(hf.get("sliding_window")) == (want == "Mistral")
 
 
 @pytest.mark.parametrize("name", SAID)

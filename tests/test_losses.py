@@ -15,7 +15,7 @@ from moe_jax.moe import routing
 from moe_jax.moe.router_losses import load_balancing_loss
 from moe_jax.moe.routing import Facts
 from moe_jax.moe.stats import RouterStats, router_stats
-from moe_jax.parallel import sharding
+from moe_jax.parallel import axes, sharding
 from moe_jax.train import cross_entropy, losses
 from moe_jax.train.cross_entropy import summed_nll, token_nll
 from moe_jax.train.losses import BatchSums, total_loss
@@ -165,7 +165,7 @@ def test_nll(monkeypatch, length, dtype, scale, kind):
     """Two rows of lengths that CHUNK = 4 does not divide, logits of thousands, and bf16 with float32 logits, as on a
     CPU and as on other devices."""
     monkeypatch.setattr(cross_entropy, "CHUNK", 4)
-    monkeypatch.setattr(sharding, "current_kind", lambda: kind)
+    monkeypatch.setattr(axes, "current_kind", lambda: kind)
     rng = np.random.default_rng(length)
     hidden, output = rng.normal(size=(2, length, 3)) * scale, rng.normal(size=(13, 3))
     hidden, output = jnp.asarray(hidden, dtype), jnp.asarray(output, dtype)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels import stacked
 from moe_jax.optim import newton_schulz
 from moe_jax.optim.newton_schulz import SETS, Coefficients, orthogonalize, orthogonalize_reference
+from moe_jax.parallel import axes
 from tests.muon_reference import error, gaussian
 
 SPECTRA = ("gaussian", "power law", "exponential")
@@ -86,12 +86,11 @@ def test_which_iteration_a_shape_takes(monkeypatch):
     takes = lambda m, n, dtype=jnp.float16: newton_schulz.uses_gram(m, n, 5, dtype)
     assert not takes(1024, 1024) and not takes(1024, 1536) and takes(1024, 1664) and takes(1664, 1024)
     assert not takes(64, 1024, jnp.bfloat16) and not takes(64, 1024, jnp.float32)
-    monkeypatch.setattr(stacked, "device_kind", lambda: "NVIDIA H200")
-    monkeypatch.setattr(newton_schulz, "device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(axes, "current_kind", lambda: "NVIDIA H200")
     if jax.__version_info__ >= (0, 11):
         assert takes(1024, 1152) and takes(1152, 1024) and not takes(1024, 1024) and not takes(128, 160)
     assert newton_schulz.iteration_dtype() == jnp.float16 == newton_schulz.iteration_dtype("float16")
-    monkeypatch.setattr(newton_schulz, "device_kind", lambda: "TPU v5 lite")
+    monkeypatch.setattr(axes, "current_kind", lambda: "TPU v5 lite")
     assert newton_schulz.iteration_dtype() == jnp.bfloat16 and newton_schulz.iteration_dtype("float32") == jnp.float32
 
 

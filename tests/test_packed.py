@@ -77,20 +77,21 @@ def slots(packed_, tokens, longest):
     return jnp.where(inside.any(1), inside.argmax(1), -1)
 
 
-def logits(q, k, packed_, scale):
+def logits(q, k, packed_, scale, window):
     """Returns the logits of all tokens of all rows, and the place of each token in the list."""
     slot = slots(packed_, q.shape[0] * q.shape[1], q.shape[1])
     at = jnp.arange(len(slot))
     visible = (slot[:, None] == slot[None, :]) & (at[:, None] >= at[None, :])
+    visible &= at[:, None] - at[None, :] < (window or len(slot))
     q, k = (x.reshape(-1, *x.shape[2:]) for x in (q, k))
     return jnp.where(
         visible[None], scale * jnp.einsum("tnh,snh->nts", q, jnp.repeat(k, q.shape[1] // k.shape[1], 1)), -1e30
     ), slot
 
 
-def forward(q, k, v, packed_, scale):
+def forward(q, k, v, packed_, scale, window):
     """Stands in for `cudnn.forward`: results of tokens in the list, and logsumexps by place in the list."""
-    x, slot = logits(q, k, packed_, scale)
+    x, slot = logits(q, k, packed_, scale, window)
     values = jnp.repeat(v.reshape(-1, *v.shape[2:]), q.shape[2] // v.shape[2], 1)
     y = jnp.einsum("nts,snh->tnh", jax.nn.softmax(x), values)
     lse = jax.nn.logsumexp(x, -1)
@@ -100,9 +101,9 @@ def forward(q, k, v, packed_, scale):
     return jnp.where((slot >= 0)[:, None, None], y, jnp.nan).reshape(q.shape), lse
 
 
-def backward(q, k, v, packed_, scale, lse, y, dy):
+def backward(q, k, v, packed_, scale, lse, y, dy, window):
     """Stands in for `cudnn.backward`, with the logsumexps and the result that it is given."""
-    x, slot = logits(q, k, packed_, scale)
+    x, slot = logits(q, k, packed_, scale, window)
     flat = lambda z: z.reshape(-1, *z.shape[2:])
     begin = packed_.offset[slot]
     own = jnp.where((slot >= 0)[:, None], lse[slot, :, jnp.arange(len(slot)) - begin], 0)
@@ -121,10 +122,10 @@ def backward(q, k, v, packed_, scale, lse, y, dy):
     return tuple(rubbish(z, like) for z, like in zip(gradients, (q, k, v), strict=True))
 
 
-@pytest.mark.parametrize("segments", [1, 3, 9, 23, 40])
-def test_every_segment_is_attended_once(monkeypatch, segments):
+@pytest.mark.parametrize(("segments", "window"), [(1, 0), (3, 0), (9, 0), (23, 0), (40, 0), (9, 5)])
+def test_every_segment_is_attended_once(monkeypatch, segments, window):
     """Values and gradients, for as many segments as need no further call, one, and several. No rubbish gets out."""
     monkeypatch.setattr(cudnn, "forward", forward)
     monkeypatch.setattr(cudnn, "backward", backward)
     qkv, dy, ids = operands(b=4, segments=segments, s=LENGTH)
-    check(functools.partial(attend.attend, backend="cudnn"), qkv, dy, ids)
+    check(functools.partial(attend.attend, backend="cudnn", window=window), qkv, dy, ids, window)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_invariance import PADDING, assert_same, batch_rows, run_config
+from test_model import close
 from test_residual import plain_memory
 
 from moe_jax import optim
@@ -64,12 +65,6 @@ def brute_force(memory: MemoryConfig):
     return jax.device_get(jax.jit(jax.value_and_grad(value, (0, 1)))(jax.tree.map(jnp.asarray, params), X))
 
 
-def close(got, want, tolerance=2e-5):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        scale = np.abs(b).max()
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n == "rows by fsdp and expert" else pytest.mark.slow) for n in CASES]
 )
@@ -86,7 +81,7 @@ def test_brute_force(name, chunk, monkeypatch):
         compiled = jax.jit(jax.value_and_grad(value, (0, 1))).lower(params, x).compile()
         got, grads = compiled(params, x)
     want, want_grads = brute_force(memory)
-    close((got, jax.device_get(grads)), (want, want_grads))
+    close((got, jax.device_get(grads)), (want, want_grads), 2e-5)
     assert min(np.abs(g).max() for g in jax.tree.leaves(want_grads)) > 1e-3
     assert grads[0]["values"].sharding == params["values"].sharding
     if name == "rows by fsdp and expert":

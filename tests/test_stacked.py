@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels import stacked, symmetric
-from moe_jax.kernels.symmetric import Schedule
 from moe_jax.optim import newton_schulz
+from moe_jax.parallel import axes
 
 needs_new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel is for jax 0.11 and later")
 A, B, C = (np.array(v, np.float32) for v in ([0.5, 2.0], [-1.0, 3.0], [0.25, -1.5]))
@@ -37,7 +37,9 @@ def cases(x: jax.Array):
     want = column(A) * (f64(square) @ f64(other)) + column(B) * f64(square)
     yield "commuting", stacked.symmetric_product(square, other, square, a, b, None), want
     yield "residual", stacked.residual_product(square, x, b), f64(square) @ f64(x) + column(B) * f64(x)
-    yield "scaled", stacked.residual_product(square, x, a=a), column(A) * (f64(square) @ f64(x))
+    want = column(A) * (f64(square) @ f64(x)) + column(B) * f64(x)
+    yield "scaled", stacked.residual_product(square, x, b, a), want
+    yield "plain", stacked.plain_product(square, x), f64(square) @ f64(x)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 3e-3), (jnp.float16, 4e-4)])
@@ -85,9 +87,8 @@ def test_kernel_equals_the_einsums(shape, dtype, which, request):
 @needs_new_jax
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("schedule", [Schedule(), Schedule(1, 1), Schedule(2, 2, reuse=False)], ids=str)
-def test_every_schedule_computes_the_same(schedule):
-    """Takes a term that is no operand, and two operands that differ."""
+def test_every_combination_of_operands():
+    """Takes a term that is an operand, one that is none, and two operands that differ."""
     rng = np.random.default_rng(2)
     x, w = (jnp.asarray(v, jnp.float16) for v in (stack(384, 512), rng.normal(size=(2, 384, 384)) / 20))
     a, b, c = (jnp.asarray(v) for v in (A, B, C))
@@ -96,11 +97,11 @@ def test_every_schedule_computes_the_same(schedule):
     exact = lambda y: np.asarray(y, np.float64)
     for term in (z, square):
         want = column(A) * exact(z) @ exact(square) + column(B) * exact(term) + column(C) * np.eye(384)
-        got = symmetric.product(z, square, term, a, b, c, symmetric=True, schedule=schedule)
+        got = symmetric.product(z, square, term, a, b, c, symmetric=True)
         assert np.linalg.norm(exact(got) - want) < 4e-4 * np.linalg.norm(want)
     for term in (x, x + 1, None):
         want = column(A) * exact(z) @ exact(x) + (0 if term is None else column(B) * exact(term))
-        got = symmetric.product(z, x, term, a, b, None, symmetric=False, schedule=schedule)
+        got = symmetric.product(z, x, term, a, b, None, symmetric=False)
         assert np.linalg.norm(exact(got) - want) < 4e-4 * np.linalg.norm(want)
 
 
@@ -121,7 +122,7 @@ def test_kernel_at_every_size_of_matrix():
 @needs_new_jax
 def test_hopper_takes_the_kernel(monkeypatch):
     """Lowered for a GPU from here: of one step of a stack that fits, every product is the kernel."""
-    monkeypatch.setattr(stacked, "device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(axes, "current_kind", lambda: "NVIDIA H200")
     v = jax.ShapeDtypeStruct((4,), jnp.float32)
 
     def step(x, v):
@@ -135,7 +136,7 @@ def test_hopper_takes_the_kernel(monkeypatch):
     for shape, dtype in [((4, 512, 1024), jnp.float32), ((4, 256, 512), jnp.bfloat16), ((4, 576, 1024), jnp.float16),
                          ((4, 512, 1000), jnp.bfloat16)]:  # fmt: skip
         assert not stacked.uses_kernel(shape, dtype)
-    monkeypatch.setattr(stacked, "device_kind", lambda: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(axes, "current_kind", lambda: "NVIDIA A100-SXM4-80GB")
     assert not stacked.uses_kernel(x.shape, x.dtype)
 
 

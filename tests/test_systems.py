@@ -21,7 +21,7 @@ import test_resume
 import two_processes
 from scipy import special, stats
 from test_model import forward, init, inputs_of, plain_attention, plain_glu, plain_norm, under_mesh
-from test_residual import plain_add, plain_memory, plain_read, plain_scaled
+from test_residual import block_of, plain_blocks
 from test_resume import write_text
 
 from moe_jax import config, model, optim, upcycle
@@ -41,13 +41,14 @@ from moe_jax.train.gradients import make_gradients
 from moe_jax.train.state import abstract_batch, abstract_state, abstract_weights, init_state, process_rows, put_batch
 from moe_jax.tree import flatten, nest
 from moe_jax.upcycle import Beside, Cluster, Depth, Drop, Grow, Mask, Quantize, Transform, VirtualGroups, Width
+from tests.upcycle_source import chain_of
 
 REPO = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (REPO / "configs" / "systems").glob("*.py"))
 SOURCE = "base"  # the dense model that upcycling starts from
 # What the first command of an upcycled system does to it.
 CHAINS: dict[str, list[Transform]] = {
-    "aquila": [Depth(6), Width(256, 512, 4, aki=True), VirtualGroups(8, 1, 2)],
+    "aquila": [Width(256, 512, 4, aki=True), Depth(6), VirtualGroups(8, 1, 2)],
     "cpm2": [VirtualGroups(8, 1, 1)],
     "drop_upcycling": [VirtualGroups(8, 1, 2), Drop(0.5)],
     "emoe": [Cluster(16, 4, dense_layers=2)],
@@ -114,6 +115,7 @@ def test_docstring(name):
     assert file == name and bool(init_from) == (name in CHAINS)
     made = re.findall(UPCYCLE, doc, re.MULTILINE)
     assert [(start, folder) for start, folder, _ in made] == ([("runs/dense", init_from)] if init_from else [])
+    assert [chain_of(options) for *_, options in made] == ([CHAINS[name]] if init_from else [])
     counts = model.count_parameters(cfg.model)
     assert f"\nParameters: {counts.total:,} total, {counts.active:,} active\n" in doc
     if name == SOURCE:
@@ -338,8 +340,9 @@ def ready(name: str):
     cfg = dataclasses.replace(toy(name).model, init_std=0.3)
     if norm:  # the option of latent_moe.py
         cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, latent_norm=True))
-    if cfg.moe.compute == "capacity":  # a loop over experts drops nothing
-        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, compute="grouped", overflow="first"))
+    if cfg.moe.compute == "capacity":  # a loop over experts drops nothing: each has room for all tokens
+        most = max(place.kind.experts for place in cfg.places if place.kind.experts)
+        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, capacity_factor=float(most)))
     params, bias = init(cfg)
     params = jax.tree_util.tree_map_with_path(opened, params)
     rng = np.random.default_rng(1)
@@ -392,13 +395,6 @@ def plain_experts(moe, w, fixed, u, tokens, state=0.0, glu=plain_glu):
     return y, state, jnp.bincount(ids.ravel(), length=moe.router_columns)
 
 
-def part(tree, place):
-    """The parameters of a block; {} where the tree has none."""
-    for name in place.path.split("/"):
-        tree = tree.get(name, {})
-    return jax.tree.map(lambda a: a[place.index], tree)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -412,22 +408,11 @@ def test_a_loop_over_the_blocks(name):
 
     @jax.jit
     def loop(params, fixed, inputs):
-        x, state, loads = params["embed"][inputs.tokens], 0.0, []
-        x = plain_scaled(params, "embed", x) if cfg.residual_scale else x
-        for place in cfg.places:
-            w, b = part(params, place), part(fixed, place).get("moe", {})
-            y = plain_attention(cfg, w["attention"], plain_read(cfg, w, "attention", x), inputs)
-            x = plain_add(cfg, w, "attention", x, y)
-            u = plain_read(cfg, w, "mlp", x)
-            if "moe" in w:
-                moe = dataclasses.replace(cfg.moe, num_experts=place.kind.experts)
-                y, state, load = plain_experts(moe, w["moe"], b, u, inputs.tokens, state, glu)
-                loads.append(load)
-            else:
-                y = glu(w["mlp"], u)
-            y = y + plain_memory(cfg.memory, w["memory"], u) if "memory" in w else y
-            x = plain_add(cfg, w, "mlp", x, y)
-        return plain_norm(x, params["final_norm"]), loads
+        def experts(place, w, b, u, state):
+            moe = dataclasses.replace(cfg.moe, num_experts=place.kind.experts)
+            return plain_experts(moe, w, b, u, inputs.tokens, state, glu)
+
+        return plain_blocks(cfg, params, fixed, inputs, experts, glu)
 
     want, loads = loop(*jax.tree.map(jnp.asarray, jax.device_get((params, fixed, inputs))))  # which knows of no mesh
     np.testing.assert_allclose(hidden, want, rtol=2e-4, atol=2e-4)
@@ -494,7 +479,7 @@ def test_fsmoe_sends_in_parts():
         numbers.append(np.concatenate([[report.loss, report.grad_norm], np.ravel(loads)]))
     np.testing.assert_allclose(numbers[1], numbers[0], rtol=1e-5)
     cfg, params, _, _, _ = ready("fsmoe")
-    w = jax.device_get(part(params, cfg.places[1])["moe"])
+    w = jax.device_get(block_of(params, cfg.places[1])["moe"])
     x = np.random.default_rng(0).normal(size=(64, cfg.d_model)).astype(np.float32)
     logits = [
         np.asarray(ROUTERS["cosine"].logits(w["router"] | {"w_router": w["w_router"]}, a * x, None)[0]) for a in (1, 9)
@@ -513,10 +498,10 @@ def test_longcat_is_the_report_s_loop():
     def loop(params, fixed, inputs):
         x, loads = params["embed"][inputs.tokens], []
         for i in range(2):
-            a, b = (part(params, Place(f"layers/block_{n}", i, None)) for n in (0, 1))
+            a, b = (block_of(params, Place(f"layers/block_{n}", i, None)) for n in (0, 1))
             h = x + plain_attention(cfg, a["attention"], plain_norm(x, a["attention_norm"]), inputs)
             u = plain_norm(h, a["mlp_norm"])
-            bias = part(fixed, Place("layers/block_0", i, None))["moe"]
+            bias = block_of(fixed, Place("layers/block_0", i, None))["moe"]
             m, _, load = plain_experts(cfg.moe, a["moe"], bias, u, inputs.tokens)
             h = h + plain_glu(a["mlp"], u)
             h = h + plain_attention(cfg, b["attention"], plain_norm(h, b["attention_norm"]), inputs)

@@ -27,7 +27,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from moe_jax import config
-from moe_jax.parallel import sharding
+from moe_jax.parallel import axes, sharding
 from moe_jax.train import step
 from moe_jax.train.state import abstract_batch, abstract_state
 
@@ -114,8 +114,8 @@ def traced(name: str) -> Any:
     made.update_from_flattened_dict(changes)
     cfg = config.build(made)
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
-    kind = sharding.current_kind if name == ON_CPU else lambda: "an accelerator"
-    with mock.patch.object(sharding, "current_kind", kind), jax.set_mesh(mesh):
+    kind = axes.current_kind if name == ON_CPU else lambda: "an accelerator"
+    with mock.patch.object(axes, "current_kind", kind), jax.set_mesh(mesh):
         return step.make_train_step(cfg, mesh).__wrapped__.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh))
 
 

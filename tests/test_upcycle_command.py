@@ -15,10 +15,11 @@ from moe_jax.run import config_file, weights
 from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.run.log import read_metrics
 from moe_jax.train.state import TrainState, abstract_weights
-from moe_jax.upcycle import Depth, Drop, VirtualGroups
+from moe_jax.upcycle import Depth, Drop, Grow, Noise, Prune, Quantize, VirtualGroups, Width
+from moe_jax.upcycle.convert import _new_config
 from tests import two_processes
 from tests.test_cli import REPO, Server, check
-from tests.upcycle_source import SOFTMAX_TOPK, SOURCE, STD, TOKENS, dense, dense_logits, mesh_of
+from tests.upcycle_source import SOFTMAX_TOPK, SOURCE, STD, TOKENS, chain_of, dense, dense_logits, mesh_of
 
 PROGRAM = str(REPO / "moe_jax" / "upcycle" / "__main__.py")
 TOKENIZER = config.TokenizerConfig(kind="huggingface", path="{}/tokenizer.json")
@@ -126,7 +127,7 @@ MISTAKES = {
     # models with experts, scores, shares
     "--prune=4": ["--from=@/dense: it has no experts, which this transform changes", "a model with experts"],
     "--from=@/moe --prune=1": ["--prune=1: must be in [2, 8]", "nearest valid: 2"],
-    "--method=virtual_groups --prune=4": ["@/dense/eval.json: no such file; eval.py --workdir=@/dense writes it"],
+    "--method=virtual_groups --prune=4": ["--scores=: are not known: the model that is read has no experts", "name a"],
     "--method=virtual_groups --prune=4 --scores=@/file": ["@/file: is not a valid evaluation file"],
     "--from=@/moe --grow=16": ["--from=@/moe: the model has moe.score_order='topk_score': a bias closes only"],
     "--method=beside --d_expert=5": ["--d_expert=5: must divide the dense d_ff=32", "nearest valid: 4"],
@@ -166,6 +167,40 @@ def test_needed(server, root, flag):
     given = [option for option in (f"--from={root}/dense", f"--workdir={root}/new") if flag not in option.split("=")[0]]
     status, stdout, stderr, _ = server(PROGRAM, *given)
     check(status, stdout, stderr, [f"--{flag} is needed, for example --{flag}=runs/a"])
+
+
+ORDER = {
+    "--method=none --depth=6 --width=32 --aki": [Width(32, aki=True), Depth(6)],  # AKI reads the next layer, not a copy
+    "--prune=2 --depth=6": [Prune(2), Depth(6)],  # counts are those of the model that is read
+    "--method=virtual_groups --prune=4 --depth=6 --noise=0.1": [Depth(6), VirtualGroups(), Noise(0.1), Prune(4)],
+    "--expert_inputs=int8": [VirtualGroups(), Quantize(None, "int8")],
+    "--grow=9 --expert_weights=float": [Grow(9), Quantize("float", None)],
+}
+
+
+@pytest.mark.parametrize("options", ORDER)
+def test_order(options):
+    assert chain_of(options) == ORDER[options]
+
+
+def test_settings_that_fewer_experts_do_not_allow(tmp_path):
+    """They are left out one by one, with a line each; the others stay."""
+    moe = dataclasses.replace(VirtualGroups(4, 2, 2).config(SOURCE).moe, score="sigmoid", score_order="score_topk",
+                              selection_bias=True)  # fmt: skip
+    source, after = (dataclasses.replace(SOURCE, num_dense_layers=0, moe=dataclasses.replace(moe, num_experts=e))
+                     for e in (8, 2))  # fmt: skip
+    more = {"over": config.RouterLossConfig(over=4), "all": config.RouterLossConfig()}
+    explored = dataclasses.replace(RUN, model=source, loss=config.LossConfig(more=more),
+                                   explore=config.ExploreConfig(top_k=4, noise=0.5))  # fmt: skip
+    cfg, lines = _new_config(explored, after, tmp_path, tmp_path / "new")
+    assert cfg.explore == config.ExploreConfig() and list(cfg.loss.more) == ["all"]
+    assert sorted(line.split(" is left out: ")[0] for line in lines) == ["explore", "loss.more.over"]
+    biased = config.LossConfig(load_balance_coef=0.0, bias_update="quantile")
+    cfg, lines = _new_config(dataclasses.replace(RUN, model=source, loss=biased), after, tmp_path, tmp_path / "new")
+    assert cfg.loss.bias_update == "sign" and lines[0].startswith("loss.bias_update is left out: model.moe.top_k=2")
+    tables = dataclasses.replace(after, layers="2*table", moe=dataclasses.replace(after.moe, selection_bias=False))
+    cfg, lines = _new_config(RUN, tables, tmp_path, tmp_path / "new")
+    assert not cfg.loss.load_balance_coef and lines
 
 
 # --- what is made ----------------------------------------------------------------------------------------------------
@@ -210,7 +245,7 @@ def test_everything_at_once(server, root):
     said = "function: changed: 1 more layers; scale='none'; noise on the experts (0.1); "
     assert said + "50% of the experts' hidden units are new" in stdout
     cfg, params, _, origin = load(root / "all")
-    assert [t["transform"] for t in origin[-1]["chain"]] == ["Depth", "Width", "VirtualGroups", "Noise", "Drop"]
+    assert [t["transform"] for t in origin[-1]["chain"]] == ["Width", "Depth", "VirtualGroups", "Noise", "Drop"]
     assert (cfg.model.num_layers, cfg.model.num_dense_layers, cfg.model.d_ff) == (3, 1, 40)
     np.testing.assert_allclose(params["embed"], 15 * dense()[1]["embed"], rtol=1e-6)
     steps = [event["steps"] for o in origin[0]["origins"] for event in o]
@@ -235,9 +270,11 @@ def test_merged_pruned_and_grown(server, root):
     assert status == 0, stderr
     assert "function: changed: 33% of the experts are gone, for the tokens that used them" in stdout
     cfg, params, _, origin = load(root / "pruned")
-    assert origin[-1]["chain"] == [{"transform": "Prune", "num_experts": 2}] and origin[-1]["scores"]
-    kept = np.stack([merged["layers"]["moe"]["w_up"][0][[0, 2]], merged["layers"]["moe"]["w_up"][1][[1, 2]]])
-    np.testing.assert_array_equal(params["layers"]["moe"]["w_up"], kept)
+    assert (
+        origin[-1]["chain"] == [{"transform": "Prune", "num_experts": 2}] and origin[-1]["scores"] == f"{root}/merged@0"
+    )
+    bank = np.asarray(merged["layers"]["moe"]["w_up"])
+    np.testing.assert_array_equal(params["layers"]["moe"]["w_up"], np.stack([bank[0][[0, 2]], bank[1][[1, 2]]]))
     renormalised = dataclasses.replace(cfg.model.moe, score_order="score_topk", renormalize=True)
     run = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=renormalised))
     weights.save_weights(root / "open", run, params, {}, ORIGIN)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,23 @@ import numpy as np
 import pytest
 
 from moe_jax import upcycle
-from moe_jax.upcycle import Cluster, Depth, Drop, Noise, VirtualGroups, Width, cluster
-from tests.upcycle_source import SOURCE, STD, TOKENS, apply, dense, dense_logits, distance, error, mesh_of
+from moe_jax.errors import ConfigError
+from moe_jax.upcycle import Cluster, Depth, Drop, Mask, Noise, VirtualGroups, Width, cluster
+from tests.upcycle_source import (
+    BANK,
+    SOURCE,
+    STD,
+    TOKENS,
+    apply,
+    arrays,
+    bank,
+    dense,
+    dense_logits,
+    distance,
+    error,
+    made,
+    mesh_of,
+)
 
 EXPERTS = ("w_gate", "w_up", "w_down")
 
@@ -169,10 +185,101 @@ def test_average():
     with jax.set_mesh(mesh_of(1, 1, 1)):
         mean = upcycle.average(iter(params), 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-6), mean, params[0])
+    with pytest.raises(ValueError, match="moe/table has no mean: it is of int32"):
+        upcycle.average(iter([{"moe": {"table": np.ones(3, np.int32)}}] * 2), 2)
     half = dense(param_dtype="bfloat16")[1]
     with jax.set_mesh(mesh_of(1, 1, 1)):
         same = upcycle.average(iter([half] * 3), 3)
     jax.tree.map(np.testing.assert_array_equal, same, half)
+
+
+def test_masks():
+    """A share of each expert's weights is 0, other ones in each; what is left has the same bits."""
+    old, new = arrays(bank()), arrays(made([Mask(0.25)], bank()))
+    for path, w in new.items():
+        if not re.search("/moe/w_(gate|up|down)$", path):
+            np.testing.assert_array_equal(w, old[path])
+            continue
+        gone = w != old[path]
+        assert not w[gone].any() and gone.mean() == pytest.approx(0.25, abs=0.03)
+        rows = gone.reshape(-1, gone[0, 0].size)
+        assert (np.abs(np.corrcoef(rows) - np.eye(len(rows))) < 0.3).all()
+    assert not Mask(0.0).changes(BANK) and Mask(0.25).changes(BANK)
+
+
+def test_new_units_of_the_next_layer():
+    """AKI by its formula: inputs as in FPI, then what is computed for old units from the layer itself, for new ones
+    from the layer after, in the last layer from itself."""
+    _, params = apply([Width(32, 48, 4, aki=True)])
+    old = jax.tree.map(np.asarray, dense()[1]["dense_layers"])
+    new = jax.tree.map(np.asarray, params["dense_layers"])
+    for layer, after in ((0, 1), (1, 1)):
+        doubled = lambda w: np.repeat(w, 2, axis=0) / 2  # each input channel has two copies, which share its weight
+        for name in ("w_q", "w_k", "w_v"):
+            want = [doubled(old["attention"][name][i]) for i in (layer, after)]
+            np.testing.assert_allclose(new["attention"][name][layer], np.concatenate(want, 1), rtol=1e-6)
+        for name in ("w_gate", "w_up"):
+            own, its = (doubled(old["mlp"][name][i]) for i in (layer, after))
+            np.testing.assert_allclose(new["mlp"][name][layer], np.concatenate([own, its[:, :16]], 1), rtol=1e-6)
+        for kind, name, rows in (("attention", "w_o", np.r_[0:16, 0:16]), ("mlp", "w_down", np.r_[0:32, 0:16])):
+            share = np.bincount(rows)[rows][:, None]
+            own, its = (old[kind][name][i][rows] / share for i in (layer, after))
+            np.testing.assert_allclose(new[kind][name][layer][:, 0::2], own, rtol=1e-6)
+            np.testing.assert_allclose(new[kind][name][layer][:, 1::2], its, rtol=1e-6)
+    np.testing.assert_array_equal(params["embed"], apply([Width(32, 48, 4)])[1]["embed"])
+    assert Width(32, aki=True).changes(SOURCE) and not Width(aki=True).changes(SOURCE)
+
+
+def test_layers_are_copied_as_units():
+    assert Depth(3).origins(4) == [0, 2, 3] and Depth(2).origins(5) == [0, 4] and Depth(1).origins(3) == [0]
+    assert Depth(3, "stack").origins(4) == [0, 1, 2] and Depth(6, "stack").origins(4) == [0, 1, 2, 3, 0, 1]
+    late = dataclasses.replace(BANK, num_layers=6, layers="3*(late dense)")
+    assert Depth(4).config(late).layers == "2*(late dense)"
+    assert Depth(12, "stack").config(late).layers == "6*(late dense)"
+    twos = dataclasses.replace(BANK, num_layers=8, layers="2*(dense moe) 2*(dense moe:8)")
+    assert Depth(6).config(twos).layers == "dense moe 2*(dense moe:8)"
+    assert Depth(12).config(twos).layers == "3*(dense moe) 3*(dense moe:8)"
+    plain = dataclasses.replace(BANK, num_layers=4, num_dense_layers=1, layers="")
+    assert Depth(3).config(plain).num_dense_layers == 1 and Depth(6).config(plain).num_dense_layers == 2
+    pyramid = dataclasses.replace(BANK, num_layers=4, layers="2*moe 2*moe:8")
+    assert Depth(2).config(pyramid).layers == "moe moe:8"
+    short = dataclasses.replace(BANK, num_layers=4, layers="dense moe dense moe")
+    assert Depth(2).config(short).num_dense_layers == 1 and Depth(6).config(short).num_layers == 6
+    windows = dataclasses.replace(BANK, num_layers=6, layers="", window=4, attention_layers="window full")
+    for depth in (Depth(2), Depth(8), Depth(12, "stack")):
+        assert depth.config(windows).attends == windows.attends[:2] * (depth.num_layers // 2)
+    everywhere = dataclasses.replace(windows, attention_layers="")  # all layers alike, but not as by default
+    assert Depth(7).config(everywhere) == dataclasses.replace(everywhere, num_layers=7)
+    only = dataclasses.replace(BANK, num_layers=4, layers="", num_dense_layers=2)
+    assert Depth(2, "stack").config(only).num_moe_layers == 0
+
+
+@pytest.mark.slow
+def test_fewer_and_more_layers_have_the_parameters_of_their_own():
+    for layers, order in ((2, "interpolate"), (6, "interpolate"), (6, "stack"), (2, "stack")):
+        transform = Depth(layers, order)
+        cfg, params = made([transform], bank())
+        assert transform.changes(BANK)
+        kept = transform._kept([(place,) for place in BANK.places])[0]
+        for place, source in zip(cfg.places, kept, strict=True):
+            old, at = arrays(bank()), BANK.places[source]
+            for path, w in arrays((cfg, params)).items():
+                if path.startswith(f"{place.path}/"):
+                    was = old[path.replace(place.path, at.path, 1)][at.index]
+                    np.testing.assert_array_equal(w[place.index], was)
+
+
+def test_weighted_averages():
+    """Shares sum to 1; of one model it is that model; weights that are no shares are refused."""
+    models = [dense()[1], jax.tree.map(lambda w: 3 * w, dense()[1])]
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        mean = upcycle.average(iter(models), 2, weights=[3, 1])
+        same = upcycle.average(iter(models), 2, weights=[1, 0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 1.5 * b, rtol=1e-6), mean, models[0])
+    jax.tree.map(np.testing.assert_array_equal, same, models[0])
+    for weights in ([1], [1, -1], [0, 0], [float("nan"), 1], [float("inf"), 1], [1e308, 1e308]):
+        with pytest.raises(ConfigError, match=r"upcycle\.weights="):
+            upcycle.average(iter(models), 2, weights=weights)
 
 
 def test_what_is_written_down():

@@ -11,7 +11,7 @@ import pytest
 from test_attend import mesh_of as attend_mesh
 from test_attend import operands, put, with_gradients
 from test_invariance import PADDING, assert_same, batch_rows, run_config
-from test_model import EVERYTHING, biased, init, inputs_of, mesh_of, packed, plain_rope, score
+from test_model import EVERYTHING, biased, init, inputs_of, mesh_of, packed, plain_rope, score, under_mesh
 from test_stacks import plain_forward
 
 from moe_jax import config, model, optim, upcycle
@@ -44,10 +44,8 @@ def by_hand(q, k, v, segments, window):
     return y
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-def test_xla_by_hand(segmented):
+def test_xla_by_hand():
     (q, k, v), dy, ids = operands(s=24)
-    ids = ids if segmented else None
     y = with_gradients(functools.partial(attend.attend, backend="xla", window=5), (q, k, v), dy, ids)[1]
     np.testing.assert_allclose(y, by_hand(q, k, v, ids, 5), atol=2e-6)
 
@@ -61,14 +59,18 @@ def check(fn, qkv, dy, segments, window):
         np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("segmented", [False, True])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("segmented", [pytest.param(False, marks=SLOW), True])
 @pytest.mark.parametrize(
     ("length", "window", "cut"),
     [
-        (40, 9, [(0, 40, 40, None)]),  # one block: a mask
-        (92, 2, [(0, 96, 16, 1)]),  # its own token and one more
+        pytest.param(40, 9, [(0, 40, 40, None)], marks=SLOW),  # one block: a mask
+        pytest.param(92, 2, [(0, 96, 16, 1)], marks=SLOW),  # its own token and one more
         (92, 37, [(0, 96, 16, 36)]),  # more keys than a block; the last block ends on padding
-        (92, 80, [(0, 32, 16, None), (32, 64, 16, None), (64, 96, 16, None)]),  # nearly all keys: spans and a mask
+        # Nearly all keys: spans, and a mask.
+        pytest.param(92, 80, [(0, 32, 16, None), (32, 64, 16, None), (64, 96, 16, None)], marks=SLOW),
     ],
 )
 def test_chunked_equals_xla(monkeypatch, length, window, cut, segmented):
@@ -92,7 +94,10 @@ def test_chunked_computes_the_keys_of_a_window_only():
     assert logits(2048) == logits(8192) == {("256", "355")}
 
 
-@pytest.mark.parametrize(("segmented", "window", "w"), [(False, 100, 16), (True, 100, 8), (True, 200, 16)])
+@pytest.mark.parametrize(
+    ("segmented", "window", "w"),
+    [pytest.param(False, 100, 16, marks=SLOW), (True, 100, 8), pytest.param(True, 200, 16, marks=SLOW)],
+)
 def test_splash_equals_xla(segmented, window, w):
     """Runs in Pallas' interpreter, with 2 blocks of 128."""
     qkv, dy, ids = operands(w=w)
@@ -101,8 +106,10 @@ def test_splash_equals_xla(segmented, window, w):
     check(fn, qkv, dy, ids if segmented else None, window)
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize(("h", "w"), [(64, 64), (192, 192), (64, 48)])
+@pytest.mark.parametrize(
+    ("segmented", "h", "w"),
+    [(False, 64, 64), (True, 64, 64), *(pytest.param(False, h, w, marks=SLOW) for h, w in ((192, 192), (64, 48)))],
+)
 def test_cudnn_is_told_of_the_window(monkeypatch, segmented, h, w):
     """Every call of the program for a GPU, forward and backward; benchmarks/attention.py compares on one."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -123,7 +130,7 @@ def test_largest_logits_are_those_of_the_window(monkeypatch):
     monkeypatch.setattr("moe_jax.nn.qk_clip.BLOCK", 8)
     (q, k, _), _, ids = operands(s=40)
     counted = np.random.default_rng(1).random(ids.shape) < 0.7
-    for window in (1, 6, 20):
+    for window in (1, 20):
         want = np.full((2, 4), -np.inf)
         for b, i, n in np.ndindex(2, 40, 4):
             seen = [j for j in range(max(0, i - window + 1), i + 1) if ids[b, i] == ids[b, j]]
@@ -145,6 +152,9 @@ def test_what_is_read_and_how_it_is_written():
     made = config.build_model({"num_layers": 8, "window": 9, "attention_layers": "window window 1*window full"})
     assert made.attention_layers == "3*window full" and made.attends[:4] == (window, window, window, full)
     assert config.build_model({"window": 9, "attention_layers": "window"}).attention_layers == ""
+    listed = lambda layers, text: config.build_model({"num_layers": layers, "window": 9, "attention_layers": text})
+    assert listed(6, "window full window").attends == (window, full, window) * 2  # not every second one
+    assert listed(3, "window full window 5*full:nope").attention_layers == "window full"
 
 
 def test_units_grow_to_the_list():
@@ -155,7 +165,7 @@ def test_units_grow_to_the_list():
     ]
     assert of(num_layers=8, attention_layers="3*window full") == [("layers", 2, "wwwf")]
     assert of(num_layers=11, num_dense_layers=1, attention_layers="3*window full") == [
-        ("dense_layers", 1, "w"), ("layers", 2, "wwfw"), ("layers_2", 1, "w"), ("layers_3", 1, "f")]  # fmt: skip
+        ("dense_layers", 1, "w"), ("layers", 2, "wwfw"), ("layers_2", 2, "w")]  # fmt: skip
     assert of(num_layers=8, attention_layers="6*full 2*window") == [("layers", 6, "f"), ("layers_2", 2, "w")]
     assert of(num_layers=4) == [("layers", 4, "w")]
     assert of(num_layers=8, layers="4*(dense moe)", attention_layers="window full") == [("layers", 4, "wf")]
@@ -170,6 +180,11 @@ def test_units_grow_to_the_list():
         ({"attention_layers": "2* full * window"}, "a count must be in [1, 9999]"),
         ({"attention_layers": "window full"}, "window=0: must be > 0 for the windows"),
         ({"attention_layers": "full", "window": 4}, "window=4: has no effect"),
+        ({"attention_layers": "4*full window", "window": 4}, "window=4: has no effect"),
+        (
+            {"attention_layers": "4*window full", "window": 4, "rope_scaling": {"factor": 2.0, "layers": "full"}},
+            "layers='full': needs layers with a window and layers without",
+        ),
         ({"attention_layers": "full full:nope", "layers": "2*(late moe)"}, "must have one word with late blocks"),
         ({"rope_dim": 33}, "rope_dim=33: must be ≤ head_dim=32"),
         ({"rope_dim": 3}, "rope_dim=3: must be even"),
@@ -183,9 +198,9 @@ def test_refusals(fields, says):
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
-# Each word, a stack whose last unit is left over, a part of a head; the window is shorter than documents of `packed`.
+# A unit of two blocks that differ, a part of a head; the window is shorter than the documents of `packed`.
 MIXED = dataclasses.replace(
-    EVERYTHING, num_layers=5, num_dense_layers=0, layers="", rope_dim=4, window=3,
+    EVERYTHING, num_layers=4, num_dense_layers=0, layers="", rope_dim=4, window=3,
     attention_layers="window full:nope", qk_norm=False,
 )  # fmt: skip
 
@@ -203,9 +218,9 @@ def plain_windowed(cfg, w, x, inputs, attends):
     for n in range(cfg.num_heads):
         m = n // (cfg.num_heads // cfg.num_kv_heads)
         scores = jnp.einsum("bsh,bzh->bsz", q[:, :, n], k[:, :, m]) / cfg.head_dim**0.5
-        seen = (at[:, None] >= at)[None] & (inputs.segments[:, :, None] == inputs.segments[:, None])
+        seen = (at[:, None] >= at[None])[None] & (inputs.segments[:, :, None] == inputs.segments[:, None])
         if attends.window:
-            seen &= (at[:, None] - at < cfg.window)[None]
+            seen &= (at[:, None] - at[None] < cfg.window)[None]
         out.append(jax.nn.softmax(jnp.where(seen, scores, -1e30), -1) @ v[:, :, m])
     return jnp.concatenate(out, -1) @ w["w_o"]
 
@@ -259,19 +274,17 @@ LATENT = dataclasses.replace(
 
 @pytest.mark.parametrize("cfg", [MIXED, pytest.param(LATENT, marks=pytest.mark.slow)], ids=["heads", "latent"])
 def test_generation_with_a_cache_of_the_window(cfg):
-    """Greedy samples are the argmax of the full forward pass over them: prompts longer and shorter than the window."""
+    """Greedy samples are the argmax of the full forward pass over them; prompts are longer than the window."""
     params, bias = init(cfg)
     cache = jax.eval_shape(lambda: model.abstract(cfg).bind(params, bias).empty_cache(2, 20))
     lengths = {path: kept.k.shape[2] for path, kept in cache.items()}
     assert lengths == {p.path: 3 if p.kind.attends.window else 20 for p in cfg.places}
-    prompts = [[5, 1, 7, 2, 11, 4], [3, 9, 14, 2, 2, 8, 1], [6]]
-    for some in (prompts[:2], prompts[2:]):
-        out = generate(cfg, mesh_of(1, 1, 1), params, bias, some, 8)
-        for tokens, prompt in zip(out, some, strict=True):
-            with jax.set_mesh(mesh_of(1, 1, 1)):
-                hidden = model.abstract(cfg).bind(params, bias)(inputs_of([tokens])).hidden
-            logits = np.asarray(hidden[0] @ params["embed"].T)
-            assert tokens[len(prompt) :] == logits.argmax(-1)[len(prompt) - 1 : -1].tolist()
+    prompts = [[5, 1, 7, 2, 11, 4], [3, 9, 14, 2, 2, 8, 1]]
+    out = generate(cfg, mesh_of(1, 1, 1), params, bias, prompts, [14, 13])
+    run = under_mesh(lambda params, bias, inputs: model.abstract(cfg).bind(params, bias)(inputs).hidden)
+    best = np.asarray(np.asarray(run(params, bias, inputs_of(out))) @ np.asarray(params["embed"]).T).argmax(-1).tolist()
+    for tokens, prompt, chosen in zip(out, prompts, best, strict=True):
+        assert tokens[len(prompt) :] == chosen[len(prompt) - 1 : -1]
 
 
 def test_flops_count_the_keys_of_a_window():
@@ -285,22 +298,22 @@ def test_flops_count_the_keys_of_a_window():
 
 @pytest.mark.slow
 def test_an_upcycled_model_keeps_its_window():
-    dense = dataclasses.replace(MIXED, num_dense_layers=5, attention_layers="", moe=config.MoEConfig())
+    dense = dataclasses.replace(MIXED, num_dense_layers=4, attention_layers="", moe=config.MoEConfig())
     params, _ = init(dense)
     with jax.set_mesh(mesh_of(1, 1, 1)):
         after, made = upcycle.apply([upcycle.VirtualGroups(4, 2, 2, dense_layers=1)], dense, params)
-    assert (after.window, after.rope_dim, after.num_moe_layers) == (3, 4, 4)
+    assert (after.window, after.rope_dim, after.num_moe_layers) == (3, 4, 3)
     assert upcycle.logits_error((dense, params), (after, made), mesh_of(1, 1, 1)) < 1e-5
 
 
 def test_every_block_of_a_unit_gets_adapters():
     shapes = flatten(model.abstract(dataclasses.replace(MIXED, lora=config.LoRAConfig(rank=2))).shapes)
     paths = {place.path for place in MIXED.places}
-    assert len(paths) == 3 and all(any(name.startswith(f"{path}/attention/w_q_") for name in shapes) for path in paths)
+    assert len(paths) == 2 and all(any(name.startswith(f"{path}/attention/w_q_") for name in shapes) for path in paths)
 
 
 def test_unlike_layers_are_not_upcycled():
-    dense = dataclasses.replace(MIXED, num_dense_layers=5, moe=config.MoEConfig())
+    dense = dataclasses.replace(MIXED, num_dense_layers=4, moe=config.MoEConfig())
     with pytest.raises(ConfigError, match=r"upcycle.from=.*window full:nope.*do not attend alike"):
         upcycle.final_config([upcycle.VirtualGroups(2, 1, 1)], dense)
 
@@ -355,7 +368,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])])
+@pytest.mark.slow  # the fast part has units of blocks in test_routers.py
+@pytest.mark.parametrize("case", CASES)
 def test_invariance(case):
     shape, micro, remat, compute, exchange = case
     got = everything(shape, micro, remat, compute, exchange=exchange)

@@ -1,4 +1,4 @@
-"""A tiny dense model, what a chain of transforms makes of it, and how far its logits are from the dense ones.
+"""A tiny dense model and one with experts, what a chain of transforms makes of them, and how far its logits are off.
 
 Its random weights are of unit size, so that feed-forward layers are far from linear, and so are the norms' scales.
 """
@@ -7,11 +7,17 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from absl.testing import flagsaver
 
-from moe_jax import model, upcycle
+from moe_jax import config, model, upcycle
 from moe_jax.config import ModelConfig
 from moe_jax.parallel import sharding
+from moe_jax.tree import flatten, join
+from moe_jax.upcycle import Prune, Transform
+from moe_jax.upcycle import __main__ as program
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
 SOURCE = ModelConfig(
@@ -65,3 +71,59 @@ def distance(logits, activation="swiglu") -> float:
 def error(chain, activation="swiglu", shape=(1, 1, 1)) -> float:
     """`distance` of what a chain makes."""
     return distance(upcycle.logits(*apply(chain, activation, shape), TOKENS, mesh_of(*shape)), activation)
+
+
+def chain_of(options: str) -> list[Transform]:
+    """The chain that the command makes of its options."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["upcycle", "--from=runs/dense", "--workdir=runs/made", *options.split()])
+        program.check_options()
+        made = program.chain_of_flags()
+    flags.FLAGS.unparse_flags()
+    return made
+
+
+# --- models with experts ----------------------------------------------------------------------------------------------
+
+# Interleaved, with two numbers of experts, shared ones, selection biases, and a router whose weights are not experts'.
+BANK = dataclasses.replace(
+    SOURCE, num_layers=3, num_dense_layers=0, layers="moe dense moe:8",
+    moe=config.MoEConfig(num_experts=4, top_k=2, d_expert=16, num_shared_experts=1, selection_bias=True,
+                         renormalize=True, score="sigmoid"),
+)  # fmt: skip
+
+PLAIN = dataclasses.replace(BANK, num_layers=2, layers="")
+
+
+@functools.cache
+def bank(shape=(1, 1, 1), seed=1, cfg: ModelConfig = BANK):
+    """A model with experts, its weights large enough that layers are far from linear, and random selection biases."""
+    with jax.set_mesh(mesh_of(*shape)):
+        params, bias = model.init(cfg, jax.random.key(seed))
+        noise = lambda b: 0.2 * jax.random.normal(jax.random.key(seed), b.shape) if b.dtype == jnp.float32 else b
+        return cfg, join(params, jax.tree.map(noise, bias))
+
+
+def made(chain, source, shape=(1, 1, 1), **given):
+    with jax.set_mesh(mesh_of(*shape)):
+        return upcycle.apply(chain, *source, **given)
+
+
+def off(source, result, shape=(1, 1, 1)) -> float:
+    return upcycle.logits_error(source, result, mesh_of(*shape), TOKENS)
+
+
+def arrays(result) -> dict[str, np.ndarray]:
+    return {path: np.asarray(w) for path, w in flatten(result[1]).items()}
+
+
+def same_bits(a, b):
+    assert a[0] == b[0]
+    jax.tree.map(np.testing.assert_array_equal, arrays(a), arrays(b))
+
+
+def scores_of(cfg, first: int):
+    """Scores by which the first experts of every layer stay: `first` of those with the smaller number."""
+    count = lambda e: first * e // min(cfg.expert_counts)
+    return {path: np.arange(shape[1])[None] < np.full((shape[0], 1), count(shape[1])) + 0.0
+            for path, shape in Prune(first).score_shapes(cfg).items()}  # fmt: skip

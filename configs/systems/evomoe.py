@@ -12,7 +12,7 @@ Paper: EvoMoE: An Evolutional Mixture-of-Experts Training Framework via Dense-To
 Parameters: 3,083,904 total, 1,707,648 active
 Exact: the mean number of experts that a token uses falls along the ramp, on fixed logits, from 8 to less than 1.5, and
     evaluation is the plain choice of the best (tests/test_systems.py); masked weights are 0, all others have the bits
-    of the dense layer (tests/test_upcycle_bank.py)
+    of the dense layer (tests/test_upcycle_transforms.py)
 Not reproduced: its share of masked weights, which is not in its code; its temperatures (its code: 1 to 0.5) and how
     long it cools; its balancing loss, which grows with the number of experts that a token uses. Active parameters are
     those of evaluation.

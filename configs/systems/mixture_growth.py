@@ -1,6 +1,6 @@
 """Continues the training of experts to which as many were added, each a mixture of those before (MixtureGrowth).
 
-    python -m moe_jax.upcycle --from=runs/dense --workdir=runs/mixtures --expansion=8 \
+    python -m moe_jax.upcycle --from=runs/dense --workdir=runs/mixtures --method=virtual_groups --expansion=8 \
         --score_order=score_topk --renormalize --drop=0.5 --grow=16
     python train.py --config=configs/systems/mixture_growth.py --config.init_from=runs/mixtures --workdir=runs/growth
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 
 from moe_jax import config, data, model, optim
+from moe_jax.nn import packed
+from moe_jax.nn.attend import choose_attention
 from moe_jax.nn.layers import weight
 from moe_jax.optim import groups
 from moe_jax.parallel import sharding
@@ -46,7 +48,10 @@ def mesh_shape(cfg: config.RunConfig) -> tuple[int, int, int]:
 
 
 def _anywhere(cfg: config.RunConfig) -> config.RunConfig:
-    """The config with the back ends of the devices that are here. What attention's kernels keep, "chunked" does too."""
+    """The config with the back ends of the devices that are here. What attention's kernels keep, "chunked" does too.
+
+    Only cuDNN keeps more of packed rows (`_more_logsumexps`).
+    """
     moe = dataclasses.replace(cfg.model.moe, grouped_matmul="auto", exchange="auto")
     attention = "xla" if cfg.model.attention == "xla" else "chunked"
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=attention, moe=moe))
@@ -77,9 +82,17 @@ def activations(cfg: config.RunConfig) -> float:
     They are the difference of two traces of the loss, with `TRACED` sequences: what does not grow with the batch, such
     as casts of weights, is not in it. Router losses keep sums only.
     """
-    cfg = _anywhere(cfg)
-    fewer, more = (_residuals(cfg, rows) for rows in TRACED)
-    return (more - fewer) / (TRACED[1] - TRACED[0])
+    fewer, more = (_residuals(_anywhere(cfg), rows) for rows in TRACED)
+    return (more - fewer) / (TRACED[1] - TRACED[0]) + _more_logsumexps(cfg)
+
+
+def _more_logsumexps(cfg: config.RunConfig) -> int:
+    """Bytes of logsumexps that cuDNN's attention keeps of a packed row, beyond the one for each query and head."""
+    m, device, length = cfg.model, jax.devices()[0], cfg.data.seq_len
+    chosen, _ = choose_attention(m, device.platform, device.device_kind, length)
+    if chosen != "cudnn" or not m.segment_mask or m.remat not in ("none", "selective"):
+        return 0
+    return 4 * m.num_layers * m.num_heads * (packed.logsumexps(length) - length)
 
 
 def _residuals(cfg: config.RunConfig, rows: int) -> int:

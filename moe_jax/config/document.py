@@ -79,7 +79,7 @@ def _row(component: type[Checked], f: dataclasses.Field, hint: Any, comment: str
     classes = component.class_of(f.name, "resume"), component.class_of(f.name, "weights")
     meaning = comment[0].upper() + comment[1:] + ("" if comment.endswith(".") else ".")
     if "was" in f.metadata:
-        meaning += f" A run that was begun before this field existed has {_code(f.metadata['was'])}."
+        meaning += f" A run that was begun before {_code(f.default)} was the default has {_code(f.metadata['was'])}."
     cells = [_code(f.name, ""), _values(f, hint), _code(f.default), RESUME.get(classes, "fixed"), meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

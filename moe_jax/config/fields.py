@@ -67,7 +67,7 @@ def changeable(default):
 
 
 def newer(default, was):
-    """A field that earlier versions did not have. They did what the value `was` does, so their runs resume with it."""
+    """A field that earlier versions did not have, or had with the default `was`. Their runs resume with `was`."""
     return _marked(default, was=was)
 
 

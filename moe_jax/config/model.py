@@ -278,8 +278,11 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             require(len(value) in (0, pairs), f"rope_scaling.{name}", value, rule, f"nearest valid: {pairs} numbers")
         require(self.mla.kv_rank or not scaling.mscale_all_dim, "rope_scaling.mscale_all_dim", scaling.mscale_all_dim,
                 "needs mla.kv_rank > 0", "nearest valid: 0.0")  # fmt: skip
-        listed = self._attention_list
+        listed = self.attends if self.attention_layers else self._attention_list
         windows = {attends.window for attends in listed}
+        yarn = scaling.on and scaling.type == "yarn"
+        require(self.rope_theta > 1 or not yarn, "rope_theta", self.rope_theta,
+                "must be > 1 with rope_scaling.type='yarn'", "nearest valid: a number > 1")  # fmt: skip
         require(self.window or True not in windows, "window", 0,
                 f"must be > 0 for the windows of attention_layers={text!r}", "nearest valid: 1")  # fmt: skip
         require(not self.window or True in windows, "window", self.window,

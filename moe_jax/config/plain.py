@@ -57,6 +57,8 @@ def _plain_scaling(model: ModelConfig) -> RopeScalingConfig:
         scaling = usual if same else dataclasses.replace(scaling, attention_factor=scaling.cos_sin_factor)
         if scaling.type == "longrope" and scaling.attention_factor:
             scaling = dataclasses.replace(scaling, factor=1.0)  # of which nothing else follows
+        if scaling.type == "yarn" and scaling.factor == 1:
+            scaling = RopeScalingConfig("yarn", attention_factor=scaling.attention_factor, layers=layers)
     return scaling
 
 

@@ -32,7 +32,7 @@ READ_BY = {
 class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
     """RoPE for contexts longer than those that a model was trained on (docs/layers.md).
 
-    Every type but "longrope" is off with `factor`=1.
+    Every type but "longrope" is off with `factor`=1, but for an `attention_factor` of "yarn".
     """
 
     # How frequencies are scaled: all divided by `factor` ("linear"); a larger base, the larger the longer the sequence
@@ -46,7 +46,7 @@ class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
     high_freq_factor: float = number(4.0, 0.0)
     original_length: int = number(8192, 1)  # positions that the model was trained on before it was extended
     beta_fast: float = number(32.0, 0.0)  # yarn: a frequency is fast if it makes more turns in original_length
-    beta_slow: float = number(1.0, 0.0)  # yarn: a frequency is slow if it makes fewer turns in original_length
+    beta_slow: float = number(1.0, 1e-6)  # yarn: a frequency is slow if it makes fewer turns in original_length
     truncate: bool = True  # yarn: round the line between fast and slow to whole pairs of a head
     # yarn, longrope: what cosine and sine are multiplied by, so that logits grow by its square; 0: 0.1·ln(factor) + 1
     # for yarn, √(1 + ln(factor) / ln(original_length)) for longrope.
@@ -61,8 +61,14 @@ class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
 
     @property
     def on(self) -> bool:
-        """Whether any frequency is scaled."""
-        return self.factor > 1 or self.type == "longrope"
+        """Whether frequencies, cosines or sines are scaled."""
+        multiplied = self.type == "yarn" and self.attention_factor not in (0.0, 1.0)
+        return self.factor > 1 or self.type == "longrope" or multiplied
+
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on the number of tokens of a sequence, so that padding would be a part of it."""
+        return self.on and self.type in ("dynamic", "longrope")
 
     @property
     def cos_sin_factor(self) -> float:
@@ -84,7 +90,7 @@ class RopeScalingConfig(Checked, resume=FIXED, weights=FUNCTION):
         high, low = self.high_freq_factor, self.low_freq_factor
         require(high > low, "high_freq_factor", high, f"must be > low_freq_factor={low}", f"nearest valid: {low + 1}")
         fast, slow = self.beta_fast, self.beta_slow
-        require(fast > slow, "beta_fast", fast, f"must be > beta_slow={slow}", f"nearest valid: {slow + 1}")
+        require(fast >= slow, "beta_fast", fast, f"must be ≥ beta_slow={slow}", f"nearest valid: {slow}")
         for name, types in READ_BY.items():
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             require(value == default or self.type in types, name, value, f"has no effect with type={self.type!r}",

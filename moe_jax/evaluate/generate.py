@@ -68,6 +68,16 @@ def generate(
     if 0 < cfg.max_seq_len < places:
         rule = f"exceeds model.max_seq_len={cfg.max_seq_len} after a prompt of {longest} tokens"
         raise ConfigError("sample.tokens", most, rule, f"nearest valid: {max(cfg.max_seq_len - longest, 0)}")
+    sizes = {len(p) for p in prompts}
+    if cfg.rope_scaling.by_length and len(sizes) > 1:  # a key is rotated as for the length at which it was written
+        found: dict[int, list[int]] = {}
+        for size in sorted(sizes):
+            rows = [row for row, p in enumerate(prompts) if len(p) == size]
+            of = lambda all_rows, rows=rows: [all_rows[row] for row in rows]
+            made = generate(cfg, mesh, params, router_bias, of(prompts), of(counts), temperature=temperature,
+                            top_p=top_p, seed=seed, vocab=vocab)  # fmt: skip
+            found |= dict(zip(rows, made, strict=True))
+        return [found[row] for row in range(len(prompts))]
     padded = -(-len(prompts) // mesh.size) * mesh.size  # the batch is split over the mesh: pad it with copies
     table = np.zeros((padded, places), np.int32)
     lengths = np.zeros(padded, np.int32)

@@ -107,7 +107,14 @@ def encode_text(tokenizer: Tokenizer, text: str) -> Request:
 
 
 def check(cfg: RunConfig) -> None:
-    """Raises ConfigError for a model whose score of a sequence depends on the other sequences of its batch."""
+    """Raises ConfigError for a model whose score of a sequence depends on the other sequences of its batch.
+
+    And for one whose sequences can be neither padded, which would change their RoPE, nor of any length.
+    """
+    kind, backend = cfg.model.rope_scaling.type, cfg.model.attention
+    rule = f"needs padding, which is a part of the sequence with rope_scaling.type={kind!r}"
+    require(not cfg.model.rope_scaling.by_length or backend != "splash", "model.attention", backend, rule,
+            "--config.model.attention=auto takes any length")  # fmt: skip
     if not cfg.model.num_moe_layers:
         return
     moe, why = cfg.model.moe, "would make a score depend on the other sequences of its batch"
@@ -142,16 +149,16 @@ def _padded(length: int, longest: int, step: int) -> int:
 
 
 def _batches(
-    rows: list[_Row], longest: int, tokens: int, devices: int, step: int
+    rows: list[_Row], longest: int, tokens: int, devices: int, step: int, exact: bool
 ) -> Iterator[tuple[list[_Row], int, int]]:
     """Yields (rows, number of sequences of the batch, their length), the longest first.
 
-    tokens: the most of a batch. A batch of few rows has a power of two sequences for each device, so that few programs
-    are compiled.
+    tokens: the most of a batch. exact: whether sequences have no padding. A batch of few rows has a power of two
+    sequences for each device, so that few programs are compiled.
     """
     by_length: dict[int, list[_Row]] = {}
     for row in sorted(rows, key=lambda row: -row.length):
-        by_length.setdefault(_padded(row.length, longest, step), []).append(row)
+        by_length.setdefault(row.length if exact else _padded(row.length, longest, step), []).append(row)
     for length, its in by_length.items():
         most = max(tokens // length // devices, 1) * devices
         size = most if len(its) >= most else devices * (1 << (-(-len(its) // devices) - 1).bit_length())
@@ -217,9 +224,10 @@ def score(
             if row.first == 0:
                 cut[row.request] = len(requests[row.request].context) - (len(row.ids) - row.scored)
 
+    exact = cfg.model.rope_scaling.by_length
     waiting: deque = deque()
     with tqdm(total=len(rows), desc=describe, unit="sequence", disable=None if progress else True, leave=False) as bar:
-        for its, size, length in _batches(rows, longest, cfg.data.batch_size * longest, mesh.size, step):
+        for its, size, length in _batches(rows, longest, cfg.data.batch_size * longest, mesh.size, step, exact):
             run = _scorer(shape, mesh, size * length // mesh.size, length)
             waiting.append((its, *run(params, router_bias, *_arrays(its, size, length, mesh))))
             if len(waiting) == IN_FLIGHT:

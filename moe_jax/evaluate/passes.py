@@ -48,10 +48,10 @@ def _batches(
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Batches of texts of similar length: their numbers, ids `[B, S]`, and lengths `[B]`, 0 for a row of padding.
 
-    Their sizes are few, because a program is compiled for each. With expert choice a text has no padding, which
-    would be a part of its sequence.
+    Their sizes are few, because a program is compiled for each. With expert choice, and with RoPE that depends on the
+    length, a text has no padding, which would be a part of its sequence.
     """
-    exact = cfg.num_moe_layers > 0 and cfg.moe.choice == "expert"
+    exact = (cfg.num_moe_layers > 0 and cfg.moe.choice == "expert") or cfg.rope_scaling.by_length
     padded = lambda n: n if exact else max(SHORTEST, 1 << (n - 1).bit_length())
     order = sorted(range(len(all_ids)), key=lambda i: len(all_ids[i]))
     while order:
@@ -77,8 +77,7 @@ def _logits(net, out, ids, layer):
 
 def _hidden(net, out, ids, layer):
     if layer == 0:
-        rows = P(sharding.AXES, None, None)
-        return weight(net.embed, out.hidden.dtype).at[ids].get(out_sharding=rows).astype(jnp.float32)
+        return net.embedded(ids).astype(jnp.float32)
     if layer == -1:
         return out.hidden.astype(jnp.float32)
     place = net.cfg.places[layer - 1]

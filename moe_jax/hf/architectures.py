@@ -23,7 +23,7 @@ from moe_jax.hf.keys import (
     shared_experts,
 )
 from moe_jax.hf.rope import ROPE, read_rope, write_rope
-from moe_jax.hf.windows import read_windows, write_windows
+from moe_jax.hf.windows import read_windows, without_long_windows, write_windows
 
 Field = tuple[str, str]  # key of config.json, field of ModelConfig; several keys: "first|second", the first is written
 
@@ -276,6 +276,7 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
         plain = tuple(kind._replace(attends=Attends()) for kind in kinds)  # of which attention_layers is apart
         model = dataclasses.replace(model, layers=spell(units_of(plain), model.moe.num_experts))
     model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len, moe=moe)
+    model = without_long_windows(model)
     reasons, unlike = {}, set()
     for name in sorted(ARCHITECTURES, key=lambda name: name != prefer):
         hf = _written(model, ARCHITECTURES[name])

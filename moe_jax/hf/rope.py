@@ -66,6 +66,9 @@ def _of_one(keys: Keys, rope: dict[str, Any], flat: dict[str, Any]) -> tuple[dic
     fields: dict[str, Any] = {"rope_theta": number_of(theta, "rope_theta", where)}
     partial, lines = _partial(keys, rope, kind, flat)
     fields |= partial
+    if kind not in ("default", "yarn") and "mla.rope_dim" in flat and rope.get("mscale_all_dim"):
+        rule = f"mscale_all_dim={rope['mscale_all_dim']!r} with rope_type={kind!r} is not supported"
+        raise FormatError(f"{where}: {rule}; nearest valid: null")  # transformers multiplies logits for every type
     if kind != "default":
         made = _scaling(keys, rope, kind, flat)
         if kind == "dynamic":  # its limit is where the file's begins to be exceeded, times the factor
@@ -99,7 +102,8 @@ def _scaling(keys: Keys, rope: dict[str, Any], kind: str, flat: dict[str, Any]) 
     """The fields of `rope_scaling` for a type, but for the type itself."""
     where, positions = keys.where, flat["max_seq_len"]
     number = lambda name, value: number_of(value, f"RoPE scaling: {name}", where)
-    original = keys.hf.get("original_max_position_embeddings")  # wins (Phi-3)
+    # Beside one object for all layers it wins (Phi-3).
+    original = None if keys.model_type in NESTED else keys.hf.get("original_max_position_embeddings")
     if original is None:
         original = rope.get("original_max_position_embeddings", positions)
     if kind in NUMBERS:
@@ -151,8 +155,11 @@ def _of_kinds_of_layers(keys: Keys, flat: dict[str, Any]) -> tuple[dict[str, Any
     full |= hf.get("rope_scaling") or {}
     full = full if "rope_theta" in full else full | {"rope_theta": keys.get("rope_theta")}
     window = {"rope_theta": keys.defaults["rope_theta"]} | window
+    as_there = f"is not used, as in transformers' {keys.model_type}"
     if "truncate" in full:  # transformers looks for it one level higher
-        lines.append(f"truncate={full.pop('truncate')!r} of RoPE is not used, as in transformers' {keys.model_type}")
+        lines.append(f"truncate={full.pop('truncate')!r} of RoPE {as_there}")
+    if (original := hf.get("original_max_position_embeddings")) is not None:
+        lines.append(f"original_max_position_embeddings={original!r} {as_there}")
     (fields, more), (others, _) = _of_one(keys, full, flat), _of_one(keys, window, flat)
     lines += more
     if fields == others:

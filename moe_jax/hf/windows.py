@@ -4,6 +4,7 @@ Some classes have a window in every layer, others list the layers that have one;
 own rule. Source: the configuration classes of transformers 5.24.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ def read_windows(keys: Keys, flat: dict[str, Any]) -> dict[str, Any]:
     layers = flat["num_layers"]
     if "sliding_window" not in keys.defaults or type(layers) is not int or layers < 1:
         return {}  # a number of layers that is none is refused later
-    if layers > MOST_LAYERS and "layer_types" in keys.defaults:
+    if layers > MOST_LAYERS:
         raise FormatError(f"{keys.where}: num_hidden_layers={layers} is too large; the largest is {MOST_LAYERS:,}")
     window, rotated = _window(keys), _rotated(keys, layers)
     if "layer_types" not in keys.defaults:
@@ -94,6 +95,16 @@ def _windowed(keys: Keys, layers: int, window: int | None, rotated: list[bool]) 
 
 
 # --- ModelConfig → config.json ---------------------------------------------------------------------------------------
+
+
+def without_long_windows(model: ModelConfig) -> ModelConfig:
+    """The model without a window that is as long as its context, as `read_windows` has it."""
+    s = model.rope_scaling
+    most = int(s.original_length * s.factor) if s.on and s.type == "dynamic" else model.max_seq_len
+    if model.window < most or s.layers == "full":  # a window says which layers are scaled, too
+        return model
+    line = write_layers(tuple(attends._replace(window=False) for attends in model.attends))
+    return dataclasses.replace(model, window=0, attention_layers=line)
 
 
 def write_windows(model: ModelConfig, model_type: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The matrix products of a Newton–Schulz step, for stacks of matrices with m rows and n columns.
 
 On Hopper one Pallas Mosaic-GPU kernel computes them in bfloat16 and float16 (`symmetric.py`). It adds terms to a
-product at almost no cost, rounds once, and of a symmetric product computes little more than half. Elsewhere, and for
-float32, the products are einsums.
+product at almost no cost, rounds once, and of a symmetric product computes little more than half. Elsewhere, for
+float32, and where a product is not symmetric and nothing is added, the products are einsums.
 """
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.chips import is_hopper
 from moe_jax.kernels.symmetric import product, supports
+from moe_jax.parallel import axes
 
 SMALLEST = 512  # with fewer rows the kernel saves almost nothing
 
@@ -39,20 +40,22 @@ def symmetric_product(
 def residual_product(
     p: Float[Array, "stack m m"],
     x: Float[Array, "stack m n"],
-    b: Float[Array, " stack"] | None = None,
+    b: Float[Array, " stack"],
     a: Float[Array, " stack"] | None = None,
 ) -> Float[Array, "stack m n"]:
-    """Computes a·P·X + b·X for every matrix, in float32, and rounds to the dtype of x.
-
-    a = None stands for 1, and b = None for 0; one of them is given.
-    """
+    """Computes a·P·X + b·X for every matrix, in float32, and rounds to the dtype of x. a = None stands for 1."""
     if uses_kernel(x.shape, x.dtype):
-        given = a if b is None else b
-        ones = jnp.ones_like(given)
-        return product(p, x, None if b is None else x, ones if a is None else a, b, None, symmetric=False)
+        return product(p, x, x, jnp.ones_like(b) if a is None else a, b, None, symmetric=False)
     total = _einsum("lmk,lkn->lmn", p, x)
-    total = total if a is None else _column(a) * total
-    return (total if b is None else total + _column(b) * x).astype(x.dtype)
+    return ((total if a is None else _column(a) * total) + _column(b) * x).astype(x.dtype)
+
+
+def plain_product(p: Float[Array, "stack m m"], x: Float[Array, "stack m n"]) -> Float[Array, "stack m n"]:
+    """Computes P·X for every matrix, in float32, and rounds to the dtype of x.
+
+    This is XLA's product on every device: on an H200 it is a fifth faster than the kernel, which saves nothing here.
+    """
+    return _einsum("lmk,lkn->lmn", p, x).astype(x.dtype)
 
 
 def uses_kernel(shape: tuple[int, ...], dtype) -> bool:
@@ -60,14 +63,7 @@ def uses_kernel(shape: tuple[int, ...], dtype) -> bool:
     m, n = shape[-2:]
     fits = supports(shape, dtype) and SMALLEST <= m <= n
     # Older versions of jax find no layout for the transposed store.
-    return fits and jax.__version_info__ >= (0, 11) and is_hopper(device_kind())
-
-
-def device_kind() -> str:
-    """Returns the kind of the devices of the current mesh, or, without one, of the process."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return device.device_kind if device else jax.devices()[0].device_kind
+    return fits and jax.__version_info__ >= (0, 11) and is_hopper(axes.current_kind())
 
 
 def _column(v: Array) -> Array:

@@ -20,24 +20,9 @@ from jaxtyping import Array, Float
 from moe_jax.kernels.tiles import DEPTH, PART, SMS, STAGES, UNIT, layout
 from moe_jax.parallel.axes import varying_like
 
-TERM = UNIT // DEPTH  # steps that hold what is added to a tile
+TERM = UNIT // DEPTH  # steps that hold what is added to a tile; in as many, the last, results go
 OWN = 2  # parts of results that a warpgroup stores from memory of its own
 PARTS = [(i, j) for j in range(0, UNIT, PART) for i in range(0, UNIT, PART)]  # of a block, stored one at a time
-
-
-class Schedule(NamedTuple):
-    """The division of the kernel's work. Every schedule computes the same sums, some of them in another order.
-
-    ahead: steps by which one multiplying warpgroup is ahead of the other. keep: steps whose memory holds results, at
-    most TERM. reuse: whether a term that is also an operand is read from the operand's copies, which then come last.
-    """
-
-    ahead: int = 0
-    keep: int = 2
-    reuse: bool = True
-
-
-BEST = Schedule()
 
 
 def supports(shape: tuple[int, ...], dtype) -> bool:
@@ -55,25 +40,31 @@ def product(
     c: Float[Array, " stack"] | None,
     *,
     symmetric: bool,
-    schedule: Schedule = BEST,
 ) -> Float[Array, "stack m n"]:
     """Computes a·X·Yᵀ + b·Z + c·I for every matrix, which must be symmetric, or, with symmetric=False, a·X·Y + b·Z.
 
     Sums are in float32 and are rounded once, to the dtype of x. y is `[stack, m, k]` for a symmetric product, else
-    `[stack, k, n]`. z and b may be None, and so may c, which only a symmetric product takes.
+    `[stack, k, n]`. z and b may be None, and so may c, which only a symmetric product takes. A z that is x (the same
+    object) is read from the copies of x, which then come last.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     if not symmetric and c is not None:
         raise ValueError("c is for symmetric products only")
-    count, m = x.shape[:2]
-    n = m if symmetric else y.shape[2]
-    held = schedule.reuse and symmetric and z is x
-    tiles = _symmetric_tiles(m // UNIT) if symmetric else _tiles(m // UNIT, n // UNIT)
     zero = jnp.zeros_like(a)
     factors = jnp.stack([a, zero if b is None else b, zero if c is None else c], axis=1)
+    held = symmetric and z is x
+    return _product(factors, x, y, None if held else z, symmetric=symmetric, held=held, diagonal=c is not None)
+
+
+@functools.partial(jax.jit, static_argnames=("symmetric", "held", "diagonal"))
+def _product(factors, x, y, z, *, symmetric: bool, held: bool, diagonal: bool):
+    """A program of its own: all products of one kind and shape share it, as lowering a kernel takes seconds."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    count, m = x.shape[:2]
+    n = m if symmetric else y.shape[2]
+    tiles = _symmetric_tiles(m // UNIT) if symmetric else _tiles(m // UNIT, n // UNIT)
     kernel = plgpu.kernel(
-        functools.partial(_block, s=schedule, symmetric=symmetric, held=held, diagonal=c is not None),
+        functools.partial(_block, symmetric=symmetric, held=held, diagonal=diagonal),
         out_type=jax.ShapeDtypeStruct((count, m, n), x.dtype),
         grid=(SMS,),
         grid_names=("block",),
@@ -83,7 +74,7 @@ def product(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return varying_like(kernel(jnp.asarray(tiles), factors, x, y, *(() if z is None or held else (z,))), x)
+    return varying_like(kernel(jnp.asarray(tiles), factors, x, y, *(() if z is None else (z,))), x)
 
 
 def _tiles(rows: int, columns: int) -> np.ndarray:
@@ -129,7 +120,7 @@ class _Tile(NamedTuple):
         return [(0, self.first * UNIT, UNIT), (UNIT, self.second * UNIT, UNIT)]
 
 
-def _block(tiles, factors, x, y, *rest, s: Schedule, symmetric: bool, held: bool, diagonal: bool):
+def _block(tiles, factors, x, y, *rest, symmetric: bool, held: bool, diagonal: bool):
     """One thread block, which computes every SMS-th tile. The arguments refer to device memory."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -137,7 +128,7 @@ def _block(tiles, factors, x, y, *rest, s: Schedule, symmetric: bool, held: bool
     *z, out = rest
     depths = x.shape[2] // DEPTH
     steps = depths + TERM * bool(z)  # of a tile
-    limit = depths if z else depths - max(s.keep, TERM * held)  # steps whose memory is free when they are multiplied
+    limit = depths if z else depths - TERM  # steps whose memory is free when they are multiplied
     wide = (UNIT, DEPTH) if symmetric else (DEPTH, UNIT)
     slot_of = lambda step: jax.lax.rem(step, jnp.int32(STAGES))
 
@@ -153,10 +144,9 @@ def _block(tiles, factors, x, y, *rest, s: Schedule, symmetric: bool, held: bool
         full=plgpu.Barrier(num_arrivals=_copies(symmetric), num_barriers=STAGES),
         # A barrier of clusters takes one arrival of a warpgroup, others one of every thread.
         free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=STAGES),
-        begun=plgpu.Barrier() if s.ahead else None,
         collective_axes="warpgroup",
     )
-    def _(a, b, own, full, free, begun):
+    def _(a, b, own, full, free):
         me, block, blocks = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block"), jax.lax.axis_size("block")
         own_tiles = jax.lax.div(x.shape[0] * tiles.shape[0] - block + (blocks - 1), jnp.int32(blocks))
 
@@ -203,14 +193,8 @@ def _block(tiles, factors, x, y, *rest, s: Schedule, symmetric: bool, held: bool
             def stored(step):
                 """Waits until the results of the tile before `step` have left, and frees their memory."""
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for k in range(s.keep):
-                    done(step - s.keep + k)
-
-            if s.ahead:
-
-                @pl.when((me == 1) & (own_tiles > 0))
-                def _():
-                    plgpu.barrier_wait(begun)
+                for k in range(TERM):
+                    done(step - TERM + k)
 
             def one_tile(i, step):
                 tile = tile_of(block + i * blocks)
@@ -233,12 +217,6 @@ def _block(tiles, factors, x, y, *rest, s: Schedule, symmetric: bool, held: bool
                         def _():
                             done(step + k - 1)
 
-                        if s.ahead:
-
-                            @pl.when((me == 0) & (i == 0) & (k == s.ahead - 1))
-                            def _():
-                                plgpu.barrier_arrive(begun)
-
                     jax.lax.fori_loop(0, depths, one, None)
                     plgpu.wgmma_wait(0)
                     if limit == depths:
@@ -259,9 +237,7 @@ def _block(tiles, factors, x, y, *rest, s: Schedule, symmetric: bool, held: bool
                         value = value + jnp.where(_diagonal(), jnp.where(row == tile.column, scale[2], 0.0), 0.0)
                     values[i, j] = value.astype(x.dtype)
                 plgpu.commit_smem()  # all threads of the warpgroup have multiplied and read
-                for k in range(TERM - s.keep if z or held else 0):
-                    done(last - TERM + k)
-                kept = [a.at[slot_of(last - s.keep + k)].at[mine(i)] for k in range(s.keep) for i in (0, PART)]
+                kept = [a.at[slot_of(last - TERM + k)].at[mine(i)] for k in range(TERM) for i in (0, PART)]
                 _store(values, [own.at[me, i] for i in range(OWN)] + kept, row, tile, out.at[tile.matrix], symmetric)
                 return last
 

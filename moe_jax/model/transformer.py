@@ -22,11 +22,11 @@ from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.stats import Choices, RouterStats
 from moe_jax.nn import lora
 from moe_jax.nn.cache import KVCache
-from moe_jax.nn.layers import Init, rms_norm, times, unit_rows, weight
+from moe_jax.nn.layers import Init, Keys, rms_norm, times, unit_rows, weight
 from moe_jax.nn.remat import POLICIES
 from moe_jax.nn.residual import shifted
 from moe_jax.parallel import overlap, sharding
-from moe_jax.tree import nest, split
+from moe_jax.tree import flatten, nest, split
 
 
 class Output(NamedTuple):
@@ -43,9 +43,9 @@ class Output(NamedTuple):
 class Transformer(nnx.Module):
     """The decoder: embedding, the stacks of `ModelConfig.stacks`, and the last norm."""
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, program: Program):
+    def __init__(self, cfg: ModelConfig, keys: Keys, program: Program):
         self.cfg, self.program = cfg, program
-        init = Init(rngs, cfg.init_std, dtype=cfg.param_dtype)
+        init = Init(keys, cfg.init_std, dtype=cfg.param_dtype)
         self.embed = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
         if cfg.residual_scale:
             self.embed_bias = init.filled((cfg.d_model,), "norm", 0.0)
@@ -69,13 +69,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, inputs: Inputs, cache: dict[str, KVCache] | None = None, start: Int[Array, ""] | None = None
     ) -> Output:
-        dtype = jnp.dtype(self.cfg.compute_dtype)
-        out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
-        with jax.named_scope("embedding"):
-            x = weight(self.embed, dtype).at[inputs.tokens].get(out_sharding=out)
-            x = times(x, self.cfg.embedding_multiplier)
-            if self.cfg.residual_scale:
-                x = shifted(x, self.embed_bias[...], self.embed_scale[...]).astype(dtype)
+        x = self.embedded(inputs.tokens)
         found: dict[str, BlockOutput] = {}
         state, first = self._router_state(x), 0
         for stack in self.cfg.stacks:
@@ -97,6 +91,14 @@ class Transformer(nnx.Module):
             max_logit=over_batch(all_of("max_logit")) if self.program.max_logit else None,
             residual=all_of("x") if self.program.residual else None,
         )
+
+    @jax.named_scope("embedding")
+    def embedded(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Returns what the first block reads."""
+        dtype = jnp.dtype(self.cfg.compute_dtype)
+        out = P(sharding.AXES, None, None) if sharding.current_sizes() else None
+        x = times(weight(self.embed, dtype).at[tokens].get(out_sharding=out), self.cfg.embedding_multiplier)
+        return shifted(x, self.embed_bias[...], self.embed_scale[...]).astype(dtype) if self.cfg.residual_scale else x
 
     def _router_state(self, x: Float[Array, "B S D"]) -> Float[Array, "B S R"] | None:
         """The state that the router of the first layer is given: zeros, if routers have one."""
@@ -198,12 +200,17 @@ REFERENCE = Program()  # runs anywhere
 
 def abstract(cfg: ModelConfig, program: Program = REFERENCE) -> Graph:
     """The graph and shapes of a model; nothing is allocated."""
+    definition, axes, shapes = _abstract(cfg, program)
+    return Graph(definition, nest(axes), nest(shapes))  # dicts of the caller's own
+
+
+@functools.lru_cache(maxsize=32)  # a training step, its checks and its description ask for the same model
+def _abstract(cfg: ModelConfig, program: Program) -> tuple[Any, dict, dict]:
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), program))
+        model = nnx.eval_shape(lambda: Transformer(cfg, Keys(jax.random.key(0)), program))
     definition, params, _ = _split(model)
     axes = {"/".join(map(str, path)): v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
-    shapes = nnx.to_pure_dict(params)
-    return Graph(definition, nest(axes), shapes)
+    return definition, axes, flatten(nnx.to_pure_dict(params))
 
 
 def init_adapters(cfg: ModelConfig, seed: Array) -> dict:
@@ -217,6 +224,6 @@ def init(cfg: ModelConfig, seed: Array) -> tuple[dict, dict]:
 
     Do not jit this as a whole: outside `jit`, weights of one shape share one compilation.
     """
-    model = Transformer(cfg, nnx.Rngs(params=seed), REFERENCE)
+    model = Transformer(cfg, Keys(seed), REFERENCE)
     _, params, bias = _split(model)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(bias)

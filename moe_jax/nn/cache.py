@@ -55,8 +55,8 @@ def attend_and_write(
             k, *v = (_put(old, new, start) for old, new in zip(arrays[::2], arrays[1::2], strict=True))
             y = plain_attention(q, k, v[0] if v else k, mask=(seen >= 0)[None, None, None], scale=scale)
             return (y, k, *v)
-        seen = jnp.concatenate([_positions(old_k.shape[1], start - 1), start + jnp.arange(q.shape[1])])
-        at = (start + jnp.arange(q.shape[1]))[:, None]
+        new = start + jnp.arange(q.shape[1])
+        seen, at = jnp.concatenate([_positions(old_k.shape[1], start - 1), new])[None, :], new[:, None]
         visible: Bool[Array, "S Z+S"] = (seen >= 0) & (seen <= at) & (at - seen < window)
         join = lambda old, new: jnp.concatenate([old, new], axis=1)
         keys = join(old_k, new_k)

@@ -14,6 +14,22 @@ from moe_jax.nn.remat import keep
 from moe_jax.parallel import sharding
 
 
+class Keys:
+    """The keys of `nnx.Rngs(params=key)`, one after another, counted in Python.
+
+    `nnx.Rngs` counts in an array. While JAX traces, each count makes it print the program so far, into an error message
+    that nobody sees.
+    """
+
+    def __init__(self, key: Array):
+        self._key, self._count = key, 0
+
+    def params(self) -> Array:
+        """Returns the next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count - 1)
+
+
 class Init:
     """Declares weights: value, shape and logical axes on one line. They are created sharded when a mesh is set.
 
@@ -21,7 +37,7 @@ class Init:
     Values are drawn in float32 and rounded to `dtype`.
     """
 
-    def __init__(self, rngs: nnx.Rngs, std: float, layers: int | None = None, dtype: Any = jnp.float32):
+    def __init__(self, rngs: nnx.Rngs | Keys, std: float, layers: int | None = None, dtype: Any = jnp.float32):
         self.rngs, self.std, self.layers, self.dtype = rngs, std, layers, jnp.dtype(dtype)
 
     def stack(self, layers: int) -> "Init":

@@ -14,7 +14,7 @@ from moe_jax.config.positions import FULL, Attends
 from moe_jax.nn.attend import attend
 from moe_jax.nn.attention import scaled_queries
 from moe_jax.nn.cache import KVCache, attend_and_write
-from moe_jax.nn.layers import Init, linear, rms_norm
+from moe_jax.nn.layers import Init, linear, rms_norm, times
 from moe_jax.nn.lora import whole_matrix
 from moe_jax.nn.qk_clip import max_logits
 from moe_jax.nn.remat import keep
@@ -56,31 +56,30 @@ class MLA(nnx.Module):
         """Returns what `attention.Attention` does. The cache holds `[latent, rotated key]` of a token, once."""
         cfg, size = self.cfg, self.cfg.mla.rope_dim
         heads = lambda x, h: sharding.reshape_tail(x, 2, -1, h)
-        times = lambda x, name: keep(linear(x, self, name), "qkv")
+        mapped = lambda x, name: keep(linear(x, self, name), "qkv")
         if cfg.mla.q_rank:
-            q = times(rms_norm(times(x, "w_q_down"), self.q_norm[...], LATENT_EPS), "w_q_up")
+            q = mapped(rms_norm(mapped(x, "w_q_down"), self.q_norm[...], LATENT_EPS), "w_q_up")
         else:
-            q = times(x, "w_q")
+            q = mapped(x, "w_q")
         q = scaled_queries(heads(q, cfg.head_dim), cfg)
-        latent = rms_norm(times(x, "w_kv_down"), self.kv_norm[...], LATENT_EPS)
+        latent = rms_norm(mapped(x, "w_kv_down"), self.kv_norm[...], LATENT_EPS)
         turn = rotation(cfg, self.attends, x.shape[1] if cache is None else start + x.shape[1])
         q_plain, q_rope = jnp.split(q, [cfg.head_dim - size], axis=-1)
         q_rope = rotate(q_rope, positions, turn)
-        k_rope: Float[Array, "B S 1 rotated"] = rotate(heads(times(x, "w_k_rope"), size), positions, turn)
+        k_rope: Float[Array, "B S 1 rotated"] = rotate(heads(mapped(x, "w_k_rope"), size), positions, turn)
         if cache is not None:
-            y, cache = self._cached(q_plain, q_rope, latent, k_rope, cache, start)
+            scale = cfg.head_dim**-0.5 * turn.logit_factor
+            y, cache = self._cached(q_plain, q_rope, latent, k_rope, cache, start, scale)
             return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), cache, None
-        k_plain = heads(times(latent, "w_k_up"), cfg.head_dim - size)
-        v = heads(times(latent, "w_v_up"), cfg.mla.v_dim)
-        q = jnp.concatenate([q_plain, q_rope], axis=-1)
+        k_plain = heads(mapped(latent, "w_k_up"), cfg.head_dim - size)
+        v = heads(mapped(latent, "w_v_up"), cfg.mla.v_dim)
+        q = times(jnp.concatenate([q_plain, q_rope], axis=-1), turn.logit_factor)
         k = jnp.concatenate([k_plain, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
-        if (factor := cfg.rope_scaling.logit_factor) != 1:
-            q = q * factor
         max_logit = None if counted is None else max_logits(q, k, segments, counted, self.window)
         y = attend(q, k, v, segments, self.backend, self.window)
         return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), None, max_logit
 
-    def _cached(self, q_plain, q_rope, latent, k_rope, cache: KVCache, start: Int[Array, ""]):
+    def _cached(self, q_plain, q_rope, latent, k_rope, cache: KVCache, start: Int[Array, ""], scale: float):
         """Attends in the space of latents: maps queries there and results back, and makes no key or value of a head."""
         cfg, rank = self.cfg, self.cfg.mla.kv_rank
         up = lambda name: sharding.reshape_tail(whole_matrix(self, name, latent.dtype), 1, cfg.num_heads, -1)
@@ -88,6 +87,5 @@ class MLA(nnx.Module):
             [jnp.einsum("bsnh,cnh->bsnc", q_plain, up("w_k_up")), q_rope], axis=-1
         )
         k = jnp.concatenate([latent[:, :, None], k_rope], axis=-1)
-        scale = cfg.head_dim**-0.5 * cfg.rope_scaling.logit_factor
         y, cache = attend_and_write(q, k, None, cache, start, scale, self.window)
         return jnp.einsum("bsnc,cnw->bsnw", y[..., :rank], up("w_v_up")), cache

@@ -46,6 +46,15 @@ def shapes(rows: int, length: int) -> Shapes:
     return Shapes(rows * max(WHOLE, pieces), rows * pieces, length // pieces, rows * pieces * PLACES)
 
 
+def logsumexps(length: int) -> int:
+    """The numbers that the backward pass is given for a row and a query head: a call has one for each place and token.
+
+    For long documents, whose rest is empty, it is given as many.
+    """
+    sizes = shapes(1, length)
+    return sizes.whole * length + sizes.rest * sizes.length
+
+
 class Lists(NamedTuple):
     """The segments of T tokens in their order, at most T, and the call that handles each token's segment."""
 

@@ -19,6 +19,7 @@ class Rotation(NamedTuple):
 
     freq: Float[np.ndarray, " P"] | Float[Array, " P"]  # radians a position
     factor: float = 1.0  # of cosine and sine (YaRN, LongRoPE)
+    logit_factor: float = 1.0  # of all logits, besides that: what MLA multiplies them by (YaRN)
 
 
 def rotation(cfg: ModelConfig, attends: Attends, tokens: int | Int[Array, ""]) -> Rotation | None:
@@ -28,7 +29,7 @@ def rotation(cfg: ModelConfig, attends: Attends, tokens: int | Int[Array, ""]) -
     s = cfg.rope_scaling
     scaled = s.on and not (s.layers == "full" and attends.window)
     freq = rope_frequencies(cfg, cfg.rope_size, tokens, scaled)
-    return Rotation(freq, s.cos_sin_factor if scaled else 1.0)
+    return Rotation(freq, s.cos_sin_factor, s.logit_factor) if scaled else Rotation(freq)
 
 
 def rope_frequencies(

@@ -24,6 +24,7 @@ from moe_jax.config import GroupConfig, OptimConfig, RunConfig
 from moe_jax.config.fields import require
 from moe_jax.errors import ConfigError
 from moe_jax.nn.lora import is_adapter
+from moe_jax.nn.qk_clip import CLIPPED
 from moe_jax.tree import flatten, nest, path_of
 
 NOTHING: frozenset[str] = frozenset()
@@ -53,6 +54,10 @@ def check(cfg: RunConfig) -> None:
             close = difflib.get_close_matches(group.match, trained, 1, 0.0)[0]
             raise ConfigError(f"optim.groups.{name}.match", group.match, "matches frozen parameters only, on which "
                               "lr, weight_decay and start have no effect", f"nearest valid: {close!r}")  # fmt: skip
+        clipped = [path for path in trained if re.search(rf"/attention/({'|'.join(CLIPPED)})$", path)]
+        moved = cfg.optim.qk_clip and any(re.search(group.match, path) for path in clipped)
+        rule = "is not available with optim.qk_clip > 0 for matrices of queries and keys, which it scales in every step"
+        require(not (group.start and moved), f"optim.groups.{name}.start", group.start, rule, "nearest valid: 0")
 
 
 # --- frozen parameters -----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from moe_jax.optim import newton_schulz
 from moe_jax.optim.newton_schulz import AUTO, Coefficients
-from moe_jax.optim.spread import Rule, layout, one_matrix
+from moe_jax.optim.spread import Rule, layout, map_groups, one_matrix
 
 Number = float | Array  # traced or not
 
@@ -125,12 +125,11 @@ def scale_by_muon(
         flat, tree = jax.tree.flatten(direction)
         gradients = jax.tree.leaves(grads)
         out: list = [None] * len(flat)
-        for group in layout(direction, rule, len(chosen.steps), own):
-            indices = [leaf.index for leaf in group.leaves]
-            results = group.map(iterate, [moved(flat[i]) for i in indices], [gradients[i] for i in indices], narrow)
-            for leaf, o in zip(group.leaves, results, strict=True):
-                x = flat[leaf.index]
-                out[leaf.index] = (factor(leaf.matrix) * o.astype(jnp.float32)).astype(x.dtype)
+        groups = layout(direction, rule, len(chosen.steps), own)
+        results = map_groups(groups, iterate, [moved(x) for x in flat], gradients, narrow)
+        for leaf in (leaf for group in groups for leaf in group.leaves):
+            x, o = flat[leaf.index], results[leaf.index]
+            out[leaf.index] = (factor(leaf.matrix) * o.astype(jnp.float32)).astype(x.dtype)
         return jax.tree.unflatten(tree, out), MuonState(m)
 
     return optax.GradientTransformation(init, update)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moe_jax.kernels.stacked import device_kind, residual_product, symmetric_product, uses_kernel
+from moe_jax.kernels.stacked import plain_product, residual_product, symmetric_product, uses_kernel
+from moe_jax.parallel import axes
 
 AUTO = "auto"  # the dtype of the iteration is chosen by the device
 
@@ -84,7 +85,7 @@ def iteration_dtype(dtype: Any = AUTO) -> Any:
     """
     if not isinstance(dtype, str) or dtype != AUTO:
         return jnp.dtype(dtype)
-    kind = device_kind()
+    kind = axes.current_kind()
     return jnp.dtype(jnp.bfloat16 if kind.startswith("TPU") else jnp.float32 if kind == "cpu" else jnp.float16)
 
 
@@ -199,32 +200,32 @@ def _iterate_gram(
 
     R is kept as Z = R − s·I, as A in the standard iteration. G commutes with R and Q, so all products but Q·X are
     symmetric. X and R begin anew after each of `_phases`, which takes what R has gathered of rounding out of it.
+
+    X ← Q·X is a plain product of float16 numbers: Q is multiplied by what makes it 2¹⁴·X. As ‖Y‖_F is between 2¹² and
+    2¹³·(m·n)¹ᐟ², that is at least 2⁻¹² up to m·n = 2²⁶. The limits are for zero matrices, whose `left` is 1, and for
+    large prescales, which would leave Q too small for float16.
     Source: Dao-AILab's "Gram Newton-Schulz" (2026).
     """
-    # Products of one kind share a program: each kernel of its own would take a second to lower. An operand that occurs
-    # twice is one argument, so that the kernel reads it once.
-    product = jax.jit(lambda x, y, a: symmetric_product(x, y, None, a, None, None))
-    gram = jax.jit(lambda y, a, c: symmetric_product(y, y, None, a, None, c))
-    square = jax.jit(lambda z, a, b, c: symmetric_product(z, z, z, a, b, c))
-    added = jax.jit(lambda x, y, a, b, c: symmetric_product(x, y, x, a, b, c))
     steps = iter(coefficients.steps)
     one = jnp.ones_like(left)
     for count in _phases(len(coefficients.steps)):
         over = 1 / left
         s = _mean_diagonal(y) * over**2
-        z, q = gram(y, over**2, -s), None
+        z, q = symmetric_product(y, y, None, over**2, None, -s), None
+        scale = jnp.clip(2.0**_RESULT * over, 2.0**-12, 4.0)
         for i in range(count):
             a, b, c = next(steps)
-            rest = a + b * s + c * s * s
-            g = square(z, c * one, b + 2 * c * s, rest)
-            q = g if q is None else product(g, q, one)
+            rest, own = a + b * s + c * s * s, scale if count == 1 else one  # G itself is Q, or not
+            g = symmetric_product(z, z, z, c * own, (b + 2 * c * s) * own, rest * own)
+            to = scale if i == count - 1 else one
+            q = g if q is None else symmetric_product(g, q, None, to, None, None)
             if i < count - 1:
                 t = rest * s  # G·R is kept less t·I; `rest` is about the diagonal of G
-                half = added(g, z, one, s, -t)
+                half = symmetric_product(g, z, g, one, s, -t)
                 s = _mean_diagonal(g, half) + t * rest
-                z = added(g, half, one, t, -s)
-        y, left = residual_product(q, y, a=over), one
-    return y
+                z = symmetric_product(g, half, g, one, t, -s)
+        y, left = plain_product(q, y), scale * left
+    return (y.astype(jnp.float32) / left[:, None, None]).astype(y.dtype)
 
 
 def _mean_diagonal(x: Float[Array, "stack m n"], y: Float[Array, "stack m n"] | None = None) -> Float[Array, " stack"]:
@@ -239,7 +240,8 @@ def _mean_diagonal(x: Float[Array, "stack m n"], y: Float[Array, "stack m n"] | 
 
 # --- scale -----------------------------------------------------------------------------------------------------------
 
-_TOP = 13  # float16: entries are brought below 2¹³, or 2¹⁵ if they were above 2¹²⁶
+_TOP = 13  # float16: entries are brought below 2¹³
+_RESULT = 14  # Gram Newton–Schulz: X is held times 2¹⁴, so below 3·2¹⁴
 
 
 def largest_exponent(x: Float[Array, "*stack m n"], axis: Any = (-2, -1)) -> Int[Array, "*stack #m #n"]:
@@ -250,7 +252,10 @@ def largest_exponent(x: Float[Array, "*stack m n"], axis: Any = (-2, -1)) -> Int
 
 def to_float16(x: Float[Array, "*stack m n"], exponent: Int[Array, "*stack #m #n"]) -> Float[Array, "*stack m n"]:
     """Rounds X to float16 after dividing it by 2^(exponent − 13), so that its entries are below 2¹³."""
-    return (x.astype(jnp.float32) * _power(-exponent) * 2.0**_TOP).astype(jnp.float16)
+    # That power itself may be no float32. Neither factor is a constant: XLA would make one array of it for all leaves
+    # of as many numbers, in one layout, and transpose those whose layout is another.
+    half = exponent // 2
+    return (x.astype(jnp.float32) * _power(_TOP - half) * _power(half - exponent)).astype(jnp.float16)
 
 
 def _power(k: Int[Array, "..."]) -> Float[Array, "..."]:

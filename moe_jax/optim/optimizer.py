@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import OptimConfig
-from moe_jax.kernels.stacked import device_kind
 from moe_jax.nn.lora import is_adapter
 from moe_jax.optim import groups, muon, newton_schulz
 from moe_jax.optim.plan import Plan, make_plan
 from moe_jax.optim.spread import Matrices
-from moe_jax.parallel import sharding
+from moe_jax.parallel import axes, sharding
 from moe_jax.tree import flatten, path_of
 
 # The first match counts. `label_params` refuses a parameter without a rule, and a rule without a parameter unless it
@@ -133,8 +132,8 @@ def matrices_of(cfg: OptimConfig, head_dim: int = 0) -> Callable[[str, Any], Mat
         raise ValueError("optim.per_head needs the model's head_dim")
 
     def rule(path: str, leaf: Any) -> Matrices:
-        for pattern, axes in GEOMETRY:
-            names = axes.split()
+        for pattern, where in GEOMETRY:
+            names = where.split()
             if re.search(pattern, path) and leaf.ndim == len(names):
                 split = cfg.per_head and "heads" in names[-2:]
                 return Matrices(heads=(names[-2:].index("heads"), head_dim) if split else None)
@@ -223,6 +222,7 @@ def describe(cfg: OptimConfig, graph: Any, sizes: dict[str, int], head_dim: int 
         plan = muon_plan(cfg, graph, sizes, head_dim)
         lines += [str(plan)]
         if cfg.newton_schulz_dtype == newton_schulz.AUTO:
-            lines += [f"  optim.newton_schulz_dtype=auto is {plan.dtype} on this device ({device_kind()}); resumed on "
+            kind = axes.current_kind()
+            lines += [f"  optim.newton_schulz_dtype=auto is {plan.dtype} on this device ({kind}); resumed on "
                       "another kind of device, the run may iterate in another dtype"]  # fmt: skip
     return "\n".join(lines)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# FLOPs that take as long as sending a byte: 100 TFLOP/s at 100 GB/s. By their data sheets TPU v5p and H200 reach 800 to
-# 20,000, so this repeats less work, and moves fewer bytes to even work out, than would pay, rather than more.
+# FLOPs that take as long as sending a byte. Data sheets give 800 by the links of a TPU v5p and 4,600 by the bisection
+# of 256 of them, 2,200 by the NVLink of an H200 and 20,000 by a network of hosts. With a low number little work is
+# repeated to save bytes. With a high one bytes are sent to even work out only where that pays on a slice or a host.
 FLOPS_PER_BYTE = 1000
+FLOPS_PER_BYTE_TO_EVEN_OUT = 4000
 PARTS = 32  # a batch is about this part of a device's work: the more, the more even, and the smaller the products
 
 
@@ -74,7 +76,7 @@ def even_out(groups: Sequence[Work], sizes: dict[str, int]) -> list[Shares | Non
     for i in moving:
         out[i] = _share_out(groups[i], batch[i], load, order, sizes)
     more = sum(s.slots * w.bytes - n * w.bytes for s, n, w in zip(out, alone, groups, strict=True) if s is not None)
-    if int(load.max()) + FLOPS_PER_BYTE * more >= plain - plain // PARTS:
+    if int(load.max()) + FLOPS_PER_BYTE_TO_EVEN_OUT * more >= plain - plain // PARTS:
         return [None] * len(groups)
     # Where all devices iterate on as much as alone, the order may stay.
     same = lambda s, n: s is not None and s.slots == n and bool((s.batches == s.batches.max()).all())

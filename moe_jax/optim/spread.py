@@ -1,6 +1,6 @@
 """Applies a function of single matrices to the leaves of a sharded tree, and moves matrices in groups.
 
-A leaf is a batch of matrices; its rule says which axes form them. `layout` sorts the leaves into groups. `Group.map`
+A leaf is a batch of matrices; its rule says which axes form them. `layout` sorts the leaves into groups. `map_groups`
 spreads the matrices of a group over the devices, each whole on one, applies the function, and moves the results back.
 Every device gets as many matrices of a group as the others, or about as much work of all groups together (shares.py).
 Work is repeated only in groups with fewer matrices than devices.
@@ -125,53 +125,27 @@ class Group(NamedTuple):
         """Whether matrices or results move between devices."""
         return any(self.cut) or bool(self.sharing)
 
-    def map(
-        self,
-        fn: Callable[[Array], Array],
-        blocks: Sequence[Array],
-        sources: Sequence[Array] | None = None,
-        narrow: bool = False,
-    ) -> list[Array]:
-        """Applies `fn` to every matrix of the leaves `blocks`.
+    def collect(
+        self, blocks: Sequence[Array], sources: Sequence[Array], narrow: bool
+    ) -> tuple[Float[Array, "stack m n"], Bool[Array, "stack #m #n"]]:
+        """This device's pieces of all matrices, in float16 with `narrow`, and which matrices are not zero in `sources`.
 
-        fn: `[stack, m, n]` → `[stack, m, n]`; it must map zero to zero. sources: arrays sharded like `blocks`. A matrix
-        that is all zeros in its source gives zero too. narrow: matrices move in float16, each divided by a power of two
-        that is the same on all devices; then `fn` must not depend on the scale of a matrix.
+        It takes an all-reduce of a number or two for every matrix that is cut.
         """
-        mesh, specs = self.leaves[0].mesh, tuple(leaf.spec for leaf in self.leaves)
-        sources = tuple(sources or ())
-        if mesh is None:
-            return self._map_local(fn, blocks, sources, False)
-        explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-        local = lambda blocks, sources: tuple(self._map_local(fn, blocks, sources, narrow and self.moves))
-        in_specs = specs, specs[: len(sources)]
-        shard_map = jax.shard_map(
-            local, mesh=mesh, in_specs=in_specs, out_specs=specs, axis_names=explicit, check_vma=True
-        )
-        return list(shard_map(tuple(blocks), sources))
-
-    def _map_local(
-        self, fn: Callable[[Array], Array], blocks: Sequence[Array], sources: Sequence[Array], narrow: bool
-    ) -> list[Array]:
-        stacks = [leaf.to_stack(x) for leaf, x in zip(self.leaves, blocks, strict=True)]
-        x = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-        found = self._is_nonzero(sources) if sources else None
+        x = jnp.concatenate([leaf.to_stack(x) for leaf, x in zip(self.leaves, blocks, strict=True)])
+        found = self._is_nonzero(sources)
         exponents = newton_schulz.largest_exponent(x, self._own_axes) if narrow else None
-        if any(self.cut) and sources:
+        if any(self.cut):
             flags, exponents = self._largest(found.astype(jnp.int32), exponents)
             found = flags > 0
-        elif any(self.cut) and narrow:
-            exponents, _ = self._largest(exponents)
-        if narrow:
-            x = newton_schulz.to_float16(x, exponents)
-        if self.leaves[0].mesh is None:
-            y = self._apply_by_head(fn, x)
-        else:
-            y = self._map_whole(fn, x)
-        if sources:
-            y = jnp.where(found, y, jnp.zeros_like(y))
-        ends = [sum(len(s) for s in stacks[:i]) for i in range(1, len(stacks))]
-        return [leaf.from_stack(o) for leaf, o in zip(self.leaves, jnp.split(y, ends), strict=True)]
+        return newton_schulz.to_float16(x, exponents) if narrow else x, found
+
+    def deliver(self, y: Float[Array, "stack m n"], found: Bool[Array, "stack #m #n"]) -> tuple[Array, ...]:
+        """The leaves of the pieces y, with zeros for the matrices that were not `found`."""
+        y = jnp.where(found, y, jnp.zeros_like(y))
+        sizes = [math.prod(leaf.local) // math.prod(y.shape[1:]) for leaf in self.leaves]
+        stacks = jnp.split(y, [sum(sizes[:i]) for i in range(1, len(sizes))])
+        return tuple(leaf.from_stack(o) for leaf, o in zip(self.leaves, stacks, strict=True))
 
     @property
     def _own_axes(self) -> tuple[int, int] | int:
@@ -181,11 +155,12 @@ class Group(NamedTuple):
 
     def _is_nonzero(self, blocks: Sequence[Array]) -> Bool[Array, "stack #m #n"]:
         """Whether this device's piece of each matrix has an entry that is not zero."""
-        stacks = (leaf.to_stack(x) != 0 for leaf, x in zip(self.leaves, blocks, strict=True))
-        return jnp.concatenate([jnp.any(x, axis=self._own_axes, keepdims=True) for x in stacks])
+        # No array of zeros is compared with: XLA would make one for all leaves of as many numbers (`to_float16`).
+        stacks = (leaf.to_stack(jnp.abs(x)) for leaf, x in zip(self.leaves, blocks, strict=True))
+        return jnp.concatenate([jnp.max(x, axis=self._own_axes, keepdims=True) for x in stacks]) != 0
 
     def _largest(
-        self, first: Int[Array, "stack #m #n"], second: Int[Array, "stack #m #n"] | None = None
+        self, first: Int[Array, "stack #m #n"], second: Int[Array, "stack #m #n"] | None
     ) -> tuple[Int[Array, "stack #m #n"], Int[Array, "stack #m #n"] | None]:
         """The largest number of every matrix on all devices that hold a piece of it; of both kinds, if there are two.
 
@@ -206,8 +181,8 @@ class Group(NamedTuple):
             numbers = jax.lax.dynamic_index_in_dim(by_row, here, axis=1, keepdims=False).reshape(numbers.shape)
         return (numbers, None) if second is None else tuple(jnp.split(numbers, 2))
 
-    def _map_whole(self, fn: Callable[[Array], Array], x: Float[Array, "stack m n"]) -> Float[Array, "stack m n"]:
-        """Applies `fn` to all matrices of which devices hold the pieces x, with at most three collectives."""
+    def make_whole(self, x: Float[Array, "stack m n"]) -> Float[Array, "own_stack M N"]:
+        """The whole matrices that this device iterates on, of the pieces x on all devices. At most one all-to-all."""
         (rows, cols), count = self.parts, len(x)
         axes, sharing = self.cut[0] + self.cut[1], self.sharing
         # Zero matrices are added, so that all devices have the same number.
@@ -218,21 +193,30 @@ class Group(NamedTuple):
         if sharing:  # each takes a part of the pieces that several devices hold
             share = len(x) // self.replicas
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(sharing) * share, share)
-        _, m, n = x.shape
         if axes:  # device i gets the i-th share of the matrices, a piece from every device
+            _, m, n = x.shape
             x = jax.lax.all_to_all(x.reshape(rows * cols, -1, m, n), axes, 0, 0)
             x = x.reshape(rows, cols, -1, m, n).transpose(2, 0, 3, 1, 4).reshape(-1, rows * m, cols * n)
-        if self.shares is None:
-            x = self._apply_by_head(fn, x)
-        else:
-            own = row_of(self.shares.batches, self._apart)[jax.lax.axis_index(self._exchanged)]
-            x = in_batches(lambda x: self._apply_by_head(fn, x), x, self.shares.batch, own)
+        return x
+
+    def hand_out(self, x: Float[Array, "own_stack M N"]) -> Float[Array, "stack m n"]:
+        """Inverts `make_whole`. At most one all-to-all, and one all-gather."""
+        (rows, cols), (_, m, n) = self.parts, x.shape
+        axes, sharing = self.cut[0] + self.cut[1], self.sharing
         if axes:
-            x = x.reshape(-1, rows, m, cols, n).transpose(1, 3, 0, 2, 4).reshape(rows * cols, -1, m, n)
-            x = jax.lax.all_to_all(x, axes, 0, 0).reshape(-1, m, n)
+            x = x.reshape(-1, rows, m // rows, cols, n // cols).transpose(1, 3, 0, 2, 4)
+            x = jax.lax.all_to_all(x.reshape(rows * cols, -1, m // rows, n // cols), axes, 0, 0)
+            x = x.reshape(-1, m // rows, n // cols)
         if sharing:
             x = jax.lax.all_gather(x, sharing, axis=0, tiled=True, to="invarying")
-        return x[:count] if self.shares is None else x[row_of(self.shares.slot, self._apart)]
+        return x[: self._pieces] if self.shares is None else x[row_of(self.shares.slot, self._apart)]
+
+    def iterate(self, fn: Callable[[Array], Array], x: Float[Array, "stack m n"]) -> Float[Array, "stack m n"]:
+        """Applies `fn` to this device's matrices: all at once, or its number of batches."""
+        if self.shares is None:
+            return self._apply_by_head(fn, x)
+        own = row_of(self.shares.batches, self._apart)[jax.lax.axis_index(self._exchanged)]
+        return in_batches(lambda x: self._apply_by_head(fn, x), x, self.shares.batch, own)
 
     def _apply_by_head(self, fn: Callable[[Array], Array], x: Float[Array, "stack m n"]) -> Float[Array, "stack m n"]:
         """Applies `fn` to whole matrices, or to each of their heads."""
@@ -244,6 +228,70 @@ class Group(NamedTuple):
             return fn(x.reshape(-1, size, n)).reshape(b, m, n)
         apart = jnp.swapaxes(x.reshape(b, m, -1, size), 1, 2).reshape(-1, m, size)
         return jnp.swapaxes(fn(apart).reshape(b, -1, m, size), 1, 2).reshape(b, m, n)
+
+
+def map_groups(
+    groups: Sequence[Group],
+    fn: Callable[[Array], Array],
+    arrays: Sequence[Array],
+    sources: Sequence[Array],
+    narrow: bool = False,
+) -> dict[int, Array]:
+    """Applies `fn` to every matrix of the leaves of `groups`. Returns the results by the leaves' indices.
+
+    Groups whose work is evened out are mapped together: all their matrices are made whole before any is iterated on,
+    and no result is handed out before all are there, of groups that are cut along the same axes of the mesh. So devices
+    with more work of one group and less of another wait for one another at the end only.
+
+    fn: `[stack, m, n]` → `[stack, m, n]`; it must map zero to zero. arrays, sources: by the leaves' indices. A matrix
+    that is all zeros in its source gives zero too. narrow: matrices move in float16, each divided by a power of two
+    that is the same on all devices; then `fn` must not depend on the scale of a matrix.
+    """
+    out: dict[int, Array] = {}
+    even = [[group] for group in groups if group.shares is None]
+    for some in [*even, [group for group in groups if group.shares is not None]]:
+        take = lambda of, some=some: tuple(tuple(of[leaf.index] for leaf in group.leaves) for group in some)
+        results = _map_together(some, fn, take(arrays), take(sources), narrow) if some else ()
+        for group, leaves in zip(some, results, strict=True):
+            out |= {leaf.index: y for leaf, y in zip(group.leaves, leaves, strict=True)}
+    return out
+
+
+def _map_together(groups: Sequence[Group], fn: Callable[[Array], Array], blocks: tuple, sources: tuple, narrow: bool):
+    """Maps groups of one mesh; blocks, sources: a tuple for each group, with an array for each of its leaves."""
+    mesh = groups[0].leaves[0].mesh
+
+    def local(blocks, sources):
+        scaled = narrow and mesh is not None
+        found = [g.collect(x, s, scaled and g.moves) for g, x, s in zip(groups, blocks, sources, strict=True)]
+        whole = [x if mesh is None else g.make_whole(x) for g, (x, _) in zip(groups, found, strict=True)]
+        whole = _wait_for_all(whole)
+        whole = _wait_for_all([g.iterate(fn, x) for g, x in zip(groups, whole, strict=True)])
+        pieces = [y if mesh is None else g.hand_out(y) for g, y in zip(groups, whole, strict=True)]
+        return tuple(g.deliver(y, flags) for g, y, (_, flags) in zip(groups, pieces, found, strict=True))
+
+    if mesh is None:
+        return local(blocks, sources)
+    specs = tuple(tuple(leaf.spec for leaf in group.leaves) for group in groups)
+    explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    shard_map = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, specs), out_specs=specs, axis_names=explicit, check_vma=True
+    )
+    return shard_map(blocks, sources)
+
+
+def _wait_for_all(arrays: list[Array]) -> list[Array]:
+    """Makes what uses one of the arrays wait for all that vary over the same axes of the mesh.
+
+    A barrier over arrays of different axes would make each vary over all of these, in its type.
+    """
+    kinds: dict[frozenset, list[int]] = {}
+    for i, x in enumerate(arrays):
+        kinds.setdefault(frozenset(jax.typeof(x).manual_axis_type.varying), []).append(i)
+    for at in kinds.values():
+        waited = jax.lax.optimization_barrier([arrays[i] for i in at]) if len(at) > 1 else [arrays[i] for i in at]
+        arrays = [waited[at.index(i)] if i in at else x for i, x in enumerate(arrays)]
+    return arrays
 
 
 def layout(tree: Any, matrices: Rule, steps: int = 5, dtype: Any = None) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Mesh axes: those named in an entry of a PartitionSpec, and those that a value inside `shard_map` varies over."""
+"""Mesh axes: those named in a PartitionSpec, and those a value in `shard_map` varies over; the kind of the devices."""
 
 import jax
 from jaxtyping import Array
@@ -14,3 +14,10 @@ def varying_like(y: Array, *like: Array) -> Array:
     axes = {a: None for x in like for a in jax.typeof(x).manual_axis_type.varying}
     missing = tuple(a for a in axes if a not in jax.typeof(y).manual_axis_type.varying)
     return jax.lax.pcast(y, missing, to="varying") if missing else y
+
+
+def current_kind() -> str:
+    """The kind of the devices of the mesh in use, or without one those of the process, such as "cpu"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind

@@ -96,13 +96,6 @@ def current_sizes() -> dict[str, int]:
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 
-def current_kind() -> str:
-    """The kind of the devices of the mesh in use, or without one those of the process, such as "cpu"."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return device.device_kind if device else jax.devices()[0].device_kind
-
-
 def replicate(x: jax.Array) -> jax.Array:
     """Gathers `x` to every device, as a sharded weight is read. Its gradient is reduced and scattered back."""
     return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if current_sizes() else x

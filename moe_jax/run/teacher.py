@@ -42,6 +42,8 @@ def find(cfg: RunConfig, done: int = 0, saved: dict[str, Any] | None = None, exp
     Raises ConfigError or CheckpointError for a teacher that is not there, or does not fit the student.
     """
     record = (saved or {}).get("teacher")
+    if done >= cfg.train.steps:
+        return None
     if not cfg.distill.is_on(done + 1):
         still = record and not cfg.distill.teacher
         require(not still, "distill.teacher", "", f"the run began with {record and record['from']}",
@@ -51,6 +53,9 @@ def find(cfg: RunConfig, done: int = 0, saved: dict[str, Any] | None = None, exp
     require(not (done and record is None), "distill.teacher", cfg.distill.teacher, rule, "nearest valid: ''")
     folder, step = weights.source_of(cfg.distill.teacher)
     folder = folder.expanduser()
+    began = record["step"] if record else step
+    require(step in (None, began), "distill.teacher", cfg.distill.teacher, f"the run began with step {began}",
+            f"nearest valid: '{folder.as_posix()}@{began}'")  # fmt: skip
     if not (folder / "config.json").is_file():
         runs = [p.as_posix() for p in sorted(folder.parent.glob("*")) if (p / "config.json").is_file()]
         close = difflib.get_close_matches(folder.as_posix(), runs, 1, 0.0)
@@ -59,7 +64,7 @@ def find(cfg: RunConfig, done: int = 0, saved: dict[str, Any] | None = None, exp
     theirs = load_config(folder).model
     _check(cfg, theirs, experts)
     with Checkpoints(folder) as checkpoints:
-        step, _ = checkpoints.contents(record["step"] if record else step)
+        step, _ = checkpoints.contents(began)
     moe = dataclasses.replace(theirs.moe, exchange="auto", exchange_chunks=1, grouped_matmul="auto")
     here = dataclasses.replace(theirs.base, attention="auto", remat="none", moe=moe)
     return Teacher(folder, step, here, record)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.parallel import sharding
+from moe_jax.parallel import axes, sharding
 from moe_jax.parallel.axes import varying_like
 
 CHUNK = 2048  # tokens of a device in one chunk: only their logits exist at a time
@@ -92,7 +92,7 @@ def _summed_nll(h_TD, output, targets_T, weights_T):
 
 def _summed_nll_forward(h_TD, output, targets_T, weights_T):
     """Computes loss and gradients chunk by chunk: d logits = (softmax − one-hot) · weight."""
-    if sharding.current_kind() == "cpu" and h_TD.dtype == output.dtype == jnp.float32:
+    if axes.current_kind() == "cpu" and h_TD.dtype == output.dtype == jnp.float32:
         total, d_h, d_output = _on_cpu(h_TD, output, targets_T, weights_T)
         return total, (d_h, d_output, jnp.zeros((), output.dtype))
 

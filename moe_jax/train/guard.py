@@ -55,11 +55,13 @@ class Watch:
     """Counts skipped steps and sets the limits above which a step is a spike. All processes reach the same result.
 
     saved: the `state()` that the resumed run saved.
+    taught: the last step with a teacher (`distill.stop_step`), after which losses and gradients are of another kind and
+        are not compared with those before; 0 if there is none.
     """
 
-    def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None):
+    def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None, taught: int = 0):
         saved = saved or {}
-        self._cfg = cfg
+        self._cfg, self._taught = cfg, taught
         self.skipped: int = saved.get("skipped", 0)  # since the start of training
         self.in_a_row: int = saved.get("in_a_row", 0)
         self.last: Skip | None = None  # the newest skipped step
@@ -74,7 +76,8 @@ class Watch:
         `train.spike_window` good steps to compare with. Returns None without `train.spike`."""
         if not self._cfg.spike:
             return None
-        window = [row[1:] for row in self._good if row[0] <= step - 2][-self._cfg.spike_window :]
+        first = self._taught if step > self._taught else 0
+        window = [row[1:] for row in self._good if first < row[0] <= step - 2][-self._cfg.spike_window :]
         if len(window) < self._cfg.spike_window:
             return np.full(2, np.inf, np.float32)
         return np.float32([self._limit(values) for values in zip(*window, strict=True)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,18 @@ from moe_jax.parallel import overlap
 from moe_jax.train import average, cross_entropy, guard
 from moe_jax.train.gradients import forward, make_gradients
 from moe_jax.train.metrics import StepMetrics
-from moe_jax.train.state import Batch, EvalSums, TrainState, choose_program, join_parts, parts_of, under_mesh
+from moe_jax.train.state import (
+    Batch,
+    EvalSums,
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    abstract_weights,
+    choose_program,
+    join_parts,
+    parts_of,
+    under_mesh,
+)
 from moe_jax.tree import at_path, flatten, nest
 
 
@@ -73,6 +85,24 @@ def make_train_step(
         return TrainState(state.step + 1, *new), report
 
     return under_mesh(mesh, jax.jit(train_step, donate_argnums=0, compiler_options=overlap.compiler_options(mesh)))
+
+
+def compile_ahead(train_step: Callable, cfg: RunConfig, mesh: Mesh, teacher: ModelConfig | None = None) -> Future:
+    """Compiles a step of `make_train_step` in another thread, for a state and batches of this configuration.
+
+    Wait for the result before the first step, which then compiles nothing. Until then it would compile the same
+    program a second time. With several processes nothing is compiled ahead, so that all do the same in the same order.
+    teacher: the one that the step was made for.
+    """
+    limits = jax.ShapeDtypeStruct((2,), jnp.float32) if cfg.train.spike else None
+
+    def compile_it():
+        if jax.process_count() == 1:
+            lower = under_mesh(mesh, train_step.__wrapped__.lower)
+            lesson = abstract_weights(teacher, mesh) if teacher else None
+            lower(abstract_state(cfg, mesh), abstract_batch(cfg, mesh), limits, lesson).compile()
+
+    return ThreadPoolExecutor(1).submit(compile_it)
 
 
 def update_biases(

@@ -81,8 +81,12 @@ MASK = flags.DEFINE_float("mask", 0.0, "share of each expert's weights that is s
 NOISE = flags.DEFINE_float("noise", 0.0, "standard deviation of noise on the experts, relative to that of each matrix")
 DROP = flags.DEFINE_float("drop", 0.0, "Drop-Upcycling: share of each expert's hidden units that is drawn again")
 SHARED_INDICES = flags.DEFINE_bool("shared_indices", True, "draw the same units in gate, up and down")
-EXPERT_WEIGHTS = flags.DEFINE_enum("expert_weights", "float", ["float", "ternary"], "three values a matrix, or any")
-EXPERT_INPUTS = flags.DEFINE_enum("expert_inputs", "float", ["float", "int8"], "255 values for each row, or any")
+EXPERT_WEIGHTS = flags.DEFINE_enum(
+    "expert_weights", None, ["float", "ternary"], "any values, or three a matrix; default: as they are"
+)
+EXPERT_INPUTS = flags.DEFINE_enum(
+    "expert_inputs", None, ["float", "int8"], "any values, or 255 for each row; default: as they are"
+)
 # before
 DEPTH = flags.DEFINE_integer("depth", 0, "number of layers to grow or shrink to; 0: unchanged")
 DEPTH_ORDER = flags.DEFINE_enum("depth_order", "interpolate", ["interpolate", "stack"], "where the copies go")
@@ -129,11 +133,14 @@ def chain_of_flags() -> list[Transform]:
     if method() == "merge":
         fields = {"router_std": ROUTER_STD.value, "dense_layers": DENSE_LAYERS.value, "layers": LAYERS.value}
         chain.append(Merge(sources=len(FROM.value), top_k=_given(TOP_K, 0), **fields))
-    if DEPTH.value:
-        chain.append(Depth(num_layers=DEPTH.value, order=DEPTH_ORDER.value, new=DEPTH_NEW.value))
+    pruned = [Prune(num_experts=PRUNE.value)] if PRUNE.value else []
+    if method() == "none":  # counts are those of the model that is read
+        chain += pruned
     if WIDTH.value or D_FF.value or HEADS.value:
         wide = {"d_model": WIDTH.value, "d_ff": D_FF.value, "num_heads": HEADS.value}
-        chain.append(Width(**wide, aki=AKI.value))
+        chain.append(Width(**wide, aki=AKI.value))  # before the copies of layers: AKI reads the next one
+    if DEPTH.value:
+        chain.append(Depth(num_layers=DEPTH.value, order=DEPTH_ORDER.value, new=DEPTH_NEW.value))
     if method() in MAKERS:
         chain.append(MAKERS[method()]())
     if NOISE.value:
@@ -142,13 +149,12 @@ def chain_of_flags() -> list[Transform]:
         chain.append(Drop(ratio=DROP.value, shared_indices=SHARED_INDICES.value))
     if MASK.value:
         chain.append(Mask(share=MASK.value))
-    if PRUNE.value:
-        chain.append(Prune(num_experts=PRUNE.value))
+    if method() != "none":
+        chain += pruned
     if GROW.value:
         chain.append(Grow(num_experts=GROW.value))
-    rounding = Quantize(EXPERT_WEIGHTS.value, EXPERT_INPUTS.value)
-    if rounding != Quantize("float", "float"):
-        chain.append(rounding)
+    if EXPERT_WEIGHTS.value or EXPERT_INPUTS.value:
+        chain.append(Quantize(EXPERT_WEIGHTS.value, EXPERT_INPUTS.value))
     return chain
 
 
@@ -215,14 +221,19 @@ MAKERS = {
 }  # fmt: skip
 
 
-def main(argv):
-    if argv[1:]:
-        raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
+def check_options() -> None:
+    """Raises UserError for an option that has no effect with the others."""
     for options, fits, need in NEEDS:
         for option in options:
             if option.present and not fits():
                 value = ",".join(option.value) if isinstance(option.value, list) else option.value
                 raise UserError(f"--{option.name}={value}: has no effect without {need}")
+
+
+def main(argv):
+    if argv[1:]:
+        raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
+    check_options()
     if DISTRIBUTED.value:
         cli.join_processes()
     echo = print if jax.process_index() == 0 else lambda *_: None

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax import model
 from moe_jax.config import ModelConfig
+from moe_jax.config.layers import spell
 from moe_jax.errors import ConfigError
 from moe_jax.tree import flatten
-from moe_jax.upcycle.chain import Scores, Transform, by_table, require, require_dense, shapes_of, with_units
+from moe_jax.upcycle.chain import Scores, Transform, by_table, require, require_dense, scaled, shapes_of
 from moe_jax.upcycle.experts import BLOCK, Blocks, fixed_sum, moe_config, with_experts
 
 MATRICES = rf"{BLOCK}/moe/(w_gate|w_up|w_down)"  # [L, E, …]
@@ -49,20 +50,26 @@ def _require_routers(cfg: ModelConfig) -> None:
         _require_model(groups == 1, f"moe.{name}", groups, "groups of experts must stay as they are", 1)
 
 
+def _step(cfg: ModelConfig) -> int:
+    """The number whose multiples `moe.num_experts` may become, so that every layer has a whole number of experts."""
+    old = cfg.moe.num_experts
+    return math.lcm(*(old // math.gcd(e, old) for e in cfg.expert_counts))
+
+
 def _resized(cfg: ModelConfig, name: str, experts: int, **fields: Any) -> ModelConfig:
     """The model with `experts` experts where it has `moe.num_experts`, and in proportion where it has another number.
 
-    fields: more fields of MoEConfig.
+    Every parameter keeps its place. fields: more fields of MoEConfig.
     """
-    old = cfg.moe.num_experts
-    step = math.lcm(*(old // math.gcd(e, old) for e in cfg.expert_counts))  # with it every number is whole
+    old, step = cfg.moe.num_experts, _step(cfg)
     counts = ", ".join(map(str, cfg.expert_counts))
     rule = f"must be a multiple of {step}, so that layers with {counts} experts change in proportion"
     require(experts % step == 0, name, experts, rule, f"nearest valid: {max(1, round(experts / step)) * step}")
     resized = lambda kind: kind._replace(experts=kind.experts * experts // old)
-    units = [(stack.repeat, tuple(map(resized, stack.unit))) for stack in cfg.stacks]
+    units = [(count, tuple(map(resized, unit))) for count, unit in cfg.units]
     try:
-        return with_units(cfg, units, moe=dataclasses.replace(cfg.moe, num_experts=experts, **fields))
+        moe = dataclasses.replace(cfg.moe, num_experts=experts, **fields)
+        return dataclasses.replace(cfg, layers=spell(units, experts) if cfg.layers else "", moe=moe)
     except ConfigError as e:
         raise (e if e.name.startswith("upcycle.") else e.inside("upcycle")) from None
 
@@ -85,9 +92,12 @@ class Prune(Transform):
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
         _require_routers(cfg)
-        least, most = cfg.moe.top_k, cfg.moe.num_experts
+        rule = "experts that choose tokens have equal numbers of them, which say nothing"
+        _require_model(cfg.moe.choice == "token", "moe.choice", cfg.moe.choice, rule, "token")
+        most, step = cfg.moe.num_experts, _step(cfg)
+        least = min(most, -(-cfg.moe.top_k * most // (min(cfg.expert_counts) * step)) * step)
         near = min(max(self.num_experts, least), most)
-        rule = f"must be in [{least}, {most}]: from the experts of a token to those of the model"
+        rule = f"must be in [{least}, {most}]: from the experts of a token, in each layer, to those of the model"
         require(least <= self.num_experts <= most, "prune", self.num_experts, rule, f"nearest valid: {near}")
         return _resized(cfg, "prune", self.num_experts)
 
@@ -119,7 +129,7 @@ class Prune(Transform):
         gone = 1 - self.num_experts / cfg.moe.num_experts
         if not gone:
             return ""
-        also = ", and the softmax is over fewer experts" if _normalised_by_all(cfg) else ""
+        also = f", and {why}" if (why := _of_another_number(cfg, "fewer")) else ""
         return f"{gone:.0%} of the experts are gone, for the tokens that used them{also}"
 
 
@@ -129,9 +139,19 @@ def best_experts(scores: Float[Array, "L E"], count: int) -> Int[Array, "L count
     return jnp.sort(best[:, :count], axis=1)
 
 
-def _normalised_by_all(cfg: ModelConfig) -> bool:
-    """Whether the weight of an expert depends on the logits of experts that a token does not choose."""
-    return cfg.moe.score == "softmax" and not fixed_sum(cfg.moe)
+def _of_another_number(cfg: ModelConfig, number: str) -> str:
+    """The reason why experts that no token chooses are a part of the function; "" if they are not.
+
+    number: "more" or "fewer", for the reason.
+    """
+    if cfg.moe.score == "softmax" and (_ranked_by_all(cfg) or not fixed_sum(cfg.moe)):
+        return f"the softmax is over {number} experts"
+    return f"compute='capacity' gives each of {number} experts other rows" if cfg.moe.compute == "capacity" else ""
+
+
+def _ranked_by_all(cfg: ModelConfig) -> bool:
+    """Whether selection biases are added to a softmax over all experts, so that all logits decide what they change."""
+    return cfg.moe.selection_bias and cfg.moe.score == "softmax" and cfg.moe.score_order == "score_topk"
 
 
 # --- more ------------------------------------------------------------------------------------------------------------
@@ -201,8 +221,7 @@ class Grow(Transform):
         return by_table(rules, shapes, params)
 
     def changes(self, cfg: ModelConfig) -> str:
-        grows = self.num_experts > cfg.moe.num_experts
-        return "the softmax is over more experts" if grows and _normalised_by_all(cfg) else ""
+        return _of_another_number(cfg, "more") if self.num_experts > cfg.moe.num_experts else ""
 
 
 # --- of several models -----------------------------------------------------------------------------------------------
@@ -214,7 +233,8 @@ class Merge(Transform):
 
     Dense models become experts, one of each model, behind a fresh router (Branch-Train-MiX, arXiv:2403.07816). Models
     with experts have their banks joined, with their router columns and selection biases (Z-code M3's aggregation of
-    experts, arXiv:2109.10465); dense layers and shared experts are averaged.
+    experts, arXiv:2109.10465); dense layers and shared experts are averaged. Biases that are added to a softmax over
+    all experts are divided by the number of models, as its scores are where models are equal.
 
     sources: number of models. All have the same configuration.
     top_k: experts of a token. By default all that the models together use, so that models which are equal become the
@@ -265,10 +285,11 @@ class Merge(Transform):
         together = {path: tuple(one[path] for one in several) for path in several[0]}  # rules get those of all models
         if not cfg.num_moe_layers:
             return by_table(self._rules_of_dense(final, key), flatten(model.abstract(final).shapes), together)
-        joined = lambda axis: lambda ws, _: jnp.concatenate(ws, axis=axis)
+        joined = lambda axis, factor=1.0: lambda ws, _: scaled(jnp.concatenate(ws, axis=axis), factor)
         rules = (
             (MATRICES, r"\g<0>", joined(1)),
-            (COLUMNS, r"\g<0>", joined(-1)),
+            (rf"{BLOCK}/moe/w_router", r"\g<0>", joined(-1)),
+            (rf"{BLOCK}/moe/router_bias", r"\g<0>", joined(-1, 1 / self.sources if _ranked_by_all(cfg) else 1.0)),
             (OTHERS, r"\g<0>", lambda ws, _: _mean(ws)),
         )
         return by_table(rules, shapes_of(final), together)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax import model
 from moe_jax.config import ModelConfig
 from moe_jax.config.layers import Units, is_plain, simplest, spell, units_of
+from moe_jax.config.positions import FULL
 from moe_jax.errors import ConfigError
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.nn.layers import weight
@@ -68,12 +69,12 @@ def require_dense(cfg: ModelConfig) -> None:
             "nearest valid: one word for all layers")  # fmt: skip
 
 
-def with_units(cfg: ModelConfig, units: Units, **changes: Any) -> ModelConfig:
-    """The model with these units of blocks one after the other. changes: of other fields.
+def with_units(cfg: ModelConfig, units: Units) -> ModelConfig:
+    """The model with these units of blocks one after the other, whose attention `attention_layers` still says.
 
     If no block has `moe.num_experts` experts, that number becomes the smallest one that a block has.
     """
-    moe = changes.pop("moe", cfg.moe)
+    units, moe = [(n, tuple(kind._replace(attends=FULL) for kind in unit)) for n, unit in units], cfg.moe
     counts = sorted({kind.experts for _, unit in units for kind in unit} - {0})
     if counts and moe.num_experts not in counts:
         moe = dataclasses.replace(moe, num_experts=counts[0])
@@ -88,7 +89,7 @@ def with_units(cfg: ModelConfig, units: Units, **changes: Any) -> ModelConfig:
     order |= {} if plain else {"layers": spell(units, moe.num_experts)}
     layers = sum(count * len(unit) for count, unit in units)
     try:
-        return dataclasses.replace(cfg, num_layers=layers, **order, moe=moe, unroll=min(cfg.unroll, layers), **changes)
+        return dataclasses.replace(cfg, num_layers=layers, **order, moe=moe, unroll=min(cfg.unroll, layers))
     except ConfigError as e:
         raise (e if e.name.startswith("upcycle.") else e.inside("upcycle")) from None
 
@@ -303,11 +304,14 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
 def average(several: Iterable[dict], count: int, weights: Sequence[float] | None = None) -> dict:
     """The mean of `count` models' parameters, summed in float32 and cast to the dtypes of the first model.
 
-    weights: of the models, divided by their sum; by default equal. Only one model is in memory at a time. Source:
-    checkpoint averaging, arXiv:2203.05482 (model soups).
+    weights: of the models, divided by their sum; by default equal. Only one model is in memory at a time. Raises
+    ValueError for integers, such as a table of experts. Source: checkpoint averaging, arXiv:2203.05482 (model soups).
     """
     total, dtypes = None, None
     for params, share in zip(several, shares_of(weights, count), strict=True):
+        for path, w in flatten(params).items():
+            if not jnp.issubdtype(w.dtype, jnp.floating):
+                raise ValueError(f"{path} has no mean: it is of {w.dtype}")
         dtypes = dtypes or jax.tree.map(lambda p: p.dtype, params)
         total = total or jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         total = _mean(total, params, share)

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import model
-from moe_jax.config import LossConfig, ModelConfig, RunConfig
+from moe_jax.config import ExploreConfig, LossConfig, ModelConfig, RunConfig
 from moe_jax.data import tokenizers
-from moe_jax.errors import CheckpointError
+from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.parallel import sharding
 from moe_jax.run import config_file, weights
 from moe_jax.run.checkpoint import Checkpoints
@@ -96,14 +96,14 @@ def convert(
     for folder, number in runs:
         with Checkpoints(folder) as checkpoints:
             steps.append(checkpoints.contents(number)[0])  # raises if there is no such step
-    given = _given_scores(chain, before, scores, runs, steps)
+    given, counted = _given_scores(chain, before, scores, runs, steps)
     if given is not None:
         check_scores(chain, before, given)
     require(not merges or chain[0].sources == len(runs), "from", ",".join(sources),
             f"the chain merges {chain[0].sources if chain else 0} models", f"name {len(runs)} models")  # fmt: skip
     changes = [reason for reason in _changes(chain, before) if reason]
-    cfg = _new_config(configs[0], after, runs[0][0], Path(workdir))
-    cfg, gone = _without_lost_groups(cfg)
+    cfg, unfit = _new_config(configs[0], after, runs[0][0], Path(workdir))
+    cfg, lost = _without_lost_groups(cfg)
 
     mesh = mesh_for((*before.expert_counts, *after.expert_counts))
     echo(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
@@ -117,7 +117,7 @@ def convert(
 
     with jax.set_mesh(mesh):
         params = _joined(map(load, runs), of_each, sources)
-        for line in [*explain(chain, before), *gone]:
+        for line in [*explain(chain, before), *unfit, *lost]:
             echo(line)
         if given is None and any(transform.needs_scores for transform in chain):
             given = _computed_scores(configs[0], runs[0], score_sequences)
@@ -138,7 +138,7 @@ def convert(
 
     own = {"event": "upcycle", "from": list(sources), "seed": seed, "chain": describe(chain)}
     own |= {"weights": list(shares)} if shares else {}
-    own |= {"scores": str(scores) or f"{score_sequences} sequences of training text"} if given is not None else {}
+    own |= {"scores": counted or f"{score_sequences} sequences of training text"} if given is not None else {}
     together = {"event": "merge" if merges else "average", "origins": origins}
     fixed, made = split(made, is_fixed)
     files = _tokenizer_files(runs[0][0])
@@ -154,15 +154,42 @@ def _config(folder: Path) -> RunConfig:
     return dataclasses.replace(cfg, model=cfg.model.base)  # adapters are merged
 
 
-def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> RunConfig:
-    """The source's configuration with the new model. The path of a tokenizer file is that of its copy in `workdir`."""
+def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> tuple[RunConfig, list[str]]:
+    """The source's configuration with the new model, and a line about each setting that the model does not allow.
+
+    Such settings, of routers and their losses, are left out. The path of a tokenizer file is that of its copy in
+    `workdir`.
+    """
     tokenizer = cfg.data.tokenizer
     if own := tokenizers.own_file(tokenizer, source):
         tokenizer = dataclasses.replace(tokenizer, path=str(workdir / own.name))
     data, loss = dataclasses.replace(cfg.data, tokenizer=tokenizer), dataclasses.replace(cfg.loss, bias_target=())
-    if not after.moe.selection_bias:  # nothing for another update to move
-        loss = dataclasses.replace(loss, bias_update=LossConfig.bias_update)
-    return dataclasses.replace(cfg, init_from="", model=after, loss=loss, data=data)
+    new, lines = {"init_from": "", "model": after, "loss": loss, "data": data, "explore": cfg.explore}, []
+    while True:
+        try:
+            return dataclasses.replace(cfg, **new), lines
+        except ConfigError as e:
+            gone, fitting = _left_out(e.name, new["loss"])
+            if all(new[name] == part for name, part in fitting.items()):
+                raise
+            lines.append(f"{gone} is left out: {e.name}={e.value!r} {e.rule}")
+            new |= fitting
+
+
+def _left_out(name: str, loss: LossConfig) -> tuple[str, dict[str, Any]]:
+    """What to leave out so that a rule about a field of a run's configuration holds: its name, and the group without.
+
+    Rules between model and loss that name a field of the model are those of `loss.bias_update`.
+    """
+    group, _, field = name.partition(".")
+    if group == "explore":
+        return group, {"explore": ExploreConfig()}
+    if name.startswith("loss.more."):
+        kept = {one: fields for one, fields in loss.more.items() if one != field.split(".")[1]}
+        return f"loss.more.{field.split('.')[1]}", {"loss": dataclasses.replace(loss, more=kept)}
+    field = field if group == "loss" else "bias_update"
+    value = 0.0 if field.endswith("_coef") else getattr(LossConfig, field)
+    return f"loss.{field}", {"loss": dataclasses.replace(loss, **{field: value})}
 
 
 def _without_lost_groups(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -209,27 +236,33 @@ def _joined(models: Iterable[dict], shares: Sequence[float] | None, sources: Seq
 
 def _given_scores(
     chain: Sequence[Transform], before: ModelConfig, scores: str | os.PathLike, runs: list, steps: list[int]
-) -> Scores | None:
-    """The scores for a chain that a file has; None where there are none, or where they are computed."""
+) -> tuple[Scores | None, str]:
+    """The scores for a chain that a file has, and where they are from; None where there are none, or are computed."""
     at = next((i for i, transform in enumerate(chain) if transform.needs_scores), None)
     require(at is not None or not str(scores), "scores", str(scores), "no transform uses scores", "leave it out")
     if at is None:
-        return None
+        return None, ""
     cfg = final_config(chain[:at], before)
     if isinstance(chain[at], Importance):
         if str(scores):
-            return read_units(scores)
+            return read_units(scores), str(scores)
         rule = "are not known for what is made before: they are computed on the model that is read"
         require(at == 0 and len(runs) == 1, "scores", "", rule, "name a file of scores")
         rule = "computes scores in one process only"
         require(jax.process_count() == 1, "distributed", True, rule, "name a file of scores")
-        return None
+        return None, ""
     require(bool(str(scores)) or len(runs) == 1, "scores", "", "each of several models has its own counts",
             "name a run directory or a file")  # fmt: skip
-    found, step = read_counts(scores or runs[0][0], cfg)
-    rule = f"its eval.json is of step {step}, its weights of step {steps[0]}"
-    require(bool(str(scores)) or step == steps[0], "scores", "", rule, f"nearest valid: --from={runs[0][0]}@{step}")
-    return found
+    rule = "are not known: the model that is read has no experts"
+    require(bool(str(scores)) or before.num_moe_layers > 0, "scores", "", rule, "name a run directory or a file")
+    source = Path(scores or runs[0][0]).expanduser()
+    found, step = read_counts(source, cfg)
+    own = {number: folder for (folder, _), number in zip(runs, steps, strict=True)
+           if source.resolve() in (folder.resolve(), folder.resolve() / "eval.json")}  # fmt: skip
+    for number, folder in own.items():
+        rule = f"its eval.json is of step {step}, its weights of step {number}"
+        require(step in own, "scores", str(scores), rule, f"nearest valid: --from={folder}@{step}")
+    return found, str(source) if step is None else f"{source}@{step}"
 
 
 def _computed_scores(cfg: RunConfig, run: tuple[Path, int | None], count: int) -> Scores:

@@ -58,7 +58,7 @@ class Beside(Transform):
         nearest = nearest_divisor(dense, max(1, width))
         require(width >= 1 and dense % width == 0, "d_expert", self.d_expert, rule, f"nearest valid: {nearest}")
         own = {"num_experts": self.num_experts, "top_k": self.top_k, "d_expert": width}
-        moe = moe_config(**own, num_shared_experts=dense // width, **self.moe)
+        moe = moe_config(self.moe, **own, num_shared_experts=dense // width)
         for name, usual in NOT_OF_COPIES.items():
             rule = "has weights for which there is no rule beside a dense layer"
             require(getattr(moe, name) == usual, f"moe.{name}", getattr(moe, name), rule, f"nearest valid: {usual!r}")

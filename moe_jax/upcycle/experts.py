@@ -76,7 +76,8 @@ def shards(w: Float[Array, "L m n"], name: str, granularity: int) -> Float[Array
     return jnp.moveaxis(w.reshape(layers, rows, granularity, columns // granularity), 2, 1)
 
 
-NOT_OF_COPIES = {"router": "linear", "latent": 0, "shared_gate": "none"}  # fields with weights of their own
+# Fields with weights, or router columns, of their own.
+NOT_OF_COPIES = {"router": "linear", "latent": 0, "shared_gate": "none", "identity_experts": 0}
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class VirtualGroups(Transform):
         routing["shard_groups"] = g if self.choice == "shards" else 1
         require(self.combine != "share" or self.choice == "shards", "combine", self.combine, "needs choice='shards'",
                 "nearest valid: 'score'")  # fmt: skip
-        moe = moe_config(num_experts=e * g, top_k=k, d_expert=f // g, num_shared_experts=s, **routing, **self.moe)
+        moe = moe_config(self.moe, num_experts=e * g, top_k=k, d_expert=f // g, num_shared_experts=s, **routing)
         for name, usual in NOT_OF_COPIES.items():
             rule = "is not a part of copies of a dense layer"
             require(getattr(moe, name) == usual, f"moe.{name}", getattr(moe, name), rule, f"nearest valid: {usual!r}")
@@ -189,7 +190,13 @@ class VirtualGroups(Transform):
             return f"scale={self.scale!r}"
         if not fixed_sum(moe) and self.router_std:
             return f"the combine weights of {moe.score} over all experts have a different sum for every token"
-        return "compute='capacity' drops tokens" if moe.compute == "capacity" else ""
+        what = {
+            "compute='capacity' drops tokens": moe.compute == "capacity",
+            "choice='expert' gives tokens different numbers of experts": moe.choice == "expert",
+            "experts have three values a matrix": moe.expert_weights == "ternary",
+            "the experts' inputs are rounded": moe.expert_inputs == "int8",
+        }
+        return next((why for why, so in what.items() if so), "")
 
     def _harmless(self, cfg: ModelConfig, moe: MoEConfig) -> bool:
         """Whether a scale other than "exact" is exact too: κ = 1, or the paper's scale for squared ReLU."""
@@ -204,13 +211,16 @@ def copy(expansion: int = 8, top_k: int = 2, **fields) -> VirtualGroups:
     return VirtualGroups(expansion, 1, top_k, **fields)
 
 
-def moe_config(**fields) -> MoEConfig:
-    """A MoEConfig of these fields. Its errors are named `upcycle.<field>`."""
-    known = {f.name for f in dataclasses.fields(MoEConfig)}
-    for name in set(fields) - known:
-        raise ConfigError(f"upcycle.moe.{name}", fields[name], "is not a field of MoEConfig", "see config/schema.py")
+def moe_config(more: dict[str, Any] | None = None, **fields) -> MoEConfig:
+    """A MoEConfig of these fields, and of more that a user names. Its errors are named `upcycle.<field>`."""
+    known, more = {f.name for f in dataclasses.fields(MoEConfig)}, more or {}
+    for name in set(more) - known:
+        raise ConfigError(f"upcycle.moe.{name}", more[name], "is not a field of MoEConfig", "see docs/config.md")
+    for name in set(more) & set(fields):
+        rule = "is set by the transform and its own fields"
+        raise ConfigError(f"upcycle.moe.{name}", more[name], rule, f"nearest valid: {fields[name]!r}, without moe")
     try:
-        return MoEConfig(**fields)
+        return MoEConfig(**fields, **more)
     except ConfigError as e:
         raise e.inside("upcycle") from None
 

@@ -24,6 +24,7 @@ class Depth(Transform):
 
     In a model whose blocks are units, such as "6*(dense moe)", whole units are copied or taken away, so that a late
     block keeps the blocks behind it. Experts, routers, selection biases and tables are copied with their block.
+    `attention_layers` gives windows to places: what would bring a layer to a place of another attention is refused.
 
     order: "interpolate" puts copies beside their original (0 0 1 1 2 …), "stack" repeats all layers (0 1 2 0 1 …). With
         fewer layers "interpolate" keeps the first, the last, and layers evenly spread between them; "stack" keeps the
@@ -51,8 +52,17 @@ class Depth(Transform):
         kept, nearest = self._kept(units)
         rule = f"is no number of blocks of whole units of the model's layers={cfg.layers!r}"
         require(bool(kept), "depth", n, rule, f"nearest valid: {nearest}")
-        kinds = [tuple(place.kind for place in units[i]) for i in kept]
-        return with_units(cfg, [(1, unit) for unit in kinds])
+        final = with_units(cfg, [(1, tuple(place.kind for place in units[i])) for i in kept])
+        pattern = max(cfg.attends, final.attends, key=len)
+        moved = lambda m: [place.kind.attends for i in self._with(m)._kept(units)[0] for place in units[i]]
+        toward = range(n, cfg.num_layers, 1 if n < cfg.num_layers else -1)[:16]
+        near = next((m for m in toward if moved(m) == list(pattern[:m])), cfg.num_layers)
+        rule = f"would give layers another attention than they have in attention_layers={cfg.attention_layers!r}"
+        require(near == n, "depth", n, rule, f"nearest valid: {near}")
+        return final
+
+    def _with(self, num_layers: int) -> "Depth":
+        return dataclasses.replace(self, num_layers=num_layers)
 
     def _kept(self, units: list[tuple[Place, ...]]) -> tuple[list[int], int]:
         """The old unit of each new one, [] if no number of units has `num_layers` blocks; and the nearest that has."""
@@ -122,8 +132,9 @@ class Width(Transform):
     them different.
 
     aki: True takes what a matrix computes for new heads, hidden units and channels from the same matrix of the next
-        layer (AKI, arXiv:2110.07143), and from its own in the last layer: another function, whose new units are
-        no copies. Embeddings and norms stay copies.
+        layer (AKI, arXiv:2110.07143), and from its own in the last layer: another function, in which only the last
+        layer's new units are copies. Embeddings and norms stay copies. `Width` comes before `Depth`, after which the
+        next layer may be a copy of the same one.
     """
 
     d_model: int = 0  # 0: unchanged

@@ -399,7 +399,7 @@ def test_a_model_of_no_architecture_is_refused():
 
 
 def test_sliding_windows():
-    """Of all layers or of some, and of none where it is as long as the context, off, or of no layer."""
+    """A window is read for all layers or some, for none where it is as long as the context, off, or of no layer."""
     window = lambda hf: (read_config(hf, "")[1].window, read_config(hf, "")[1].attention_layers)
     mistral = CONFIG | {"architectures": ["MistralForCausalLM"], "sliding_window": 12, "num_key_value_heads": 2}
     assert window(mistral) == (12, "") and window(mistral | {"sliding_window": 16}) == (0, "")

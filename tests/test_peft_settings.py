@@ -55,7 +55,7 @@ def test_settings_that_change_nothing_are_read(tmp_path):
 
 @pytest.mark.parametrize("start", [True, "gaussian", "pissa", "olora", "mica"])
 def test_settings_as_peft_writes_them(start, tmp_path):
-    """What PEFT saves by default is read, and what it names that changes the base is not."""
+    """PEFT's default settings are read, and those that change the base model are refused."""
     theirs = pytest.importorskip("peft").LoraConfig(init_lora_weights=start, task_type="CAUSAL_LM")
     theirs.save_pretrained(tmp_path)
     (tmp_path / peft.TENSORS).write_bytes((2).to_bytes(8, "little") + b"{}")

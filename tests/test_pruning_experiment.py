@@ -71,7 +71,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_toy_experiment(tmp_path, monkeypatch, capsys):
-    """From training to the figure; experts without tokens cost nothing, and a second call has nothing left to do."""
+    """The experiment runs up to its figure; experts without tokens cost nothing; a second call runs nothing."""
     for name, word in (("law", "whereas"), ("prose", "a fine day")):
         (tmp_path / "domains" / name).mkdir(parents=True)
         for i in range(20):

@@ -6,7 +6,8 @@ reads back as the same model.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moe_jax import config
@@ -78,7 +79,7 @@ class Architecture(NamedTuple):
     # Fields that take several keys, from those keys and the fields that take one; and the keys, from the model.
     read: Callable[[Keys, dict[str, Any]], dict[str, Any]] = lambda keys, flat: {}
     write: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
-    must: dict[str, Any] = {}  # beyond or instead of MUST  # noqa: RUF012
+    must: Mapping[str, Any] = MappingProxyType({})  # beyond or instead of MUST
 
     @property
     def required(self) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def read_config(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig, list[
 
 
 def _file(where: str) -> str:
-    """What a message calls the file that has the settings."""
+    """The name of the file that has the settings, for messages."""
     return "the file" if where.endswith(".gguf") else "config.json"
 
 

@@ -52,7 +52,7 @@ def _window(keys: Keys) -> int | None:
 
 
 def _rotated(keys: Keys, layers: int) -> list[bool]:
-    """Which layers have RoPE."""
+    """Returns for each layer whether it has RoPE."""
     if "no_rope_layers" not in keys.defaults:
         return [True] * layers
     listed, every = keys.get("no_rope_layers"), keys.number("no_rope_layer_interval")
@@ -67,7 +67,7 @@ def _rotated(keys: Keys, layers: int) -> list[bool]:
 
 
 def _windowed(keys: Keys, layers: int, window: int | None, rotated: list[bool]) -> list[bool]:
-    """Which layers have a window."""
+    """Returns for each layer whether it has a window."""
     listed = keys.get("layer_types")
     if "max_window_layers" in keys.defaults:
         first = keys.number("max_window_layers")

@@ -18,7 +18,7 @@ from moe_jax.train import cross_entropy
 
 
 class Lesson(NamedTuple):
-    """What a teacher makes of a (micro-)batch."""
+    """The states of a teacher for a (micro-)batch, and its output matrix."""
 
     hidden: Float[Array, "B S D'"]
     output: Float[Array, "V D'"]  # maps hidden states to logits

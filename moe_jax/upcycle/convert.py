@@ -177,7 +177,8 @@ def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path)
 
 
 def _left_out(name: str, loss: LossConfig) -> tuple[str, dict[str, Any]]:
-    """What to leave out so that a rule about a field of a run's configuration holds: its name, and the group without.
+    """Returns what to leave out so that a rule about a field of a run's configuration holds: its name, and the group
+    without it.
 
     Rules between model and loss that name a field of the model are those of `loss.bias_update`.
     """

@@ -201,7 +201,9 @@ def saved(name: str) -> Path:
 
 def reset(model) -> None:
     """Makes it forget the longest sequence so far, which frequencies of a scaling may depend on."""
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    for module in model.modules():
+        if hasattr(module, "rotary_emb"):
+            module.rotary_emb = type(module.rotary_emb)(config=model.config)
 
 
 def forward(model, tokens) -> tuple[np.ndarray, list[np.ndarray]]:

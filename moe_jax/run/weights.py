@@ -88,6 +88,7 @@ def save_weights(
         with Checkpoints(partial, keep=1, host_bytes=HOST_BYTES) as checkpoints:
             state = {"params": params, "router_bias": router_bias}
             checkpoints.save(0, state, {"origin": origin} | ({"base": record} if record else {}), wait=True)
+        barrier("weights: written")  # each process has looked at the files in this folder before it has another name
         if first:
             for name, data in (files or {}).items():
                 (partial / name).parent.mkdir(exist_ok=True)

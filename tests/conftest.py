@@ -29,6 +29,19 @@ jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # tests read the names of operations
 
+# Files with tests that take longest, fast ones and slow ones: the end of a run waits for no test that began late.
+LONGEST = (
+    "test_notebooks.py", "test_lora_run.py", "test_upcycling_experiment.py", "test_survival_runs.py",
+    "test_systems.py", "test_train.py", "test_compile_only.py", "test_muon_mesh.py", "test_invariance.py",
+    "test_golden.py", "test_resume.py", "test_stacks.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files of the longest tests first, and leaves the order within a file."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
 
 def pytest_collection_finish():
     """Frees what collecting left behind. What stays is never looked at again: the tests, and all that they import."""

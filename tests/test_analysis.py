@@ -105,7 +105,7 @@ def by_hand() -> ChoiceSums:
     return ChoiceSums(score, pairs, kept)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_sums_equal_a_loop_over_tokens(shape):
     got, want = sums(shape), by_hand()
     np.testing.assert_allclose(got.choices.score, want.score, rtol=1e-5)
@@ -252,7 +252,10 @@ def made_up(layers: int, domains: int, experts: int, top_k: int, earlier: int | 
     return analysis.analyse_bank(RouterStats(tokens, load, load, zeros, zeros), choices, names, top_k, earlier)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 64, 8), (3, 4, 8, 2), (2, 3, 4, 1), (18, 2, 4, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 4, 8, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 1, 64, 8), (2, 3, 4, 1), (18, 2, 4, 4)))],
+)
 @pytest.mark.filterwarnings("error")
 def test_figures_of_any_shape(shape, tmp_path):
     found = made_up(*shape)

@@ -119,6 +119,7 @@ def test_qk_clip_brings_every_head_to_the_threshold(q_rank):
         np.testing.assert_array_equal(heads(w[name]), heads(clipped[name]))
 
 
+@pytest.mark.slow
 def test_selective_remat_keeps_what_its_table_says():
     cfg = ModelConfig(vocab_size=32, d_model=20, num_layers=3, num_dense_layers=1, d_ff=36, num_heads=4, num_kv_heads=4,
                       head_dim=12, mla=MLAConfig(10, 14, 4, 6), remat="selective", moe=REMAT_MOE)  # fmt: skip

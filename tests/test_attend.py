@@ -104,7 +104,10 @@ def test_chunked_needs_memory_for_a_block_of_queries():
 # --- TPU -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("segmented", "w"), [(False, 16), (True, 16), (True, 8)])
+@pytest.mark.parametrize(
+    ("segmented", "w"),
+    [pytest.param(False, 16, marks=pytest.mark.slow), pytest.param(True, 16, marks=pytest.mark.slow), (True, 8)],
+)
 def test_splash_equals_xla(segmented, w):
     """Runs in Pallas' interpreter, with 2 blocks of 128, grouped queries, and values of another head size."""
     qkv, dy, ids = operands(w=w)

@@ -72,10 +72,14 @@ def test_the_example_of_tensorflow():
 
 
 def run_config() -> config.RunConfig:
-    """With a frozen router, of which there is no average."""
+    """With frozen matrices, of which there is no average, and a controller of biases whose state lies beside it."""
     cfg = test_guard.CHECKED
-    router = {"router": GroupConfig("/moe/w_router$", freeze=True)}
-    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, ema=DECAY, groups=router))
+    frozen = {"output": GroupConfig("/attention/w_o$", freeze=True)}
+    optim, loss = (
+        dataclasses.replace(cfg.optim, name="adamw", ema=DECAY, groups=frozen),
+        dataclasses.replace(cfg.loss, bias_update="adamw"),
+    )
+    return dataclasses.replace(cfg, optim=optim, loss=loss)
 
 
 def average_of(state) -> dict:
@@ -93,10 +97,11 @@ def test_the_parts_of_the_state():
 
 def test_a_run(tmp_path):
     """The average of its weights in float64; a skipped step leaves it; a resumed run is the run; weights that are
-    loaded are the average, in the layout of the parameters and sharded as they are."""
+    loaded are the average, in the layout of the parameters and sharded as they are; without one that is said."""
     run = test_guard.Run(run_config())
+    assert parts_of(run.state.opt_state).controllers
     want = {path: np.float64(w) for path, w in flatten(jax.device_get(run.state.params)).items()}
-    router = want.pop("layers/moe/w_router")
+    frozen = want.pop("layers/attention/w_o")
     assert set(average_of(run.state)) == set(want)
     numbers = iter(decays(9, DECAY))
     for n in (1, 2, 3):
@@ -130,21 +135,18 @@ def test_a_run(tmp_path):
     for path, a in flatten(parts_of(saved.opt_state).ema).items():
         np.testing.assert_array_equal(found[path], a)
         assert found[path].sharding == flatten(abstract[0])[path].sharding
-    np.testing.assert_array_equal(found["layers/moe/w_router"], np.float32(router))
+    np.testing.assert_array_equal(found["layers/attention/w_o"], np.float32(frozen))
     assert leaves(bias) == leaves(saved.router_bias) and origin[-1]["weights"] == "ema"
     trained, _, origin = weights.load_weights(tmp_path, *abstract)
     assert leaves(trained) == leaves(saved.params) and "weights" not in origin[-1]
+    with checkpoint.Checkpoints(tmp_path / "without", keep=1) as checkpoints:
+        parts = parts_of(saved.opt_state)
+        checkpoints.save(3, saved._replace(opt_state=join_parts(parts.optimizer, parts.controllers)), {}, wait=True)
+    with pytest.raises(CheckpointError, match=r"has no average of the weights \(optim.ema=0\); nearest valid: the tr"):
+        weights.load_weights(tmp_path / "without", *abstract, average=True)
     low = dataclasses.replace(cfg.model, param_dtype="bfloat16")
     cast, *_ = weights.load_weights(tmp_path, *abstract_weights(low, mesh), cast=True, average=True)
     np.testing.assert_array_equal(cast["embed"], found["embed"].astype(jnp.bfloat16))
-
-
-def test_a_run_without_an_average_has_none(tmp_path):
-    run = test_guard.Run(test_guard.CHECKED)
-    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(0, run.state, {}, wait=True)
-    with pytest.raises(CheckpointError, match=r"has no average of the weights \(optim.ema=0\); nearest valid: the tr"):
-        weights.load_weights(tmp_path, *abstract_weights(run.cfg.model, run.mesh), average=True)
 
 
 def test_the_averaged_model_has_the_frozen_parameters():

@@ -18,6 +18,7 @@ from moe_jax.train.gradients import _random_groups, make_gradients
 from moe_jax.train.state import abstract_state, init_state, process_rows, put_batch
 from tests import balance_reference as reference
 from tests import two_processes
+from tests.pairs import covering
 
 B, S, V, E, K, HEAD = 64, 5, 11, 4, 2, 4
 SCOPES = {"load_balance": "global", "load_balance/eight": "8", "load_balance/each": "1"}
@@ -175,7 +176,7 @@ def test_every_loss(mesh, micro, remat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "micro", "remat"), [c for c in EVERYTHING if c not in FAST])
+@pytest.mark.parametrize(("mesh", "micro", "remat"), covering(EVERYTHING, FAST))
 def test_every_loss_full(mesh, micro, remat):
     check_all(mesh, micro, remat)
 
@@ -192,9 +193,9 @@ def test_one_scope_alone(name):
     ("mesh", "micro", "padding"),
     [
         pytest.param((1, 1, 1), 8, True, marks=pytest.mark.slow),
-        ((2, 2, 2), 4, False),
+        pytest.param((2, 2, 2), 4, False, marks=pytest.mark.slow),
         pytest.param((8, 1, 1), 2, True, marks=pytest.mark.slow),
-        ((1, 2, 4), 1, False),
+        pytest.param((1, 2, 4), 1, False, marks=pytest.mark.slow),
     ],
 )
 def test_running_is_algorithm_1(mesh, micro, padding):

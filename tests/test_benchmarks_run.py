@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from command_server import Server
 
 import moe_jax
 from moe_jax import config, model
@@ -67,14 +69,37 @@ def root(tmp_path_factory):
     return made
 
 
+def environment(root, devices=2) -> dict[str, str]:
+    env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "MOE_JAX_CACHE": str(root / "cache")}
+    env |= {"PATH": "/usr/bin:/bin", "HOME": str(root), "MPLBACKEND": "agg"}
+    return env | {"XLA_FLAGS": os.environ["XLA_FLAGS"], "PYTHONPATH": str(REPO)}  # which compile fast
+
+
 def evaluate(root, *arguments, devices=2, status=0):
     """Runs eval.py. Returns what it prints."""
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "MOE_JAX_CACHE": str(root / "cache")}
-    environment |= {"PATH": "/usr/bin:/bin", "HOME": str(root), "MPLBACKEND": "agg"}
     command = [sys.executable, REPO / "eval.py", f"--workdir={root}/run", *arguments]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=600)
+    env = environment(root, devices)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, timeout=600)
     assert done.returncode == status, done.stderr
     return done.stdout if not status else done.stderr
+
+
+@pytest.fixture(scope="module")
+def refused(root):
+    """Runs eval.py in a fork of a process that has its imports. Returns stderr; nothing may be compiled."""
+    folder = root / "forks"
+    folder.mkdir()
+    server = Server(folder, environment(root))
+
+    def run(*arguments: str) -> str:
+        status, _, stderr, compiled = server("eval.py", *arguments)
+        assert (status, compiled) == (2, ""), stderr
+        return stderr
+
+    yield run
+    server.process.stdin.close()
+    server.process.stdout.close()
+    server.process.wait(10)
 
 
 def opened(root):
@@ -105,7 +130,7 @@ def test_command(root):
     assert f"eval.json has the results of another mine, {root}/mine.jsonl; rename the file" in error
 
 
-def test_mistakes(root):
+def test_mistakes(root, refused):
     """One line each, before anything is compiled."""
     for arguments, says in [
         (["--tasks=no.jsonl"], "--tasks=no.jsonl: no such file"),
@@ -118,7 +143,7 @@ def test_mistakes(root):
         ([f"--text={root}/mine.jsonl", "--config.model.d_model=3"], "config.model.d_model='3': describes the weights"),
         ([f"--text={root}/mine.jsonl", "--config.model.moe.compute=capacity"], "depend on the other sequences"),
     ]:
-        error = evaluate(root, *arguments, status=2)
+        error = refused(f"--workdir={root}/run", *arguments)
         assert error.startswith("error: ") and says in error and error.count("\n") == 1, error
     settings = root / "run" / tokenizers.SETTINGS
     kept = settings.read_bytes()
@@ -128,13 +153,15 @@ def test_mistakes(root):
         broken["data"]["tokenizer"] |= {"kind": "huggingface", "path": "gone.json"}
         text = (root / "run" / "config.json").read_text(encoding="utf-8")
         (root / "run" / "config.json").write_text(json.dumps(broken), encoding="utf-8")
-        assert "has no tokenizer; put the tokenizer.json" in evaluate(root, f"--tasks={root}/mine.jsonl", status=2)
+        assert "has no tokenizer; put the tokenizer.json" in refused(
+            f"--workdir={root}/run", f"--tasks={root}/mine.jsonl"
+        )
     finally:
         settings.write_bytes(kept)
         (root / "run" / "config.json").write_text(text, encoding="utf-8")
 
 
-def test_a_damaged_run(root, tmp_path):
+def test_a_damaged_run(root, refused, tmp_path):
     """One line that names the damage, and no evaluation file."""
     cut = lambda path: path.write_bytes(path.read_bytes()[:-9])
     for i, (damage, says) in enumerate([
@@ -146,7 +173,7 @@ def test_a_damaged_run(root, tmp_path):
         copy = tmp_path / str(i)
         shutil.copytree(root / "run", copy / "run", ignore=shutil.ignore_patterns("eval*"))
         damage(copy / "run")
-        error = evaluate(root, f"--workdir={copy}/run", f"--tasks={root}/mine.jsonl", status=2)
+        error = refused(f"--workdir={copy}/run", f"--tasks={root}/mine.jsonl")
         line = error.splitlines()[-1]
         assert line.startswith("error: ") and says in line and "Traceback" not in error, error
         assert not list((copy / "run").glob("eval*"))

@@ -110,6 +110,7 @@ print("done", me)
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))

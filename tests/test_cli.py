@@ -318,6 +318,7 @@ OTHER = {
     "moe_jax/hf/__main__.py import --from=~/x --workdir=~/y --adapter": ["import takes no --adapter=True", "of export"],
     "moe_jax/hf/__main__.py import --from=~/x --workdir=~/y --weights=ema": ["import takes no --weights=ema"],
     "moe_jax/hf/__main__.py export --to=~/x --workdir=~/y --base=~/z": ["export takes no --base=", "of import"],
+    "moe_jax/hf/__main__.py imprt --workdir=~/x": ["nearest valid: import or export"],
     "moe_jax/upcycle/__main__.py --from=~/a,~/b --workdir=~/x": ["--from={d}/home/a: no such run directory"],
     "eval.py --workdir={d}/a_file": ["/a_file: no such directory"],
     "eval.py --workdir={d}/broken_run": ["/config.json is not valid JSON"],

@@ -17,17 +17,21 @@ def root(tmp_path_factory):
     return made
 
 
+# Mistakes that are found late: after JAX has looked for devices, and in a run directory. Those found before are slow
+# tests: test_cli.py has them all, in forks.
 REAL = [
+    (TRAIN + "--config.mesh.data=7919", ["config.mesh=(7919, 1, 1): must multiply to the "]),
+    ("eval.py --workdir={d}/run", ["/checkpoints has no complete checkpoint"]),
+]
+EARLIER = [
     (TRAIN + "--config.optim.lrr=1", ["config.optim.lrr: is not a field; nearest valid name: lr"]),
     (TRAIN + "--config.optim.lr=abc", ["config.optim.lr='abc': must be of type float"]),
-    (TRAIN + "--config.mesh.data=7919", ["config.mesh=(7919, 1, 1): must multiply to the "]),
     (TRAIN + "--config.data.seq_len=1000000", ["config.data.seq_len=1000000: must be ≤ "]),
     ("train.py --config=configs/debgu.py --workdir={d}/runs/x", ["debgu.py: no such file", "configs/debug.py"]),
-    ("eval.py --workdir={d}/run", ["/checkpoints has no complete checkpoint"]),
 ]
 
 
-@pytest.mark.parametrize(("command", "says"), REAL)
+@pytest.mark.parametrize(("command", "says"), REAL + [pytest.param(*row, marks=pytest.mark.slow) for row in EARLIER])
 def test_process(root, command, says):
     """Under 10 s by the clock, imports and waiting included; JAX chooses the platform, and is silent about it.
 

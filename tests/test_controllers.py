@@ -130,7 +130,8 @@ def run_config(form: str) -> config.RunConfig:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe), loss=loss)
 
 
-@pytest.mark.parametrize("form", ["adamw", pytest.param("quantile", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the fast part has a controller's state in test_average.py
+@pytest.mark.parametrize("form", ["adamw", "quantile"])
 def test_skipped_steps_and_resumed_runs(form, tmp_path):
     """A skipped step leaves biases and states bit for bit; a resumed run is the run; the state lies where it is said
     to; what is logged has no histogram."""

@@ -34,6 +34,7 @@ def test_the_state_of_a_device_is_that_of_its_shards():
     assert found.activations == dry_run.memory(cfg, (8, 1, 1)).activations  # all axes split the batch
 
 
+@pytest.mark.slow
 def test_activations_of_a_layer_are_those_of_the_table():
     """Two layers more, for each token: with remat="full" a layer keeps its input, with "selective" what the table of
     nn/remat.py says. Numbers are bfloat16, the router's logits float32, places of rows int32."""

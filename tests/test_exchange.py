@@ -25,6 +25,7 @@ from moe_jax.moe.program import Program
 from moe_jax.moe.routing import Routing
 from moe_jax.parallel import sharding
 from tests import two_processes
+from tests.pairs import covering
 
 T, E, D, F = 48, 16, 6, 4
 MESHES = [(1, 2, 4), (2, 2, 2), (1, 1, 8)]
@@ -39,12 +40,11 @@ EVERYTHING = [
     if chunks in (1, CHUNKS[1 + (i + j) % 2])
 ]
 FAST = [
-    ((1, 2, 4), 3, "all_to_all", "grouped", 1),
     ((2, 2, 2), 10, "all_to_all", "grouped", 2),
-    ((1, 1, 8), 1, "all_to_all", "dense", 1),
-    ((1, 1, 8), 10, "all_to_all", "dense", 3),
     ((1, 2, 4), 3, "ring", "dense", 2),
 ]
+SLOW = [((1, 1, 8), k, "all_to_all", "dense", chunks) for k, chunks in ((1, 1), (10, 3))]
+SLOW += covering(EVERYTHING, FAST)
 
 
 def draw(*shape, seed=0):
@@ -135,7 +135,7 @@ def test_equals_the_oracle(shape, k, name, compute, chunks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "k", "name", "compute", "chunks"), [c for c in EVERYTHING if c not in FAST])
+@pytest.mark.parametrize(("shape", "k", "name", "compute", "chunks"), SLOW)
 def test_equals_the_oracle_full(shape, k, name, compute, chunks):
     check(shape, k, name, compute, chunks)
 
@@ -185,7 +185,7 @@ def documented_ragged_all_to_all(operand, output, input_offsets, send_sizes, out
     return output
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("pieces", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_ragged_exchange_is_the_padded_one(monkeypatch, pieces):
     """Offsets and sizes handed to `jax.lax.ragged_all_to_all`, forward and backward."""
     mesh, k = sharding.make_mesh((1, 1, 8)), 3

@@ -121,7 +121,7 @@ def make_run(cfg):
     return run
 
 
-@pytest.mark.parametrize("k", [2, E])
+@pytest.mark.parametrize("k", [2, pytest.param(E, marks=pytest.mark.slow)])
 def test_every_compute_path_equals_the_oracle(k):
     """`dense` against the loop (value, and gradient along a random direction), the others against `dense`."""
     w, x = make_weights()
@@ -254,7 +254,9 @@ def run_layer(shape, cfg):
     return jax.device_get((y, stats, grads))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 1, 8), (8, 1, 1)))]
+)
 @pytest.mark.parametrize(("compute", "exchange"), [("grouped", "all_to_all"), ("capacity", "ring")])
 def test_layer_is_the_same_on_every_mesh(shape, compute, exchange):
     y, stats, grads = run_layer(shape, layer_cfg(compute=compute, exchange=exchange, capacity_factor=8.0))

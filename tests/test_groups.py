@@ -177,11 +177,11 @@ def whole():
     return gradients_of(run_config(), ONE)
 
 
-CASES = [(MESH, 2, "full")]
-SLOW = [(ONE, 1, "none"), ((8, 1, 1), 1, "selective"), ((1, 2, 4), 1, "none")]
+FAST = (ONE, 1, "none")
+SLOW = [(MESH, 2, "full"), ((8, 1, 1), 1, "selective"), ((1, 2, 4), 1, "none")]
 
 
-@pytest.mark.parametrize(("shape", "micro", "remat"), CASES + [pytest.param(*c, marks=pytest.mark.slow) for c in SLOW])
+@pytest.mark.parametrize(("shape", "micro", "remat"), [FAST, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)])
 def test_gradients_of_the_others_do_not_change(shape, micro, remat):
     cfg = run_config(FROZEN, micro, remat)
     got, want = gradients_of(cfg, shape), whole()
@@ -212,7 +212,8 @@ def traced_gradients(cfg, shape) -> collections.Counter:
     return products(used, collections.Counter())
 
 
-@pytest.mark.parametrize("shape", [pytest.param(ONE, marks=pytest.mark.slow), MESH])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [ONE, MESH])
 def test_gradients_of_frozen_experts_are_neither_computed_nor_reduced(shape):
     """Products of the trace are at most those of all parameters. Some that nothing uses are left where devices share
     experts, in the loop of further passes; XLA removes them, and newer versions of JAX before it."""
@@ -257,8 +258,9 @@ def trained(shape, micro, remat):
     return before, third, jax.device_get(state), reports[:3]
 
 
-def test_frozen_bits_stay():
-    before, _, after, _ = trained(*CASES[0])
+@pytest.mark.parametrize("case", [FAST, pytest.param(SLOW[0], marks=pytest.mark.slow)])
+def test_frozen_bits_stay(case):
+    before, _, after, _ = trained(*case)
     frozen = optim.frozen_paths(run_config(FROZEN).optim, flatten(before.params))
     for path, w in flatten(after.params).items():
         assert (w.tobytes() == flatten(before.params)[path].tobytes()) == (path in frozen), path
@@ -268,7 +270,7 @@ def test_frozen_bits_stay():
 
 @pytest.mark.slow
 def test_training_with_frozen_parameters_does_not_depend_on_the_mesh():
-    (_, one, _, reports), (_, other, _, others) = trained(*SLOW[0]), trained(*CASES[0])
+    (_, one, _, reports), (_, other, _, others) = trained(*FAST), trained(*SLOW[0])
     assert_close(other.params, one.params, 1e-4)
     for a, b in zip(reports, others, strict=True):
         np.testing.assert_allclose([b.loss, b.grad_norm], [a.loss, a.grad_norm], rtol=1e-4)
@@ -276,7 +278,7 @@ def test_training_with_frozen_parameters_does_not_depend_on_the_mesh():
 
 def test_moments_are_not_there():
     """Neither in the state nor in what a checkpoint keeps; the plan counts what is there."""
-    *_, after, _ = trained(*CASES[0])
+    *_, after, _ = trained(*FAST)
     names = [path for path in flatten(after.opt_state) if re.search(r"/(mu|nu|momentum)/", path)]
     cfg = run_config(FROZEN)
     frozen = optim.frozen_paths(cfg.optim, flatten(after.params))

@@ -115,6 +115,7 @@ def test_the_layer_is_the_loop(name, shape, settings):
     check(name, shape, **settings)
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_width_sends_a_quarter():
     """Bytes of the all-to-alls in the compiled programs, forward and backward; what is sent besides is no wider."""
     sent = {}
@@ -126,6 +127,7 @@ def test_a_quarter_of_the_width_sends_a_quarter():
     assert sent["plain"] == 4 * sent["all"] > 0
 
 
+@pytest.mark.slow
 def test_as_wide_as_the_model_with_identities_it_is_the_plain_layer():
     """Gives the bits of the plain layer, since a product with the identity is exact."""
     plain, wide = make(num_shared_experts=1), make(num_shared_experts=1, latent=D)
@@ -234,7 +236,7 @@ def test_generation_with_a_cache():
 # --- biases of queries, keys and values ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_attention_with_biases(qk_norm):
     """Compares with plain code; biases come before the norm. QK-clip brings every group of heads to the threshold."""
     cfg = dataclasses.replace(BANK, qk_norm=qk_norm)

@@ -169,8 +169,7 @@ def get_config():
 
 def launch(root: Path, name: str, *flags: str) -> subprocess.Popen:
     (root / "debug.py").write_text(DEBUG.replace("@", str(root)), encoding="utf-8")
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache")}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache")}
     command = [sys.executable, "train.py", f"--config={root}/debug.py", f"--workdir={root}/{name}", *flags]
     with open(root / f"{name}.log", "ab") as log:
         return subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log, start_new_session=True)

@@ -20,6 +20,7 @@ from moe_jax.data import tokenizers
 from moe_jax.errors import ConfigError
 from moe_jax.run import config_file, replay
 from moe_jax.train import guard
+from tests import programs
 
 
 @pytest.fixture
@@ -93,6 +94,7 @@ def test_failed_corrected_moved_and_opened_from_elsewhere(tmp_path, external):
     (tmp_path / "a [v2] {b}").mkdir()
     (tmp_path / "cwd").mkdir()
     env = os.environ | {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPO)}
+    env |= programs.environment()
     env["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
 
     def start(program, *flags, cwd=REPO, status=0):

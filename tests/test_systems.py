@@ -62,10 +62,8 @@ CHAINS: dict[str, list[Transform]] = {
 }  # fmt: skip
 TEACHERS = {"runs/dense": "base", "runs/pr_moe": "pr_moe"}  # by the directory that a file names
 MESH = (2, 2, 2)
-# Files that are traced in the fast part: each has something in its program that no other has.
-TRACED_FAST = (
-    "efficient_lm", "pr_moe", "longcat", "emoe", "zaya1", "moebert", "evomoe", "z_code",
-)  # fmt: skip
+# Files that are traced in the fast part: a pyramid, identity experts in pairs of blocks, a router with a state, knobs.
+TRACED_FAST = ("pr_moe", "longcat", "zaya1", "evomoe")
 TRAIN = r"^    (python train\.py --config=configs/systems/(\w+)\.py(?: --config\.init_from=(\S+))? --workdir=(\S+))$"
 UPCYCLE = r"^    python -m moe_jax\.upcycle --from=(\S+) --workdir=(\S+) (.+)$"
 
@@ -93,6 +91,10 @@ def teacher_of(cfg: RunConfig) -> ModelConfig | None:
 @functools.cache
 def mesh_of(*shape):
     return sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+
+
+def of_shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
 def batch_rows(cfg: RunConfig) -> dict[str, np.ndarray]:
@@ -127,19 +129,23 @@ def test_docstring(name):
     assert f"configs/systems/{name}.py" in (REPO / "docs" / "systems.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in TRACED_FAST else pytest.mark.slow) for name in NAMES]
-)
+def check_router_sums(cfg: RunConfig, router: dict) -> None:
+    """Every bank has sums, with a column for each expert and each identity expert."""
+    identity = cfg.model.moe.identity_experts
+    columns = {place.path: place.kind.experts + identity for place in cfg.model.places if place.kind.experts}
+    assert {path: sums.tokens_per_expert.shape[-1] for path, sums in router.items()} == columns
+
+
+@pytest.mark.parametrize("name", TRACED_FAST)
 def test_traced_on_a_mesh(name):
+    """The others are in `test_a_step`, which runs what it traces."""
     cfg, mesh = toy(name), mesh_of(*MESH)
     state, taught = abstract_state(cfg, mesh), teacher_of(cfg)
     arguments = state, abstract_batch(cfg, mesh), None, abstract_weights(taught, mesh) if taught else None
     with jax.set_mesh(mesh):
         new, report = jax.eval_shape(step.make_train_step(cfg, mesh, None, taught).__wrapped__, *arguments)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    identity = cfg.model.moe.identity_experts
-    columns = {place.path: place.kind.experts + identity for place in cfg.model.places if place.kind.experts}
-    assert {path: sums.tokens_per_expert.shape[-1] for path, sums in report.router.items()} == columns
+    assert of_shapes(new) == of_shapes(state)
+    check_router_sums(cfg, report.router)
 
 
 @pytest.mark.slow
@@ -148,13 +154,15 @@ def test_a_step(name):
     """Changes every parameter that is not frozen, routes every token, and ends with finite numbers."""
     cfg, mesh = toy(name), mesh_of(*MESH)
     state, taught = init_state(cfg, mesh), teacher_of(cfg)
-    before = jax.device_get(state.params)
+    before, shapes = jax.device_get(state.params), of_shapes(state)
     with jax.set_mesh(mesh):
         lesson = model.init(taught, jax.random.key(1)) if taught else None
     run = step.make_train_step(cfg, mesh, None, taught)
     after, report = run(state, put_batch(batch_rows(cfg), mesh, cfg), None, lesson)
     assert {"distill", "distill_raw"} <= set(report.terms) or not taught
     assert np.isfinite(report.loss) and report.grad_norm > 0
+    assert of_shapes(after) == shapes
+    check_router_sums(cfg, report.router)
     moe, tokens = cfg.trained.moe, 8 * 16
     for path, sums in report.router.items():
         made = np.sum(sums.tokens_per_expert, (1, 2))
@@ -583,9 +591,16 @@ def test_generation_with_a_cache():
         assert tokens[prompt:] == logits.argmax(-1)[prompt - 1 : -1].tolist()
 
 
+def saved_run(model_name: str, root: Path) -> RunConfig:
+    return dataclasses.replace(test_resume.run_config(root), model=globals()[model_name], explore=EXPLORE)
+
+
 def one_step(model_name: str) -> list[float]:
-    """Numbers after a step on (2, 2, 2): loss, gradient, weights, and the load of each expert."""
-    cfg, mesh = dataclasses.replace(toy(SOURCE), model=globals()[model_name], explore=EXPLORE), mesh_of(*MESH)
+    """Numbers after a step on (2, 2, 2): loss, gradient, weights, and the load of each expert.
+
+    The step is that of `test_resumed`, for which it is compiled already.
+    """
+    cfg, mesh = saved_run(model_name, REPO), mesh_of(*MESH)
     mine = process_rows(mesh, cfg.data.batch_size)
     rows = {name: values[mine] for name, values in batch_rows(cfg).items()}
     state, report = step.make_train_step(cfg, mesh)(init_state(cfg, mesh), put_batch(rows, mesh, cfg))
@@ -596,15 +611,15 @@ def one_step(model_name: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_name", ["MIXED", "BANKS"])
-def test_two_processes(model_name):
-    numbers = one_step(model_name)
+def test_two_processes():
+    numbers = {model_name: one_step(model_name) for model_name in ("MIXED", "BANKS")}
     code = f"""
 import sys
 sys.path.insert(0, "tests")
 import numpy as np
 import test_systems
-np.testing.assert_allclose(test_systems.one_step({model_name!r}), {numbers}, rtol=1e-5)
+for name, numbers in {numbers}.items():
+    np.testing.assert_allclose(test_systems.one_step(name), numbers, rtol=1e-5, err_msg=name)
 """
     two_processes.run(code)
 
@@ -614,7 +629,7 @@ np.testing.assert_allclose(test_systems.one_step({model_name!r}), {numbers}, rto
 def test_resumed(model_name, tmp_path):
     """Two steps, and two of a run that was saved after them, are four, bit for bit."""
     write_text(tmp_path)
-    cfg = dataclasses.replace(test_resume.run_config(tmp_path), model=globals()[model_name], explore=EXPLORE)
+    cfg = saved_run(model_name, tmp_path)
     straight = test_resume.Run(tmp_path, cfg, MESH).start().go(2)
     with checkpoint.Checkpoints(tmp_path / "run", keep=2) as checkpoints:
         straight.save(checkpoints)

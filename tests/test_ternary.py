@@ -114,6 +114,7 @@ def rounded(params: dict) -> dict:
     return nest({path: plain_ternary(w) if takes(path) else w for path, w in flatten(params).items()})
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh():
     """Loss and gradients are those of a float model whose experts were rounded before: the straight-through gradient.
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.run import changes
+from tests import programs
 
 REPO = Path(__file__).parents[1]
 STEPS = 6
@@ -45,14 +46,18 @@ def write_text(root: Path) -> None:
     (root / "config.py").write_text(CONFIG.replace("@", str(root)), encoding="utf-8")
 
 
-def start(root: Path, program: str, *flags: str, devices: int = 1, workdir: str = "run", **extra) -> subprocess.Popen:
-    """The program in a process of its own; its output is no terminal. XLA optimises nothing: that takes longer."""
+def start(
+    root: Path, program: str, *flags: str, devices: int = 1, workdir: str = "run", fresh: bool = False, **extra
+) -> subprocess.Popen:
+    """The program in a process of its own; its output is no terminal. XLA optimises nothing: that takes longer.
+
+    fresh: nothing is compiled yet, and what is goes to the program's own cache, not to that of other tests.
+    """
     xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "MOE_JAX_CACHE": str(root / "cache")}
-    return subprocess.Popen(
-        [sys.executable, program, f"--workdir={root / workdir}", *flags],
-        cwd=REPO, env=env | {"MPLBACKEND": "agg"} | extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    encoding="utf-8")  # fmt: skip
+    env |= {"MPLBACKEND": "agg"} | ({} if fresh else programs.environment()) | extra
+    command, pipe = [sys.executable, program, f"--workdir={root / workdir}", *flags], subprocess.PIPE
+    return subprocess.Popen(command, cwd=REPO, env=env, stdout=pipe, stderr=pipe, encoding="utf-8")
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -107,7 +112,6 @@ def check_run(root: Path, tensorboard: bool) -> None:
     body = json.loads((made / "eval.json").read_text(encoding="utf-8"))
     assert body["step"] == STEPS and [d["domain"] for d in body["domains"]] == ["numbers", "prose", ""]
     assert 0 < body["bits_per_byte_of"]["xz -9"][""] < 8
-    assert any((root / "cache" / "compiled").iterdir())  # the next run starts faster
 
 
 def check_evaluation(root: Path, devices: int) -> None:
@@ -138,15 +142,16 @@ def check_evaluation(root: Path, devices: int) -> None:
         assert (root / "run" / name).stat().st_size
 
 
-def train_twice(root: Path, *flags: str, devices: int) -> None:
-    first = run(root, "train.py", f"--config={root / 'config.py'}", *flags, devices=devices)
+def train_twice(root: Path, *flags: str, devices: int, fresh: bool = False) -> None:
+    first = run(root, "train.py", f"--config={root / 'config.py'}", *flags, devices=devices, fresh=fresh)
     check_output(first)
     assert f"devices: {devices} × cpu" in first.stdout and "bits/byte" in first.stdout
     assert f"step {STEPS}/{STEPS}" in first.stderr
     check_run(root, tensorboard="--config.train.tensorboard=false" not in flags)
     before, params = rows(root, "train"), sorted((root / "run" / "checkpoints").rglob("*"))
-    how = {"devices": devices, "PYTHONIOENCODING": "ascii", "JAX_ENABLE_X64": "1"}  # ascii has no × and no →
-    again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, **how)  # nothing is left to do
+    # Nothing is left to do; ascii has no × and no →.
+    how = {"devices": devices, "fresh": fresh, "PYTHONIOENCODING": "ascii", "JAX_ENABLE_X64": "1"}
+    again = run(root, "train.py", f"--config={root / 'config.py'}", *flags, **how)
     check_output(again)
     assert f"devices: {devices} ? cpu" in again.stdout
     assert f"resumed after step {STEPS}" in again.stdout and "schedule" not in again.stdout
@@ -176,7 +181,8 @@ def check_longer(root: Path) -> None:
 @pytest.mark.slow
 def test_one_device(tmp_path):
     write_text(tmp_path)
-    train_twice(tmp_path, devices=1)
+    train_twice(tmp_path, devices=1, fresh=True)
+    assert any((tmp_path / "cache" / "compiled").iterdir())  # the next run starts faster
     check_evaluation(tmp_path, devices=1)
     check_longer(tmp_path)
 

@@ -43,7 +43,7 @@ CASES = {  # mesh, other values
     "olmoe_1b_7b": ((8, 1, 1), TPU),
     HOPPER: ((1, 1, 1), {"model.attention": "xla", "model.moe.grouped_matmul": "hopper"}),
 }
-SLOW = ("moonlight_16b_a3b", "olmoe_1b_7b")
+SLOW = ("moonlight_16b_a3b", "olmoe_1b_7b", HOPPER)
 # Names of functions, and functions: they are what a move of the code changes.
 NAMES = {
     "name", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "debug_info", "name_and_src_info", "name_stack",

@@ -105,6 +105,7 @@ def test_choices_and_pairs_are_those_that_were_made(trial):
     assert np.nanmax(one.coactivation) <= 1 and np.nanmin(one.topk_score) < 1
 
 
+@pytest.mark.slow
 def test_unused_slots_cost_no_memory():
     """The buffers of a layer's gradient: eight slots of which one is used need little more than one slot."""
     tokens, d, f = 2048, 64, 64

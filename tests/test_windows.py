@@ -272,7 +272,8 @@ LATENT = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("cfg", [MIXED, pytest.param(LATENT, marks=pytest.mark.slow)], ids=["heads", "latent"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", [MIXED, LATENT], ids=["heads", "latent"])
 def test_generation_with_a_cache_of_the_window(cfg):
     """Greedy samples are the argmax of the full forward pass over them; prompts are longer than the window."""
     params, bias = init(cfg)

@@ -24,7 +24,7 @@ from moe_jax.nn import lora
 from moe_jax.parallel import sharding
 from moe_jax.run import base, changes, checkpoint, config_file, log, replay, survive, teacher, weights
 from moe_jax.run.recorder import Recorder
-from moe_jax.train import guard, knobs, losses, metrics, step
+from moe_jax.train import guard, knobs, losses, metrics, prediction, step
 from moe_jax.train.state import abstract_weights, choose_program, init_state, process_rows, put_batch
 from moe_jax.tree import flatten
 
@@ -124,6 +124,8 @@ def train(preemption: survive.Preemption):
         if cfg.model.moe.selection_bias:
             fixed, moving = optim.split_biases(frozen, graph.shapes, abstract_weights(cfg.model, mesh)[1])
             say(balance.describe(cfg.loss, cfg.trained, fixed, bool(moving)))
+    if cfg.model.mtp_layers:
+        say(prediction.describe(cfg.loss, cfg.model.mtp_layers, cfg.train.steps))
     if line := knobs.describe(cfg):
         say(line)
     if taught:

@@ -80,6 +80,7 @@ OTHER_NUMBERS = {  # of the same function: they make another run, and weights of
     "model.moe.compute", "model.moe.capacity_factor", "model.moe.overflow", "model.moe.expert_budget",
     # The base of adapters is a model without any, and fresh ones add 0. Adapters in the run it starts from are merged.
     "model.lora.rank", "model.lora.alpha", "model.lora.rslora", "model.lora.match",
+    "model.mtp_layers",  # no logits depend on them
 }  # fmt: skip
 
 

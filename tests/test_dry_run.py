@@ -50,6 +50,14 @@ def test_activations_of_a_layer_are_those_of_the_table():
 
 
 @pytest.mark.slow
+def test_layers_of_multi_token_prediction():
+    """One keeps what its block reads, the gradient of what its head reads, and a
+    gradient of the output matrix."""
+    kept = lambda n: dry_run.memory(small(mtp_layers=n, remat="full"), (1, 1, 1)).activations
+    assert kept(1) - kept(0) >= 16 * 64 * 2 * 2 * 32 + 4 * 512 * 32
+
+
+@pytest.mark.slow
 def test_attention_probabilities_are_counted_where_they_are_kept():
     """Counts S × S numbers of at least 2 bytes for 4 layers and 4 heads with "xla" alone, without rematerialisation."""
     cases = itertools.product(("xla", "chunked", "cudnn"), ("none", "selective"))

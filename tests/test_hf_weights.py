@@ -7,7 +7,7 @@ import pytest
 from test_hf_files import CONFIG, EMBED, edit_index, mesh, shards, write
 
 from moe_jax.errors import CheckpointError, FormatError
-from moe_jax.hf import export_run, import_model
+from moe_jax.hf import export_run, import_model, read_model
 from moe_jax.hf import safetensors as files
 from moe_jax.run import weights
 from moe_jax.train.state import abstract_weights
@@ -236,8 +236,13 @@ def test_layers_of_prediction_are_dropped_with_a_line(tmp_path):
     more = lambda layer: lambda n: n.update({f"model.layers.{layer}.{name}.weight": numbers for name in names})
     write(tmp_path / "in", more(2), base=DEEPSEEK, num_nextn_predict_layers=1)
     *_, said = imported(tmp_path / "in", tmp_path / "run")
-    assert "3 tensors of multi-token prediction (layer 2) are not used" in said
+    assert "3 tensors of multi-token prediction (layer 2) are not used: no logits need them; --mtp keeps them" in said
+    write(tmp_path / "default", more(2), base=DEEPSEEK)  # the default of transformers' class is 1
+    of_load = []  # which has no such flag
+    read_model(tmp_path / "default", lambda _: mesh(), echo=of_load.append)
+    assert any("(layer 2)" in line for line in of_load) and "--mtp" not in "".join(of_load)
     export_run(tmp_path / "run", tmp_path / "out", mesh=mesh(), echo=lambda line: None)
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["num_nextn_predict_layers"] == 0
     write(tmp_path / "without", base=DEEPSEEK)
     assert (tmp_path / "out" / files.SINGLE).read_bytes() == (tmp_path / "without" / files.SINGLE).read_bytes()
     for i, (layer, number) in enumerate([(2, 0), (3, 1)]):

@@ -28,7 +28,6 @@ from moe_jax.train import step
 from moe_jax.train.gradients import forward, make_gradients
 from moe_jax.train.state import abstract_state, abstract_weights, init_state, parts_of, put_batch
 from moe_jax.tree import flatten, join, nest, split
-from moe_jax.upcycle.convert import _without_lost_groups
 
 RANK, ALPHA = 3, 4.5
 LORA = LoRAConfig(rank=RANK, alpha=ALPHA)
@@ -308,7 +307,7 @@ def test_an_upcycled_run_has_no_groups_of_adapters():
     groups = {"b": GroupConfig(match="lora_b", lr=2.0), "q": GroupConfig(match="w_q", lr=0.5)}
     cfg = run_config(layers=1)
     cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, groups=groups))
-    made, lines = _without_lost_groups(base_config(cfg))
+    made, lines = optim.groups.without_lost(base_config(cfg))
     assert list(made.optim.groups) == ["q"] and lines == [
         "optim.groups.b is left out: it matches no parameter of the new model"
     ]

@@ -83,6 +83,13 @@ def test_router_by_hand():
     }
 
 
+def test_layers_of_multi_token_prediction_are_apart():
+    alone, ahead = (layers(make_stats([[load]], top_k=1)) for load in ([1, 2, 3, 2], [0, 0, 8, 0]))
+    both = router_metrics(alone, ahead=[ahead[0]._replace(dropped=ahead[0].dropped + 4)])
+    assert {name: value for name, value in both.items() if "mtp_1" not in name} == router_metrics(alone)
+    assert both["router/mtp_1/max_load"] == 4 and both["router/mtp_1/dropped"] == 0.5
+
+
 def test_router_without_tokens_is_finite():
     got = router_metrics(layers(make_stats(np.zeros((2, 1, 4)), top_k=2)))
     assert got["max_load"] == got["load_cv"] == got["dropped"] == 0.0

@@ -160,7 +160,8 @@ def test_how_a_model_is_computed_makes_no_other_model(saved):
         moe=dataclasses.replace(MODEL.moe, compute="dense", capacity_factor=2.0, exchange="ring", room=2.0,
                                 exchange_chunks=2, grouped_matmul="reference"),
     )  # fmt: skip
-    drops = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, compute="capacity", overflow="random"))
+    moe = dataclasses.replace(MODEL.moe, compute="capacity", overflow="random")
+    drops = dataclasses.replace(MODEL, moe=moe, mtp_layers=1)
     changed = {"model.moe.expert_budget"}  # for identity experts only, which this model does not have
     for model in (other, drops):
         cfg = dataclasses.replace(CFG, init_from=str(saved), model=model)

@@ -140,7 +140,8 @@ def bytes_sent(cfg: config.RunConfig, report: Report) -> dict[tuple[str, str], t
     """
     peers, out = report.mesh["expert"], {}
     moe_of = lambda experts: dataclasses.replace(cfg.trained.moe, num_experts=experts)
-    layers = [exchange.devices_per_token(moe_of(n), peers) for p in cfg.model.places if (n := p.kind.experts)]
+    places = (*cfg.model.places, *cfg.model.mtp_places)
+    layers = [exchange.devices_per_token(moe_of(n), peers) for p in places if (n := p.kind.experts)]
     used = sum(layers) / len(layers) / peers if layers else 1  # a mean over layers
     for c in report.sent:
         key = c.kind, "·".join(c.axes) or "none"

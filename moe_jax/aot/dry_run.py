@@ -21,7 +21,7 @@ from moe_jax.nn.layers import weight
 from moe_jax.optim import groups
 from moe_jax.parallel import sharding
 from moe_jax.run import teacher
-from moe_jax.train import cross_entropy, gradients
+from moe_jax.train import cross_entropy, gradients, prediction
 from moe_jax.train.state import abstract_batch, abstract_state, choose_program, parts_of
 from moe_jax.tree import flatten
 
@@ -106,14 +106,17 @@ def _residuals(cfg: config.RunConfig, rows: int) -> int:
     mesh = sharding.make_mesh((1, 1, 1))
     state = abstract_state(cfg, mesh)
     frozen = optim.frozen_paths(cfg.optim, flatten(state.params))
-    graph = model.abstract(cfg.trained, dataclasses.replace(choose_program(cfg, mesh), frozen=frozen))
+    program = dataclasses.replace(choose_program(cfg, mesh), frozen=frozen, mtp=cfg.model.mtp_layers > 0)
+    graph = model.abstract(cfg.trained, program)
 
     def kept(params, bias, batch):
         trained, fixed = groups.split(params, frozen)
 
         def loss(trained):
             out, matrix = gradients.forward(graph, groups.join(trained, fixed), bias, batch)
-            return cross_entropy.summed_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets, batch.weights)
+            matrix = weight(matrix, out.hidden.dtype)
+            nll = cross_entropy.summed_nll(out.hidden, matrix, batch.targets, batch.weights)
+            return nll if out.ahead is None else (nll, prediction.sums(out.ahead, matrix, batch).nll)
 
         return jax.vjp(loss, trained)[1]
 
@@ -145,9 +148,12 @@ def memory(cfg: config.RunConfig, shape: tuple[int, int, int], taught_by: config
     width = 4 if cfg.train.micro_batches > 1 else 0  # gradients of micro-batches are summed in float32
     grads = sum(math.prod(x.shape) * (width or x.dtype.itemsize) // parts.get(path, 1) for path, x in trained.items())
     rows = cfg.data.batch_size // (math.prod(shape) * cfg.train.micro_batches)
+    # Each layer of multi-token prediction keeps a gradient of the whole output matrix until the backward pass.
+    output = "embed" if cfg.model.tie_embeddings else "head"
+    heads = 0 if output in frozen else 4 * cfg.model.mtp_layers * cfg.model.vocab_size * cfg.model.d_model
     return Memory(
         held(state.params) + held(state.router_bias), held(opt.optimizer) + held(opt.controllers), held(opt.ema), grads,
-        round(activations(cfg) * rows), _of_teacher(taught_by, sizes) if taught_by else 0,
+        round(activations(cfg) * rows) + heads, _of_teacher(taught_by, sizes) if taught_by else 0,
     )  # fmt: skip
 
 

@@ -22,6 +22,9 @@ from moe_jax.errors import ConfigError
 KINDS = ("dense", "moe", "late", "table", "memory")
 
 
+MTP_BLOCK = "mtp/block"  # path, in the parameters, of the blocks of layers of multi-token prediction
+
+
 class Kind(NamedTuple):
     """A kind of block."""
 

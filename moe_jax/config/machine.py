@@ -134,9 +134,10 @@ def check_steps(cfg: RunConfig, done: int) -> None:
 def for_evaluation(cfg: RunConfig, num_devices: int) -> tuple[RunConfig, tuple[int, int, int]]:
     """A run's config for evaluation on the devices present, and the shape of the mesh: data × 1 × expert.
 
-    The batch is rounded up to a multiple of the number of devices.
+    Layers of multi-token prediction, which no logits depend on, are left out. The batch is rounded up to a multiple of
+    the number of devices.
     """
-    b = -(-cfg.data.batch_size // num_devices) * num_devices
+    cfg, b = cfg.without_mtp, -(-cfg.data.batch_size // num_devices) * num_devices
     data = dataclasses.replace(cfg.data, batch_size=b)
     loss = dataclasses.replace(cfg.loss, balance_batch="global", more={}, shuffle_tokens=False)
     train = dataclasses.replace(cfg.train, micro_batches=1)

@@ -83,6 +83,9 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     logits_divisor: float = number(1.0, 1e-6)  # fixed divisor of the logits
     tie_embeddings: bool = False  # the output matrix is the embedding
     norm_head: bool = False  # divide each row of the output matrix by its length before logits (NormHead, Ling)
+    # Layers of multi-token prediction (docs/layers.md), a head for training: layer k predicts the token k places after
+    # the next one. Logits do not depend on them. 0: none. Each has the form of the last block, dense or with experts.
+    mtp_layers: int = machine(number(0, 0), FIXED)
     # Standard deviation of a fresh weight, drawn from a normal distribution cut off at 3 standard deviations.
     init_std: float = machine(number(0.02, 0.0), FIXED)
     # Dtype of activations and matrix products. Router, norms and losses compute in float32.
@@ -144,9 +147,20 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         return dataclasses.replace(self, lora=LoRAConfig()) if self.lora.rank else self
 
     @property
+    def without_mtp(self) -> "ModelConfig":
+        """The model without layers of multi-token prediction."""
+        return dataclasses.replace(self, mtp_layers=0) if self.mtp_layers else self
+
+    @property
     def places(self) -> tuple[layers_lib.Place, ...]:
         """The place of each block in the parameters, from the first block to the last."""
         return layers_lib.places_of(self.stacks)
+
+    @property
+    def mtp_places(self) -> tuple[layers_lib.Place, ...]:
+        """The place of the block of each layer of multi-token prediction, which `places` does not have."""
+        kind = self.places[-1].kind
+        return tuple(layers_lib.Place(layers_lib.MTP_BLOCK, index, kind) for index in range(self.mtp_layers))
 
     @property
     def table_paths(self) -> set[str]:
@@ -195,6 +209,8 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
             self._check_mla()
         self._check_positions()
         self._check_residual()
+        if self.mtp_layers:
+            self._check_mtp()
         if self.lora.rank and self.moe.expert_weights == "ternary":
             self._check_adapters()
 
@@ -204,6 +220,15 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         found = next((path for path in paths if re.search(self.lora.match, path)), "")
         rule = f"gives {found} an adapter, and their sum has more values than moe.expert_weights='ternary'"
         require(not found, "lora.match", self.lora.match, rule, "nearest valid: '/(attention|mlp|shared)/'")
+
+    def _check_mtp(self):
+        layers, kind = self.mtp_layers, self.places[-1].kind.name
+        rule = "is not available with lora.rank > 0, which would leave them as they are"
+        require(not self.lora.rank, "mtp_layers", layers, rule, "nearest valid: 0")
+        rule = f"is not available with a last block of kind {kind!r}, whose form such a layer would have"
+        require(kind in ("dense", "moe"), "mtp_layers", layers, rule, "nearest valid: 0")
+        rule = f"is not available with moe.router={self.moe.router!r}, whose state goes from layer to layer"
+        require(kind == "dense" or self.moe.router != "mlp", "mtp_layers", layers, rule, "nearest valid: 0")
 
     def _check_layers(self):
         text, units, experts = self.layers, self.units, self.moe.num_experts

@@ -17,6 +17,7 @@ from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, n
 from moe_jax.config.model import ModelConfig
 from moe_jax.errors import ConfigError
 
+MTP_FIELDS = ("mtp_coef", "mtp_stop", "mtp_late_coef")  # of the loss
 Scope = int | Literal["global"]  # sequences that are balanced together; "global": the whole optimizer batch
 
 
@@ -62,8 +63,14 @@ class LossConfig(Checked, resume=FIXED):
     # expert counts so far (arXiv:2501.11873, algorithm 1), an approximation that saves a forward pass.
     accumulation: Literal["exact", "running"] = "exact"
     router_z_coef: float = number(0.001, 0.0)  # weight of the router z-loss; 0: off
-    # Whether router losses, load-balancing and z, are averaged or added up over MoE layers.
+    # Whether router losses, load-balancing and z, are averaged or added up over MoE layers, those of multi-token
+    # prediction apart.
     router_loss_layers: Literal["mean", "sum"] = "mean"
+    # Weight of multi-token prediction, of the mean over the layers of model.mtp_layers and of the losses of their own
+    # routers. 0: the decoder trains as without the layers. DeepSeek-V3: 0.3, then 0.1.
+    mtp_coef: float = number(0.3, 0.0)
+    mtp_stop: int = number(0, 0)  # the last step with mtp_coef; 0: the run's last step
+    mtp_late_coef: float = number(0.0, 0.0)  # weight after mtp_stop; 0: off
     # Update of the bias of model.moe.selection_bias after a step: bias + rate · direction. The direction is the sign of
     # target load − load ("sign"), the same minus its mean ("centred", Moonlight), target share − share
     # ("proportional", LongCat-Flash), or AdamW's of that ("adamw", ZAYA1). "quantile" has no rate: it solves for the
@@ -323,6 +330,12 @@ class RunConfig(Checked, resume=FIXED):
             return self.model
         return dataclasses.replace(self.model, moe=dataclasses.replace(self.model.moe, top_k=self.explore.top_k))
 
+    @property
+    def without_mtp(self) -> "RunConfig":
+        """The run of the model without layers of multi-token prediction."""
+        off = {name: getattr(LossConfig, name) for name in MTP_FIELDS}
+        return dataclasses.replace(self, model=self.model.without_mtp, loss=dataclasses.replace(self.loss, **off))
+
     def _check_loss(self, b: int) -> None:
         more = self.loss.more.items()
         scopes = {"": self.loss.balance_batch} | {f"more.{n}.": m.balance_batch for n, m in more}
@@ -331,6 +344,7 @@ class RunConfig(Checked, resume=FIXED):
             rule = f"must divide data.batch_size={b} or be 'global'"
             name = f"loss.{prefix}balance_batch"
             require(g == "global" or b % g == 0, name, g, rule, f"nearest valid: {nearest}")
+        self._check_mtp()
         counts = self.model.expert_counts
         for name, m in more:
             alone = m.over == 1 and not self.model.moe.identity_experts
@@ -351,6 +365,18 @@ class RunConfig(Checked, resume=FIXED):
         rule = f"must have model.moe.num_experts={e} numbers, or none"
         require(len(target) in (0, e), "loss.bias_target", target, rule, "nearest valid: ()")
         check_bias_update(self.loss, self.model)
+
+    def _check_mtp(self) -> None:
+        loss, layers, s = self.loss, self.model.mtp_layers, self.data.seq_len
+        for name in MTP_FIELDS:
+            value, default = getattr(loss, name), getattr(LossConfig, name)
+            require(layers or value == default, f"loss.{name}", value, "has no effect with model.mtp_layers=0",
+                    f"nearest valid: {default}")  # fmt: skip
+        rule = "has no effect with mtp_stop=0"
+        require(loss.mtp_stop or not loss.mtp_late_coef, "loss.mtp_late_coef", loss.mtp_late_coef, rule,
+                "nearest valid: 0.0")  # fmt: skip
+        rule = f"must be < data.seq_len={s}: a row of {s} tokens has no token so far ahead"
+        require(layers < s, "model.mtp_layers", layers, rule, f"nearest valid: {s - 1}")
 
     @property
     def balance_unit(self) -> int:

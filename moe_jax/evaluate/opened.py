@@ -246,7 +246,7 @@ def load(
 
 
 def _load_run(source, step, average, compute_dtype, mesh, echo) -> OpenedRun:
-    cfg = config_file.load_config(source)
+    cfg = config_file.load_config(source).without_mtp
     computed, mesh = _computed(cfg, compute_dtype, echo), _mesh(cfg.model, mesh)
     with Checkpoints(source) as checkpoints:
         step = checkpoints.latest() if step is None else step

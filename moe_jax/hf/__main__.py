@@ -1,6 +1,7 @@
 """Imports a model into a run directory, or exports a run.
 
     python -m moe_jax.hf import --from=DIR --workdir=runs/a       config.json and safetensors, or a .gguf file
+    python -m moe_jax.hf import --from=DIR --workdir=runs/a --mtp             with its layers of multi-token prediction
     python -m moe_jax.hf export --workdir=runs/a --to=DIR         for transformers' from_pretrained; adapters are merged
     python -m moe_jax.hf export --workdir=runs/a --to=DIR --adapter           the adapters of a run alone, for PEFT
     python -m moe_jax.hf import --from=DIR --base=runs/b --workdir=runs/a     adapters that PEFT wrote
@@ -25,6 +26,7 @@ FROM = cli.define_path("from", None, "import: a directory of config.json and saf
 TO = cli.define_path("to", None, "export: the directory to make")
 SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "import: data.seq_len of the run; 0: the model's length, at most 2048", 0)
 BASE = cli.define_path("base", None, "import: the run directory of the base of adapters")
+MTP = flags.DEFINE_bool("mtp", False, "import: keep layers of multi-token prediction, a head for training")
 ADAPTER = flags.DEFINE_bool("adapter", False, "export: write the adapters of a run as PEFT does, without their base")
 STEP = flags.DEFINE_integer("step", None, "export: the checkpoint; default: the newest")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"],
@@ -44,15 +46,17 @@ def main(argv):
         if adapter != bool(BASE.value):
             rule = f"--from={FROM.value} has {'an' if adapter else 'no'} {peft.CONFIG}"
             raise UserError(f"{rule}, so import {'needs --base=RUN, its base' if adapter else 'takes no --base'}")
+        if adapter and MTP.value:
+            raise UserError("an import of adapters takes no --mtp, which keeps layers of a model")
         if adapter:
             import_adapter(FROM.value, BASE.value, WORKDIR.value)
         else:
-            import_model(FROM.value, WORKDIR.value, seq_len=SEQ_LEN.value)
+            import_model(FROM.value, WORKDIR.value, seq_len=SEQ_LEN.value, mtp=MTP.value)
         print(f"next: python eval.py --workdir={WORKDIR.value}")
     elif command == "export":
         if not TO.value or FROM.value:
             raise UserError("export needs --workdir=RUN and --to=DIR, and no --from")
-        _refuse_given("export", "import", "base", "seq_len")
+        _refuse_given("export", "import", "base", "seq_len", "mtp")
         if ADAPTER.value:
             if DTYPE.value not in ("", "float32"):
                 raise UserError(f"--dtype={DTYPE.value}: adapters are written in float32")

@@ -20,9 +20,11 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data.tokenizers import COMPANION_FILES, companion_files
 from moe_jax.errors import FormatError
 from moe_jax.hf import block_fp8, gguf, safetensors, tables
-from moe_jax.hf.architectures import KEPT, read_config, write_config
+from moe_jax.hf.architectures import ARCHITECTURES, KEPT, read_config, write_config
+from moe_jax.hf.defaults import DEFAULTS
 from moe_jax.hf.devices import Assembly, fetch, is_finite
 from moe_jax.hf.tokenizer import exported, imported
+from moe_jax.model import is_prediction
 from moe_jax.parallel import sharding
 from moe_jax.run import weights
 from moe_jax.run.config_file import load_config
@@ -31,8 +33,7 @@ from moe_jax.tree import flatten
 
 TOKENIZER_FILES = COMPANION_FILES
 HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output.weight": "token_embd.weight"}  # equal in a tied model
-PREDICTS = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")  # architectures with layers of multi-token prediction
-PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers")  # keys of their number
+PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers")  # of layers of multi-token prediction
 IGNORED = ".rotary_emb.inv_freq"  # tensors of old Llama files, which follow from the configuration
 SEQ_LEN = 2048  # largest default of data.seq_len
 
@@ -46,18 +47,19 @@ def whole_mesh() -> Mesh:
 
 
 def import_model(
-    source: str | os.PathLike, workdir: str | os.PathLike, *, seq_len: int = 0, mesh: Mesh | None = None,
-    echo: Callable[[str], Any] = print,
+    source: str | os.PathLike, workdir: str | os.PathLike, *, seq_len: int = 0, mtp: bool = False,
+    mesh: Mesh | None = None, echo: Callable[[str], Any] = print,
 ) -> RunConfig:  # fmt: skip
     """Makes a run directory of the model in `source`: a directory with config.json and safetensors, or a GGUF file.
 
     seq_len: data.seq_len of the run; 0: the model's number of positions, at most `SEQ_LEN`.
+    mtp: keeps the layers of multi-token prediction, a head for training; False drops them with a line.
     mesh: the devices that hold the weights meanwhile, by default all; the result does not depend on it.
     Raises FormatError, ConfigError or CheckpointError in one line, and then there is no `workdir`.
     """
     workdir, mesh = Path(workdir).expanduser(), mesh or whole_mesh()
     weights.check_free(workdir)
-    read = read_model(source, lambda model: mesh, workdir, seq_len=seq_len, echo=echo)
+    read = read_model(source, lambda model: mesh, workdir, seq_len=seq_len, mtp=mtp, echo=echo)
     weights.save_weights(workdir, read.cfg, read.params, read.router_bias, [read.origin], read.files)
     echo(f"{read.summary}, → {workdir}")
     if "tokenizer.json" not in read.files and "tokenizer.model" not in read.files:
@@ -78,7 +80,7 @@ class ReadModel(NamedTuple):
 
 def read_model(
     source: str | os.PathLike, mesh_for: Callable[[ModelConfig], Mesh], workdir: Path | None = None, *,
-    seq_len: int = 0, echo: Callable[[str], Any] = print,
+    seq_len: int = 0, mtp: bool = False, echo: Callable[[str], Any] = print,
 ) -> ReadModel:  # fmt: skip
     """Reads the model in `source` into memory, onto the mesh of `mesh_for`. The arguments are those of `import_model`.
 
@@ -99,18 +101,23 @@ def read_model(
     name, model, lines = read_config(hf, str(source))
     for line in lines:
         echo(line)
+    if mtp:
+        model = dataclasses.replace(model, mtp_layers=_declared(hf, prefix + name, str(source)))
     if not prefix:
         needed = lambda tensor: not (tensor.endswith(IGNORED) or (tensor in HEADS and model.tie_embeddings))
         block = block_fp8.block_of(hf.get("quantization_config"), str(source))
         entries = block_fp8.dequantised(safetensors.open_model(source, needed, echo), block, str(source), echo)
-        entries = without_prediction(entries, hf, name, model.num_layers, echo)
+        if not mtp:
+            hint = "; --mtp keeps them for training" if workdir else ""  # an import, which has this flag
+            entries = without_prediction(entries, hf, name, model.num_layers, echo, hint)
     model = _in_dtype(model, entries)
     mesh = mesh_for(model)
     check_size(source, model, len(entries), tables.rules(prefix + name, model)[1], settings)
     abstract = abstract_weights(model, mesh)
     shapes = {path: leaf.shape for tree in abstract for path, leaf in flatten(tree).items()}
     wanted = tables.tensors(prefix + name, model, shapes)
-    skipped = check_names(source, wanted, entries, model.tie_embeddings, settings)
+    tied = {name: HEADS[name] for name in HEADS if model.tie_embeddings}
+    skipped = check_names(source, wanted, entries, tied | tables.copies(model), settings)
     folder = workdir or (source.parent if source.suffix == ".gguf" else source)
     tokenizer, files, notes = imported(files, folder, model.vocab_size)
     for line in notes:
@@ -134,20 +141,38 @@ def read_model(
     return ReadModel(cfg, params, bias, files, origin, summary)
 
 
+def _declared(hf: dict[str, Any], name: str, where: str) -> int:
+    """The number of layers of multi-token prediction that a config.json has. Raises FormatError without any."""
+    declared = _layers_of_prediction(hf, name)
+    if declared < 1:
+        rule = f"has no layers of multi-token prediction: architecture {name}, {PREDICTION[0]}={declared}"
+        raise FormatError(f"{where}: {rule}; nearest valid: no --mtp")
+    return declared
+
+
+def _layers_of_prediction(hf: dict[str, Any], name: str) -> int:
+    """The number of layers of multi-token prediction by a config.json, or by the default of transformers' class."""
+    if name not in tables.PREDICTS:
+        return 0
+    given = [hf[key] for key in PREDICTION if key in hf]
+    default = 0 if given else DEFAULTS[ARCHITECTURES[name].model_type][PREDICTION[0]]
+    return max([number for number in given if type(number) is int], default=default)
+
+
 def without_prediction(
-    entries: dict[str, Any], hf: dict[str, Any], name: str, num_layers: int, echo: Callable[[str], Any]
+    entries: dict[str, Any], hf: dict[str, Any], name: str, num_layers: int, echo: Callable[[str], Any], hint: str = ""
 ) -> dict[str, Any]:
     """The tensors without those of multi-token prediction, which follow the decoder's layers as layers of their own.
 
     They are extra heads for training (arXiv:2412.19437, §2.2), which logits do not depend on.
     """
-    declared = [hf[key] for key in PREDICTION if type(hf.get(key)) is int]
-    extra = range(num_layers, num_layers + max(declared, default=0) if name in PREDICTS else num_layers)
+    extra = range(num_layers, num_layers + _layers_of_prediction(hf, name))
     layer_of = lambda tensor: int(found[1]) if (found := re.match(r"model\.layers\.(\d{1,9})\.", tensor)) else -1
     dropped = [tensor for tensor in entries if layer_of(tensor) in extra]
     if dropped:
         layers = ", ".join(map(str, sorted({layer_of(tensor) for tensor in dropped})))
-        echo(f"{len(dropped):,} tensors of multi-token prediction (layer {layers}) are not used: no logits need them")
+        echo(f"{len(dropped):,} tensors of multi-token prediction (layer {layers}) are not used: no logits need them"
+             f"{hint}")  # fmt: skip
     return {tensor: entries[tensor] for tensor in entries if layer_of(tensor) not in extra}
 
 
@@ -170,16 +195,18 @@ def check_size(source: Path, model: ModelConfig, tensors: int, rules: tuple[tabl
     """
     each = any("{expert}" in rule[0] for rule in rules)  # otherwise a layer's experts are one tensor
     experts = sum(place.kind.experts for place in model.places) if each and model.num_layers <= tensors else 0
-    if max(model.num_layers, experts) > tensors:
-        rule = f"has {tensors:,} tensors, too few for {model.num_layers:,} layers with {experts:,} experts in all"
+    layers = model.num_layers + model.mtp_layers
+    if max(layers, experts) > tensors:
+        rule = f"has {tensors:,} tensors, too few for {layers:,} layers with {experts:,} experts in all"
         raise FormatError(f"{source}: {rule}, which its {settings} asks for")
 
 
 def check_names(
-    source: Path, wanted: list[tables.Tensor], entries: dict[str, Any], tied: bool, settings: str
+    source: Path, wanted: list[tables.Tensor], entries: dict[str, Any], copies: dict[str, str], settings: str
 ) -> list[str]:
     """The names of unneeded tensors. Raises FormatError unless the files have the others, in these shapes.
 
+    copies: tensors that files may have besides, and those that they must equal.
     settings: what the settings are called, "config.json" or "metadata".
     """
     names = {tensor.name for tensor in wanted}
@@ -194,9 +221,10 @@ def check_names(
             raise FormatError(f"{source}: {tensor.name} has shape {have}; by its {settings} it must be {want}")
     skipped = [name for name in entries if name not in names and name.endswith(IGNORED)]
     for name in entries:
-        if tied and name in HEADS and HEADS[name] in names:
-            if not np.array_equal(entries[name].read(), entries[HEADS[name]].read()):
-                raise FormatError(f"{source}: {name} differs from {HEADS[name]}, though config.json ties them")
+        if copies.get(name) in names:
+            if not np.array_equal(entries[name].read(), entries[copies[name]].read()):
+                why = "though config.json ties them" if name in HEADS else "though layers of prediction share it"
+                raise FormatError(f"{source}: {name} differs from {copies[name]}, {why}")
             skipped.append(name)
     if unknown := [name for name in entries if name not in names and name not in skipped]:
         rule = f"has {unknown[0]}, for which there is no rule ({len(unknown)} such tensors); none is dropped silently"
@@ -240,8 +268,16 @@ def export_run(
     name, hf = write_config(cfg.model, cfg.data.seq_len, source.get("architecture", ""))
     hf |= source.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}
     hf, files = exported(Path(workdir), hf, {event.get("event") for event in origin}, echo)
-    leaves = flatten(params) | flatten(bias)
-    found = tables.tensors(name, cfg.model, {path: leaf.shape for path, leaf in leaves.items()})
+    leaves, written = flatten(params) | flatten(bias), cfg.model
+    if written.mtp_layers and name in tables.PREDICTS and written.num_moe_layers:
+        hf[PREDICTION[0]] = written.mtp_layers
+    elif written.mtp_layers:
+        written = written.without_mtp
+        leaves = {path: leaf for path, leaf in leaves.items() if not is_prediction(path)}
+        echo(f"the layers of multi-token prediction are not exported: {name} has no place for them")
+    found = tables.tensors(name, written, {path: leaf.shape for path, leaf in leaves.items()})
+    by_name = {tensor.name: tensor for tensor in found}
+    found += [by_name[of]._replace(name=copy) for copy, of in tables.copies(written).items()]
     kind = lambda t: np.dtype("float32") if t.targets[0].path.endswith("router_bias") else dtype
     specs = [safetensors.Spec(t.name, kind(t), t.shape) for t in found]
     for path, leaf in leaves.items():

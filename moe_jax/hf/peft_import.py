@@ -30,6 +30,7 @@ from moe_jax.hf.architectures import write_config
 from moe_jax.hf.convert import whole_mesh
 from moe_jax.hf.peft import CONFIG, PREFIX, TENSORS, layer_of, shapes_of, single, unfuse, unstack
 from moe_jax.nn.lora import NEVER, SUFFIX, is_adapter, matrix_of
+from moe_jax.optim import groups
 from moe_jax.run import weights
 from moe_jax.run.base import imported_from
 from moe_jax.run.config_file import load_config
@@ -73,7 +74,7 @@ def import_adapter(
     """
     source, base, mesh = Path(source).expanduser(), Path(base).expanduser(), mesh or whole_mesh()
     weights.check_free(workdir)
-    of_base = load_config(base)
+    of_base, lost = groups.without_lost(load_config(base).without_mtp)
     model = of_base.model.base
     adapter = open_adapter(source)
     as_base = dataclasses.replace(of_base, init_from=str(base))
@@ -99,6 +100,8 @@ def import_adapter(
     adapters = jax.tree.map(place, nest(leaves), split(abstract, is_adapter)[0])
     own_event = {"event": "import_adapter", "from": str(source), "base": str(base)}
     weights.save_weights(workdir, cfg, adapters, {}, [*origin, own_event], files, record)
+    for line in lost:
+        echo(line)
     if line := compare_names(adapter, base, origin):
         echo(line)
     echo(f"{len(leaves) // 2} adapters of rank {lora.rank}, for the base {base}, → {workdir}")

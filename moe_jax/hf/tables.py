@@ -84,6 +84,14 @@ GATED = (
     ("mlp.shared_expert_gate.weight", "moe/w_shared_gate", "linear"),
 )
 BIAS: tuple[Rule, ...] = (("mlp.gate.e_score_correction_bias", "moe/router_bias", "same"),)
+# Of a layer of multi-token prediction, beside those of its block. Their tensors are those of one more layer.
+PREDICTS = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")  # architectures that have such layers
+PREDICTION: tuple[Rule, ...] = (
+    ("enorm.weight", "embed_norm", "same"),
+    ("hnorm.weight", "hidden_norm", "same"),
+    ("eh_proj.weight", "w_join", "linear"),
+    ("shared_head.norm.weight", "final_norm", "same"),
+)
 
 GGUF_TABLES: tuple[Rule, ...] = (("token_embd.weight", "embed", "same"), ("output_norm.weight", "final_norm", "same"))
 GGUF_HEAD: tuple[Rule, ...] = (("output.weight", "head", "same"),)
@@ -213,7 +221,10 @@ def tensors(name: str, cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> 
     outside, layer_rules, prefix = rules(name, cfg)
     found = [_tensor(cfg, rule, rule[0], "", (), shapes) for rule in outside]
     used = set()
-    for i, place in enumerate(cfg.places):
+    for k in range(cfg.mtp_layers):
+        layer = prefix.format(layer=cfg.num_layers + k)
+        found += [_tensor(cfg, rule, layer + rule[0], "mtp/", (k,), shapes) for rule in PREDICTION]
+    for i, place in enumerate((*cfg.places, *cfg.mtp_places)):
         block = f"{place.path}/"
         for rule in layer_rules:
             if f"{block}{rule[1].split(',')[0]}" not in shapes:
@@ -228,6 +239,15 @@ def tensors(name: str, cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> 
         raise FormatError(f"the rule for {unused[0][0]} matches no parameter of this model; see moe_jax/hf/tables.py")
     _check_total(found, shapes)
     return found
+
+
+def copies(cfg: ModelConfig) -> dict[str, str]:
+    """The tensors of layers of multi-token prediction that are copies of others, and those: embedding and head."""
+    head = TABLES[0][0] if cfg.tie_embeddings else HEAD[0][0]
+    layers = [f"model.layers.{cfg.num_layers + k}" for k in range(cfg.mtp_layers)]
+    return {f"{at}.embed_tokens.weight": TABLES[0][0] for at in layers} | {
+        f"{at}.shared_head.head.weight": head for at in layers
+    }
 
 
 def _tensor(cfg, rule: Rule, name: str, block: str, index: tuple[int, ...], shapes) -> Tensor:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.config.layers import Kind
@@ -21,6 +21,13 @@ from moe_jax.nn.remat import keep
 from moe_jax.nn.residual import ResidualScale
 
 
+class Ahead(NamedTuple):
+    """The tokens that layers of multi-token prediction read: layer k, at the place of a token, the k-th after it."""
+
+    tokens: Int[Array, "K B S"]
+    counted: Bool[Array, "K B S"]  # False: padding, or no such token in the document
+
+
 class Inputs(NamedTuple):
     """A (micro-)batch: the input of the model."""
 
@@ -29,6 +36,7 @@ class Inputs(NamedTuple):
     segments: Int[Array, "B S"] | None
     info: TokenInfo
     knobs: Knobs | None = None  # of the step; None in evaluation
+    ahead: Ahead | None = None  # where the program runs layers of multi-token prediction
 
 
 class BlockOutput(NamedTuple):

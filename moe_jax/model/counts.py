@@ -15,7 +15,10 @@ from moe_jax.tree import flatten
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters. Active parameters are those used for one token: without the experts it does not choose."""
+    """Numbers of parameters. Active parameters are those used for one token: without the experts it does not choose.
+
+    Layers of multi-token prediction are counted, which only training uses.
+    """
 
     total: int
     active: int
@@ -58,24 +61,31 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, frozen: frozenset[str] = fro
     are W − W²/2S on average. Recomputation is not counted: these
     are the FLOPs of the model, MFU's numerator, not those that the hardware does. The rows of a
     memory that a token reads count like weights: 2 FLOPs for each number, forward and for each of two gradients.
+    Layers of multi-token prediction count like others, and the output matrix once more for each.
     """
     looked_up = () if cfg.tie_embeddings else ("embed",)
     leaves = list(_leaves(cfg))
-    order = ["embed", "embed_bias", "embed_scale", *(stack.name for stack in cfg.stacks), "final_norm", "head"]
+    stacks = [stack.name for stack in cfg.stacks]
+    order = ["embed", "embed_bias", "embed_scale", *stacks, "final_norm", "mtp", "head"]
     place = lambda path: order.index(path.partition("/")[0])
-    first = min((place(path) for path, *_ in leaves if path not in frozen), default=0)
+    trained = [place(path) for path, *_ in leaves if path not in frozen]
+    first = min(trained, default=0)
+    first_below_head = min((at for at in trained if at != place("mtp")), default=len(order))  # of the decoder's own use
+    factor = lambda path, at, first: 2.0 if at < first else 4.0 if path in frozen else 6.0
     flops = 0.0
     for path, names, _, used in leaves:
         if "norm" in names or path in looked_up:
             continue
-        below = place("head" if path == "embed" else path) < first  # the tied embedding is a product at the end
-        flops += used * (2.0 if below else 4.0 if path in frozen else 6.0)
+        product = "head" if path == "embed" else path  # the tied embedding is a product at the end
+        at = place(product)
+        if product == "head":
+            flops += used * (factor(path, at, first_below_head) + cfg.mtp_layers * factor(path, at, first))
+        else:
+            flops += used * factor(path, at, first)
     heads = cfg.num_heads * (cfg.head_dim + cfg.v_dim)
-    for stack in cfg.stacks:
-        share = 1.0 if place(stack.name) < first else 3.0
-        for kind in stack.unit:
-            window = min(cfg.window, seq_len) if kind.attends.window else seq_len
-            flops += share * stack.repeat * (2 * window - window**2 / seq_len) * heads
+    for name, _, kind in (*cfg.places, *cfg.mtp_places):
+        window = min(cfg.window, seq_len) if kind.attends.window else seq_len
+        flops += (1.0 if place(name) < first else 3.0) * (2 * window - window**2 / seq_len) * heads
     return flops
 
 

@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig
-from moe_jax.config.layers import Stack
+from moe_jax.config.layers import MTP_BLOCK, Stack
+from moe_jax.model import prediction
 from moe_jax.model.blocks import Block, BlockOutput, Inputs, Unit, blocks_of
+from moe_jax.model.prediction import Prediction, is_prediction
 from moe_jax.moe.layer import RouterBias
 from moe_jax.moe.program import Program
 from moe_jax.moe.routers import ROUTERS
@@ -38,6 +40,8 @@ class Output(NamedTuple):
     choices: dict[str, Choices] | None  # None unless the program records them
     max_logit: dict[str, Float[Array, "L N"]] | None  # None unless the program asks for it
     residual: dict[str, Float[Array, "L B S D"]] | None  # after each block; None unless the program asks for it
+    # What the head reads for each layer of multi-token prediction; None unless the program asks for it.
+    ahead: Float[Array, "K B S D"] | None = None
 
 
 class Transformer(nnx.Module):
@@ -56,6 +60,8 @@ class Transformer(nnx.Module):
         self.final_norm = init.ones((cfg.d_model,), "norm")
         if not cfg.tie_embeddings:
             self.head = init.normal((cfg.vocab_size, cfg.d_model), "vocab embed")
+        if cfg.mtp_layers:
+            self.mtp = Prediction(cfg, init.stack(cfg.mtp_layers), program)
         if cfg.lora.rank:
             self._adapt(init)  # last, so that the other weights are those of a model without adapters
 
@@ -77,9 +83,11 @@ class Transformer(nnx.Module):
             (x, state), outputs = self._scan(stack, (x, state), inputs, caches, start, first)
             found |= dict(zip(stack.paths, outputs, strict=True))
             first += stack.repeat * len(stack.unit)
-        # Divides the logits where it costs nothing and is rounded once, in float32: in the scale of the norm.
-        scale = times(self.final_norm[...].astype(jnp.float32), 1 / self.cfg.logits_divisor)
-        hidden = rms_norm(x, scale, self.cfg.norm_eps)
+        hidden, normed = self.normed(x, self.final_norm)
+        ahead = None
+        if self.program.mtp:
+            with jax.named_scope("mtp"):
+                ahead, found[MTP_BLOCK] = prediction.run(self, normed, inputs)
         all_of = lambda name: {path: getattr(out, name) for path, out in found.items()}
         routed = lambda name: {path: getattr(out, name) for path, out in found.items() if out.stats is not None}
         over_batch = lambda by_block: {path: jnp.max(x, axis=1) for path, x in by_block.items()}
@@ -90,7 +98,16 @@ class Transformer(nnx.Module):
             choices=routed("choices") if self.program.record else None,
             max_logit=over_batch(all_of("max_logit")) if self.program.max_logit else None,
             residual=all_of("x") if self.program.residual else None,
+            ahead=ahead,
         )
+
+    def normed(self, x: Float[Array, "B S D"], norm: nnx.Param) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"]]:
+        """Returns what the head reads, the normed x divided by `logits_divisor`, and the normed x itself."""
+        scale, divisor = norm[...].astype(jnp.float32), self.cfg.logits_divisor
+        # Divides the logits where it costs nothing and is rounded once, in float32: in the scale of the norm.
+        hidden = rms_norm(x, times(scale, 1 / divisor), self.cfg.norm_eps)
+        is_same = divisor == 1 or not self.program.mtp  # which alone needs the other
+        return hidden, hidden if is_same else rms_norm(x, scale, self.cfg.norm_eps)
 
     @jax.named_scope("embedding")
     def embedded(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -216,6 +233,12 @@ def _abstract(cfg: ModelConfig, program: Program) -> tuple[Any, dict, dict]:
 def init_adapters(cfg: ModelConfig, seed: Array) -> dict:
     """The parameters of fresh adapters alone, as `init` makes them. Nothing else is allocated."""
     made = jax.jit(lambda seed: split(init(cfg, seed)[0], lora.is_adapter)[0])
+    return made(seed)
+
+
+def init_prediction(cfg: ModelConfig, seed: Array) -> tuple[dict, dict]:
+    """The parameters and router biases of fresh layers of multi-token prediction alone, as `init` makes them."""
+    made = jax.jit(lambda seed: tuple(split(tree, is_prediction)[0] for tree in init(cfg, seed)))
     return made(seed)
 
 

@@ -21,6 +21,7 @@ class Program:
     balance_groups: int = 1  # in evaluation the domains
     record: bool = False  # each token's choices: `Output.choices`
     residual: bool = False  # the residual stream after each block: `Output.residual`
+    mtp: bool = False  # layers of multi-token prediction: `Output.ahead`, and statistics of their routers
     max_logit: bool = False  # each head's largest attention logit: `Output.max_logit`
     histogram_bins: int = 0  # bins of `RouterStats.histogram`; 0: none
     frozen: frozenset[str] = frozenset()  # paths of parameters that nothing differentiates by

@@ -12,7 +12,8 @@ rope_dim of MLA, W for its head size of values:
 |                | MLA: latents, rotated keys, queries, keys and values        | kv + r + N·(2·H − r + W) (+ q)  |
 | `attention`    | its result; flash attention also the logsumexp of a query   | N·H (+ N float32)               |
 |                | cuDNN, packed: one for each of its lists' 24 to 48 places   | (+ 24·N to 48·N float32)        |
-| `residual`     | the layer's input plus attention                            | D                               |
+| `residual`     | the layer's input plus attention; with model.mtp_layers     | D                               |
+|                | also what the block of such a layer reads                   |                                 |
 | `router`       | logits                                                      | E float32                       |
 | `rows`         | rows sorted by expert                                       | 2·K int32                       |
 | `latent`       | with moe.latent, what routed experts read and their sum     | 2·latent                        |

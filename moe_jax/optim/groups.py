@@ -8,6 +8,7 @@ of it, no moment, no share in the norm that clipping takes, no decay. The factor
 (`with_factors`), whose own leaves stay together: Muon moves the same groups of matrices with and without factors.
 """
 
+import dataclasses
 import difflib
 import math
 import re
@@ -58,6 +59,15 @@ def check(cfg: RunConfig) -> None:
         moved = cfg.optim.qk_clip and any(re.search(group.match, path) for path in clipped)
         rule = "is not available with optim.qk_clip > 0 for matrices of queries and keys, which it scales in every step"
         require(not (group.start and moved), f"optim.groups.{name}.start", group.start, rule, "nearest valid: 0")
+
+
+def without_lost(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration without groups of parameters that match none of the new model, and a line about each."""
+    paths = flatten(model.abstract(cfg.model).shapes) if cfg.optim.groups else {}
+    has = {name: any(re.search(g.match, path) for path in paths) for name, g in cfg.optim.groups.items()}
+    kept = {name: group for name, group in cfg.optim.groups.items() if has[name]}
+    lines = [f"optim.groups.{name} is left out: it matches no parameter of the new model" for name in has.keys() - kept]
+    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, groups=kept)), sorted(lines)
 
 
 # --- frozen parameters -----------------------------------------------------------------------------------------------

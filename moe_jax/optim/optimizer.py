@@ -31,6 +31,7 @@ RULES = (
     (r"/moe/[wb]_shared_gate$", "adamw"),  # one or two columns: too few to have a spectrum
     (r"/attention/b_(q|k|v)$", "adamw"),
     (r"/w_(q|k|v|o|gate|up|down|q_down|q_up|kv_down|k_rope|k_up|v_up)$", "matrix"),
+    (r"^mtp/w_join$", "matrix"),
     (r"/memory/w_query$", "matrix"),
     (r"/memory/(b_query|keys|values)$", "adamw"),  # rows and keys are read one by one: tables, like the embedding
     (r"(^embed|_residual/(stream|branch))_(bias|scale)$", "adamw"),
@@ -43,6 +44,7 @@ PARTS = {  # rule → text in the paths of the part that it belongs to
     r"/moe/w_(in|out)$": "/moe/w_in",
     r"/moe/[wb]_shared_gate$": "_shared_gate",
     r"/attention/b_(q|k|v)$": "/attention/b_",
+    r"^mtp/w_join$": "mtp/",
     r"/memory/w_query$": "/memory/",
     r"/memory/(b_query|keys|values)$": "/memory/",
     r"(^embed|_residual/(stream|branch))_(bias|scale)$": "_residual/",
@@ -62,6 +64,7 @@ GEOMETRY = (
     (r"(^|/)moe/w_(gate|up|down)$", "layers experts in out"),
     (r"(^|/)(mlp|shared)/w_(gate|up|down)$", "layers in out"),
     (r"(^|/)memory/w_query$", "layers in out"),
+    (r"^mtp/w_join$", "layers in out"),
 )
 
 

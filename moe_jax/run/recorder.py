@@ -51,8 +51,9 @@ class Recorder:
             report = report._replace(skipped=self._watch.skipped)
         logged = step % train.log_every == 0 or step == train.steps
         if logged:
-            layers = by_depth(self._cfg.model.places, report.router or {})
-            router = router_metrics(layers, self._cfg.model.moe.identity_experts)
+            model = self._cfg.model
+            layers, ahead = (by_depth(places, report.router or {}) for places in (model.places, model.mtp_places))
+            router = router_metrics(layers, model.moe.identity_experts, ahead)
             row = train_metrics(step, report, router=router, **self._clock.read(), **self._rates)
             self._writer.write(step, row)
             rate = row["tokens_per_second"]

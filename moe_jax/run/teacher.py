@@ -66,7 +66,7 @@ def find(cfg: RunConfig, done: int = 0, saved: dict[str, Any] | None = None, exp
     with Checkpoints(folder) as checkpoints:
         step, _ = checkpoints.contents(began)
     moe = dataclasses.replace(theirs.moe, exchange="auto", exchange_chunks=1, grouped_matmul="auto")
-    here = dataclasses.replace(theirs.base, attention="auto", remat="none", moe=moe)
+    here = dataclasses.replace(theirs.base.without_mtp, attention="auto", remat="none", moe=moe)
     return Teacher(folder, step, here, record)
 
 

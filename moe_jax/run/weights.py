@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax import config, model
+from moe_jax.config.fields import require
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.nn import lora
 from moe_jax.run import base
@@ -114,6 +115,7 @@ def load_weights(
 
     abstract_params, abstract_bias: the results of `abstract_weights`, with the shardings to load the weights to.
         Adapters of a run that has some are loaded beside their base if they are in it, and merged into it if not.
+        Layers of multi-token prediction are not read if they are not in it.
     step: a checkpoint of a training run; by default the newest. Its optimizer state is not read.
     cast: True converts between float32 and bfloat16; False refuses a dtype that differs.
     average: True gives the average of the weights (`optim.ema`) instead, in the dtype of the parameters. What has no
@@ -167,15 +169,20 @@ def _read(
     """The parameters, router biases and data state of a checkpoint, in the dtypes of its files. saved: its contents."""
     want = {"params": abstract_params, "router_bias": abstract_bias}
     rest = {name: jax.tree.map(lambda _: PLACEHOLDER, saved[name]) for name in saved if name not in want}
-    have = {name: saved.get(name) or {} for name in want}
+    both = {name: split(saved.get(name) or {}, model.is_prediction) for name in want}
+    if "mtp" in want["params"]:
+        both = {name: ({}, saved.get(name) or {}) for name in want}
+    unread, have = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
     as_saved = jax.tree.map(_in_dtype_of, want, have) if cast and _alike(want, have) else want
     check_fits(as_saved, have, checkpoints.name(step))
-    targets = {**rest, **{n: as_saved[n] for n in want if n in saved}}
+    unread = jax.tree.map(lambda _: PLACEHOLDER, unread)
+    targets = {**rest, **{n: as_saved[n] | unread[n] for n in want if n in saved}}
     targets = _targets_of_average(targets, saved, checkpoints.name(step)) if average else targets
     state, (data, *_) = checkpoints.read(targets, step)
     loaded = {name: state.get(name) or {} for name in want}
     if average:
         loaded["params"] = nest(flatten(loaded["params"]) | flatten(state["opt_state"]["ema"]))
+    loaded = {name: {key: x for key, x in tree.items() if key not in unread[name]} for name, tree in loaded.items()}
     return loaded["params"], loaded["router_bias"], data
 
 
@@ -264,10 +271,12 @@ def load_start(
 ) -> tuple[dict, dict, list[dict], dict[str, Any] | None]:
     """Parameters, router biases and origin that a new run of `init_from` starts from, and the record of its base.
 
-    The record is None without adapters. There are none among the parameters if they are to be fresh.
+    The record is None without adapters. There are none among the parameters if they are to be fresh; so it is with
+    layers of multi-token prediction.
     average: of the weights of `init_from`, or of its adapters where the run goes on with them.
     """
-    abstract = abstract_weights(cfg.model.base, mesh)
+    has_mtp = bool(load_config(Path(cfg.init_from).expanduser()).model.mtp_layers)
+    abstract = abstract_weights(cfg.model.base if has_mtp else cfg.model.base.without_mtp, mesh)
     if not cfg.model.lora.rank:
         return *load_weights(cfg.init_from, *abstract, cast=True, average=average), None
     if not continues(cfg):
@@ -289,6 +298,9 @@ def describe_start(cfg: config.RunConfig, average: bool) -> str:
     has_merged = not goes_on and load_config(Path(cfg.init_from).expanduser()).model.lora.rank
     how = " and their base" if goes_on else ", its adapters merged" if has_merged else ""
     fresh = ", with fresh adapters and" if cfg.model.lora.rank and not goes_on else ", with"
+    theirs, ours = load_config(Path(cfg.init_from).expanduser()).model.mtp_layers, cfg.model.mtp_layers
+    fresh = ", with fresh layers of multi-token prediction and" if ours and not theirs else fresh
+    how += ", without its layers of multi-token prediction" if theirs and not ours else ""
     return f"starting from the {what} of {cfg.init_from}{how}{fresh} a fresh optimizer state"
 
 
@@ -311,7 +323,8 @@ def _targets_of_average(targets: dict, saved: dict, where: str) -> dict:
     if not average:
         raise CheckpointError(f"{where} has no average of the weights (optim.ema=0); nearest valid: the trained ones")
     like = lambda x, a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=x.sharding)
-    ema = nest({path: like(params[path], a) for path, a in average.items()})
+    is_read = lambda path: params[path] is not PLACEHOLDER
+    ema = nest({path: like(params[path], a) if is_read(path) else PLACEHOLDER for path, a in average.items()})
     rest = {path: PLACEHOLDER if path in average else x for path, x in params.items()}
     return targets | {"params": nest(rest), "opt_state": targets["opt_state"] | {"ema": ema}}
 
@@ -330,7 +343,8 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
 
     Returns lines about permitted differences: how the model is computed, the dtype of its weights, and fields that
     describe the same function in another way (`config.plain`).
-    Raises ConfigError if `init_from` is not a run directory, CheckpointError with the fields of another model.
+    Raises ConfigError if `init_from` is not a run directory or has another number of layers of multi-token prediction,
+    CheckpointError with the fields of another model.
     """
     path = Path(cfg.init_from).expanduser()
     if not (path / "config.json").is_file():
@@ -338,6 +352,9 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
         close = difflib.get_close_matches(path.as_posix(), runs, 1, 0.0)
         hint = f"nearest valid: {close[0]!r}" if close else "import or train one first"
         raise ConfigError("init_from", cfg.init_from, "is not a run directory", hint)
+    theirs, ours = load_config(path).model.mtp_layers, cfg.model.mtp_layers
+    rule = f"must be the number of {cfg.init_from}, {theirs}, or 0"
+    require(theirs == ours or not (theirs and ours), "model.mtp_layers", ours, rule, f"nearest valid: {theirs}")
     new, old = (flatten_config({"model": config.to_dict(c.model)}) for c in (cfg, load_config(path)))
     lines = {
         name: f"config.{name}: {json.dumps(old[name])} in {cfg.init_from}, {json.dumps(new[name])} now"

@@ -30,9 +30,10 @@ from moe_jax.nn.layers import weight
 from moe_jax.nn.qk_clip import Maxima
 from moe_jax.optim import groups
 from moe_jax.parallel import sharding
-from moe_jax.train import cross_entropy, distillation, knobs, losses
+from moe_jax.train import cross_entropy, distillation, knobs, losses, prediction
 from moe_jax.train.distillation import Lesson
 from moe_jax.train.losses import BatchSums, LossParts
+from moe_jax.train.prediction import PredictionSums
 from moe_jax.train.state import Batch, choose_program, split_micro_batches
 from moe_jax.tree import flatten
 
@@ -59,6 +60,7 @@ def make_gradients(
     router_losses.check(cfg)
     optim.check_groups(cfg)
     program = program or choose_program(cfg, mesh)
+    program = dataclasses.replace(program, mtp=cfg.model.mtp_layers > 0)
     count_graph, count = model.abstract(cfg.trained, program), cfg.train.micro_batches
     bins = quantile.BINS if cfg.loss.bias_update == "quantile" else 0
     frozen = optim.frozen_paths(cfg.optim, flatten(count_graph.shapes))
@@ -85,12 +87,14 @@ def make_gradients(
             return gradients_of(batch, total_loss)
         micro = split_micro_batches(batch, count)
         if cfg.loss.accumulation == "running":
-            total = _running(gradients_of, total_loss, micro, count)
+            total = _running(gradients_of, total_loss, micro, count, cfg.model.mtp_layers)
         else:
             stats_of = functools.partial(_router_stats, count_graph, params, bias, moving)
             terms = {name: jnp.zeros(()) for name in cfg.distill.factors} if of_teacher else None
             first_pass = cfg.model.num_moe_layers > 0 and losses.needs_whole_batch(cfg.loss)
-            total = _exact(gradients_of, total_loss, micro, stats_of if first_pass else None, terms)
+            total = _exact(
+                gradients_of, total_loss, micro, stats_of if first_pass else None, terms, cfg.model.mtp_layers
+            )
         return total._replace(grads=jax.tree.map(lambda g, p: g.astype(p.dtype), total.grads, trained))
 
     return gradients
@@ -109,7 +113,8 @@ def forward(
     net = graph.bind(params, bias)
     segments = batch.segment_ids if net.cfg.segment_mask else None
     info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group, index=batch.index)
-    return net(model.Inputs(batch.tokens, batch.positions, segments, info, moving)), net.output_matrix
+    ahead = prediction.ahead(batch, net.cfg.mtp_layers) if net.program.mtp else None
+    return net(model.Inputs(batch.tokens, batch.positions, segments, info, moving, ahead)), net.output_matrix
 
 
 def _router_stats(
@@ -144,8 +149,9 @@ def _gradients_of(
                 nll, terms = _with_teacher(cfg, out, outputs, lesson)
             else:
                 nll, terms = cross_entropy.summed_nll(*outputs), None
+            mtp = None if out.ahead is None else prediction.sums(out.ahead, outputs[1], batch)
         maxima = Maxima(out.max_logit) if out.max_logit else None
-        sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima, terms)
+        sums = BatchSums(nll, jnp.sum(batch.weights), out.stats, maxima, terms, mtp)
         value, parts = loss_of(sums)
         return value, (parts, sums)
 
@@ -204,41 +210,51 @@ def _cast_gradients(part: Gradients) -> Gradients:
 
 
 def _exact(
-    gradients_of: Callable, total_loss: Callable, micro: Batch, stats_of: Callable | None, terms: dict | None
-) -> Gradients:
+    gradients_of: Callable, total_loss: Callable, micro: Batch, stats_of: Callable | None, terms: dict | None,
+    mtp_layers: int,
+) -> Gradients:  # fmt: skip
     """Sums the gradients of micro-batches, each with the slopes of the loss at the sums of the whole batch.
 
     stats_of: the first pass of a micro-batch, which computes no logits and no gradients; None if the loss is linear.
     terms: zeros in place of the terms of a teacher, if there is one.
     """
-    weights = jnp.sum(micro.weights)
+    weights, ahead = jnp.sum(micro.weights), prediction.without_nll(micro, mtp_layers)
     if stats_of:
-        whole = BatchSums(jnp.zeros(()), weights, _sum_over(lambda _, part: stats_of(part), micro), teacher=terms)
+        stats = _sum_over(lambda _, part: stats_of(part), micro)
+        whole = BatchSums(jnp.zeros(()), weights, stats, teacher=terms, mtp=ahead)
         slopes = jax.grad(lambda sums: total_loss(sums)[0], allow_int=True)(whole)
         loss_of = lambda sums: (losses.dot(slopes, sums), None)
     else:
         tokens = _counted(micro)
-        loss_of = lambda sums: (total_loss(sums._replace(weights=weights), tokens=tokens)[0], None)
+        of_batch = lambda sums: sums._replace(weights=weights, mtp=_of_batch(sums.mtp, ahead))
+        loss_of = lambda sums: (total_loss(of_batch(sums), tokens=tokens)[0], None)
     only_sums = lambda part: _cast_gradients(gradients_of(part, loss_of))._replace(loss=None, parts=None)
     total = _sum_over(lambda _, part: only_sums(part), micro)
     loss, parts = total_loss(total.sums)
     return total._replace(loss=loss, parts=parts)
 
 
-def _running(gradients_of: Callable, total_loss: Callable, micro: Batch, count: int) -> Gradients:
+def _running(gradients_of: Callable, total_loss: Callable, micro: Batch, count: int, mtp_layers: int) -> Gradients:
     """Averages micro-batches as in arXiv:2501.11873, algorithm 1: f from the counts so far, P of the micro-batch."""
     weights, tokens = jnp.sum(micro.weights), _counted(micro)
+    ahead = prediction.without_nll(micro, mtp_layers)
 
     def next_part(so_far: Gradients | None, part: Batch) -> Gradients:
         def loss_of(sums: BatchSums):
             before = jax.tree.map(jnp.zeros_like, sums.router) if so_far is None else so_far.sums.router
             counts = {path: before[path].tokens_per_expert + s.tokens_per_expert for path, s in sums.router.items()}
             router = {path: s._replace(tokens_per_expert=counts[path]) for path, s in sums.router.items()}
-            return total_loss(sums._replace(weights=weights, router=router), tokens=tokens, share=1.0 / count)
+            sums = sums._replace(weights=weights, router=router, mtp=_of_batch(sums.mtp, ahead))
+            return total_loss(sums, tokens=tokens, share=1.0 / count)
 
         return _cast_gradients(gradients_of(part, loss_of))
 
     return _sum_over(next_part, micro)
+
+
+def _of_batch(sums: PredictionSums | None, whole: PredictionSums | None) -> PredictionSums | None:
+    """The sums of a micro-batch, with the numbers of targets and tokens of the whole batch."""
+    return None if whole is None else whole._replace(nll=sums.nll)
 
 
 def _counted(batch: Batch) -> Float[Array, ""]:

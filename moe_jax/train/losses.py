@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import DistillConfig, LossConfig, ModelConfig, MoEConfig, RouterLossConfig
+from moe_jax.config.layers import MTP_BLOCK
 from moe_jax.moe.router_losses import LOSSES, column_targets, merge_groups
 from moe_jax.moe.stats import RouterStats
 from moe_jax.nn.qk_clip import Maxima
+from moe_jax.train import prediction
+from moe_jax.train.prediction import PredictionSums
 
 
 class BatchSums(NamedTuple):
@@ -21,6 +24,7 @@ class BatchSums(NamedTuple):
     router: dict[str, RouterStats]  # by block
     maxima: Maxima | None = None  # QK-clip needs them, the loss does not
     teacher: dict[str, Float[Array, ""]] | None = None  # Σ weight · distance from a teacher, by `DistillConfig.factors`
+    mtp: PredictionSums | None = None  # of layers of multi-token prediction
 
 
 class LossParts(NamedTuple):
@@ -30,14 +34,15 @@ class LossParts(NamedTuple):
     router: dict[str, Float[Array, ""]]  # by the names of `LossConfig.router_losses`
     teacher: dict[str, Float[Array, ""]]  # by the names of `DistillConfig.factors`; {} without a teacher
     raw: dict[str, Float[Array, ""]]  # losses without coefficients, by the names they are logged under
+    mtp: dict[str, Float[Array, ""]]  # of multi-token prediction; {} without its layers
 
     def total(self) -> Float[Array, ""]:
         """The loss: the sum of its terms."""
-        return self.xent + sum([*self.router.values(), *self.teacher.values()])
+        return self.xent + sum([*self.router.values(), *self.teacher.values(), *self.mtp.values()])
 
     def scalars(self) -> dict[str, Float[Array, ""]]:
         """The terms of the loss by the names they are logged under."""
-        return {"xent": self.xent, **self.router, **self.teacher}
+        return {"xent": self.xent, **self.router, **self.teacher, **self.mtp}
 
 
 def total_loss(
@@ -52,6 +57,10 @@ def total_loss(
 ) -> tuple[Float[Array, ""], LossParts]:
     """The training loss at `step`: nats per token, and the router losses averaged (or summed) over layers.
 
+    Of layers of multi-token prediction it takes the mean over the layers, each a mean over its own targets in the
+    batch (arXiv:2412.19437, eqs. 24–25). Their routers have losses of their own, joined over these layers alone. The
+    weight of a step multiplies all that, so that with a weight of 0 the decoder trains as without the layers.
+
     sums: of the whole optimizer batch.
     model: decides which blocks have a router, and which of its columns are experts; None: all of them. Blocks whose
         experts a table names have no balance to gain, so that only losses that are linear see their routers.
@@ -59,29 +68,42 @@ def total_loss(
     share: weight of the other router losses.
     distill: the factors of the terms of a teacher, if `sums` has any.
     """
+    decoder = {path: stats for path, stats in sums.router.items() if path != MTP_BLOCK}
     if tokens is None:
-        tokens = next((jnp.sum(s.tokens[:1]) for s in sums.router.values()), 0.0)  # every layer sees the same
+        tokens = next((jnp.sum(s.tokens[:1]) for s in decoder.values()), 0.0)  # every layer sees the same
     tables = model.table_paths if model else set()
-    chosen = [s for path, s in sums.router.items() if path not in tables]
-    weighed = chosen if model is None or model.moe.combine == "one" else list(sums.router.values())
+    chosen = [s for path, s in decoder.items() if path not in tables]
+    weighed = chosen if model is None or model.moe.combine == "one" else list(decoder.values())
 
     def join(of_bank: Callable[[RouterStats], Array], banks: list[RouterStats]) -> Array:
         of_layers = jnp.mean if cfg.router_loss_layers == "mean" and banks else jnp.sum
         return of_layers(jnp.concatenate([of_bank(stats) for stats in banks] or [jnp.zeros(0)]))
 
-    router, raw = {}, {}
+    router, raw, mtp, weight = {}, {}, {}, prediction.coef(cfg, step)
+    of_each = None if sums.mtp is None else jnp.maximum(sums.mtp.tokens, 1.0)
     for name, term in cfg.router_losses.items():
-        if LOSSES[term.kind].linear:
+        nonlinear = lambda stats, term=term: share * _of_bank(stats, cfg, term, model and model.moe)
+        linear = LOSSES[term.kind].linear
+        if linear:
             value = join(LOSSES[term.kind].of, weighed) / jnp.maximum(tokens, 1.0)
         else:
-            value = join(lambda stats, term=term: share * _of_bank(stats, cfg, term, model and model.moe), chosen)
-        router[name] = _coef(term, step) * value if term.coef else jnp.zeros_like(value)
+            value = join(nonlinear, chosen)
+        weighted = lambda value, term=term: _coef(term, step) * value if term.coef else jnp.zeros_like(value)
+        router[name] = weighted(value)
         raw[name.replace(term.kind, f"{term.kind}_raw", 1)] = value
+        if MTP_BLOCK in sums.router:
+            of_head = (lambda stats, term=term: LOSSES[term.kind].of(stats) / of_each) if linear else nonlinear
+            value = join(of_head, [sums.router[MTP_BLOCK]])
+            mtp[f"mtp/{name}"], raw[f"mtp_raw/{name}"] = weight * weighted(value), value
     weights, teacher = jnp.maximum(sums.weights, 1.0), {}
     for name, total in (sums.teacher or {}).items():
         raw[f"{name}_raw"] = total / weights
         teacher[name] = jnp.where(distill.is_on(step + 1), distill.factors[name], 0.0) * raw[f"{name}_raw"]
-    parts = LossParts(sums.nll / weights, router, teacher, raw)
+    if sums.mtp is not None:
+        means = sums.mtp.nll / jnp.maximum(sums.mtp.weights, 1.0)
+        raw |= {f"mtp_raw/{k}": means[k - 1] for k in range(1, len(means) + 1)}
+        mtp["mtp"] = weight * jnp.mean(means)
+    parts = LossParts(sums.nll / weights, router, teacher, raw, mtp)
     return parts.total(), parts
 
 
@@ -114,7 +136,8 @@ def dot(slopes: BatchSums, sums: BatchSums) -> Float[Array, ""]:
     numbers = lambda tree: [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     pairs = zip(numbers(slopes.router), numbers(sums.router), strict=True)
     of_teacher = [slope * sums.teacher[name] for name, slope in (slopes.teacher or {}).items()]
-    return slopes.nll * sums.nll + sum([*(jnp.sum(slope * x) for slope, x in pairs), *of_teacher])
+    ahead = [] if slopes.mtp is None else [jnp.sum(slopes.mtp.nll * sums.mtp.nll)]
+    return slopes.nll * sums.nll + sum([*ahead, *(jnp.sum(slope * x) for slope, x in pairs), *of_teacher])
 
 
 def describe(cfg: LossConfig, micro_batches: int) -> str:

@@ -32,7 +32,7 @@ class StepMetrics(NamedTuple):
 # --- sums → scalars --------------------------------------------------------------------------------------------------
 
 
-def router_metrics(stats: Sequence[Any], identity_experts: int = 0) -> dict[str, float]:
+def router_metrics(stats: Sequence[Any], identity_experts: int = 0, ahead: Sequence[Any] = ()) -> dict[str, float]:
     """Metrics of the router from the `RouterStats` of each layer with experts, from the first to the last (`by_depth`).
 
     Balance groups are summed. Loads are those of experts that compute something, without the last `identity_experts`
@@ -45,9 +45,11 @@ def router_metrics(stats: Sequence[Any], identity_experts: int = 0) -> dict[str,
         experts_per_token: assignments over tokens, from 0 to K. Scalar: mean over layers.
         identity_share: share of identity experts in all assignments; only with identity experts. Scalar: mean.
     For a layer that counted no token all but dead_experts are 0. Without MoE layers the result is empty.
+
+    ahead: those of layers of multi-token prediction, which are in no scalar and come last, under `router/mtp_1/…`.
     """
     layers, sums = [], []
-    for one in stats:
+    for one in (*stats, *ahead):
         tokens, load, dropped = (
             np.asarray(x, np.float64).sum(0) for x in (one.tokens, one.tokens_per_expert, one.dropped)
         )
@@ -67,8 +69,8 @@ def router_metrics(stats: Sequence[Any], identity_experts: int = 0) -> dict[str,
         sums.append((dropped, made))
     if not layers:
         return {}
-    every = {name: np.array([layer[name] for layer in layers], np.float64) for name in layers[0]}
-    dropped, made = np.sum(sums, axis=0)
+    every = {name: np.array([layer[name] for layer in layers[: len(stats)]], np.float64) for name in layers[0]}
+    dropped, made = np.sum(sums[: len(stats)], axis=0)
     out = {
         "max_load": float(every["max_load"].max()),
         "load_cv": float(every["load_cv"].mean()),
@@ -78,8 +80,9 @@ def router_metrics(stats: Sequence[Any], identity_experts: int = 0) -> dict[str,
     }
     if identity_experts:
         out["identity_share"] = float(every["identity_share"].mean())
-    for i, layer in enumerate(layers):
-        out |= {f"router/layer_{i:02d}/{name}": float(value) for name, value in layer.items()}
+    places = [f"layer_{i:02d}" for i in range(len(stats))] + [f"mtp_{k}" for k in range(1, len(ahead) + 1)]
+    for place, layer in zip(places, layers, strict=True):
+        out |= {f"router/{place}/{name}": float(value) for name, value in layer.items()}
     return out
 
 
@@ -96,9 +99,10 @@ def train_metrics(
 ) -> dict[str, float]:
     """One flat row of Python numbers, always in the same order; per-layer router values last.
 
-    report: on the host. Its terms are xent, load_balance, router_z, <kind>/<name> of `loss.more`, and distill and
-        distill_hidden of a teacher, which add up to the loss, and load_balance_raw, router_z_raw, <kind>_raw/<name>,
-        distill_raw and distill_hidden_raw, which are without coefficients.
+    report: on the host. Its terms are xent, load_balance, router_z, <kind>/<name> of `loss.more`, distill and
+        distill_hidden of a teacher, and mtp and mtp/<router loss> of multi-token prediction, which add up to the loss,
+        and load_balance_raw, router_z_raw, <kind>_raw/<name>, distill_raw, distill_hidden_raw, mtp_raw/<layer> and
+        mtp_raw/<router loss>, which are without coefficients.
     router: its `router_metrics`.
     tokens: counted since the start of training. tokens_per_second, step_seconds: from `Throughput`.
     flops_per_token: forward and backward, by formula. peak: FLOP/s of all devices together. mfu is the FLOP/s of the

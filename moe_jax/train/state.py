@@ -103,7 +103,8 @@ def under_mesh(mesh: Mesh, fn: Callable) -> Callable:
 def init_state(cfg: RunConfig, mesh: Mesh, weights: tuple[dict, dict] | None = None) -> TrainState:
     """A fresh state, created sharded: no device ever holds all of it.
 
-    weights: (params, router_bias) to start from. Adapters that are not among them are fresh.
+    weights: (params, router_bias) to start from. Adapters and layers of multi-token prediction that are not among
+        them are fresh.
     """
     with jax.set_mesh(mesh):
         return _init(cfg, jax.jit, weights)
@@ -113,6 +114,8 @@ def _init(cfg: RunConfig, jit: Callable, weights: tuple[dict, dict] | None = Non
     params, bias = weights or model.init(cfg.model, jax.random.key(cfg.seed))
     if weights and cfg.model.lora.rank and not any(map(is_adapter, flatten(params))):
         params = join(params, model.init_adapters(cfg.model, jax.random.key(cfg.seed)))
+    if weights and cfg.model.mtp_layers and not any(map(model.is_prediction, flatten(params))):
+        params, bias = map(join, (params, bias), model.init_prediction(cfg.model, jax.random.key(cfg.seed)))
     frozen = optim.frozen_paths(cfg.optim, flatten(params))
     trained, _ = groups.split(params, frozen)
     opt_state = jit(optim.make_optimizer(cfg.optim, cfg.train.steps, cfg.model.head_dim).init)(trained)

@@ -115,7 +115,7 @@ def update_biases(
     fixed: the paths of biases that are not updated (`groups.fixed_biases`).
     """
     loss, moe, new, states = cfg.loss, cfg.trained.moe, flatten(router_bias), {}
-    experts = {place.path: place.kind.experts for place in cfg.model.places}
+    experts = {place.path: place.kind.experts for place in (*cfg.model.places, *cfg.model.mtp_places)}
     for name, bias in new.items():
         if not name.endswith("/router_bias") or name in fixed:  # a table, or the bias of a frozen router
             continue

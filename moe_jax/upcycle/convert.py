@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from moe_jax import model
 from moe_jax.config import ExploreConfig, LossConfig, ModelConfig, RunConfig
 from moe_jax.data import tokenizers
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.optim import groups
 from moe_jax.parallel import sharding
 from moe_jax.run import config_file, weights
 from moe_jax.run.checkpoint import Checkpoints
@@ -103,10 +103,13 @@ def convert(
             f"the chain merges {chain[0].sources if chain else 0} models", f"name {len(runs)} models")  # fmt: skip
     changes = [reason for reason in _changes(chain, before) if reason]
     cfg, unfit = _new_config(configs[0], after, runs[0][0], Path(workdir))
-    cfg, lost = _without_lost_groups(cfg)
+    cfg, lost = groups.without_lost(cfg)
 
     mesh = mesh_for((*before.expert_counts, *after.expert_counts))
     echo(f"from {', '.join(sources)}: {_size(before)}; mesh {dict(mesh.shape)}")
+    for folder, _ in runs:
+        if config_file.load_config(folder).model.mtp_layers:
+            echo(f"the layers of multi-token prediction of {folder} are left out: no logits need them")
     origins: list[list[dict]] = []
 
     def load(run):
@@ -151,7 +154,7 @@ def _config(folder: Path) -> RunConfig:
     if not folder.is_dir():
         raise CheckpointError(f"--from={folder}: no such run directory")
     cfg = config_file.load_config(folder)
-    return dataclasses.replace(cfg, model=cfg.model.base)  # adapters are merged
+    return dataclasses.replace(cfg, model=cfg.model.base).without_mtp  # adapters are merged
 
 
 def _new_config(cfg: RunConfig, after: ModelConfig, source: Path, workdir: Path) -> tuple[RunConfig, list[str]]:
@@ -191,15 +194,6 @@ def _left_out(name: str, loss: LossConfig) -> tuple[str, dict[str, Any]]:
     field = field if group == "loss" else "bias_update"
     value = 0.0 if field.endswith("_coef") else getattr(LossConfig, field)
     return f"loss.{field}", {"loss": dataclasses.replace(loss, **{field: value})}
-
-
-def _without_lost_groups(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The configuration without groups of parameters that match none of the new model, and a line about each."""
-    paths = flatten(model.abstract(cfg.model).shapes) if cfg.optim.groups else {}
-    has = {name: any(re.search(g.match, path) for path in paths) for name, g in cfg.optim.groups.items()}
-    kept = {name: group for name, group in cfg.optim.groups.items() if has[name]}
-    lines = [f"optim.groups.{name} is left out: it matches no parameter of the new model" for name in has.keys() - kept]
-    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, groups=kept)), sorted(lines)
 
 
 def _check_same_tokenizer(first: Path, other: Path) -> None:

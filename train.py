@@ -19,6 +19,7 @@ from moe_jax.aot import compile_only, dry_run
 from moe_jax.errors import Stopped, UserError
 from moe_jax.evaluate import generate, held_out
 from moe_jax.evaluate.during_training import HeldOut
+from moe_jax.mixtures import online
 from moe_jax.moe import balance, router_losses
 from moe_jax.nn import lora
 from moe_jax.parallel import sharding
@@ -99,15 +100,17 @@ def train(preemption: survive.Preemption):
     # --- data ---------------------------------------------------------------------------------------------------------
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal, init_from=cfg.init_from)
-    config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
+    config.check_vocabulary(cfg, corpus.vocab_size)
     held_out.check_held_out(corpus)
+    if cfg.mixture.observes:
+        corpus.targets(cfg.mixture)
     unknown = teacher.check_tokenizer(taught, corpus.tokenizer) if taught else []
     read, other_data = data.record.resume(before, checkpoint.gather_json(corpus.record()), ACCEPT.value)
     batches = corpus.train_iterator(process_rows(mesh, cfg.data.batch_size))
     for line in changed:
         say(line)
-    say(corpus.table(cfg.train.steps))
-    for line in [*corpus.notes(), *unknown, *other_data]:
+    say(corpus.table(cfg.train.steps, cfg.mixture.stages))
+    for line in [*corpus.notes(), *cfg.mixture.notes(cfg.train.steps), *unknown, *other_data]:
         say(line)
 
     # --- model --------------------------------------------------------------------------------------------------------
@@ -147,12 +150,14 @@ def train(preemption: survive.Preemption):
     if RESUME_STEP.value is not None:
         for later in checkpoints.rewind(RESUME_STEP.value):
             say(f"checkpoint {later} is set aside in {workdir}/checkpoints.dropped")
-    start, tokens, origin, reference = 0, 0.0, [], None
+    start, tokens, origin, reference, mixed = 0, 0.0, [], None, None
     watch = guard.Watch(cfg.train, taught=cfg.distill.stop_step)
     if checkpoints.latest() is not None:
         state, saved, reference = weights.restore(workdir, checkpoints, cfg, mesh)
-        batches.set_state(saved["batches"])
+        if int(state.step) < steps:  # a run at its end reads no batch, also one that an earlier version took there
+            batches.set_state(saved["batches"])
         start, tokens, origin = int(state.step), saved["tokens"], saved.get("origin", [])
+        mixed = saved.get("mixture")
         watch = guard.Watch(cfg.train, saved.get("watch"), cfg.distill.stop_step)
         config_file.begin(workdir, cfg, start + 1)
         say(f"resumed after step {start}")
@@ -187,6 +192,8 @@ def train(preemption: survive.Preemption):
     recorder = Recorder(cfg, writer, progress, watch, clock, flops_per_token=flops, peak=peak * mesh.size)
     evaluation = HeldOut(cfg, mesh, corpus, program, writer, clock, preemption, scores)
 
+    mixer = online.make_mixer(cfg, mesh, corpus, batches, writer, mixed, program)
+
     def save(n: int, wait: bool):
         nonlocal begun
         if not begun:
@@ -197,6 +204,7 @@ def train(preemption: survive.Preemption):
         saved |= {"revision": changes.REVISION, "steps": steps, "watch": watch.state()}
         saved |= {"base": reference} if reference else {}
         saved |= {"teacher": record} if record else {}
+        saved |= {"mixture": mixer.state()} if mixer else {}
         with clock.paused():
             checkpoints.save(n, base.kept(cfg, state), saved, wait=wait)
 
@@ -207,6 +215,10 @@ def train(preemption: survive.Preemption):
         if evaluation.is_due(start) and evaluation.evaluate(start, state) is None:
             survive.stop(start)  # stops before the next step, so that the resumed run repeats this evaluation
         for n in range(start + 1, steps + 1):
+            if mixer and mixer.is_due:
+                recorder.flush()
+                with clock.paused():
+                    progress.write(mixer.begin(n - 1, state))
             rows, limits = next(batches), watch.limits(n)
             if lesson and not cfg.distill.is_on(n):
                 lesson = None  # the next step is compiled without it

@@ -62,7 +62,7 @@ def batches(cfg: config.RunConfig, rows: list[int], count: int) -> list[dict[str
         return [random_rows(cfg, rows)]
     with tempfile.TemporaryDirectory() as folder:
         corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
-        config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
+        config.check_vocabulary(cfg, corpus.vocab_size)
         iterator = corpus.train_iterator(rows)
         found = list(itertools.islice(iterator, count))
         iterator.close()

@@ -28,6 +28,7 @@ if not os.environ.get(COMPILED):
 jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # tests read the names of operations
+jax.config.update("jax_traceback_in_locations_limit", 0)  # whoever calls a program, it is the same one
 
 # Files with tests that take longest, fast ones and slow ones: the end of a run waits for no test that began late.
 LONGEST = (

@@ -345,7 +345,7 @@ def test_batches_are_mixed_with_plain_text_and_the_same_for_processes_and_worker
         assert qa.sum() == 2 and batch["weights"][~qa].all() and 0.1 < batch["weights"][qa].mean() < 0.8
     part.close(), iterator.close()
     resumed = corpus.train_iterator(range(4))
-    resumed.set_state({"batches": 3})
+    resumed.set_state(iterator.get_state() | {"batches": 3})
     again = next(resumed)
     assert all((batches[3][name] == again[name]).all() for name in again)
     resumed.close()

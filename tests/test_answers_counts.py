@@ -43,7 +43,7 @@ def check_counts(corpus, seq_len):
     special = {256, *corpus.tokenizer.special.values()}
     for split, parts in (("train", corpus._train), ("validation", corpus._validation)):
         texts, tokens = [], dict.fromkeys(corpus.domains, 0)
-        for domain, ids in (found := list(in_rows(parts[0]))):
+        for domain, ids in (found := list(in_rows(next(iter(parts.values()))))):
             text = corpus.tokenizer.decode([i for i in ids if i not in special]).rstrip("�")
             texts += [(corpus.domains[domain], text)] * bool(text)
             tokens[corpus.domains[domain]] += len(ids)

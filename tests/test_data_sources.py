@@ -345,8 +345,11 @@ def test_a_small_library(tmp_path):
 
 @pytest.mark.slow
 def test_stdlib_text_end_to_end(tmp_path):
-    """Prepares the data set of this Python, without TensorFlow, and reads batches of all its domains."""
-    made = data.prepare(DataConfig(cache_dir=str(tmp_path)), workdir=tmp_path / "run", seed=0, progress=False)
+    """Prepares the data set of this Python, without TensorFlow, and reads batches of all its domains. A second source
+    of the same data set finds it prepared."""
+    part = SourceConfig(name="stdlib_text", split="train[90%:]", validation_split="", domain_field="domain")
+    cfg = DataConfig(cache_dir=str(tmp_path), sources=DataConfig().sources | {"part": part})
+    made = data.prepare(cfg, workdir=tmp_path / "run", seed=0, progress=False)
     assert {"code", "prose"} <= set(made.domains) <= {"c_headers", "code", "prose", "tests"}
     rows = made.stats()
     size = {s: sum(r["bytes"] for r in rows if r["split"] == s) for s in sources.SPLITS}

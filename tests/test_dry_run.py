@@ -31,7 +31,10 @@ def test_the_state_of_a_device_is_that_of_its_shards():
     found = dry_run.memory(cfg, (2, 2, 2))
     assert found.parameters == size((state.params, state.router_bias)) and found.gradients == size(state.params)
     assert (found.moments, found.average) == (size(parts.optimizer), size(parts.ema))
-    assert found.activations == dry_run.memory(cfg, (8, 1, 1)).activations  # all axes split the batch
+    two = dataclasses.replace(cfg.data, sources=dict.fromkeys("ab", cfg.data.sources["stdlib"]))
+    observed = dry_run.memory(dataclasses.replace(cfg, data=two, mixture=config.MixtureConfig("dga")), (8, 1, 1))
+    assert found.activations == observed.activations  # all axes split the batch
+    assert observed.gradients == 2 * 4 * sum(x.size for x in jax.tree.leaves(state.params))
 
 
 @pytest.mark.slow

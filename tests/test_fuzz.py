@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from moe_jax.errors import CheckpointError, ConfigError, FileError, UserError
 from moe_jax.evaluate import analysis
 from moe_jax.hf import convert, gguf, safetensors
 from moe_jax.hf.architectures import read_config
+from moe_jax.mixtures import design, forms, laws, measured, merges
 from moe_jax.run import config_file, log
 from moe_jax.upcycle import scores
 
@@ -137,6 +139,19 @@ def write_gguf(path: Path) -> None:
     path.write_bytes(b"GGUF" + n(3) + n(1, 8) + n(4, 8) + values + tensor + bytes(64))
 
 
+def write_mixtures(folder: Path) -> None:
+    weights = [{"a": 0.1 * i, "b": 1 - 0.1 * i} for i in range(1, 7)]
+    mixtures = [design.Mixture(f"m{i}", w) for i, w in enumerate(weights)]
+    (folder / "mix.jsonl").write_text(design.lines(mixtures), encoding="utf-8")
+    runs = [measured.Measured(f"m{i}", w, {"a": 1.0 + i}, 1e9) for i, w in enumerate(weights)]
+    fit = measured.make_fit(runs, "ridge", None, 0)
+    (folder / "fit.json").write_text(measured.to_json(fit, {}), encoding="utf-8")
+    (folder / "runs.json").write_text(json.dumps([run._asdict() for run in runs]), encoding="utf-8")
+    (folder / "prior.json").write_text('{"a": 3, "b": 4.5}', encoding="utf-8")
+    points = "".join(f"{n}e7,{d}e9,{3 - 0.1 * n - 0.1 * d}\n" for n in (1, 2, 4) for d in (1, 2, 4))
+    (folder / "points.csv").write_text("params,tokens,loss\n" + points, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
@@ -144,6 +159,7 @@ def whole(tmp_path_factory) -> Path:
     (folder / "hf.json").write_text(json.dumps(hf_config()), encoding="utf-8")
     made = tokenizers.train_bpe(["some text, and more text; numbers 1 2 3"] * 3, 300)
     made.save(folder)
+    shutil.copy(folder / "tokenizer.json", folder / "merges.json")
     (folder / "tokenizer_settings.json").write_text(
         json.dumps({"kind": "huggingface", "end_of_text": ""}), encoding="utf-8"
     )
@@ -157,6 +173,7 @@ def whole(tmp_path_factory) -> Path:
     write_store(folder / "store")
     write_answers(folder / "answers")
     write_gguf(folder / "m.gguf")
+    write_mixtures(folder)
     lines = "".join(json.dumps({"text": f"line {i}", "domain": "d"}) + "\n" for i in range(9))
     (folder / "a.jsonl").write_text(lines, encoding="utf-8")
     (folder / "a.csv").write_text('text,domain\n"one, two",d\n' + "x,y\n" * 9, encoding="utf-8")
@@ -174,6 +191,14 @@ def read_source(path: Path):
     cfg = config.SourceConfig(kind="files", path=str(path), text_field="text", validation_fraction=0.5)
     source = sources.open_source("s", cfg, path.parent.with_name("cache"))  # not in the watched folder
     return [source.documents(split) for split in sources.SPLITS]
+
+
+def read_prior(text: str, epochs=15.0, tokens=None):
+    return design.make_prior(design.numbers(text, "--prior", "a:1"), epochs, tokens)
+
+
+def read_law(path: Path):
+    return forms.chinchilla(laws.read_points(path, ("params", "tokens", "loss")))
 
 
 def read_all(entries):
@@ -194,6 +219,12 @@ READERS = {  # file → what reads it, given its folder
     "units.npy": lambda folder: scores.read_units(folder / "units.npy"),
     **{name: lambda folder, name=name: read_source(folder / name)
        for name in ("a.jsonl", "a.csv", "a.txt", "b.jsonl.gz", "a.parquet")},
+    "mix.jsonl": lambda folder: design.read(folder / "mix.jsonl"),
+    "fit.json": lambda folder: measured.read_fit(folder / "fit.json").losses,
+    "runs.json": lambda folder: measured.read_runs([folder / "runs.json"]),
+    "prior.json": lambda folder: read_prior(str(folder / "prior.json")),
+    "points.csv": lambda folder: read_law(folder / "points.csv"),
+    "merges.json": lambda folder: merges.read_tokenizer(folder / "merges.json"),
     "m.gguf": lambda folder: gguf._check_lengths(folder / "m.gguf"),
     **{f"store/{name}": lambda folder: rows_of(folder / "store")
        for name in ("meta.json", "offsets.npy", "domains.npy", "tokens.npy", "bytes.npy")},
@@ -310,6 +341,18 @@ def test_configurations():
 @pytest.mark.slow
 def test_configurations_thousands():
     check_config(4000)
+
+
+@of_count(200)
+@given(st.text("ab:,.0123456789e-+inf ", max_size=20), st.floats(), st.none() | st.floats())
+def test_priors(text, epochs, tokens):
+    """What --prior, --epochs and --tokens may be: a prior within its bounds, or one line."""
+
+    def read():
+        made = read_prior(text, epochs, tokens)
+        assert made.most.sum() >= 1 and abs(made.shares.sum() - 1) < 1e-9
+
+    check(read, Path("/nonexistent"))
 
 
 @of_count(200)

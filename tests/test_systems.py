@@ -27,9 +27,12 @@ from test_resume import write_text
 from moe_jax import config, model, optim, upcycle
 from moe_jax.config import ExploreConfig, ModelConfig, RampConfig, RunConfig
 from moe_jax.config.layers import Place
+from moe_jax.data import phases
+from moe_jax.data.phases import Phase
 from moe_jax.errors import FormatError
 from moe_jax.evaluate.generate import generate
 from moe_jax.hf.architectures import write_config
+from moe_jax.mixtures.online import Stages
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights, capacity
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.routing import Facts, Routing, route
@@ -234,6 +237,16 @@ def _route(logits, facts, knobs_of_step, moe):
 
 def experts_by_depth(name: str) -> list[int]:
     return [place.kind.experts for place in load(name)[1].model.places]
+
+
+def test_olmo2_has_a_second_stage():
+    """150 steps of 8 rows of the first source, then 50 with half of each."""
+    stages = Stages(load("olmo2")[1])
+    first, length, _ = stages.next(0, {}, {})
+    second, rest, _ = stages.next(length, {}, {})
+    assert list(first) == ["first", "second"] and (length, rest) == (150, None)
+    before = phases.cursors(Phase(0, (0, 0), tuple(first.values())), length, 8)
+    assert before == (1200, 0) and phases.cursors(Phase(length, before, tuple(second.values())), 200, 8) == (1400, 200)
 
 
 def test_efficient_lm_has_experts_in_every_second_layer():

@@ -147,6 +147,8 @@ def memory(cfg: config.RunConfig, shape: tuple[int, int, int], taught_by: config
     trained = {path: x for path, x in flatten(state.params).items() if path not in frozen}
     width = 4 if cfg.train.micro_batches > 1 else 0  # gradients of micro-batches are summed in float32
     grads = sum(math.prod(x.shape) * (width or x.dtype.itemsize) // parts.get(path, 1) for path, x in trained.items())
+    if cfg.mixture.takes_gradients:  # a source's and the targets', in float32, between two steps
+        grads = max(grads, 2 * sum(4 * math.prod(x.shape) // parts.get(path, 1) for path, x in trained.items()))
     rows = cfg.data.batch_size // (math.prod(shape) * cfg.train.micro_batches)
     # Each layer of multi-token prediction keeps a gradient of the whole output matrix until the backward pass.
     output = "embed" if cfg.model.tie_embeddings else "head"
@@ -213,11 +215,13 @@ def lines(cfg: config.RunConfig) -> Iterator[str]:
     yield f"together {_size(sum(found))}, without the compiler's work space; --compile_only tells that, for a chip"
     yield from _of_schedule(cfg)
     corpus = data.prepare(cfg.data, workdir=None, seed=cfg.seed, progress=sys.stderr.isatty(), init_from=cfg.init_from)
-    config.check_vocabulary(cfg, corpus.tokenizer.vocab_size)
+    config.check_vocabulary(cfg, corpus.vocab_size)
+    if cfg.mixture.observes:
+        corpus.targets(cfg.mixture)
     yield from teacher.check_tokenizer(taught, corpus.tokenizer) if taught else []
-    yield corpus.table(cfg.train.steps)
-    yield from corpus.notes()
-    epochs = corpus.epochs(cfg.train.steps)
+    yield corpus.table(cfg.train.steps, cfg.mixture.stages)
+    yield from [*corpus.notes(), *cfg.mixture.notes(cfg.train.steps)]
+    epochs = corpus.epochs(cfg.train.steps, cfg.mixture.stages)
     rows = {
         name: round(share * cfg.train.steps * cfg.data.batch_size / times) for name, (share, times) in epochs.items()
     }

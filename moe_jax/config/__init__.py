@@ -23,6 +23,7 @@ from moe_jax.config.machine import (
     for_evaluation,
 )
 from moe_jax.config.memory import MemoryConfig
+from moe_jax.config.mixture import MixtureConfig
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
@@ -46,6 +47,7 @@ __all__ = [
     "MLAConfig",
     "MemoryConfig",
     "MeshConfig",
+    "MixtureConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",

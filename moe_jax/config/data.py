@@ -1,11 +1,14 @@
 """Fields of the data: sources of documents, the tokenizer, and batches."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_jax.config.fields import FIXED, Checked, changeable, newer, number, require
 from moe_jax.config.template import fields_of
 from moe_jax.errors import ConfigError
+
+GAP_TOKENS = 4  # of rows with gaps: the gap, and the modes R, S and X
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,15 @@ class SourceConfig(Checked, resume=FIXED):
     # With kind="files": share of documents that is held out. A hash of the document decides which.
     validation_fraction: float = number(0.05, 0.0, 0.9)
     weight: float = number(1.0, 0.0)  # share of this source in the mixture, relative to the others
+    # With mixture.controller="stages": the weights in the stages after the first; (): `weight` in all of them.
+    stage_weights: tuple[float, ...] = ()
+    # Share of the training rows that have gaps to fill, as in UL2R (docs/mixtures.md). Their four further tokens need
+    # room in model.vocab_size.
+    denoise: float = number(0.0, 0.0, 1.0)
 
     def check(self):
+        rule, hint = "must be finite numbers ≥ 0", "nearest valid: ()"
+        require(all(0 <= w < math.inf for w in self.stage_weights), "stage_weights", self.stage_weights, rule, hint)
         require(self.kind != "tfds" or self.name, "name", self.name, "is needed for kind='tfds'", "try 'stdlib_text'")
         require(self.kind != "files" or self.path, "path", self.path, "is needed for kind='files'", "a file or a glob")
         how, cuts = self.documents, self.documents == "separator"
@@ -63,12 +73,28 @@ class SourceConfig(Checked, resume=FIXED):
                 raise ConfigError(name, template, str(error), example) from None
             hint = f"nearest valid: '{{{template}}}'" if template.isidentifier() else example
             require(bool(fields) or not template, name, template, "names no field in braces", hint)
+        require(not (self.denoise and self.has_roles), "denoise", self.denoise,
+                "is for text, not for prompts and answers", "nearest valid: 0.0")  # fmt: skip
         require(not (self.prompt and self.messages_field), "messages_field", self.messages_field,
                 "is not for a source with prompt and completion", "nearest valid: ''")  # fmt: skip
         require(self.text_field == "text" or not self.has_roles, "text_field", self.text_field,
                 "has no effect on a source of prompts and answers", "nearest valid: 'text'")  # fmt: skip
         require(not self.chat_template or bool(self.messages_field), "chat_template", self.chat_template,
                 "has no effect without messages_field", "nearest valid: ''")  # fmt: skip
+
+    def weight_in(self, stage: int) -> float:
+        """The weight in a stage, counted from 0."""
+        return (self.weight, *self.stage_weights)[stage] if stage and self.stage_weights else self.weight
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether some of this source is trained on."""
+        return max(self.weight, *self.stage_weights, 0.0) > 0
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some of this source is held out."""
+        return bool(self.validation_split) if self.kind == "tfds" else self.validation_fraction > 0
 
     @property
     def has_roles(self) -> bool:
@@ -119,11 +145,19 @@ class DataConfig(Checked, resume=FIXED):
 
     def check(self):
         require(bool(self.sources), "sources", {}, "must name at least one source", "see config.SourceConfig")
+        for name in (name for name, source in self.sources.items() if source.denoise and self.seq_len < 16):
+            rule = f"must be ≥ 16 with data.sources.{name}.denoise"
+            raise ConfigError("seq_len", self.seq_len, rule, "nearest valid: 16")
         require("" not in self.sources, "sources", "", "must have names that are not empty", "nearest valid: 'text'")
-        total = sum(s.weight for s in self.sources.values())
+        total = sum(s.is_trained for s in self.sources.values())
         require(total > 0, "sources", {k: s.weight for k, s in self.sources.items()}, "weights must not all be 0")
 
     @property
+    def with_gaps(self) -> tuple[str, ...]:
+        """The names of the sources whose training rows have gaps."""
+        return tuple(name for name, source in self.sources.items() if source.denoise and source.is_trained)
+
+    @property
     def has_roles(self) -> bool:
-        """Whether some text that is trained on has prompts, which are read and not learned."""
-        return any(source.has_roles and source.weight > 0 for source in self.sources.values())
+        """Whether some text that is trained on is read and not learned, as prompts are."""
+        return any((source.has_roles or source.denoise) and source.is_trained for source in self.sources.values())

@@ -120,9 +120,10 @@ def _mesh_shape(cfg: RunConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def check_vocabulary(cfg: RunConfig, tokens: int) -> None:
-    """Raises ConfigError if the model has fewer rows of embedding than the tokenizer has tokens."""
+    """Raises ConfigError if the model has fewer rows of embedding than there are tokens, of the tokenizer and of rows
+    with gaps (`Corpus.vocab_size`)."""
     require(cfg.model.vocab_size >= tokens, "model.vocab_size", cfg.model.vocab_size,
-             f"must hold the tokenizer's {tokens} tokens", f"nearest valid: {tokens}")  # fmt: skip
+             f"must hold the {tokens} tokens of the text", f"nearest valid: {tokens}")  # fmt: skip
 
 
 def check_steps(cfg: RunConfig, done: int) -> None:

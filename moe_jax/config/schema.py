@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_jax.config.balance import check_bias_update
-from moe_jax.config.data import DataConfig
+from moe_jax.config.data import GAP_TOKENS, DataConfig
 from moe_jax.config.distill import DistillConfig
 from moe_jax.config.explore import ExploreConfig, check_routing
 from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, newer, number, renamed, require
+from moe_jax.config.mixture import MixtureConfig, check_mixture
 from moe_jax.config.model import ModelConfig
 from moe_jax.errors import ConfigError
 
@@ -280,6 +281,7 @@ class RunConfig(Checked, resume=FIXED):
     distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -290,10 +292,13 @@ class RunConfig(Checked, resume=FIXED):
                  f"nearest valid: {nearest_divisor(b, a)}")  # fmt: skip
         self._check_loss(b)
         check_routing(self)
+        check_mixture(self)
         t = self.data.tokenizer
+        gaps = GAP_TOKENS * bool(self.data.with_gaps)
         need = {"bytes": 257, "bpe": t.vocab_size}.get(t.kind, 0)
+        need, more = need + gaps, f" and {gaps} of gaps (data.sources.*.denoise)" if gaps else ""
         require(self.model.vocab_size >= need, "model.vocab_size", self.model.vocab_size,
-                 f"must hold the tokenizer's {need} tokens", f"nearest valid: {need}")  # fmt: skip
+                 f"must hold the tokenizer's {need - gaps} tokens{more}", f"nearest valid: {need}")  # fmt: skip
         require(self.optim.warmup_steps < self.train.steps, "optim.warmup_steps", self.optim.warmup_steps,
                  f"must be < train.steps={self.train.steps}", f"nearest valid: {self.train.steps - 1}")  # fmt: skip
         for name, group in self.optim.groups.items():

@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.config import DataConfig, SourceConfig
+from moe_jax.config import DataConfig, MixtureConfig, SourceConfig
 from moe_jax.data.corpus import TokenStore
+from moe_jax.errors import ConfigError
 
 _LARGEST = 0.9  # the largest `validation_fraction`
 
@@ -30,6 +31,17 @@ class NotHeldOut(NamedTuple):
     def __str__(self) -> str:
         many = f"{self.documents:,} documents" if self.documents > 1 else "one document"
         return f"domain {self.domain!r} of data.sources.{self.source} ({many}) has no held-out text: {self.advice}"
+
+
+def targets_of(cfg: MixtureConfig, trained: Sequence[str], rows: Mapping[str, Sequence]) -> tuple[str, ...]:
+    """The sources whose held-out text counts for a controller: `mixture.target`, or all trained ones that have some.
+
+    rows: of held-out text, by source. Raises ConfigError if there are none.
+    """
+    found = tuple(name for name in ((cfg.target,) if cfg.target else trained) if len(rows.get(name, ())))
+    if not found:
+        raise ConfigError("mixture.target", cfg.target, "has no row of held-out text", "add documents")
+    return found
 
 
 def not_held_out(

@@ -1,14 +1,15 @@
 """Turns a `DataConfig` into batches: prepared stores, one Grain pipeline, and an iterator whose state is a count.
 
-Batch s of the optimizer consists of the elements s·B … s·B+B−1 of one infinite sequence, which depends on (config,
-seed) alone. The sequence has the rows of `rows.PackedRows` of each source (of `packing.WholeRows` for one with roles),
-shuffled anew each epoch, mixed by weight, and in random order within a batch. A process asks for its `rows` of each
-batch and reads only these. Neither that split nor `num_workers` changes the content of a batch.
+A source is an infinite sequence of the rows of `rows.PackedRows` (of `packing.WholeRows` for one with roles), shuffled
+anew each epoch. A batch has the next rows of each source; phases.py says how many. So it depends on (config, seed) and,
+where a controller sets the weights of sources during training, on these. A process asks for its `rows` of each batch
+and reads only these. Neither that split nor `num_workers` changes the content of a batch.
 
 A batch is the dict of `PackedRows`, stacked to [n, S], and `sequence_ids` [n] int32, the index of each row in the
 optimizer batch. `n`: rows of this process; `S`: tokens of a row.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from moe_jax.config import DataConfig
+from moe_jax.config import DataConfig, MixtureConfig
+from moe_jax.config.data import GAP_TOKENS
 from moe_jax.data import chat, record, tokenizers
 from moe_jax.data.answers import open_roles
 from moe_jax.data.batches import (
@@ -30,8 +32,10 @@ from moe_jax.data.batches import (
 )
 from moe_jax.data.begin_of_text import BEGIN
 from moe_jax.data.corpus import TokenStore, prepare_store, store_folder
-from moe_jax.data.held_out import NotHeldOut, not_held_out
+from moe_jax.data.denoise import DenoisedRows
+from moe_jax.data.held_out import NotHeldOut, not_held_out, targets_of
 from moe_jax.data.packing import WholeRows
+from moe_jax.data.phases import MixedIterator
 from moe_jax.data.rows import PackedRows, padding_row, permutation
 from moe_jax.data.sources import SPLITS, Source, Split, check_cache, check_sources, open_source
 from moe_jax.errors import ConfigError
@@ -79,9 +83,7 @@ def _check_some_text_is_kept(cfg: DataConfig, name: str, store: TokenStore) -> N
 
 def _is_read(cfg: DataConfig, name: str, split: Split) -> bool:
     source = cfg.sources[name]
-    if split == "train":
-        return source.weight > 0
-    return bool(source.validation_split) if source.kind == "tfds" else source.validation_fraction > 0
+    return source.is_trained if split == "train" else source.holds_out
 
 
 def _training_text(cfg: DataConfig, sources: dict[str, Source]) -> Iterator[str]:
@@ -121,20 +123,37 @@ class Corpus:
         self.tokenizer: tokenizers.Tokenizer = tokenizer
         self.stores: dict[tuple[str, Split], TokenStore] = stores
         self.domains: tuple[str, ...] = tuple(sorted({d for store in stores.values() for d in store.domains}))
-        self._train, self._weights = [], []
+        self._train: dict[str, PackedRows | WholeRows | DenoisedRows] = {}  # of sources that are trained on
         self._packed: dict[tuple[str, Split], WholeRows] = {}  # of sources with roles
         for name, source in cfg.sources.items():
-            if source.weight > 0:
-                self._train.append(self._rows(name, "train"))
-                self._weights.append(source.weight)
-        self._validation = [self._rows(name, split) for name, split in stores if split == "validation"]
+            if source.is_trained:
+                self._train[name] = self._rows(name, "train")
+        self._validation = {name: self._rows(name, split) for name, split in stores if split == "validation"}
         self.bytes_per_token = self._bytes_per_token()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names of the sources that are trained on, sorted: the order of cursors and weights of a phase."""
+        return tuple(sorted(self._train))
+
+    def rows_of(self, name: str, split: Split) -> PackedRows | WholeRows | DenoisedRows | None:
+        """The rows of a source's split, each once; None if nothing of it is read."""
+        return (self._train if split == "train" else self._validation).get(name)
+
+    def targets(self, cfg: MixtureConfig) -> tuple[str, ...]:
+        """The sources whose held-out text a controller observes. Raises ConfigError if it has no row of it."""
+        return targets_of(cfg, self.trained, self._validation)
 
     def keep_tokenizer(self, workdir: str | Path) -> None:
         """Saves the tokenizer in the directory of a new run, which then needs no other file of it."""
         tokenizers.save(self.tokenizer, self._cfg.tokenizer, workdir)
 
-    def _rows(self, name: str, split: Split) -> PackedRows | WholeRows:
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids in batches: those of the tokenizer, and of rows with gaps after them."""
+        return self.tokenizer.vocab_size + GAP_TOKENS * bool(self._cfg.with_gaps)
+
+    def _rows(self, name: str, split: Split) -> PackedRows | WholeRows | DenoisedRows:
         store, s = self.stores[name, split], self._cfg.seq_len
         ids = [self.domains.index(d) for d in store.domains]
         if store.learned is not None:
@@ -146,7 +165,8 @@ class Corpus:
             targets = len(store.tokens) - 1
             rule = f"must be ≤ {targets}, the tokens in the training split of data.sources.{name}"
             raise ConfigError("data.seq_len", s, rule, f"nearest valid: {targets}" if targets > 1 else "add documents")
-        return rows
+        share = self._cfg.sources[name].denoise
+        return DenoisedRows(rows, share, self._seed, name, self.tokenizer.vocab_size) if share else rows
 
     def _whole_rows(self, store: TokenStore, name: str, split: Split, ids: list[int]) -> WholeRows:
         s, seed = self._cfg.seq_len, None if split == "validation" else self._seed
@@ -186,17 +206,24 @@ class Corpus:
                 out.append({"source": name, "split": split, "domain": domain, **counts})
         return sorted(out, key=lambda row: (row["source"], row["split"], row["domain"]))
 
-    def epochs(self, steps: int) -> dict[str, tuple[float, float]]:
-        """Share of the training rows, 0 to 1, and epochs in `steps` steps, of each source that is trained on."""
-        total, drawn = sum(self._weights), steps * self._cfg.batch_size
-        trained = [name for name, source in self._cfg.sources.items() if source.weight > 0]
-        shares = [weight / total for weight in self._weights]
-        return {n: (s, s * drawn / len(rows)) for n, s, rows in zip(trained, shares, self._train, strict=True)}
+    def epochs(self, steps: int, stages: Sequence[int] = ()) -> dict[str, tuple[float, float]]:
+        """Share of the training rows, 0 to 1, and epochs in `steps` steps, of each source that is trained on.
 
-    def table(self, steps: int = 0) -> str:
+        stages: those of `mixture.stages`, some of which may never begin. What other controllers will do is not known.
+        """
+        shares = dict.fromkeys(self._train, 0.0)
+        borders = (0, *(min(stage, steps) for stage in stages), steps)
+        for stage, (begin, end) in enumerate(itertools.pairwise(borders)):
+            weights = {name: self._cfg.sources[name].weight_in(stage) for name in shares}
+            for name, weight in weights.items():
+                shares[name] += (end - begin) / steps * weight / sum(weights.values())
+        drawn = steps * self._cfg.batch_size
+        return {name: (shares[name], shares[name] * drawn / len(rows)) for name, rows in self._train.items()}
+
+    def table(self, steps: int = 0, stages: Sequence[int] = ()) -> str:
         """The rows of `stats` as a table of text. steps: of the run; with it each source also has its weight, its share
-        of the training rows, and how often the run reads it."""
-        rows, found = self.stats(), self.epochs(steps) if steps else {}
+        of the training rows, and how often the run reads it. stages: see `epochs`."""
+        rows, found = self.stats(), self.epochs(steps, stages) if steps else {}
         cells = [[r["source"], r["split"], r["domain"], *(f"{r[c]:,}" for c in ("documents", "bytes", "tokens"))]
                  for r in rows]  # fmt: skip
         head = ["source", "split", "domain", "documents", "bytes", "tokens"]
@@ -204,7 +231,9 @@ class Corpus:
             head += ["weight", "share", "epochs"]
             for row in cells:
                 share, epochs = found.pop(row[0], (0.0, 0.0)) if row[1] == "train" else (0.0, 0.0)
-                named = [f"{self._cfg.sources[row[0]].weight:g}", f"{share:.1%}", f"{epochs:.2f}"]
+                source = self._cfg.sources[row[0]]
+                weights = ", ".join(f"{w:g}" for w in (source.weight, *source.stage_weights))
+                named = [weights, f"{share:.1%}", f"{epochs:.2f}"]
                 row += named if share else [""] * 3
         widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(head))]
         line = lambda row: "  ".join(
@@ -219,18 +248,14 @@ class Corpus:
         """
         if self._cfg.num_workers:  # six arrays of four bytes a token
             check_shared_memory(self._cfg.num_workers, len(rows) * self._cfg.seq_len * 6 * 4)
-        mixed = []
-        for name, packed in zip((n for n, s in self._cfg.sources.items() if s.weight > 0), self._train, strict=True):
-            mixed.append(grain.MapDataset.source(packed).shuffle(seed=random_key("rows", self._seed, name)).repeat())
-        elements = mixed[0]
+        mixed, workers = [], self._cfg.num_workers
+        for name in self.trained:
+            rows_of = grain.MapDataset.source(self._train[name])
+            mixed.append(rows_of.shuffle(seed=random_key("rows", self._seed, name)).repeat())
         if len(mixed) > 1:
-            # `mix` takes sources in turn, so a few neighbours would always have all sources in proportion. Training on
-            # shuffled documents does not have that, and a load-balancing loss over few sequences should not see it.
-            in_turn = grain.MapDataset.mix(mixed, self._weights)
-            elements = grain.experimental.WindowShuffleMapDataset(
-                in_turn, window_size=self._cfg.batch_size, seed=random_key("batch", self._seed)
-            )
-        return TrainIterator(elements, self._cfg.batch_size, rows, self._cfg.num_workers)
+            weights = [self._cfg.sources[name].weight for name in self.trained]
+            return MixedIterator(mixed, weights, self._seed, self._cfg.batch_size, rows, workers)
+        return TrainIterator(mixed[0], self._cfg.batch_size, rows, workers)
 
     def num_validation_batches(self, limit: int = 0) -> int:
         """Number of batches of held-out text, at most `limit`; 0: all."""
@@ -239,7 +264,7 @@ class Corpus:
 
     def num_validation_rows(self, limit: int = 0) -> int:
         """Number of rows of held-out text in `limit` batches, or in all (0), without the padding in the last."""
-        total = sum(len(part) for part in self._validation)
+        total = sum(map(len, self._validation.values()))
         return min(total, limit * self._cfg.batch_size) if limit else total
 
     def validation_batches(self, rows: Sequence[int], limit: int = 0) -> Iterator[Rows]:
@@ -253,7 +278,7 @@ class Corpus:
         # These are all rows if taken == total.
         chosen = (2 * np.arange(taken, dtype=np.int64) + 1) * total // (2 * max(taken, 1))
         padding = padding_row(self._cfg.seq_len, self.tokenizer.end_of_text)
-        return self._validate(ValidationRows(self._validation, chosen, length, padding), rows)
+        return self._validate(ValidationRows([*self._validation.values()], chosen, length, padding), rows)
 
     def _validate(self, elements: ValidationRows, rows: tuple[int, ...]) -> Iterator[Rows]:
         if len(elements):
@@ -289,6 +314,7 @@ class Corpus:
         read = [line for store in self.stores.values() for line in store.notes]
         read += [f"{n}/{s}: {rows.note()}" for (n, s), rows in self._packed.items() if s == "train" or rows.cut]
         read += self._answers()
+        read += [rows.note() for rows in self._train.values() if isinstance(rows, DenoisedRows)]
         return [*self._begin(), *dict.fromkeys(read), *self._lost(), *map(str, self.not_held_out())]
 
     def _begin(self) -> tuple[str, ...]:

@@ -10,9 +10,17 @@ from moe_jax.data.corpus import TokenStore
 
 def permutation(n: int, *key: object) -> np.ndarray:
     """A permutation of range(n) that depends on `key` alone: the same on every machine and with every NumPy version."""
+    return np.argsort(_random(n, key), kind="stable")
+
+
+def random_number(*key: object) -> int:
+    """A number of 64 bits that depends on `key` alone."""
+    return int(_random(1, key)[0])
+
+
+def _random(n: int, key: tuple) -> np.ndarray:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    raw = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(n)
-    return np.argsort(raw, kind="stable")
+    return np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(n)
 
 
 def padding_row(seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:

@@ -154,6 +154,8 @@ class TfdsSource:
         """The builder, after its data is on disk. Raises: ConfigError with the reason if it cannot be prepared."""
         with _errors_only():
             if self._builder.is_prepared():
+                if not self._builder.info.splits:  # another source has prepared it since this builder was made
+                    self._builder = self._resolve()
                 return self._builder
         import tensorflow_datasets as tfds
 
@@ -253,7 +255,7 @@ def _check_no_text_is_on_both_sides(sources: Sequence[FilesSource]) -> None:
         for path in map(os.path.realpath, source.files):
             other = seen.setdefault(path, source)
             pairs = ((source.cfg, other.cfg), (other.cfg, source.cfg))
-            if other is source or not any(a.weight > 0 and b.validation_fraction > 0 for a, b in pairs):
+            if other is source or not any(a.is_trained and b.validation_fraction > 0 for a, b in pairs):
                 continue
             field, cfg, where = f"data.sources.{source.name}", source.cfg, f"data.sources.{other.name}"
             why = "held-out text would be trained on"

@@ -32,7 +32,8 @@ NOTHING: frozenset[str] = frozenset()
 
 
 def check(cfg: RunConfig) -> None:
-    """Raises ConfigError for a group that does nothing to the model's parameters, and if none is left to train.
+    """Raises ConfigError for a group that does nothing to the model's parameters, and if none is left to train, or not
+    the rows that tokens of gaps need.
 
     It makes the model's graph, which raises for adapters that match nothing.
     """
@@ -45,6 +46,10 @@ def check(cfg: RunConfig) -> None:
         rule = f"matches no parameter of {len(paths)}"
         require(found, f"optim.groups.{name}.match", group.match, rule, f"nearest valid: {close!r}")
     frozen = frozen_paths(cfg.optim, paths)
+    for name in cfg.data.with_gaps:
+        still = [p for p in ("embed", "head") if p in paths and (p in frozen or not factor(cfg.optim, "lr", p))]
+        rule = f"has tokens of its own, which cannot be learned: {' and '.join(still)} stay as they are"
+        require(not still, f"data.sources.{name}.denoise", cfg.data.sources[name].denoise, rule, "nearest valid: 0.0")
     last = [name for name, group in cfg.optim.groups.items() if group.freeze][-1:]
     for name in last:
         require(len(frozen) < len(paths), f"optim.groups.{name}.freeze", True, "leaves no parameter to train",

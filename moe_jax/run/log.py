@@ -91,9 +91,9 @@ def _open_wandb(workdir: Path, project: str, config: dict | None):
 class Writer:
     """Writes rows to `metrics.jsonl` and `tensorboard/` of a run directory, and to Weights & Biases if asked for.
 
-    A line of `metrics.jsonl` is valid JSON with `kind` ("train", "eval", "eval_ema", "skipped") and `step` first. A
-    value that is not finite is written as null and named in `nonfinite`. Only process 0 writes; elsewhere every method
-    does nothing.
+    A line of `metrics.jsonl` is valid JSON with `kind` ("train", "eval", "eval_ema", "mixture", "skipped") and
+    `step` first. A value that is not finite is written as null and named in `nonfinite`. Only process 0 writes;
+    elsewhere every method does nothing.
 
     resume_step: training resumes after this step, so later lines (of a run that died after its last checkpoint) are
         moved to `metrics.dropped.jsonl`. None keeps every complete line.
@@ -119,8 +119,8 @@ class Writer:
             )
 
     def write(self, step: int, row: dict[str, Any], kind: str = "train") -> None:
-        """Appends one row. kind: "train", "eval", "eval_ema" or "skipped", which also prefixes the names in TensorBoard
-        and W&B."""
+        """Appends one row. kind: "train", "eval", "eval_ema", "mixture" or "skipped", which also prefixes the names in
+        TensorBoard and W&B."""
         if self._file is None:
             return
         values = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in row.items() if n not in ("kind", "step")}

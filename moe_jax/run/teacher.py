@@ -61,8 +61,12 @@ def find(cfg: RunConfig, done: int = 0, saved: dict[str, Any] | None = None, exp
         close = difflib.get_close_matches(folder.as_posix(), runs, 1, 0.0)
         hint = f"nearest valid: {close[0]!r}" if close else "train one first"
         raise ConfigError("distill.teacher", cfg.distill.teacher, "is not a run directory", hint)
-    theirs = load_config(folder).model
+    whole = load_config(folder)
+    theirs, gaps = whole.model, cfg.data.with_gaps
     _check(cfg, theirs, experts)
+    require(not gaps or bool(whole.data.with_gaps), "distill.teacher", cfg.distill.teacher,
+            f"has learned no tokens of gaps, which data.sources.{gaps and gaps[0]}.denoise puts before it",
+            "nearest valid: a run with denoise")  # fmt: skip
     with Checkpoints(folder) as checkpoints:
         step, _ = checkpoints.contents(began)
     moe = dataclasses.replace(theirs.moe, exchange="auto", exchange_chunks=1, grouped_matmul="auto")

@@ -73,7 +73,7 @@ def same(a: Measured, b: Measured) -> bool:
 
 
 def wanted(run: Run, cfg: config_lib.RunConfig) -> Measured:
-    """What a run will be, as it is named in results.json, without losses."""
+    """Returns the entry of a planned run in results.json, without losses."""
     total = sum(source.weight for source in cfg.data.sources.values())
     shares = {name: source.weight / total for name, source in cfg.data.sources.items()}
     return Measured(f"{run.arm}/seed{run.seed}", shares, {}, measured.cost_of(cfg))

@@ -72,7 +72,7 @@ def test_the_example_of_tensorflow():
 
 
 def run_config() -> config.RunConfig:
-    """With frozen matrices, of which there is no average, and a controller of biases whose state lies beside it."""
+    """Frozen matrices have no average, and a controller of biases has its state beside it."""
     cfg = test_guard.CHECKED
     frozen = {"output": GroupConfig("/attention/w_o$", freeze=True)}
     optim, loss = (

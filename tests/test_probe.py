@@ -1,4 +1,4 @@
-"""What controllers observe, against gradients of each loss alone, and whole runs with controllers that are killed."""
+"""Observations of controllers against gradients of each loss alone, and whole runs with controllers that are killed."""
 
 import dataclasses
 import json

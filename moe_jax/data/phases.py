@@ -89,7 +89,7 @@ def _batch(phase: Phase, seed: int, batch: int, size: int) -> tuple[tuple[int, .
 
 
 def row(phase: Phase, seed: int, batch: int, j: int, size: int) -> tuple[int, int]:
-    """What row j of a batch of `size` rows is: a source, and a row of that source's endless sequence.
+    """Returns the source of row j of a batch of `size` rows, and the row of that source's endless sequence.
 
     The rows of a batch are in random order, which (seed, batch) decides.
     """

@@ -21,7 +21,7 @@ TRIES = 100  # draws for each mixture that is wanted
 
 
 class Prior(NamedTuple):
-    """What there is of each source. shares: of all text, sum 1. most: largest shares of a mixture, all ≤ 1."""
+    """The text of each source. shares: of all text, sum 1. most: largest shares of a mixture, all ≤ 1."""
 
     names: tuple[str, ...]
     shares: Float[np.ndarray, " M"]
@@ -188,14 +188,19 @@ def lines(mixtures: Iterable[Mixture]) -> str:
     return "".join(json.dumps(mixture._asdict()) + "\n" for mixture in mixtures)
 
 
-def read(path: Path) -> list[Mixture]:
-    """The mixtures of a file that `lines` made. Weights are divided by their sum. Raises UserError, FileError."""
+def text_of(path: Path, flag: str = "") -> str:
+    """The text of a file, with or without a byte order mark. Raises UserError, whose path follows `flag`, FileError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        raise UserError(f"{flag}{path}: cannot be read ({e.strerror})") from None
     except ValueError:
         raise FileError(f"{path}: is not a text in UTF-8") from None
+
+
+def read(path: Path) -> list[Mixture]:
+    """The mixtures of a file that `lines` made. Weights are divided by their sum. Raises UserError, FileError."""
+    text = text_of(path)
     found: dict[str, Mixture] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

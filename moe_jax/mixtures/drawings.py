@@ -25,11 +25,11 @@ def _style(axis: Axes, x: str, y: str) -> None:
     axis.grid(color=GRID, lw=0.7)
 
 
-def _short(value: object) -> str:
+def _short(value: str | float) -> str:
     """A value of a column, such as 40M or 1.5B."""
     if isinstance(value, str):
         return value
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if size <= abs(number) < 1e15:
             return f"{number / size:.3g}{unit}"

@@ -286,7 +286,7 @@ def critical_ratios(columns: Columns) -> Problem:
 
 
 class Asked(NamedTuple):
-    """What is asked of a fit. refits: for intervals. tolerance: rise of the general loss, in nats, of `cmr`."""
+    """The settings of a fit. refits: for intervals. tolerance: rise of the general loss, in nats, of `cmr`."""
 
     refits: int = 200
     seed: int = 0

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from scipy import optimize
 
 from moe_jax.errors import FileError, UserError, nearest, shown
+from moe_jax.mixtures.design import text_of
 
 HUBER = 1e-3  # residuals of log loss above it count linearly, as in Chinchilla's fits
 STARTS = 32
@@ -86,12 +87,7 @@ def read_points(path: Path, needed: tuple[str, ...], optional: tuple[str, ...] =
 
     texts: columns of words. signed: columns whose numbers may be ≤ 0; all others must be > 0.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise UserError(f"--data={path}: cannot be read ({e.strerror})") from None
-    except ValueError:
-        raise FileError(f"{path}: is not a text in UTF-8") from None
+    text = text_of(path, "--data=")
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         lines = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]

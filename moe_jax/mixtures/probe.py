@@ -1,4 +1,4 @@
-"""What controllers observe: gradients and losses of the cross-entropy alone, beside the batches of the run.
+"""Gradients and losses of the cross-entropy alone, which controllers observe beside the batches of the run.
 
 Rows are drawn by (seed, number of steps, source) from all rows of a source, also from those that the run trains on, and
 no cursor of the training data moves. So a resumed run observes the same numbers, on the same machine bit for bit.

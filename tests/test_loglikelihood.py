@@ -144,6 +144,7 @@ PROCESSES = """
 import dataclasses, json
 import numpy as np
 from moe_jax import config, model
+from moe_jax.evaluate import switches
 from moe_jax.evaluate.loglikelihood import Request, score
 from moe_jax.parallel import sharding
 
@@ -156,14 +157,16 @@ def scores(devices, shape):
         params, bias = model.init(cfg.model, jax.random.key(0))
     draw = lambda n: rng.integers(0, 264, n).astype(np.int32)
     asked = [Request(draw(a), draw(b)) for a, b in ((3, 2), (9, 30), (20, 4))]
-    return [one.logprob for one in score(cfg, mesh, params, bias, asked)]
+    tables = (None, switches.parse("off:0/1 on:0/3", cfg.model))
+    return [one.logprob for its in tables for one in score(cfg, mesh, params, bias, asked, switches=its)]
 """
 
 
 @pytest.mark.slow
 def test_two_processes():
-    """Each process has all the scores, those of one device."""
+    """Each process has all the scores, those of one device, also with experts switched off and on."""
     names = {"jax": jax}
     exec(PROCESSES, names)
     want = names["scores"](jax.devices()[:1], (1, 1, 1))
+    assert all(plain != switched for plain, switched in zip(want[:3], want[3:], strict=True))
     two_processes.run(PROCESSES + f"np.testing.assert_allclose(scores(jax.devices(), (2, 2, 2)), {want}, rtol=1e-5)\n")

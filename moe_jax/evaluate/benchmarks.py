@@ -28,6 +28,7 @@ from moe_jax.data import Tokenizer, readers
 from moe_jax.errors import FileError, UserError
 from moe_jax.evaluate import loglikelihood
 from moe_jax.evaluate.loglikelihood import Request, Score
+from moe_jax.evaluate.switches import Switches
 from moe_jax.evaluate.tasks import Task
 
 LN2 = math.log(2.0)
@@ -37,11 +38,18 @@ NUMBERS = (*ACCURACIES, "greedy", "bits_per_byte")
 Scorer = Callable[[list[Request], str], list[Score]]
 
 
-def scorer(cfg: RunConfig, mesh: Mesh, params: dict, router_bias: dict, progress: bool = False) -> Scorer:
-    """The function (requests, name of the progress bar) → scores of a model."""
+def scorer(
+    cfg: RunConfig,
+    mesh: Mesh,
+    params: dict,
+    router_bias: dict,
+    progress: bool = False,
+    switches: Switches | None = None,
+) -> Scorer:
+    """The function (requests, name of the progress bar) → scores of a model. switches: experts that are off or on."""
     loglikelihood.check(cfg)
     return lambda requests, name: loglikelihood.score(
-        cfg, mesh, params, router_bias, requests, progress=progress, describe=name
+        cfg, mesh, params, router_bias, requests, progress=progress, describe=name, switches=switches
     )
 
 

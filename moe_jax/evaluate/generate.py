@@ -15,6 +15,7 @@ from moe_jax.config import ModelConfig, RunConfig, SampleConfig
 from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.data.documents import as_text
 from moe_jax.errors import ConfigError
+from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.nn.layers import weight
@@ -51,10 +52,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     vocab: int | None = None,
+    switches: Switches | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt (at least one) followed by `tokens` sampled ids: one number, or one of each prompt.
 
     vocab: tokens of the tokenizer. Larger ids, which a model may have rows for, are never drawn.
+    switches: experts that are off or on, for the prompt and what follows.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
@@ -75,7 +78,7 @@ def generate(
             rows = [row for row, p in enumerate(prompts) if len(p) == size]
             of = lambda all_rows, rows=rows: [all_rows[row] for row in rows]
             made = generate(cfg, mesh, params, router_bias, of(prompts), of(counts), temperature=temperature,
-                            top_p=top_p, seed=seed, vocab=vocab)  # fmt: skip
+                            top_p=top_p, seed=seed, vocab=vocab, switches=switches)  # fmt: skip
             found |= dict(zip(rows, made, strict=True))
         return [found[row] for row in range(len(prompts))]
     padded = -(-len(prompts) // mesh.size) * mesh.size  # the batch is split over the mesh: pad it with copies
@@ -86,20 +89,21 @@ def generate(
         table[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     with jax.set_mesh(mesh):
         run = _decoder(cfg, mesh, min(map(len, prompts)), temperature, top_p, vocab or cfg.vocab_size)
-        out = np.asarray(run(params, router_bias, table, lengths, jax.random.key(seed)))
+        out = np.asarray(run(params, router_bias, table, lengths, jax.random.key(seed), switches))
     return [out[row, : len(p) + counts[row]].tolist() for row, p in enumerate(prompts)]
 
 
 @functools.lru_cache(maxsize=8)
 def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top_p: float, vocab: int):
-    """The jitted function (params, bias, table [B, Z], lengths [B], key) → the table with sampled tokens.
+    """The jitted function (params, bias, table [B, Z], lengths [B], key, switches) → the table with sampled
+    tokens.
 
     It runs the first `prefill` tokens of all prompts at once, and then one token at a time.
     """
     graph = model.abstract(cfg, Program.choose(cfg, mesh))
     rows = P(sharding.AXES, None)
 
-    def run(params, bias, table, lengths, key):
+    def run(params, bias, table, lengths, key, switches):
         net = graph.bind(params, bias)
         table, lengths = sharding.replicate(table), sharding.replicate(lengths)
         batch, places = table.shape
@@ -112,7 +116,7 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
                 start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows
             )
             info = TokenInfo(ids >= 0, jnp.zeros_like(ids))
-            out = net(model.Inputs(ids, positions, None, info), cache, start)
+            out = net(model.Inputs(ids, positions, None, info, switches=switches), cache, start)
             last = jnp.einsum("bd,vd->bv", out.hidden[:, -1], output, preferred_element_type=jnp.float32)
             return sharding.replicate(last), out.cache
 
@@ -144,20 +148,23 @@ def sample_text(
     router_bias: dict,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int] | None = None,
+    switches: Switches | None = None,
 ) -> str:
     """The text of a prompt (default: the config's) and its continuation, sampled with the config's `sample` settings.
 
     It ends at the end-of-text token, or at the model's last position. prompt: text, or the ids of a complete beginning.
+    switches: experts that are off or on.
     """
     prompt = cfg.sample.prompt if prompt is None else prompt
     if isinstance(prompt, str):
         prompt = [tokenizers.first_token(tokenizer), *tokenizer.encode([as_text(prompt)])[0].tolist()]
-    return continue_texts(cfg.model, mesh, params, router_bias, tokenizer, [prompt], cfg.sample, cfg.seed)[0]
+    return continue_texts(cfg.model, mesh, params, router_bias, tokenizer, [prompt], cfg.sample, cfg.seed, switches)[0]
 
 
 def continue_texts(
     cfg: ModelConfig, mesh: Mesh, params: dict, router_bias: dict, tokenizer: Tokenizer,
     starts: Sequence[Sequence[int]], sample: SampleConfig, seed: int,
+    switches: Switches | None = None,
 ) -> list[str]:  # fmt: skip
     """The texts of prompts, given as token ids, and of their continuations. sample: its `prompt` is not used.
 
@@ -167,6 +174,7 @@ def continue_texts(
     all_ids = generate(
         cfg, mesh, params, router_bias, starts, [min(sample.tokens, free(start)) for start in starts],
         temperature=sample.temperature, top_p=sample.top_p, seed=seed, vocab=tokenizer.vocab_size,
+        switches=switches,
     )  # fmt: skip
     texts, end = [], tokenizer.end_of_text
     for start, ids in zip(starts, all_ids, strict=True):

@@ -67,7 +67,13 @@ class RunModel(TemplateLM):
     def _score(self, requests: list[Request], quiet: bool) -> list[loglikelihood.Score]:
         run = self._run
         return loglikelihood.score(
-            self._cfg, run.mesh, run.params, run.router_bias, requests, progress=self._progress and not quiet
+            self._cfg,
+            run.mesh,
+            run.params,
+            run.router_bias,
+            requests,
+            progress=self._progress and not quiet,
+            switches=run.switches,
         )
 
     def _loglikelihood_tokens(
@@ -120,6 +126,7 @@ class RunModel(TemplateLM):
         every = generate.generate(
             self._cfg.model, run.mesh, run.params, run.router_bias, prompts, its.tokens,
             temperature=its.temperature, top_p=its.top_p, seed=self._cfg.seed, vocab=tokenizer.vocab_size,
+            switches=run.switches,
         )  # fmt: skip
         texts = []
         for prompt, ids in zip(prompts, every, strict=True):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from moe_jax.config import RunConfig
 from moe_jax.config.layers import Place
 from moe_jax.data import Corpus
+from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import ChoiceSums, RouterStats, by_depth
 from moe_jax.run import log
@@ -82,11 +83,13 @@ def evaluate(
     record: bool = False,
     earlier: tuple[dict, dict] | None = None,
     program: Program | None = None,
+    switches: Switches | None = None,
 ) -> EvalResult:
     """The result of an evaluation on the held-out split.
 
     limit: number of batches, spread over the split; 0: all. record: whether to sum the router's choices for `analysis`.
     earlier: params and router_bias of an earlier checkpoint, whose choices are compared with these.
+    switches: experts that are off or on, in the earlier checkpoint too.
     """
     run = step.make_eval_step(cfg, mesh, len(corpus.domains), record, program)
     rows = process_rows(mesh, cfg.data.batch_size)
@@ -96,7 +99,7 @@ def evaluate(
     for batch in tqdm(
         batches, total=total, desc="evaluate", unit="batch", disable=None if progress else True, leave=False
     ):
-        one = run(params, router_bias, put_batch(batch, mesh, cfg, by_domain=True), earlier)
+        one = run(params, router_bias, put_batch(batch, mesh, cfg, by_domain=True), earlier, switches)
         sums = one if sums is None else jax.tree.map(jnp.add, sums, one)
     host = jax.tree.map(np.asarray, jax.device_get(sums))
     size = np.asarray(corpus.bytes_per_token)
@@ -171,12 +174,14 @@ def to_json(
     result: EvalResult,
     baselines: dict[str, dict[str, float]],
     overrides: dict[str, Any] | None = None,
+    experts: str | None = None,
 ) -> str:
     """The text of eval.json: the table, the baselines, and counts [layer][domain][expert] of assignments.
 
     The table's last row, and the baselines' entry "", are all domains together.
     `limit`: most batches (null: no limit); `rows` were evaluated of `of_rows`; `tokens`: number of targets in them.
-    `overrides`: fields of the run's configuration that had other values, for this evaluation only.
+    `overrides`: fields of the run's configuration that had other values, for this evaluation only. `experts`: those
+    that were switched off or on, if any.
     Numbers that are not finite are null, and `nonfinite` beside them has their names.
     """
     layers = by_depth(result.places, result.router)
@@ -188,6 +193,7 @@ def to_json(
         "of_rows": of_rows,
         "tokens": int(result.tokens.sum()),
         "overrides": overrides or {},
+        **({"experts": experts} if experts else {}),
         "domains": [log.finite(row) for row in result.rows()],
         "domains_without_text": result.unseen(),
         "bits_per_byte_of": {name: log.finite(of) for name, of in baselines.items()},

@@ -21,6 +21,7 @@ from moe_jax import model
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.fields import require
 from moe_jax.data import Tokenizer, tokenizers
+from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.nn.layers import weight
@@ -169,20 +170,20 @@ def _batches(
 
 @functools.lru_cache(maxsize=64)
 def _scorer(cfg: ModelConfig, mesh: Mesh, tokens: int, length: int):
-    """The jitted function (params, bias, tokens, targets, lengths) → nats of each target, and whether it is the most
-    probable token; both `[B, S]`, on every device.
+    """The jitted function (params, bias, tokens, targets, lengths, switches) → nats of each target, and whether it is
+    the most probable token; both `[B, S]`, on every device.
 
     tokens: of one device. It compiles once for a shape.
     """
     graph = model.abstract(cfg, Program.choose(cfg, mesh, tokens, length))
     rows = P(sharding.AXES, None)
 
-    def run(params, bias, ids, targets, lengths):
+    def run(params, bias, ids, targets, lengths, switches):
         net = graph.bind(params, bias)
         at = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows)
         info = TokenInfo(at < lengths[:, None], jnp.zeros_like(ids))
         # Padding comes last, so that no token that counts attends to it.
-        hidden = net(model.Inputs(ids, at, None, info)).hidden
+        hidden = net(model.Inputs(ids, at, None, info, switches=switches)).hidden
         nll, best = cross_entropy.token_scores(hidden, weight(net.output_matrix, hidden.dtype), targets)
         return sharding.replicate(nll), sharding.replicate(best)
 
@@ -198,11 +199,13 @@ def score(
     *,
     progress: bool = False,
     describe: str = "score",
+    switches: Switches | None = None,
 ) -> list[Score]:
     """The scores of requests, in their order.
 
     cfg: of `config.for_evaluation`. A sequence has at most `data.seq_len` tokens; a batch about as many as one of
         `data.batch_size` such sequences. progress: whether to show a bar, named `describe`.
+    switches: experts that are off or on.
     Every process of a run calls this, and has all the scores. Raises ConfigError (`check`).
     """
     check(cfg)
@@ -229,7 +232,7 @@ def score(
     with tqdm(total=len(rows), desc=describe, unit="sequence", disable=None if progress else True, leave=False) as bar:
         for its, size, length in _batches(rows, longest, cfg.data.batch_size * longest, mesh.size, step, exact):
             run = _scorer(shape, mesh, size * length // mesh.size, length)
-            waiting.append((its, *run(params, router_bias, *_arrays(its, size, length, mesh))))
+            waiting.append((its, *run(params, router_bias, *_arrays(its, size, length, mesh), switches)))
             if len(waiting) == IN_FLIGHT:
                 read(*waiting.popleft())
             bar.update(len(its))

@@ -5,6 +5,7 @@ ids are taken as they are. Letters: S tokens of a text, V rows of the output mat
 experts, K slots of a token.
 """
 
+import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,8 +22,9 @@ from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.data.documents import as_text
 from moe_jax.data.vocabularies import END_OF_TEXT
 from moe_jax.errors import CheckpointError, ConfigError, nearest
-from moe_jax.evaluate import loglikelihood, passes
+from moe_jax.evaluate import loglikelihood, passes, switches
 from moe_jax.evaluate.generate import continue_texts
+from moe_jax.evaluate.switches import Switches
 from moe_jax.parallel import sharding
 from moe_jax.run import config_file, weights
 from moe_jax.run.checkpoint import Checkpoints
@@ -46,7 +48,8 @@ class OpenedRun:
 
     cfg: the run's configuration. model: that of the model as it is computed here. params, router_bias: nested dicts of
     arrays. tokenizer: None if the run has none, and then only token ids are taken. step: the checkpoint; None for a
-    Hugging Face model. origin: the events that made the weights, in order.
+    Hugging Face model. origin: the events that made the weights, in order. switches: experts that are off or on
+    (`switched`); None for those of the run as it is.
     """
 
     def __init__(
@@ -55,10 +58,23 @@ class OpenedRun:
     ):  # fmt: skip
         self.cfg, self.model, self.mesh, self.params, self.router_bias = cfg, computed, mesh, params, router_bias
         self.tokenizer, self.step, self.origin = tokenizer, step, origin
+        self.switches: Switches | None = None
 
     def __repr__(self) -> str:
         counts = model.count_parameters(self.model)
         return f"OpenedRun({counts.total:,} parameters, {counts.active:,} active, step {self.step})"
+
+    def switched(self, experts: str) -> "OpenedRun":
+        """The same run with some experts switched off or on in all that it computes: "off:3/17 on:5/2".
+
+        An expert that is off is used by no token, one that is on by every token, with the weight that its router gives
+        it. Layers are numbered as in `routing(…).experts`: those with experts, from 0. `off:3/0-7` are eight experts,
+        `off:*/17` one of every layer. An empty line switches all back. The weights are shared, not copied.
+        Raises ValueError for experts that do not exist, or if too few of a layer are left for a token.
+        """
+        made = copy.copy(self)
+        made.switches = switches.parse(experts, self.model) if experts else None
+        return made
 
     # --- texts and tokens ---------------------------------------------------------------------------------------------
 
@@ -154,7 +170,7 @@ class OpenedRun:
         cfg, _ = config.for_evaluation(dataclasses.replace(self.cfg, model=self.model), 1)
         data = dataclasses.replace(cfg.data, seq_len=longest, batch_size=max(1, passes.TOKENS // longest))
         cfg = dataclasses.replace(cfg, data=data)
-        scores = loglikelihood.score(cfg, self.mesh, self.params, self.router_bias, requests)
+        scores = loglikelihood.score(cfg, self.mesh, self.params, self.router_bias, requests, switches=self.switches)
         return scores[0] if one else scores
 
     def _requests(self, contexts: list[Text], ends: list[Text]) -> list[loglikelihood.Request]:
@@ -184,7 +200,7 @@ class OpenedRun:
         }
         sampled = dataclasses.replace(sample, **settings)  # which checks the values
         write = lambda _, all_ids: continue_texts(
-            self.model, self.mesh, self.params, self.router_bias, tokenizer, all_ids, sampled, seed
+            self.model, self.mesh, self.params, self.router_bias, tokenizer, all_ids, sampled, seed, self.switches
         )
         return self._each(prompts, write)
 
@@ -199,7 +215,7 @@ class OpenedRun:
     def _run(self, what: str, layer: int = -1) -> Callable[[Any, list[list[int]]], list]:
         """A function of texts and their ids that computes an entry of `passes.READ` for each."""
         own = self.model, self.mesh, self.params, self.router_bias
-        return lambda _, all_ids: passes.run(*own, all_ids, what, layer)
+        return lambda _, all_ids: passes.run(*own, all_ids, what, layer, self.switches)
 
 
 def _listed(texts: Any) -> tuple[list[Text], bool]:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import model
 from moe_jax.config import ModelConfig
+from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import by_depth
@@ -27,9 +28,16 @@ SHORTEST = 16  # tokens to which texts are padded at least, so that few programs
 
 
 def run(
-    cfg: ModelConfig, mesh: Mesh, params: dict, router_bias: dict, all_ids: list[list[int]], what: str, layer: int = -1
+    cfg: ModelConfig,
+    mesh: Mesh,
+    params: dict,
+    router_bias: dict,
+    all_ids: list[list[int]],
+    what: str,
+    layer: int = -1,
+    switches: Switches | None = None,
 ) -> list[Any]:
-    """An entry of `READ` for each text, given as token ids. layer: for "hidden".
+    """An entry of `READ` for each text, given as token ids. layer: for "hidden". switches: of experts.
 
     A result does not depend on the other texts. Every process of several calls this with the same texts.
     """
@@ -37,7 +45,7 @@ def run(
     for rows, table, lengths in _batches(cfg, mesh.size, all_ids):
         program = _program(cfg, mesh, table.shape[1], what, layer)
         with jax.set_mesh(mesh):
-            made = jax.device_get(program(params, router_bias, table, lengths))
+            made = jax.device_get(program(params, router_bias, table, lengths, switches))
         for place, row in enumerate(rows):
             out[row] = READ[what].of_row(made, place, len(all_ids[row]))
     return out
@@ -112,17 +120,17 @@ READ = {
 
 @functools.lru_cache(maxsize=64)
 def _program(cfg: ModelConfig, mesh: Mesh, length: int, what: str, layer: int) -> Callable:
-    """The jitted function (params, bias, ids [B, S], lengths [B]) → arrays of `READ[what]`, replicated."""
+    """The jitted function (params, bias, ids [B, S], lengths [B], switches) → arrays of `READ[what]`, replicated."""
     chosen = Program.choose(cfg, mesh, seq_len=length)
     program = dataclasses.replace(chosen, record=what == "routing", residual=what == "hidden" and layer > 0)
     graph, rows = model.abstract(cfg, program), P(sharding.AXES, None)
 
-    def run(params, bias, table, lengths):
+    def run(params, bias, table, lengths, switches):
         net = graph.bind(params, bias)
         place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], table.shape)
         counted = place < lengths[:, None]
         ids, place, counted = (jax.sharding.reshard(a, rows) for a in (table, place, counted))
-        out = net(model.Inputs(ids, place, None, TokenInfo(counted, jnp.zeros_like(ids))))
+        out = net(model.Inputs(ids, place, None, TokenInfo(counted, jnp.zeros_like(ids)), switches=switches))
         return jax.tree.map(sharding.replicate, READ[what].of_pass(net, out, ids, layer))
 
     return jax.jit(run)

@@ -4,5 +4,6 @@ python -m moe_jax.hf import --from DIR --workdir runs/a          python -m moe_j
 """
 
 from moe_jax.hf.convert import export_run, import_model, read_model
+from moe_jax.hf.gguf_export import export_gguf
 
-__all__ = ["export_run", "import_model", "read_model"]
+__all__ = ["export_gguf", "export_run", "import_model", "read_model"]

@@ -6,7 +6,7 @@ reads back as the same model.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -266,10 +266,14 @@ def _model(flat: dict[str, Any], where: str) -> ModelConfig:
 # --- ModelConfig → config.json ---------------------------------------------------------------------------------------
 
 
-def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[str, dict[str, Any]]:
+def write_config(
+    model: ModelConfig, seq_len: int, prefer: str = "", among: Sequence[str] = tuple(ARCHITECTURES),
+    kept: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf: hf,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """An architecture that computes this model, and its config.json. Raises FormatError if there is none.
 
     seq_len: the number of positions if the model has no max_seq_len. prefer: the architecture to try first.
+    among: those that the files can be of. kept: what files of another form keep of a config.json.
     """
     moe = config.plain_routing(model.moe) if model.num_moe_layers else model.moe
     kinds = tuple(place.kind for place in model.places)
@@ -279,10 +283,10 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
     model = dataclasses.replace(model, max_seq_len=model.max_seq_len or seq_len, moe=moe)
     model = without_long_windows(model)
     reasons, unlike = {}, set()
-    for name in sorted(ARCHITECTURES, key=lambda name: name != prefer):
+    for name in sorted(among, key=lambda name: name != prefer):
         hf = _written(model, ARCHITECTURES[name])
         try:
-            back = read_config(hf, name)[1]
+            back = read_config(kept(hf), name)[1]
         except (FormatError, ConfigError) as e:
             reasons[name] = [str(e)]
             unlike.add(name)
@@ -292,7 +296,7 @@ def write_config(model: ModelConfig, seq_len: int, prefer: str = "") -> tuple[st
             return name, hf
     nearest = min(reasons, key=lambda name: (name in unlike, len(reasons[name])))
     rule = f"the nearest, {nearest}, differs in {'; '.join(reasons[nearest][:5])}"
-    raise FormatError(f"none of {', '.join(ARCHITECTURES)} computes the same function as this model: {rule}")
+    raise FormatError(f"none of {', '.join(among)} computes the same function as this model: {rule}")
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:

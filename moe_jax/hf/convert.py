@@ -259,33 +259,24 @@ def export_run(
     Nothing is written then.
     """
     target, workdir = weights.check_free(target), Path(workdir).expanduser()
-    cfg = load_config(workdir)
-    cfg = dataclasses.replace(cfg, model=cfg.model.base)  # adapters are merged
+    cfg, leaves, origin = load_run(workdir, at, average, mesh)
     dtype = np.dtype(safetensors.DTYPES[_code(dtype or cfg.model.param_dtype)])
-    abstract = abstract_weights(cfg.model, mesh or whole_mesh())
-    params, bias, origin = weights.load_weights(workdir, *abstract, step=at, average=average)
-    source = next((event for event in origin if event.get("event") == "import"), {})
+    source = imported_from(origin)
     name, hf = write_config(cfg.model, cfg.data.seq_len, source.get("architecture", ""))
     hf |= source.get("config", {}) | {"dtype": dtype.name, "torch_dtype": dtype.name}
     hf, files = exported(Path(workdir), hf, {event.get("event") for event in origin}, echo)
-    leaves, written = flatten(params) | flatten(bias), cfg.model
+    written = cfg.model
     if written.mtp_layers and name in tables.PREDICTS and written.num_moe_layers:
         hf[PREDICTION[0]] = written.mtp_layers
     elif written.mtp_layers:
-        written = written.without_mtp
-        leaves = {path: leaf for path, leaf in leaves.items() if not is_prediction(path)}
-        echo(f"the layers of multi-token prediction are not exported: {name} has no place for them")
+        written, leaves = drop_prediction(written, leaves, name, echo)
     found = tables.tensors(name, written, {path: leaf.shape for path, leaf in leaves.items()})
     by_name = {tensor.name: tensor for tensor in found}
     found += [by_name[of]._replace(name=copy) for copy, of in tables.copies(written).items()]
     kind = lambda t: np.dtype("float32") if t.targets[0].path.endswith("router_bias") else dtype
     specs = [safetensors.Spec(t.name, kind(t), t.shape) for t in found]
     for path, leaf in leaves.items():
-        as_written = np.dtype("float32") if path.endswith("router_bias") else dtype
-        if not is_finite(leaf, as_written):
-            largest = f"{float(jnp.finfo(as_written).max):,.10g}"
-            rule = f"{path} is not finite in {as_written.name}, whose largest number is {largest}"
-            raise FormatError(f"{workdir}: {rule}; nearest valid: --dtype=float32, or a checkpoint without NaN")
+        check_is_finite(workdir, path, leaf, np.dtype("float32") if path.endswith("router_bias") else dtype)
 
     def values() -> Iterator[np.ndarray]:
         for tensor in found:
@@ -307,6 +298,41 @@ def export_run(
         raise
     echo(f"{name}: {len(found):,} tensors, {dtype.name}, {sum(s.size for s in specs):,} bytes, → {target}")
     return name
+
+
+def load_run(
+    workdir: Path, at: int | None, average: bool, mesh: Mesh | None
+) -> tuple[RunConfig, dict[str, jax.Array], list[dict]]:
+    """A run's configuration, its parameters and selection biases by path, and the events that made them.
+
+    Adapters are merged.
+    """
+    cfg = load_config(workdir)
+    cfg = dataclasses.replace(cfg, model=cfg.model.base)
+    abstract = abstract_weights(cfg.model, mesh or whole_mesh())
+    params, bias, origin = weights.load_weights(workdir, *abstract, step=at, average=average)
+    return cfg, flatten(params) | flatten(bias), origin
+
+
+def imported_from(origin: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first import among the events that made weights; {} without one."""
+    return next((event for event in origin if event.get("event") == "import"), {})
+
+
+def drop_prediction(
+    model: ModelConfig, leaves: dict[str, jax.Array], name: str, echo: Callable[[str], Any]
+) -> tuple[ModelConfig, dict[str, jax.Array]]:
+    """The model and its parameters without layers of multi-token prediction, with a line. name: what has no place."""
+    echo(f"the layers of multi-token prediction are not exported: {name} has no place for them")
+    return model.without_mtp, {path: leaf for path, leaf in leaves.items() if not is_prediction(path)}
+
+
+def check_is_finite(workdir: Path, path: str, leaf: jax.Array, dtype: np.dtype) -> None:
+    """Raises FormatError for a parameter with a number that is not finite in a dtype."""
+    if not is_finite(leaf, dtype):
+        largest = f"{float(jnp.finfo(dtype).max):,.10g}"
+        rule = f"{path} is not finite in {dtype.name}, whose largest number is {largest}"
+        raise FormatError(f"{workdir}: {rule}; nearest valid: --dtype=float32, or a checkpoint without NaN")
 
 
 def _code(dtype: str) -> str:

@@ -1,6 +1,5 @@
 """Reads GGUF files of Llama, Mixtral, Qwen3 and Qwen3-MoE with the `gguf` package. Quantised formats become float32."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.errors import FormatError
+from moe_jax.hf.gguf_tokenizer import tokenizer_files
 
 # Values of general.architecture, and the architecture of transformers; Mixtral is a llama that has experts.
 KINDS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
@@ -29,7 +29,6 @@ READ = {"rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.sca
         "rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
         "attention.key_length", "attention.value_length", "vocab_size", "attention.head_count_kv",
         "expert_count", "expert_used_count"}  # fmt: skip
-CONTROL, USER_DEFINED = 3, 4  # types of tokens: special tokens, and words that are never split
 
 
 class Entry(NamedTuple):
@@ -63,45 +62,67 @@ def open_model(path: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, 
             valid = ", ".join(map(repr, KINDS))
             raise FormatError(f"{path}: general.architecture={kind!r} is not supported; must be one of {valid}")
         of_kind = lambda key: value(f"{kind}.{key}")
-        name, hf, keys = KINDS[kind], {}, KEYS
-        if kind == "llama" and of_kind("expert_count"):
-            name, keys = "MixtralForCausalLM", (*KEYS, *EXPERTS)
-        if kind == "qwen3moe":
-            hf, keys = dict(QWEN3_MOE), (*KEYS, *EXPERTS, *EXPERT_WIDTH)
-        for ours, theirs in keys:
-            if (number := of_kind(ours)) is None:
-                raise FormatError(f"{path}: has no {kind}.{ours}, which every {kind} file has")
-            # The shortest decimal of a float32, which is the number of config.json that the file was made from.
-            hf[theirs] = float(str(np.float32(number))) if isinstance(number, float) else number
-        width, heads = hf["hidden_size"], hf["num_attention_heads"]
-        hf["num_key_value_heads"] = of_kind("attention.head_count_kv") or heads
         entries = {}
         for t in reader.tensors:
             if t.name in entries:
                 raise FormatError(f"{path}: has {t.name} twice")
             entries[t.name] = Entry(t, tuple(int(n) for n in t.shape[::-1]), np.dtype("float32"))
         _check_rope(path, kind, of_kind, entries)
-        rope = {"rope_theta": float(of_kind("rope.freq_base") or 10_000.0), "rope_type": "default"}
-        head = of_kind("attention.key_length") or of_kind("rope.dimension_count") or width // heads
-        for key in ("rope.dimension_count", "attention.value_length"):
-            if (size := of_kind(key)) not in (None, head):
-                rule = f"{kind}.{key}={size} with heads of {head} is not supported"
-                raise FormatError(f"{path}: {rule}; nearest valid: {head}")
-        tied = "output.weight" not in entries
-        hf |= {
-            "architectures": [name], "rope_parameters": rope,
-            "head_dim": head, "tie_word_embeddings": tied, "vocab_size": entries["token_embd.weight"].shape[0],
+        hf = settings(path, kind, of_kind) | {
+            "tie_word_embeddings": "output.weight" not in entries,
+            "vocab_size": entries["token_embd.weight"].shape[0],
             "bos_token_id": value("tokenizer.ggml.bos_token_id"), "eos_token_id": value("tokenizer.ggml.eos_token_id"),
         }  # fmt: skip
-        known = {f"{kind}.{key}" for key in READ | {ours for ours, _ in keys}}
+        known = {f"{kind}.{key}" for key in READ | {ours for ours, _ in keys_of(kind, True)}}
         unknown = [key for key in reader.fields if key.startswith(f"{kind}.") and key not in known]
         hf |= {key: value(key) for key in unknown}  # read_config reports them like unknown keys of a config.json
-        files = _tokenizer_files(value)
+        files = tokenizer_files(value)
     except FormatError:
         raise
     except Exception as e:  # the package may raise anything for a damaged file
         raise FormatError(f"{path}: is not a complete GGUF file: {type(e).__name__}: {e}") from None
     return hf, entries, files
+
+
+def keys_of(kind: str, experts: bool) -> tuple[tuple[str, str], ...]:
+    """The keys that every file of an architecture has, below its name, and those of config.json.
+
+    experts: whether a llama has experts.
+    """
+    if kind == "qwen3moe":
+        return (*KEYS, *EXPERTS, *EXPERT_WIDTH)
+    return (*KEYS, *EXPERTS) if kind == "llama" and experts else KEYS
+
+
+def settings(path: Path | str, kind: str, value: Callable[[str], Any]) -> dict[str, Any]:
+    """The keys of config.json that the keys of a file say, without what its tensors show. Raises FormatError.
+
+    value: of a key below the architecture `kind`.
+    """
+    name, hf, experts = KINDS[kind], {}, bool(value("expert_count"))
+    if kind == "llama" and experts:
+        name = "MixtralForCausalLM"
+    if kind == "qwen3moe":
+        hf = dict(QWEN3_MOE)
+    for ours, theirs in keys_of(kind, experts):
+        if (number := value(ours)) is None:
+            raise FormatError(f"{path}: has no {kind}.{ours}, which every {kind} file has")
+        # The shortest decimal of a float32, which is the number of config.json that the file was made from.
+        hf[theirs] = float(str(np.float32(number))) if isinstance(number, float) else number
+    width, heads = hf["hidden_size"], hf["num_attention_heads"]
+    head = value("attention.key_length") or value("rope.dimension_count") or width // heads
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if (size := value(key)) not in (None, head):
+            rule = f"{kind}.{key}={size} with heads of {head} is not supported"
+            raise FormatError(f"{path}: {rule}; nearest valid: {head}")
+    rope = {"rope_theta": float(value("rope.freq_base") or 10_000.0), "rope_type": "default"}
+    kv_heads = value("attention.head_count_kv") or heads
+    return hf | {
+        "num_key_value_heads": kv_heads,
+        "architectures": [name],
+        "rope_parameters": rope,
+        "head_dim": head,
+    }
 
 
 def _check_rope(path: Path, kind: str, value: Callable[[str], Any], entries: dict[str, Entry]) -> None:
@@ -167,38 +188,3 @@ def _check_lengths(path: Path) -> None:
     for _ in range(tensors):
         take(number(8))
         take(8 * number(4) + 12)
-
-
-def _tokenizer_files(value: Callable[[str], Any]) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json of a byte-level BPE with a supported pre-tokenizer; {} for any other."""
-    import tokenizers
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-
-    splits = {  # names of llama.cpp
-        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    }
-    if value("tokenizer.ggml.model") != "gpt2" or value("tokenizer.ggml.pre") not in splits:
-        return {}
-    words, merges = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.merges")
-    bpe = models.BPE({word: i for i, word in enumerate(words)}, [tuple(pair.split(" ")) for pair in merges])
-    made = tokenizers.Tokenizer(bpe)
-    made.pre_tokenizer = pre_tokenizers.Sequence(splits[value("tokenizer.ggml.pre")])
-    made.decoder = decoders.ByteLevel()
-    kinds = zip(words, value("tokenizer.ggml.token_type") or [], strict=False)
-    for word, kind in kinds:
-        if kind in (CONTROL, USER_DEFINED):
-            made.add_tokens([AddedToken(word, normalized=False, special=kind == CONTROL)])
-    begins = bool(value("tokenizer.ggml.add_bos_token"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": begins}
-    for name in ("bos", "eos", "unknown"):
-        if (i := value(f"tokenizer.ggml.{name}_token_id")) is not None:
-            settings[f"{name[:3]}_token"] = words[i]
-    if template := value("tokenizer.chat_template"):
-        settings["chat_template"] = template
-    if begins and "bos_token" in settings:  # transformers reads it from the post-processor
-        word = settings["bos_token"]
-        front = [(word, words.index(word))]
-        made.post_processor = processors.TemplateProcessing(f"{word} $A", f"{word} $A {word}:1 $B:1", front)
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    return {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": text.encode()}

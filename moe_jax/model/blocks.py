@@ -37,6 +37,8 @@ class Inputs(NamedTuple):
     info: TokenInfo
     knobs: Knobs | None = None  # of the step; None in evaluation
     ahead: Ahead | None = None  # where the program runs layers of multi-token prediction
+    # Experts that are switched off (−1) or on (1), by the block's path in the parameters; in evaluation.
+    switches: dict[str, Int[Array, "L C"]] | None = None
 
 
 class BlockOutput(NamedTuple):
@@ -80,8 +82,12 @@ class Block(nnx.Module):
         inputs: Inputs,
         cache: KVCache | None,
         start: Int[Array, ""] | None,
+        switches: Int[Array, " C"] | None = None,
     ) -> BlockOutput:
-        """Runs the block. state: of the routers before. layer: number of the block in the decoder, for noise."""
+        """Runs the block. state: of the routers before. layer: number of the block in the decoder, for noise.
+
+        switches: of its experts.
+        """
         h = self._read(x, self.attention_norm)
         counted = inputs.info.counted if self.max_logit else None
         with jax.named_scope("attention"):
@@ -92,7 +98,7 @@ class Block(nnx.Module):
         if self.moe is not None:
             with jax.named_scope("moe"):
                 knobs = inputs.knobs and inputs.knobs._replace(key=jax.random.fold_in(inputs.knobs.key, layer))
-                routed, stats, choices, state = self.moe(h, inputs.info, inputs.tokens, state, knobs)
+                routed, stats, choices, state = self.moe(h, inputs.info, inputs.tokens, state, knobs, switches)
         if self.mlp is None:
             return BlockOutput(add(routed), state, None, stats, cache, choices, max_logit)
         with jax.named_scope("mlp"):

@@ -138,19 +138,20 @@ class Transformer(nnx.Module):
         several, keeps = len(stack.unit) > 1, self.program.residual
 
         size = len(stack.unit)
+        switches = tuple((inputs.switches or {}).get(path) for path in stack.paths)
         firsts = jnp.arange(first, first + size * stack.repeat, size) if inputs.knobs is not None else None
 
         def body(carry, unit):
-            (x, state), (experts, others, caches, at) = carry, unit
+            (x, state), (experts, others, caches, at, switches) = carry, unit
             if reduces and jax.tree.leaves(experts):
                 x, experts = overlap.reduce_first(x, experts)
             waiting, outputs = [], []
             blocks = blocks_of(nnx.merge(graph, experts, others))
-            for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+            for i, (block, cache, own) in enumerate(zip(blocks, caches, switches, strict=True)):
                 run = functools.partial(block, inputs=inputs, start=start)
                 # Block by block, so that the backward pass has one block's activations in memory, not those of a unit.
                 run = recompute(run, True) if policy is not None and several else run
-                out = run(x, state, None if at is None else at + i, cache=cache)
+                out = run(x, state, None if at is None else at + i, cache=cache, switches=own)
                 x, state = out.x, out.state
                 if out.late is not None:
                     waiting.append(out.late)
@@ -164,7 +165,7 @@ class Transformer(nnx.Module):
             # XLA cannot merge the recomputation of a layer with its forward pass across loop iterations of one layer
             # each, so that the barriers of prevent_cse would only cost time.
             body = recompute(body, unroll > 1)
-        return jax.lax.scan(body, carry, (experts, others, caches, firsts), unroll=unroll)
+        return jax.lax.scan(body, carry, (experts, others, caches, firsts, switches), unroll=unroll)
 
     @property
     def output_matrix(self) -> nnx.Param | Float[Array, "V D"]:

@@ -97,8 +97,12 @@ class MoE(nnx.Module):
         tokens: Int[Array, "B S"] | None = None,
         state: Float[Array, "B S R"] | None = None,
         knobs: Knobs | None = None,
+        switches: Int[Array, " C"] | None = None,
     ) -> MoEOutput:
-        """Applies the layer. tokens: ids, for a table. state: of the layer before. knobs: of this layer."""
+        """Applies the layer. tokens: ids, for a table. state: of the layer before. knobs: of this layer.
+
+        switches: −1 for an expert that is off, 1 for one that every token uses, 0 for one that the router decides on.
+        """
         # On each device's part of the float32 matrices, before they are cast and gathered.
         rounded = ternary if self.cfg.expert_weights == "ternary" else lambda w: w
         gate = rounded(self.w_gate[...]) if self.w_gate is not None else None
@@ -115,11 +119,11 @@ class MoE(nnx.Module):
             specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
             region = jax.shard_map(
                 functools.partial(self._region, specs),
-                in_specs=(sharding.BATCH,) * 5 + (P(), P(), P(), specs),
+                in_specs=(sharding.BATCH,) * 5 + (P(), P(), P(), P(), specs),
                 out_specs=(MoEOutput(sharding.BATCH, P(), sharding.BATCH, sharding.BATCH), sharding.BATCH),
                 check_vma=True,
             )
-        out, kept = region(x, z, info, named, state, router, bias, knobs, w)
+        out, kept = region(x, z, info, named, state, router, bias, knobs, switches, w)
         return out._replace(y=self._joined(x, out.y, kept))
 
     def _joined(
@@ -153,7 +157,7 @@ class MoE(nnx.Module):
         found = {name: adapter_of(self, f"w_{name}") for name in ("gate", "up", "down")}
         return {name: adapter.factors for name, adapter in found.items() if adapter is not None} or None
 
-    def _region(self, specs, x_bSD, z, info, named, state, router, bias, knobs, w):
+    def _region(self, specs, x_bSD, z, info, named, state, router, bias, knobs, switches, w):
         """Routes and computes the tokens of one device, b = B / devices sequences, and sums statistics over all.
 
         specs: of the experts' matrices; None without a mesh, where nothing is communicated. z: what routed experts
@@ -163,7 +167,7 @@ class MoE(nnx.Module):
         shape = x_bSD.shape
         flat = lambda a: None if a is None else a.reshape(shape[0] * shape[1], *a.shape[2:])
         x, info = flat(x_bSD), TokenInfo(*map(flat, info))
-        facts = Facts(info.counted, info.index, flat(named), shape[0])
+        facts = Facts(info.counted, info.index, flat(named), shape[0], switches)
         with jax.named_scope("router"):
             if router:
                 logits, state_TR = ROUTERS[self.cfg.router].logits(router, x, flat(state))

@@ -1,7 +1,7 @@
 """Router logits → which experts each token uses, and with what weights. Pure functions without parameters.
 
-`route` is a list of stages: mix in noise → score → perturb → rank → limit to groups → select → cut → weigh → validate.
-Each is a function of a few lines.
+`route` is a list of stages: mix in noise → mask → score → perturb → rank → limit to groups → force → select → cut →
+weigh → validate. Each is a function of a few lines.
 
 Letters: T tokens, C router columns (E experts, then identity experts), K slots of a token: the experts that it chooses.
 """
@@ -36,12 +36,13 @@ class Knobs(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Facts about tokens that the router uses besides their logits."""
+    """What the router uses besides logits: facts about tokens, and the switches of the layer."""
 
     counted: Bool[Array, " T"]  # False: padding
     index: Int[Array, " T"] | None = None  # number of the token in the optimizer batch, for noise
     table: Int[Array, "T K"] | None = None  # experts that a table names
     sequences: int = 1  # sequences of equal length that the tokens are, for expert choice
+    switches: Int[Array, " C"] | None = None  # of the layer: −1 off, 1 on, 0 as the router says; None: all 0
 
 
 def route(
@@ -59,13 +60,14 @@ def route(
     logits, or other scores divided by their sum. The load-balancing loss uses them.
     """
     moving = knobs if facts.table is None else None  # what a table names, no noise changes
-    logits = mix_noise(logits.astype(jnp.float32), facts, moving)
+    logits = mask(mix_noise(logits.astype(jnp.float32), facts, moving), facts)
     scores, probs = score(logits, cfg)
     seen = perturb(logits, facts, moving)
     ranked = rank(seen, scores if seen is logits else score(seen, cfg)[0], bias, cfg)
+    ranked = exclude(ranked, facts)
     if cfg.top_groups < cfg.num_groups:
         ranked = limit_groups(ranked, cfg)
-    experts, chosen = select(ranked, facts, cfg)
+    experts, chosen = select(force(ranked, facts), facts, cfg)
     chosen = cut(seen, experts, chosen, cfg, moving)
     weights = weigh(logits, scores, experts, chosen, cfg)
     valid = validate(experts, chosen, facts)
@@ -87,6 +89,14 @@ def mix_noise(logits: Float[Array, "T C"], facts: Facts, knobs: Knobs | None) ->
     mean, std = jnp.mean(like, axis=-1, keepdims=True), jnp.std(like, axis=-1, keepdims=True)
     noise = _draw(jax.random.normal, knobs, "random", facts, logits)
     return (1 - knobs.random) * logits + knobs.random * (mean + std * noise)
+
+
+def mask(logits: Float[Array, "T C"], facts: Facts) -> Float[Array, "T C"]:
+    """Sets the logits of experts that are switched off to −10⁹, so that their score is 0 and no other one counts them.
+
+    Source: Mixture of Tunable Experts, arXiv:2502.11096.
+    """
+    return logits if facts.switches is None else jnp.where(_off(facts, logits), OFF, logits)
 
 
 def score(logits: Float[Array, "T C"], cfg: MoEConfig) -> tuple[Float[Array, "T C"], Float[Array, "T C"]]:
@@ -120,6 +130,11 @@ def rank(
     return ranked if bias is None else ranked + jax.lax.stop_gradient(bias.astype(jnp.float32))[None, :]
 
 
+def exclude(ranked: Float[Array, "T C"], facts: Facts) -> Float[Array, "T C"]:
+    """Ranks experts that are switched off below all others, whatever their selection bias is."""
+    return ranked if facts.switches is None else jnp.where(_off(facts, ranked), -jnp.inf, ranked)
+
+
 def limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T E"]:
     """Sets the scores of experts outside a token's best groups to −∞ (group-limited selection).
 
@@ -134,15 +149,21 @@ def limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
 
 
+def force(ranked: Float[Array, "T C"], facts: Facts) -> Float[Array, "T C"]:
+    """Ranks experts that are switched on above all others, also those outside a token's best groups."""
+    return ranked if facts.switches is None else jnp.where(_on(facts, ranked), jnp.inf, ranked)
+
+
 def select(
     ranked: Float[Array, "T C"], facts: Facts, cfg: MoEConfig
 ) -> tuple[Int[Array, "T K"], Bool[Array, "T K"] | None]:
     """Returns the experts of each token, and which slots were chosen (None: all). Ties go to the lower id.
 
-    A table's experts are those of the token's id. With expert choice a slot is an expert, all of them in order.
+    A table's experts are those of the token's id, and one that is switched off leaves its slot empty. With expert
+    choice a slot is an expert, all of them in order.
     """
     if facts.table is not None:
-        return facts.table, None
+        return facts.table, None if facts.switches is None else ~_off(facts, facts.table)[0, facts.table]
     if cfg.shard_groups > 1:
         return choose_in_shards(ranked, cfg), None
     if cfg.choice == "token":
@@ -155,7 +176,8 @@ def choose_tokens(ranked: Float[Array, "T E"], facts: Facts, cfg: MoEConfig) -> 
     """Lets each expert choose the ⌈K·S/E⌉ best tokens of each sequence of S (expert choice, arXiv:2202.09368, §3.2).
 
     A sequence is never split over devices or micro-batches, so that the choice is the same on every mesh. Padding is
-    chosen last, and does nothing then. Ties go to the earlier token.
+    chosen last, and does nothing then. Ties go to the earlier token. An expert that is switched off takes no token,
+    one that is switched on takes all.
     """
     each = jnp.where(facts.counted[:, None], ranked, -jnp.inf).reshape(facts.sequences, -1, ranked.shape[1])
     size = each.shape[1]
@@ -163,7 +185,8 @@ def choose_tokens(ranked: Float[Array, "T E"], facts: Facts, cfg: MoEConfig) -> 
     _, chosen = jax.lax.top_k(jnp.swapaxes(each, 1, 2), take)
     none = varying_like(jnp.zeros((facts.sequences, ranked.shape[1], size), bool), ranked)
     hit = jnp.put_along_axis(none, chosen, True, axis=2, inplace=False)
-    return jnp.swapaxes(hit, 1, 2).reshape(ranked.shape)
+    hit = jnp.swapaxes(hit, 1, 2).reshape(ranked.shape)
+    return hit if facts.switches is None else (hit | _on(facts, ranked)) & ~_off(facts, ranked)
 
 
 def choose_in_shards(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Int[Array, "T K"]:
@@ -264,6 +287,17 @@ def pick_chosen(values: Float[Array, "T C"], experts: Int[Array, "T K"]) -> Floa
     """The values of the chosen experts. A gather's gradient would be a scatter: slow on GPUs, in no fixed order."""
     chosen_TKC = experts[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
     return jnp.sum(jnp.where(chosen_TKC, values[:, None, :], 0), axis=-1)
+
+
+OFF = -1e9  # logit of an expert that is switched off
+
+
+def _off(facts: Facts, like: Array) -> Bool[Array, "1 C"]:
+    return varying_like(facts.switches, like)[None, :] < 0
+
+
+def _on(facts: Facts, like: Array) -> Bool[Array, "1 C"]:
+    return varying_like(facts.switches, like)[None, :] > 0
 
 
 STREAMS = ("random", "gumbel", "overflow")  # independent draws of a token

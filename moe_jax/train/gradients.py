@@ -104,17 +104,22 @@ def make_gradients(
 
 
 def forward(
-    graph: model.Graph, params: dict, bias: dict, batch: Batch, moving: Knobs | None = None
+    graph: model.Graph,
+    params: dict,
+    bias: dict,
+    batch: Batch,
+    moving: Knobs | None = None,
+    switches: dict[str, Array] | None = None,
 ) -> tuple[model.Output, Float[Array, "V D"]]:
     """Runs the model on a batch. Returns its output, and the matrix that maps hidden states to logits.
 
-    moving: the knobs of the step, in training.
+    moving: the knobs of the step, in training. switches: of experts, in evaluation (`model.Inputs`).
     """
     net = graph.bind(params, bias)
     segments = batch.segment_ids if net.cfg.segment_mask else None
     info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group, index=batch.index)
     ahead = prediction.ahead(batch, net.cfg.mtp_layers) if net.program.mtp else None
-    return net(model.Inputs(batch.tokens, batch.positions, segments, info, moving, ahead)), net.output_matrix
+    return net(model.Inputs(batch.tokens, batch.positions, segments, info, moving, ahead, switches)), net.output_matrix
 
 
 def _router_stats(

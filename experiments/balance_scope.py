@@ -6,11 +6,14 @@
 Every arm is `configs/balance_scope.py` with the fields of `ARMS` changed. Runs with the same seed have the same initial
 weights and batches. The text is tokenised once, and then each GPU trains `--per_gpu` runs at a time; without a GPU they
 run one after the other. Run the same command to resume: finished runs are kept, and the others start from their last
-checkpoint. The comparison is OUT/table.md, OUT/results.json, OUT/scope.png and OUT/specialisation.png. `--report_only`
-writes only these.
+checkpoint. `--known=FILE` names a results.json (docs/balance_scope_runs.json has what was published of earlier runs),
+whose runs are compared with the others, and not run again if their router, losses, optimizer and size are those of the
+arm. `--only` selects runs by name, such as `scope_*` or `global/seed1`. The comparison is OUT/table.md,
+OUT/results.json, OUT/scope.png and OUT/specialisation.png. `--report_only` writes only these.
 """
 
 import argparse
+import fnmatch
 import functools
 import sys
 from pathlib import Path
@@ -20,7 +23,9 @@ import jax
 
 from experiments import balance_report, pool
 from experiments.pool import Run
+from moe_jax import config as config_lib
 from moe_jax import terminal
+from moe_jax.cli import expanded
 
 CONFIG = "configs/balance_scope.py"
 
@@ -38,14 +43,20 @@ def _scope(sequences: int | str, label: str, seeds: tuple[int, ...] = (0,)) -> A
     return Arm(label, {"loss.balance_batch": str(sequences)}, seeds)
 
 
+SEEDS = (0, 1, 2)
+WEAK = {"loss.load_balance_coef": 0.001}  # an eighth of the coefficient
+MUON = {"optim.name": "muon", "optim.lr": 0.008}  # in the middle of the rates that are equally good (docs/results.md)
 ARMS = {
-    "scope_1": _scope(1, "each sequence", (0, 1, 2)),
-    "scope_2": _scope(2, "2 sequences"),
-    "scope_8": _scope(8, "8 sequences"),
-    "scope_32": _scope(32, "32 sequences"),
+    "scope_1": _scope(1, "each sequence", SEEDS),
+    "scope_2": _scope(2, "2 sequences", SEEDS),
+    "scope_8": _scope(8, "8 sequences", SEEDS),
+    "scope_32": _scope(32, "32 sequences", SEEDS),
     "scope_128": _scope(128, "128 sequences"),
-    "global": _scope("global", "the global batch", (0, 1, 2)),
-    "scope_1_weak": Arm("each sequence, coefficient ÷ 8", {"loss.balance_batch": "1", "loss.load_balance_coef": 0.001}),
+    "global": _scope("global", "the global batch", SEEDS),
+    "scope_1_weak": Arm("each sequence, coefficient ÷ 8", {"loss.balance_batch": "1"} | WEAK, SEEDS),
+    "global_weak": Arm("the global batch, coefficient ÷ 8", {"loss.balance_batch": "global"} | WEAK, SEEDS),
+    "scope_1_muon": Arm("each sequence, Muon", {"loss.balance_batch": "1"} | MUON),
+    "global_muon": Arm("the global batch, Muon", {"loss.balance_batch": "global"} | MUON),
     # As few tokens a group as in scope_2, but of as many domains as in global: is it the size or the diversity?
     "shuffled": Arm("2 sequences, tokens shuffled", {"loss.balance_batch": "2", "loss.shuffle_tokens": "true"}),
     "loss_free": Arm(
@@ -74,35 +85,51 @@ def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
     ]
 
 
+def is_known(run: Run, cfg: config_lib.RunConfig, known: balance_report.Known) -> bool:
+    """Whether a run with the router, losses, optimizer and size of this one is among the known ones."""
+    found = known.get((run.arm, run.seed))
+    return found is not None and found.is_of(config_lib.to_dict(cfg))
+
+
 # --- command line ----------------------------------------------------------------------------------------------------
+
+
+def wanted(run: Run, only: list[str]) -> bool:
+    """Whether a pattern names the run, or its arm."""
+    return any(fnmatch.fnmatch(name, pattern) for name in (run.arm, f"{run.arm}/seed{run.seed}") for pattern in only)
 
 
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    parser.add_argument("--only", default="*", help="patterns of arms, or of ARM/seedN, separated by commas")
+    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     pool.add_flags(parser, "runs/balance_scope")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
-    return arguments, names, pool.extra_fields(parser, arguments)
+    only, runs = arguments.only.split(","), planned(Path(), list(ARMS), {})
+    if unknown := [pattern for pattern in only if not any(wanted(run, [pattern]) for run in runs)]:
+        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}, each as ARM or ARM/seedN")
+    return arguments, only, pool.extra_fields(parser, arguments)
 
 
 def main() -> int:
-    arguments, names, extra = parse()
+    arguments, only, extra = parse()
     out, failed = arguments.out.resolve(), []
+    known = balance_report.read(arguments.known) if arguments.known else {}
     if not arguments.report_only:
         folder = str(Path(arguments.data).resolve())
-        runs = planned(out, names, extra)
+        runs = [run for run in planned(out, list(ARMS), extra) if wanted(run, only)]
         configs = pool.checked_configs(CONFIG, folder, runs)
         if configs is None:
             return 2
-        jax.config.update("jax_platforms", "cpu")  # of this process only
-        pool.prepare(configs[names[0]], out)
-        pool.give_tokenizer(out, runs)
-        jobs = [pool.training(run, CONFIG, folder) for run in runs]
-        failed = pool.run_all(lambda: jobs, arguments.gpus, arguments.per_gpu)
-    finished = balance_report.load(out, {name: (arm.label, arm.seeds) for name, arm in ARMS.items()})
+        runs = [run for run in runs if not is_known(run, configs[run.arm], known)]
+        if runs:  # else all of it is known
+            jax.config.update("jax_platforms", "cpu")  # of this process only
+            pool.prepare(configs[runs[0].arm], out)
+            pool.give_tokenizer(out, runs)
+            jobs = [pool.training(run, CONFIG, folder) for run in runs]
+            failed = pool.run_all(lambda: jobs, arguments.gpus, arguments.per_gpu)
+    out.mkdir(parents=True, exist_ok=True)
+    finished = balance_report.load(out, {name: (arm.label, arm.seeds) for name, arm in ARMS.items()}, known)
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

@@ -13,10 +13,10 @@ rate is at an end. At the best rates the parts are:
     d   SVD entropy of every matrix, which needs no further run
 
 Each GPU trains `--per_gpu` runs at a time. Run the same command to resume: finished runs are kept, and the others start
-from their last checkpoint. `--known=FILE` names a results.json (docs/muon_runs.json has the published runs), whose runs
-are compared with the others and not run again. `--plan` prints the number of runs and their time. `--only` selects runs
-by name, such as `muon_lr0.002*,*/seed0`. The comparison is OUT/table.md, OUT/results.json and OUT/*.png.
-`--report_only` writes only these.
+from their last checkpoint. `--rates=ADAMW,MUON` gives the learning rates, and then none are swept. `--known=FILE` names
+a results.json (docs/muon_runs.json has the published runs), whose runs are compared with the others and not run again.
+`--plan` prints the number of runs and their time. `--only` selects runs by name, such as `muon_lr0.002*,*/seed0`. The
+comparison is OUT/table.md, OUT/results.json and OUT/*.png. `--report_only` writes only these.
 """
 
 import argparse
@@ -80,12 +80,15 @@ def sweep(optimizer: str, best: Best) -> tuple[list[float], float | None]:
     return rates, best(optimizer, rates)
 
 
-def planned(parts: list[str], best: Best) -> tuple[list[tuple[str, Arm, int]], set[Arm]]:
+def planned(
+    parts: list[str], best: Best, rates: dict[str, float] | None = None
+) -> tuple[list[tuple[str, Arm, int]], set[Arm]]:
     """(part, arm, seed) of the runs known so far, in order, and the arms whose matrices must be measured.
 
     The sweeps come first, since everything else depends on them, and the short runs last, to use idle GPUs.
+    rates: of both optimizers, where they are not swept.
     """
-    swept = {name: sweep(name, best) for name in ("adamw", "muon")}
+    swept = {name: ([rates[name]], rates[name]) if rates else sweep(name, best) for name in ("adamw", "muon")}
     longest = max(len(rates) for rates, _ in swept.values())
     runs = [
         ("sweep", Arm(name, rates[i]), 0)
@@ -162,9 +165,9 @@ class Done:
         return min(zip(losses, rates, strict=True), key=lambda pair: (pair[0] != pair[0], *pair))[1]
 
 
-def estimate(parts: list[str], done: Done, only: list[str], gpus: int) -> str:
+def estimate(parts: list[str], done: Done, only: list[str], gpus: int, given: dict[str, float] | None = None) -> str:
     """Number of runs and GPU minutes by part, on the assumption that unknown best rates are inside the sweep."""
-    runs, measured = planned(parts, lambda name, rates: done.best(name, rates) or rates[1])
+    runs, measured = planned(parts, lambda name, rates: done.best(name, rates) or rates[1], given)
     lines, total = [], 0.0
     for part in ("sweep", *parts):
         mine = [(arm, seed) for p, arm, seed in runs if p == part and wanted(arm, seed, only)]
@@ -193,6 +196,7 @@ def measurement(run: Run) -> Job:
 def parse() -> tuple[argparse.Namespace, list[str], list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default=",".join(PARTS), help="parts of the evidence, separated by commas")
+    parser.add_argument("--rates", default="", metavar="ADAMW,MUON", help="learning rates, which are then not swept")
     parser.add_argument("--only", default="*", help="patterns of runs, separated by commas: ARM/seedN")
     parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     parser.add_argument("--plan", action="store_true", help="print what there is to run and its time, run nothing")
@@ -201,6 +205,13 @@ def parse() -> tuple[argparse.Namespace, list[str], list[str], dict[str, str]]:
     parts = arguments.part.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"--part: no part {unknown[0]!r}; there are {', '.join(f'{k} ({v})' for k, v in PARTS.items())}")
+    try:
+        rates = [float(text) for text in arguments.rates.split(",")] if arguments.rates else [1.0, 1.0]
+    except ValueError:
+        rates = []
+    if len(rates) != 2 or min(rates) <= 0:
+        parser.error(f"--rates={arguments.rates}: must be two numbers > 0, of AdamW and of Muon, such as 0.004,0.016")
+    arguments.rates = dict(zip(("adamw", "muon"), rates, strict=True)) if arguments.rates else None
     return arguments, parts, arguments.only.split(","), pool.extra_fields(parser, arguments)
 
 
@@ -217,20 +228,20 @@ def main() -> int:
         steps = base["base"].train.steps
         done = Done(out, known, steps)
     if arguments.plan:
-        print(estimate(parts, done, only, gpus))
+        print(estimate(parts, done, only, gpus, arguments.rates))
         return 0
     if not arguments.report_only:
         make = lambda arm, seed: make_run(out, arm, seed, steps, extra)
-        likely = {arm for _, arm, _ in planned(parts, lambda _, rates: rates[1])[0]}
+        likely = {arm for _, arm, _ in planned(parts, lambda _, rates: rates[1], arguments.rates)[0]}
         if pool.checked_configs(CONFIG, folder, [make(arm, 0) for arm in likely]) is None:
             return 2
-        print(estimate(parts, done, only, gpus), flush=True)
+        print(estimate(parts, done, only, gpus, arguments.rates), flush=True)
         jax.config.update("jax_platforms", "cpu")  # of this process only
         pool.prepare(base["base"], out)
 
         def jobs() -> list[Job]:
             """The next jobs. Measurements come before further runs, since their checkpoints are large."""
-            triples, measured = planned(parts, done.best)
+            triples, measured = planned(parts, done.best, arguments.rates)
             chosen = [(arm, make(arm, seed)) for _, arm, seed in triples if wanted(arm, seed, only)]
             runs = [(arm, run) for arm, run in chosen if run.done or not done(arm, run.seed, measured)]
             pool.give_tokenizer(out, [run for _, run in runs])

@@ -4,6 +4,7 @@ An experiment is a list of `Run`s of train.py, which becomes a list of `Job`s. `
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -24,6 +25,7 @@ from moe_jax import data
 from moe_jax.cli import GPU_SHARE, expanded
 from moe_jax.errors import ConfigError, UserError
 from moe_jax.evaluate import drawing
+from moe_jax.run import config_file
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -97,6 +99,25 @@ def give_tokenizer(out: Path, runs: Iterable[Run]) -> None:
         for file in (out / "prepare").glob("tokenizer*"):
             if not (run.folder / file.name).exists():
                 shutil.copy(file, run.folder)
+
+
+def find_trained(folder: Path, cfg: config_lib.RunConfig) -> Path | None:
+    """A finished run of the folder, FOLDER/<name>/seed<n>, that was trained as `cfg` says; None without one.
+
+    Compared are the model, its losses and optimizer, the seed, the steps, and the names and weights of the sources of
+    text.
+    """
+
+    def what(cfg: config_lib.RunConfig) -> tuple:
+        text = {name: (source.domain, source.weight) for name, source in cfg.data.sources.items()}
+        model = dataclasses.replace(cfg.model, remat="none", unroll=1, attention="auto")
+        return model, cfg.loss, cfg.optim, cfg.seed, cfg.train.steps, cfg.data.batch_size, cfg.data.seq_len, text
+
+    for file in sorted(folder.glob(f"*/seed{cfg.seed}/config.json")):
+        done = (file.parent / "eval.json").is_file() and (file.parent / "checkpoints").is_dir()
+        if done and what(config_file.load_config(file.parent)) == what(cfg):
+            return file.parent
+    return None
 
 
 # --- the pool --------------------------------------------------------------------------------------------------------

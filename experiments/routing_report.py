@@ -15,7 +15,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.balance_report import BLUE, ORANGE, OTHERS, cell, markdown
+from experiments.balance_report import BLUE, ORANGE, OTHERS, cell, markdown, settings_of
 from moe_jax.evaluate.analysis import INK, QUIET, specialisation
 from moe_jax.evaluate.drawing import GRID, plain, save
 from moe_jax.moe.stats import RouterStats
@@ -69,14 +69,6 @@ class Finished(NamedTuple):
         """Whether this run had that configuration. A setting that one of the two does not have is not compared."""
         mine, other = self.settings, settings_of(config)
         return all(mine[name] == other[name] for name in mine.keys() & other.keys())
-
-
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that must agree between two runs of an arm: router, losses, optimizer, size of the training."""
-    groups = {"moe": config["model"]["moe"], "loss": config["loss"], "optim": config["optim"]}
-    sizes = {"steps": config["train"]["steps"]} | {n: config["data"][n] for n in ("batch_size", "seq_len")}
-    flat = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
-    return json.loads(json.dumps(flat | sizes))  # tuples become lists, as in a file
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

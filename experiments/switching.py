@@ -14,7 +14,6 @@ OUT/results.json and OUT/switching.png. `--report_only` writes only these.
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from experiments import pool, switching_report
 from experiments.pool import Job, Run
 from moe_jax import terminal
 from moe_jax.cli import expanded
-from moe_jax.config import RunConfig
-from moe_jax.run import config_file
 
 CONFIG = "configs/balance_scope.py"
 ARMS = {"global": "balanced over the global batch", "sequence": "balanced in each sequence"}
@@ -39,24 +36,6 @@ def trained(out: Path, arm: str, seed: int, extra: dict[str, str]) -> Run:
     """The run whose experts are switched."""
     fields = DEFAULTS | extra | {"loss.balance_batch": SCOPES[arm], "seed": seed}
     return Run(arm, seed, out / arm / f"seed{seed}", fields)
-
-
-def find_trained(folder: Path, cfg: RunConfig) -> Path | None:
-    """A finished run of the folder, FOLDER/<name>/seed<n>, that was trained as `cfg` says; None without one.
-
-    Compared are the model, its losses, the seed, the steps, and the names and weights of the sources of text.
-    """
-
-    def what(cfg: RunConfig) -> tuple:
-        text = {name: (source.domain, source.weight) for name, source in cfg.data.sources.items()}
-        model = dataclasses.replace(cfg.model, remat="none", unroll=1, attention="auto")
-        return model, cfg.loss, cfg.seed, cfg.train.steps, cfg.data.batch_size, cfg.data.seq_len, text
-
-    for file in sorted(folder.glob(f"*/seed{cfg.seed}/config.json")):
-        done = (file.parent / "eval.json").is_file() and (file.parent / "checkpoints").is_dir()
-        if done and what(config_file.load_config(file.parent)) == what(cfg):
-            return file.parent
-    return None
 
 
 def measuring(run: Run, source: Path, domains: list[str], batches: int) -> Job:
@@ -104,7 +83,8 @@ def main() -> int:
             (run.arm, run.seed) in known and known[run.arm, run.seed].has(domains, configs[run.arm].train.steps)
         )
         runs = [run for run in runs if not is_known(run)]
-        found = {run.arm: find_trained(arguments.runs.resolve(), configs[run.arm]) for run in runs if arguments.runs}
+        find = lambda arm: pool.find_trained(arguments.runs.resolve(), configs[arm])
+        found = {run.arm: find(run.arm) for run in runs if arguments.runs}
         for arm, source in found.items():
             print(f"{arm}: {f'trained already, {source}' if source else f'no finished run in {arguments.runs}'}")
         missing = [run for run in runs if not found.get(run.arm)]

@@ -96,7 +96,8 @@ def test_command_line(domains, flags, says, monkeypatch, capsys):
 def fake_run(folder: Path, seed: int, perplexity: float, split: bool, coef: float, scope: str) -> None:
     """One layer, two domains, four experts, top-2. split: each domain has two experts of its own."""
     folder.mkdir(parents=True)
-    config = {"seed": seed, "model": {"moe": {"top_k": 2, "num_experts": 4}}, "data": {"batch_size": 256}}
+    config = {"seed": seed, "model": {"moe": {"top_k": 2, "num_experts": 4}}, "optim": {"name": "adamw"}}
+    config |= {"data": {"batch_size": 256, "seq_len": 512}, "train": {"steps": 100}}
     config["loss"] = {"load_balance_coef": coef, "balance_batch": scope}
     rows = [{"kind": "train", "step": s, "xent": 2.0 if s > 95 else 9.0, "max_load": 1.5, "tokens_per_second": 1e5}
             for s in range(2, 101, 2)]  # fmt: skip
@@ -140,6 +141,35 @@ def test_files(finished):
     assert results["global"]["runs"][0]["domains"] == {"code": 6.0, "prose": 10.0}
     for name in ("scope.png", "specialisation.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_runs_join_others(finished, tmp_path_factory):
+    """Runs of a results.json stand beside those of the folder; what a record does not have is left empty."""
+    arms = balance_report.load(finished, LABELS)
+    balance_report.write(finished, arms)
+    known, other = balance_report.read(finished / "results.json"), tmp_path_factory.mktemp("other")
+    fake_run(other / "scope_1" / "seed0", 0, 14.0, False, 0.01, "1")
+    part = known["global", 0]._replace(numbers={"perplexity": 8.0}, domains={}, frequency=None, bits=np.zeros(0))
+    joined = balance_report.load(other, LABELS, known | {("global", 0): part})
+    assert [run.numbers["perplexity"] for run in joined["scope_1"].runs] == [14.0, 12.0]
+    balance_report.write(other, joined)
+    text = (other / "table.md").read_text(encoding="utf-8")
+    assert "| the global batch (1) | 8.00 |  |  |" in text and "| each sequence (2) | 13.00 ± 1.41 | +75.00% |" in text
+    again = balance_report.load(tmp_path_factory.mktemp("none"), LABELS, known)
+    assert balance_report.table(again) == balance_report.table(arms)
+
+
+def test_published_scopes_are_not_run_again(domains, tmp_path):
+    """docs/balance_scope_runs.json stands for the first seed of the arms that it has, and for no other run."""
+    known = balance_report.read(Path("docs/balance_scope_runs.json"))
+    every = balance_scope.planned(tmp_path, list(balance_scope.ARMS), {})
+    configs = {(run.arm, run.seed): balance_scope.load_config(str(domains), run.overrides) for run in every}
+    left = {(run.arm, run.seed) for run in every if not balance_scope.is_known(run, configs[run.arm, run.seed], known)}
+    assert {(run.arm, run.seed) for run in every} - left == known.keys() and len(known) == 10
+    short = balance_scope.planned(tmp_path, ["none"], {"train.steps": "400"})[0]
+    assert not balance_scope.is_known(short, balance_scope.load_config(str(domains), short.overrides), known)
+    numbered = [run for run in every if balance_scope.wanted(run, ["scope_*", "global/seed1"])]
+    assert {run.arm for run in numbered} >= {"scope_1", "scope_1_muon", "global"} and len(numbered) == 18
 
 
 # --- routers and balance ---------------------------------------------------------------------------------------------

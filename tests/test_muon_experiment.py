@@ -51,6 +51,10 @@ def test_the_runs_at_the_best_rates():
         *(name.split("/")[0] for name in names[12:18]),
         "muon_lr0.002",
     }
+    given, _ = muon.planned(["a"], lambda optimizer, rates: pytest.fail("swept"), {"adamw": 4e-3, "muon": 16e-3})
+    assert [(arm.name, seed) for _, arm, seed in given[:6]] == [
+        (f"{name}_lr{rate}", seed) for seed in (0, 1, 2) for name, rate in (("adamw", 0.004), ("muon", 0.016))
+    ]
     only_b, _ = muon.planned(["b"], lambda optimizer, rates: 1e-3)
     assert [part for part, _, _ in only_b].count("b") == 4 and len(only_b) == 12
 

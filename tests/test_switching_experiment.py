@@ -75,7 +75,7 @@ def test_toy_experiment(tmp_path, monkeypatch, capsys):
     assert run.off["law"] != run.whole != run.random["law"][0]
     extra = dict(pair.split("=", 1) for pair in fields[1::2])
     cfg = pool.load_config(switching.CONFIG, str(tmp_path / "domains"), extra | {"loss.balance_batch": "1"})
-    assert switching.find_trained(tmp_path / "other", cfg) is None
+    assert pool.find_trained(tmp_path / "other", cfg) is None
     monkeypatch.setattr(sys, "argv", [*own, f"--known={tmp_path}/out/results.json", "--domains=law"])
     assert switching.main() == 0 and "jobs on" not in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*own, "--domains=verse"])

@@ -33,6 +33,7 @@ from moe_jax.errors import FormatError
 from moe_jax.evaluate.generate import generate
 from moe_jax.hf.architectures import write_config
 from moe_jax.mixtures.online import Stages
+from moe_jax.moe import pools
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights, capacity
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.routing import Facts, Routing, route
@@ -292,6 +293,27 @@ def test_ling_begins_at_random():
     for step_number, equal in ((25, False), (50, True), (199, True)):
         best = np.argsort(-batches[0])[:, : cfg.model.moe.top_k]
         assert (routed("ling", batches[0], step_number).experts == best).all() == equal
+
+
+def test_emo_draws_pools():
+    """Sizes by hand from seed, step, layer, row and document; evaluation chooses from all experts."""
+    cfg = load("emo")[1]
+    number = np.repeat(np.int32([[1, 2, 3, 3], [1, 1, 2, 0], [1, 1, 1, 1]]), 4, axis=1)
+    logits, index = jnp.asarray(np.random.default_rng(0).normal(size=(48, 16)), jnp.float32), jnp.arange(48)
+    moving = knobs.of_step(cfg, 7)
+    of_layer = moving._replace(key=jax.random.fold_in(moving.key, 2))
+    facts = Facts(jnp.asarray(number.ravel() > 0), index, sequences=3)
+    documents, moe = pools.Documents(jnp.asarray(number.ravel())), cfg.model.moe
+    found = jax.jit(lambda logits: pools.document_pools(logits, documents, facts, moe, of_layer))(logits)
+    key = jax.random.key(cfg.seed)
+    for part in (knobs.STREAM, 7, 2, 3):  # the last: the fourth of the independent draws
+        key = jax.random.fold_in(key, part)
+    for row, document in sorted({*zip(np.repeat([0, 1, 2], 16), number.ravel(), strict=True)}):
+        own = jax.random.fold_in(jax.random.fold_in(key, int(row)), int(document))
+        size, its = int(jax.random.randint(own, (), 3, 17)), np.asarray(found)[number.ravel() == document]
+        rows = np.repeat([0, 1, 2], 16)[number.ravel() == document] == row
+        assert 3 <= size <= 16 and (its[rows].sum(1) == size).all() and (its[rows] == its[rows][0]).all()
+    assert pools.documents_of(cfg.model.moe, number, number, training=False) is None
 
 
 def test_evomoe_gets_sparser():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_jax.config.fields import FIXED, FUNCTION, Checked, machine, nearest_divisor, number, require
+from moe_jax.config.pools import check_pools
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     expert_budget: float = machine(number(0.0, 0.0), FIXED)
     # Balance without a loss: add a bias to each expert's score for selection only. loss.bias_update sets how it moves.
     selection_bias: bool = False
+    # Document pools (EMO, docs/routing.md): in training the tokens of a document choose from a random number of experts
+    # in each layer, those that the document's tokens together prefer. The least number of experts of a pool; 0: no
+    # pools.
+    pool_min: int = machine(number(0, 0), FIXED)
+    pool_max: int = machine(number(0, 0), FIXED)  # the largest number of experts of a pool; 0: all of them
+    # Where evaluation and samples take a document's pool from, which has to be said. "all": they have none, and choose
+    # from all experts. "prefix": from its first pool_prefix tokens, and in samples and benchmarks from the prompt.
+    # "document": from all of its tokens, the scored ones too, a leak that makes losses too low; for measuring it.
+    pool_from: Literal["", "all", "prefix", "document"] = machine("", FIXED)
+    pool_size: int = machine(number(0, 0), FIXED)  # experts of a pool in evaluation, with "prefix" or "document"
+    # Tokens at the beginning of a document that evaluation does not score, because they may give its pool; 0: none.
+    pool_prefix: int = machine(number(0, 0), FIXED)
     # Values of the matrices of routed experts: any, or three for each matrix, −s, 0 and s, where s is the mean of its
     # absolute values (BitNet b1.58, MoTE). Training keeps and updates the unrounded ones (docs/layers.md).
     expert_weights: Literal["float", "ternary"] = "float"
@@ -100,6 +113,11 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     def mean_slots(self) -> float:
         """Number of experts that a token is expected to use: of its slots, those that compute something."""
         return self.expert_budget or self.top_k * self.num_experts / self.router_columns
+
+    @property
+    def takes_pools(self) -> bool:
+        """Whether the tokens of a document choose from a pool in evaluation too."""
+        return self.pool_min > 0 and self.pool_from in ("prefix", "document")
 
     def check(self):
         e, k = self.num_experts, self.top_k
@@ -145,6 +163,7 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
             self._check_budget()
         if self.choice == "expert":
             self._check_expert_choice()
+        check_pools(self)
 
     def _check_shards(self):
         s, e, k = self.shard_groups, self.num_experts, self.top_k

@@ -16,6 +16,7 @@ from moe_jax.config.explore import ExploreConfig, check_routing
 from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, newer, number, renamed, require
 from moe_jax.config.mixture import MixtureConfig, check_mixture
 from moe_jax.config.model import ModelConfig
+from moe_jax.config.pools import check_pools_of_run
 from moe_jax.errors import ConfigError
 
 MTP_FIELDS = ("mtp_coef", "mtp_stop", "mtp_late_coef")  # of the loss
@@ -293,6 +294,7 @@ class RunConfig(Checked, resume=FIXED):
         self._check_loss(b)
         check_routing(self)
         check_mixture(self)
+        check_pools_of_run(self)
         t = self.data.tokenizer
         gaps = GAP_TOKENS * bool(self.data.with_gaps)
         need = {"bytes": 257, "bpe": t.vocab_size}.get(t.kind, 0)

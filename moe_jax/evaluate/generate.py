@@ -17,6 +17,7 @@ from moe_jax.data.documents import as_text
 from moe_jax.errors import ConfigError
 from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.pools import Documents
 from moe_jax.moe.program import Program
 from moe_jax.nn.layers import weight
 from moe_jax.parallel import sharding
@@ -72,7 +73,8 @@ def generate(
         rule = f"exceeds model.max_seq_len={cfg.max_seq_len} after a prompt of {longest} tokens"
         raise ConfigError("sample.tokens", most, rule, f"nearest valid: {max(cfg.max_seq_len - longest, 0)}")
     sizes = {len(p) for p in prompts}
-    if cfg.rope_scaling.by_length and len(sizes) > 1:  # a key is rotated as for the length at which it was written
+    # A key is rotated as for the length at which it was written; a pool is taken from a whole prompt at once.
+    if (cfg.rope_scaling.by_length or cfg.moe.takes_pools) and len(sizes) > 1:
         found: dict[int, list[int]] = {}
         for size in sorted(sizes):
             rows = [row for row, p in enumerate(prompts) if len(p) == size]
@@ -109,13 +111,13 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
         batch, places = table.shape
         output = weight(net.output_matrix, cfg.compute_dtype)
 
-        def forward(ids, cache, start):
+        def forward(ids, cache, start, documents=None):
             """Logits after the last of `ids`, whose positions are start, start+1, …"""
             ids = jax.sharding.reshard(ids, rows)
             positions = jnp.broadcast_to(
                 start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows
             )
-            info = TokenInfo(ids >= 0, jnp.zeros_like(ids))
+            info = TokenInfo(ids >= 0, jnp.zeros_like(ids), documents=documents and documents(jnp.ones_like(ids)))
             out = net(model.Inputs(ids, positions, None, info, switches=switches), cache, start)
             last = jnp.einsum("bd,vd->bv", out.hidden[:, -1], output, preferred_element_type=jnp.float32)
             return sharding.replicate(last), out.cache
@@ -133,7 +135,8 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
             return (place(table, logits, at + 1), cache), None
 
         zero = jnp.zeros((), jnp.int32)
-        logits, cache = forward(table[:, :prefill], net.empty_cache(batch, places), zero)
+        prompt = Documents if cfg.moe.takes_pools else None  # a prompt gives its pool, which stays
+        logits, cache = forward(table[:, :prefill], net.empty_cache(batch, places), zero, prompt)
         table = place(table, logits, prefill)
         (table, _), _ = jax.lax.scan(step, (table, cache), jnp.arange(prefill, places - 1, dtype=jnp.int32))
         return table

@@ -23,6 +23,7 @@ from moe_jax.config.fields import require
 from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.pools import Documents
 from moe_jax.moe.program import Program
 from moe_jax.nn.layers import weight
 from moe_jax.parallel import sharding
@@ -170,18 +171,21 @@ def _batches(
 
 @functools.lru_cache(maxsize=64)
 def _scorer(cfg: ModelConfig, mesh: Mesh, tokens: int, length: int):
-    """The jitted function (params, bias, tokens, targets, lengths, switches) → nats of each target, and whether it is
-    the most probable token; both `[B, S]`, on every device.
+    """The jitted function (params, bias, tokens, targets, lengths, contexts, switches) → nats of each target, and
+    whether it is the most probable token; both `[B, S]`, on every device. contexts: lengths of what is not scored.
 
     tokens: of one device. It compiles once for a shape.
     """
     graph = model.abstract(cfg, Program.choose(cfg, mesh, tokens, length))
     rows = P(sharding.AXES, None)
 
-    def run(params, bias, ids, targets, lengths, switches):
+    def run(params, bias, ids, targets, lengths, contexts, switches):
         net = graph.bind(params, bias)
         at = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows)
-        info = TokenInfo(at < lengths[:, None], jnp.zeros_like(ids))
+        documents = None
+        if cfg.moe.takes_pools:  # a context gives the pool
+            documents = Documents(jnp.ones_like(ids), at < contexts[:, None] if cfg.moe.pool_from == "prefix" else None)
+        info = TokenInfo(at < lengths[:, None], jnp.zeros_like(ids), documents=documents)
         # Padding comes last, so that no token that counts attends to it.
         hidden = net(model.Inputs(ids, at, None, info, switches=switches)).hidden
         nll, best = cross_entropy.token_scores(hidden, weight(net.output_matrix, hidden.dtype), targets)
@@ -242,11 +246,13 @@ def score(
 
 
 def _arrays(its: list[_Row], size: int, length: int, mesh: Mesh) -> list[jax.Array]:
-    """Token ids, targets and lengths of a batch, as global arrays. Rows that are missing have length 0."""
+    """Token ids, targets, lengths, and lengths of what is not scored, of a batch, as global arrays. Rows that are
+    missing have length 0."""
     ids, targets = np.zeros((size, length), np.int32), np.zeros((size, length), np.int32)
-    lengths = np.zeros(size, np.int32)
+    lengths, contexts = np.zeros(size, np.int32), np.zeros(size, np.int32)
     for i, row in enumerate(its):
         ids[i, : row.length], targets[i, : row.length], lengths[i] = row.ids[:-1], row.ids[1:], row.length
+        contexts[i] = len(row.ids) - row.scored
     own = process_rows(mesh, size)
     put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-    return [put(np.ascontiguousarray(x[own])) for x in (ids, targets, lengths)]
+    return [put(np.ascontiguousarray(x[own])) for x in (ids, targets, lengths, contexts)]

@@ -18,6 +18,7 @@ from moe_jax import model
 from moe_jax.config import ModelConfig
 from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.pools import documents_of
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import by_depth
 from moe_jax.nn.layers import weight
@@ -130,7 +131,9 @@ def _program(cfg: ModelConfig, mesh: Mesh, length: int, what: str, layer: int) -
         place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], table.shape)
         counted = place < lengths[:, None]
         ids, place, counted = (jax.sharding.reshard(a, rows) for a in (table, place, counted))
-        out = net(model.Inputs(ids, place, None, TokenInfo(counted, jnp.zeros_like(ids)), switches=switches))
+        info = TokenInfo(counted, jnp.zeros_like(ids))
+        info = info._replace(documents=documents_of(cfg.moe, jnp.ones_like(ids), place, training=False))
+        out = net(model.Inputs(ids, place, None, info, switches=switches))
         return jax.tree.map(sharding.replicate, READ[what].of_pass(net, out, ids, layer))
 
     return jax.jit(run)

@@ -263,6 +263,8 @@ def _model(flat: dict[str, Any], where: str) -> ModelConfig:
         raise FormatError(f"{where}: {e}") from None
 
 
+WITHOUT_POOLS = "document pools are not exported: tokens choose from all experts, as with model.moe.pool_from='all'"
+
 # --- ModelConfig → config.json ---------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from moe_jax.errors import FormatError
 from moe_jax.hf import gguf, tables
-from moe_jax.hf.architectures import write_config
+from moe_jax.hf.architectures import WITHOUT_POOLS, write_config
 from moe_jax.hf.convert import check_is_finite, drop_prediction, imported_from, load_run
 from moe_jax.hf.devices import fetch
 from moe_jax.hf.gguf_tokenizer import tokenizer_keys
@@ -52,6 +52,8 @@ def export_gguf(
     model, dtype = cfg.model, dtype or cfg.model.param_dtype
     if model.mtp_layers:
         model, leaves = drop_prediction(model, leaves, "GGUF", echo)
+    if model.moe.pool_min:
+        echo(WITHOUT_POOLS)
     source = imported_from(origin).get("architecture", "")
     name, hf = write_config(model, cfg.data.seq_len, source, NAMES, lambda hf: _kept(hf, model.tie_embeddings))
     kind, keys = metadata(hf)

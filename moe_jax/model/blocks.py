@@ -91,6 +91,7 @@ class Block(nnx.Module):
         h = self._read(x, self.attention_norm)
         counted = inputs.info.counted if self.max_logit else None
         with jax.named_scope("attention"):
+            pool = None if cache is None else cache.pool
             y, cache, max_logit = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
         x = keep(self._add(x, y, self.attention_norm, self.attention_residual), "residual")
         h, add = self._read(x, self.mlp_norm), lambda y: self._add(x, y, self.mlp_norm, self.mlp_residual)
@@ -98,7 +99,9 @@ class Block(nnx.Module):
         if self.moe is not None:
             with jax.named_scope("moe"):
                 knobs = inputs.knobs and inputs.knobs._replace(key=jax.random.fold_in(inputs.knobs.key, layer))
-                routed, stats, choices, state = self.moe(h, inputs.info, inputs.tokens, state, knobs, switches)
+                out = self.moe(h, inputs.info, inputs.tokens, state, knobs, switches, pool)
+                routed, stats, choices, state, pool = out
+                cache = cache if pool is None else cache._replace(pool=pool)
         if self.mlp is None:
             return BlockOutput(add(routed), state, None, stats, cache, choices, max_logit)
         with jax.named_scope("mlp"):

@@ -183,7 +183,11 @@ class Transformer(nnx.Module):
             tokens = min(length, cfg.window) if kind.attends.window else length
             shape = (layers, batch, tokens, *(latent if cfg.mla.kv_rank else (cfg.num_kv_heads, cfg.head_dim)))
             zeros = lambda: jnp.zeros(shape, cfg.compute_dtype, out_sharding=out)
-            return KVCache(zeros(), None if cfg.mla.kv_rank else zeros())
+            pool = None
+            if cfg.moe.takes_pools and kind.experts:
+                by_row = out and P(None, sharding.AXES, None)
+                pool = jnp.zeros((layers, batch, kind.experts), bool, out_sharding=by_row)
+            return KVCache(zeros(), None if cfg.mla.kv_rank else zeros(), pool)
 
         return {
             path: zeros_for(stack.repeat, kind)

@@ -62,6 +62,9 @@ class MoELayer(nnx.Module):
         named = {"d_model": d_model, "activation": activation, "init_std": init_std, "param_dtype": param_dtype}
         model = build_model(named | {"compute_dtype": dtype, "moe": settings})
         experts, parts = model.moe.num_experts, sizes.get("expert", 1)
+        if low := model.moe.pool_min:
+            raise ConfigError("model.moe.pool_min", low, "needs documents, which the layer alone does not know",
+                              "nearest valid: 0")  # fmt: skip
         if experts % parts:
             rule = f"must be a multiple of the {parts} devices of the mesh's axis 'expert'"
             raise ConfigError("model.moe.num_experts", experts, rule, f"nearest valid: {-(-experts // parts) * parts}")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.config.layers import Kind
-from moe_jax.moe import quantile
+from moe_jax.moe import pools, quantile
 from moe_jax.moe.exchange import run_experts
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights
 from moe_jax.moe.program import Program
@@ -46,6 +46,7 @@ class TokenInfo(NamedTuple):
     counted: Bool[Array, "B S"]  # False: padding, which uses no expert and enters no statistic
     group: Int[Array, "B S"]  # balance group of each token
     index: Int[Array, "B S"] | None = None  # number of each token in the optimizer batch, for noise
+    documents: pools.Documents | None = None  # of which routers take pools
 
 
 class MoEOutput(NamedTuple):
@@ -55,6 +56,7 @@ class MoEOutput(NamedTuple):
     stats: RouterStats  # of the router, summed over the whole mesh
     choices: Choices | None  # None unless recorded
     state: Float[Array, "B S R"] | None  # for the router of the next layer; None if no router has one
+    pool: Bool[Array, "B C"] | None = None  # of each sequence's last document; None unless a pool was given
 
 
 class MoE(nnx.Module):
@@ -98,10 +100,12 @@ class MoE(nnx.Module):
         state: Float[Array, "B S R"] | None = None,
         knobs: Knobs | None = None,
         switches: Int[Array, " C"] | None = None,
+        pool: Bool[Array, "B C"] | None = None,
     ) -> MoEOutput:
         """Applies the layer. tokens: ids, for a table. state: of the layer before. knobs: of this layer.
 
         switches: −1 for an expert that is off, 1 for one that every token uses, 0 for one that the router decides on.
+        pool: that of each sequence, for tokens without `info.documents`.
         """
         # On each device's part of the float32 matrices, before they are cast and gathered.
         rounded = ternary if self.cfg.expert_weights == "ternary" else lambda w: w
@@ -119,11 +123,11 @@ class MoE(nnx.Module):
             specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, w)
             region = jax.shard_map(
                 functools.partial(self._region, specs),
-                in_specs=(sharding.BATCH,) * 5 + (P(), P(), P(), P(), specs),
-                out_specs=(MoEOutput(sharding.BATCH, P(), sharding.BATCH, sharding.BATCH), sharding.BATCH),
+                in_specs=(sharding.BATCH,) * 6 + (P(), P(), P(), P(), specs),
+                out_specs=(MoEOutput(sharding.BATCH, P(), *(sharding.BATCH,) * 3), sharding.BATCH),
                 check_vma=True,
             )
-        out, kept = region(x, z, info, named, state, router, bias, knobs, switches, w)
+        out, kept = region(x, z, info, named, state, pool, router, bias, knobs, switches, w)
         return out._replace(y=self._joined(x, out.y, kept))
 
     def _joined(
@@ -157,7 +161,7 @@ class MoE(nnx.Module):
         found = {name: adapter_of(self, f"w_{name}") for name in ("gate", "up", "down")}
         return {name: adapter.factors for name, adapter in found.items() if adapter is not None} or None
 
-    def _region(self, specs, x_bSD, z, info, named, state, router, bias, knobs, switches, w):
+    def _region(self, specs, x_bSD, z, info, named, state, pool, router, bias, knobs, switches, w):
         """Routes and computes the tokens of one device, b = B / devices sequences, and sums statistics over all.
 
         specs: of the experts' matrices; None without a mesh, where nothing is communicated. z: what routed experts
@@ -166,7 +170,7 @@ class MoE(nnx.Module):
         """
         shape = x_bSD.shape
         flat = lambda a: None if a is None else a.reshape(shape[0] * shape[1], *a.shape[2:])
-        x, info = flat(x_bSD), TokenInfo(*map(flat, info))
+        x, info = flat(x_bSD), jax.tree.map(flat, info)
         facts = Facts(info.counted, info.index, flat(named), shape[0], switches)
         with jax.named_scope("router"):
             if router:
@@ -174,6 +178,8 @@ class MoE(nnx.Module):
             else:
                 logits, state_TR = varying_like(jnp.zeros((x.shape[0], self.cfg.router_columns)), x), flat(state)
             logits = keep(logits, "router")
+            if (pool_TC := self._pools(logits, info, facts, pool, knobs)) is not None:
+                logits, facts = pools.confine(logits, pool_TC), facts._replace(pool=pool_TC)
             routing, probs = route(logits, bias, facts, self.cfg, knobs)
         if specs is None:
             w = jax.tree.map(lambda a: a.astype(x.dtype), w)
@@ -192,7 +198,20 @@ class MoE(nnx.Module):
             # Sums over all devices: G·(2C+3) numbers a layer. This psum makes the balance global.
             stats = stats if specs is None else jax.lax.psum(stats, sharding.AXES)
             kept = None if kept is None else kept.reshape(shape[:2])
-            return MoEOutput(y.reshape(*shape[:2], y.shape[1]), stats, choices, state), kept
+            last = None if pool is None else pool_TC.reshape(*shape[:2], -1)[:, -1]
+            return MoEOutput(y.reshape(*shape[:2], y.shape[1]), stats, choices, state, last), kept
+
+    def _pools(
+        self, logits: Float[Array, "T C"], info: TokenInfo, facts: Facts, pool: Bool[Array, "b C"] | None,
+        knobs: Knobs | None,
+    ) -> Bool[Array, "T C"] | None:  # fmt: skip
+        """The experts that each token may choose: those of its document's pool, or of the pool that its sequence was
+        given; None without either."""
+        if knobs is not None and self.cfg.pool_min == self.cfg.num_experts:
+            return None  # every pool has all experts: the program of a model without pools
+        if info.documents is not None:
+            return pools.document_pools(logits, info.documents, facts, self.cfg, knobs)
+        return None if pool is None else jnp.repeat(pool, logits.shape[0] // facts.sequences, axis=0)
 
     def _experts(
         self, x: Float[Array, "T width"], routing: Routing, w: ExpertWeights

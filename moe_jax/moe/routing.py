@@ -43,6 +43,7 @@ class Facts(NamedTuple):
     table: Int[Array, "T K"] | None = None  # experts that a table names
     sequences: int = 1  # sequences of equal length that the tokens are, for expert choice
     switches: Int[Array, " C"] | None = None  # of the layer: −1 off, 1 on, 0 as the router says; None: all 0
+    pool: Bool[Array, "T C"] | None = None  # experts that a token may choose, outside of which logits are −∞
 
 
 def route(
@@ -131,7 +132,11 @@ def rank(
 
 
 def exclude(ranked: Float[Array, "T C"], facts: Facts) -> Float[Array, "T C"]:
-    """Ranks experts that are switched off below all others, whatever their selection bias is."""
+    """Ranks experts outside a token's pool, and those that are switched off, below all others.
+
+    A score in the pool may underflow to the 0 of one outside, and a selection bias may lift one that is off.
+    """
+    ranked = ranked if facts.pool is None else jnp.where(facts.pool, ranked, -jnp.inf)
     return ranked if facts.switches is None else jnp.where(_off(facts, ranked), -jnp.inf, ranked)
 
 
@@ -300,7 +305,7 @@ def _on(facts: Facts, like: Array) -> Bool[Array, "1 C"]:
     return varying_like(facts.switches, like)[None, :] > 0
 
 
-STREAMS = ("random", "gumbel", "overflow")  # independent draws of a token
+STREAMS = ("random", "gumbel", "overflow", "pool")  # independent draws
 
 
 def _draw(sample, knobs: Knobs, stream: str, facts: Facts, like: Float[Array, "T n"]) -> Float[Array, "T n"]:

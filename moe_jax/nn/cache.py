@@ -21,6 +21,8 @@ class KVCache(NamedTuple):
 
     k: Float[Array, "*L B Z M H"]
     v: Float[Array, "*L B Z M H"] | None  # None: the keys are the values (MLA)
+    # The experts that each sequence may choose in the layer, with document pools. Attention leaves it out.
+    pool: Bool[Array, "*L B C"] | None = None
 
     def write(self, k: Float[Array, "B S M H"], v: Float[Array, "B S M H"] | None, start: Int[Array, ""]) -> "KVCache":
         """Returns the cache with S new tokens written at `start`."""

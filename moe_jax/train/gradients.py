@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import model, optim
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.moe import quantile, router_losses
+from moe_jax.moe import pools, quantile, router_losses
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.program import Program
 from moe_jax.moe.routing import Knobs
@@ -117,7 +117,8 @@ def forward(
     """
     net = graph.bind(params, bias)
     segments = batch.segment_ids if net.cfg.segment_mask else None
-    info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group, index=batch.index)
+    own = pools.documents_of(net.cfg.moe, batch.segment_ids, batch.positions, training=moving is not None)
+    info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group, index=batch.index, documents=own)
     ahead = prediction.ahead(batch, net.cfg.mtp_layers) if net.program.mtp else None
     return net(model.Inputs(batch.tokens, batch.positions, segments, info, moving, ahead, switches)), net.output_matrix
 

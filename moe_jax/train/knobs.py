@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import RampConfig, RunConfig
+from moe_jax.config import MoEConfig, RampConfig, RunConfig
 from moe_jax.moe.routing import Knobs
 from moe_jax.parallel import sharding
 
@@ -14,7 +14,8 @@ STREAM = 1  # sets these keys apart from others that are made of the config's se
 
 def draws_noise(cfg: RunConfig) -> bool:
     """Whether routing in training differs from that of the model, or draws random numbers."""
-    return bool(cfg.model.num_moe_layers) and (cfg.explore.moves or cfg.model.moe.overflow == "random")
+    moe = cfg.model.moe
+    return bool(cfg.model.num_moe_layers) and (cfg.explore.moves or moe.overflow == "random" or moe.pool_min > 0)
 
 
 def of_step(cfg: RunConfig, step: Int[Array, ""] | int) -> Knobs | None:
@@ -57,6 +58,9 @@ def describe(cfg: RunConfig) -> str:
     if moe.identity_experts:
         parts.append(f"{moe.identity_experts} identity experts, so {moe.mean_slots:.2f} of {moe.top_k} compute if all "
                      "are chosen alike")  # fmt: skip
+    if moe.pool_min:
+        parts.append(f"a document's tokens choose from {moe.pool_min} to {moe.pool_max or moe.num_experts} experts in "
+                     f"training, {_say_pools(moe)}")  # fmt: skip
     if explore.top_k:
         parts.append(f"{explore.top_k} experts a token in training, {moe.top_k} in evaluation")
     if max(explore.random.start, explore.random.end) > 0:
@@ -66,6 +70,16 @@ def describe(cfg: RunConfig) -> str:
     if explore.threshold:
         parts.append(f"scores over {explore.threshold:g} at temperature {_say(explore.temperature)}")
     return f"routing: {'; '.join(parts)}" if parts else ""
+
+
+def _say_pools(moe: MoEConfig) -> str:
+    size = f"in evaluation from {moe.pool_size}"
+    of = {
+        "all": "in evaluation from all",
+        "prefix": f"{size} by its first {moe.pool_prefix} tokens, which are not scored",
+        "document": f"{size} by all of its tokens, the scored ones too: a leak",
+    }
+    return of[moe.pool_from]
 
 
 def _say(ramp: RampConfig) -> str:

@@ -155,7 +155,10 @@ def make_eval_step(
         out, matrix = forward(graph, params, bias, batch, None, switches)
         with jax.named_scope("output"):
             nll = cross_entropy.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets)
-        member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * batch.weights[:, :, None]
+        weights = batch.weights
+        if cfg.model.moe.pool_prefix:  # the tokens that give a document's pool: targets are a place further
+            weights = jnp.where(batch.positions < cfg.model.moe.pool_prefix - 1, 0.0, weights)
+        member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * weights[:, :, None]
         choices = None
         if record:
             before = forward(graph, *earlier, batch, None, switches)[0].choices if earlier else {}

@@ -1,0 +1,388 @@
+"""Document pools: against a loop over documents in float64, on meshes, in evaluation, samples and scores."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import special
+from test_invariance import assert_same, batch_rows, run_config
+
+from moe_jax import config, hf
+from moe_jax.config import ExploreConfig, MoEConfig, RampConfig
+from moe_jax.config.layers import Kind
+from moe_jax.errors import ConfigError
+from moe_jax.evaluate import loglikelihood, overrides, passes
+from moe_jax.evaluate.generate import generate
+from moe_jax.moe import pools
+from moe_jax.moe.alone import MoELayer
+from moe_jax.moe.layer import MoE, TokenInfo
+from moe_jax.moe.pools import Documents
+from moe_jax.moe.program import Program
+from moe_jax.moe.router_losses import load_balancing_loss, router_z
+from moe_jax.moe.routing import Facts, Knobs, route
+from moe_jax.moe.stats import router_stats
+from moe_jax.nn.layers import Init
+from moe_jax.parallel import sharding
+from moe_jax.run import weights
+from moe_jax.train import knobs, step
+from moe_jax.train.gradients import forward, make_gradients
+from moe_jax.train.state import abstract_state, init_state, put_batch
+
+B, S, C, K = 3, 10, 8, 2
+# Documents of rows, with padding (0): several, one, and some of one token.
+NUMBER = np.int32([[1, 1, 1, 2, 2, 2, 2, 3, 3, 3], [1] * 10, [1, 2, 2, 2, 3, 3, 0, 0, 0, 0]])
+COUNTED = NUMBER > 0
+INDEX = jnp.arange(B * S)
+POOLED = MoEConfig(num_experts=C, top_k=K, pool_min=3, pool_max=5, pool_from="document", pool_size=4)
+
+
+OFF = {"pool_min": 0, "pool_max": 0, "pool_from": "", "pool_size": 0, "pool_prefix": 0}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def found_in(logits, number, given, cfg, rows, index, knobs):
+    facts = Facts(number > 0, index, sequences=rows)
+    return pools.document_pools(logits, Documents(number, given), facts, cfg, knobs)
+
+
+def pools_by(cfg, logits, number=NUMBER, knobs=None, index=INDEX, given=None):
+    """`document_pools` of rows `[B, S, C]`."""
+    flat = lambda a: None if a is None else jnp.asarray(a).reshape(-1, *np.shape(a)[2:])
+    found = found_in(flat(logits), flat(number), flat(given), cfg, len(number), index, knobs)
+    return np.asarray(found).reshape(logits.shape)
+
+
+# --- one layer, against a loop ----------------------------------------------------------------------------------------
+
+
+def loop(logits, pool_of, score="softmax", renormalize=False):
+    """Weights `[B, S, C]`, load-balancing loss and z-loss, in float64, document by document.
+
+    pool_of: (row, document) → its experts. Outside of them an expert has no part in any sum.
+    """
+    weights, load, prob, z = np.zeros((B, S, C)), np.zeros(C), np.zeros(C), 0.0
+    for row in range(B):
+        for document in sorted(set(NUMBER[row]) - {0}):
+            pool = pool_of(row, document)
+            for s in np.flatnonzero(NUMBER[row] == document):
+                own = np.float64(logits[row, s, pool])
+                scores = special.softmax(own) if score == "softmax" else special.expit(own)
+                best = np.argsort(-scores, kind="stable")[:K]
+                share = scores[best] / scores[best].sum() if renormalize else scores[best]
+                weights[row, s, pool[best]] = share
+                load[pool[best]] += 1
+                prob[pool] += scores / scores.sum()
+                z += special.logsumexp(own) ** 2
+    return weights, C * (load / load.sum()) @ (prob / COUNTED.sum()), z
+
+
+def preferred(logits, size, score):
+    """(row, document) → the `size` experts that the sum of its tokens' probabilities prefers, in ascending order."""
+
+    def pool_of(row, document):
+        own = np.float64(logits[row, NUMBER[row] == document])
+        scores = special.softmax(own, -1) if score == "softmax" else special.expit(own)
+        sums = (scores / scores.sum(-1, keepdims=True)).sum(0)
+        return np.sort(np.argsort(-sums, kind="stable")[:size])
+
+    return pool_of
+
+
+@pytest.mark.parametrize(("score", "renormalize"), [("softmax", False), ("sigmoid", True)])
+def test_weights_losses_and_gradients_are_those_of_a_loop(score, renormalize):
+    """Gradients by central differences of the loop with its pools held: none passes through the choice of a pool, and
+    none reaches a logit outside of it."""
+    cfg = dataclasses.replace(POOLED, score=score, renormalize=renormalize)
+    logits, cotangent = normal(B, S, C), normal(B, S, C, seed=1)
+    pool_of = preferred(logits, cfg.pool_size, score)
+
+    @jax.jit
+    def value(logits):
+        flat = logits.reshape(-1, C)
+        counted = jnp.asarray(COUNTED.ravel())
+        documents, facts = Documents(jnp.asarray(NUMBER.ravel())), Facts(counted, sequences=B)
+        pool = pools.document_pools(flat, documents, facts, cfg, None)
+        confined = pools.confine(flat, pool)
+        routing, probs = route(confined, None, Facts(counted, pool=pool), cfg)
+        one_hot = jax.nn.one_hot(routing.experts, C) * (routing.weights * routing.valid)[..., None]
+        weights = one_hot.sum(1).reshape(logits.shape)
+        stats = router_stats(confined, probs, routing, routing.valid, counted, jnp.zeros(len(flat), int), 1)
+        losses = load_balancing_loss(stats), router_z(stats)
+        return (weights * cotangent).sum() + losses[0] + losses[1], (weights, losses)
+
+    def by_hand(logits):
+        weights, balance, z = loop(logits, pool_of, score, renormalize)
+        return (weights * cotangent).sum() + balance + z
+
+    (_, (weights, losses)), grad = jax.value_and_grad(value, has_aux=True)(jnp.asarray(logits))
+    want = loop(logits, pool_of, score, renormalize)
+    np.testing.assert_allclose(weights, want[0], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(losses, want[1:], rtol=2e-5)
+    inside = np.zeros((B, S, C), bool)
+    for row, s in np.argwhere(COUNTED):
+        inside[row, s, pool_of(row, NUMBER[row, s])] = True
+    assert (np.asarray(grad)[~inside] == 0).all() and (np.abs(grad)[inside] > 0).all()
+    for at in list(map(tuple, np.argwhere(inside)))[::7]:
+        ends = []
+        for sign in (1, -1):
+            moved = np.float64(logits)
+            moved[at] += sign * 1e-6
+            ends.append(by_hand(moved))
+        np.testing.assert_allclose(grad[at], (ends[0] - ends[1]) / 2e-6, rtol=2e-3, atol=2e-3)
+
+
+def test_a_layer_is_the_loop():
+    """Its result, its losses, and the pool that it hands on: that of the last document of each sequence."""
+    model = config.ModelConfig(d_model=6, moe=dataclasses.replace(POOLED, d_expert=4, num_shared_experts=0))
+    layer = MoE(model, Kind("moe", C), Init(nnx.Rngs(0), 1.0), 1.0, Program())
+    graph, state = nnx.split(layer)
+    x, info = normal(B, S, 6), TokenInfo(COUNTED, np.zeros((B, S), np.int32), documents=Documents(NUMBER))
+    before = np.zeros((B, C), bool)
+    run = jax.jit(lambda x, info: nnx.merge(graph, state)(x, info, pool=before))
+    out = run(x, info)
+    w = {name: np.float64(getattr(layer, f"w_{name}")[...]) for name in ("router", "gate", "up", "down")}
+    logits = x @ w["router"]
+    pool_of = preferred(logits, POOLED.pool_size, "softmax")
+    weights, balance, z = loop(logits, pool_of)
+    gate = np.einsum("bsd,edf->bsef", x, w["gate"])
+    hidden = gate * special.expit(gate) * np.einsum("bsd,edf->bsef", x, w["up"])
+    want = np.einsum("bse,bsef,efd->bsd", weights, hidden, w["down"])
+    np.testing.assert_allclose(np.where(COUNTED[..., None], out.y, 0), want, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose((load_balancing_loss(out.stats), router_z(out.stats)), (balance, z), rtol=2e-5)
+    for row, document in ((0, 3), (1, 1)):
+        np.testing.assert_array_equal(np.flatnonzero(out.pool[row]), pool_of(row, document))
+
+
+def test_packed_documents_are_those_alone_in_any_order():
+    """A document has the pool that it has in a row of its own, whatever stands beside it."""
+    logits = normal(B, S, C)
+    packed = pools_by(POOLED, logits)
+    assert (packed.sum(-1) == 4).all()
+    number, alone = np.zeros((B, S), np.int32), normal(B, S, C, seed=2)
+    documents = [NUMBER[row] == document for row, document in ((0, 1), (0, 2), (2, 2))]
+    for i, (row, own) in enumerate(zip((0, 0, 2), documents, strict=True)):
+        number[i, : own.sum()], alone[i, : own.sum()] = 1, logits[row, own]
+    found = pools_by(POOLED, alone, number)
+    for i, (row, own) in enumerate(zip((0, 0, 2), documents, strict=True)):
+        np.testing.assert_array_equal(found[i, : own.sum()], packed[row, own])
+    order = np.concatenate([np.flatnonzero(NUMBER[0] == d) for d in (3, 1, 2)])
+    turned = pools_by(POOLED, logits[:, order], NUMBER[:, order])
+    np.testing.assert_array_equal(turned[0], packed[0, order])
+
+
+def test_a_prefix_gives_the_pool():
+    """Tokens after it, and padding, have no part in it; a running sum over many tokens loses nothing."""
+    logits = normal(B, S, C)
+    given = np.cumsum(np.ones((B, S), int), 1) <= 2  # the first two tokens of each row's first document
+    found = pools_by(POOLED, logits, given=given)
+    later = np.where(given[:, :, None], logits, normal(B, S, C, seed=3))
+    np.testing.assert_array_equal(found[:, 0], pools_by(POOLED, later, given=given)[:, 0])
+    assert (found[:, 0] != pools_by(POOLED, logits)[:, 0]).any()
+    number = np.repeat(np.int32([1, 2, 3]), [3000, 1, 1000])[None]
+    values = np.random.default_rng(0).random((1, 4001, 4)).astype(np.float32)
+    sums = np.asarray(jax.jit(pools.sum_by_document)(jnp.asarray(values), jnp.asarray(number)))
+    for document in (1, 2, 3):
+        own = number[0] == document
+        want = np.broadcast_to(np.float64(values[0, own]).sum(0), (own.sum(), 4))
+        np.testing.assert_allclose(sums[0, own], want, rtol=1e-6)
+
+
+def test_no_token_leaves_its_pool():
+    """Also where the scores of a pool underflow to the 0 of those outside."""
+    logits = normal(1, 4, C) - 1000 * (np.arange(C) > 3)
+    logits[0, :2] = np.roll(logits[0, :2], 4, axis=-1)  # each half of the document is far from what the other wants
+    cfg = dataclasses.replace(POOLED, top_k=3, pool_size=5)
+    pool = pools_by(cfg, logits, np.ones((1, 4), np.int32))[0]
+    routing, _ = route(pools.confine(jnp.asarray(logits[0]), pool), None, Facts(jnp.ones(4, bool), pool=pool), cfg)
+    assert np.take_along_axis(pool, np.asarray(routing.experts), 1).all()
+    assert (np.diff(np.sort(np.asarray(routing.experts), 1), axis=1) > 0).all()
+
+
+def test_sizes_are_drawn_by_document():
+    """Uniform in [min, max]; one number for a document, and another in another row, layer and step."""
+    rows, documents = 40, 10
+    number = np.tile(np.repeat(np.arange(1, documents + 1, dtype=np.int32), 2), (rows, 1))
+    index, logits = jnp.arange(number.size), normal(rows, 2 * documents, C)
+    sizes = lambda key: pools_by(POOLED, logits, number, Knobs(jax.random.key(key)), index).sum(-1)
+    drawn = sizes(0)
+    np.testing.assert_array_equal(drawn[:, ::2], drawn[:, 1::2])
+    counts = np.bincount(drawn[:, ::2].ravel(), minlength=6)
+    assert counts[:3].sum() == 0 and (abs(counts[3:] - 400 / 3) < 4 * np.sqrt(400 * 2 / 9)).all()
+    assert (drawn != sizes(1)).mean() > 0.5 and (drawn[0] != drawn[1]).any()
+    part = slice(20, 400)  # the numbers of tokens decide, not their places
+    some = pools_by(POOLED, logits[1:20], number[1:20], Knobs(jax.random.key(0)), index[part]).sum(-1)
+    np.testing.assert_array_equal(some, drawn[1:20])
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+def pooled(*args, moe=None, **kwargs) -> config.RunConfig:
+    cfg = run_config(*args, **kwargs)
+    own = {"selection_bias": False, "num_experts": 8, "pool_min": 2, "pool_max": 5, "pool_from": "prefix",
+           "pool_size": 3, "pool_prefix": 2}  # fmt: skip
+    routed = dataclasses.replace(cfg.model.moe, **own | (moe or {}))
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, num_layers=1, num_dense_layers=0, moe=routed))
+
+
+@functools.cache
+def state_on(shape):
+    """The mesh and a fresh state on it; the values are those of one device."""
+    mesh = sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+    if mesh.size == 1:
+        return mesh, init_state(pooled(), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(pooled(), mesh))
+    return mesh, jax.device_put(jax.device_get(state_on((1, 1, 1))[1]), shardings)
+
+
+def gradients_of(cfg, shape) -> dict:
+    mesh, state = state_on(shape)
+    with jax.set_mesh(mesh):
+        batch = put_batch(batch_rows(0.25), mesh, cfg)
+        return jax.device_get(jax.jit(make_gradients(cfg, mesh))(state.params, state.router_bias, batch, 1)._asdict())
+
+
+@functools.cache
+def oracle() -> dict:
+    return gradients_of(pooled(), (1, 1, 1))
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("shape", "micro", "remat"),
+    [((2, 2, 2), 2, "full"), pytest.param((8, 1, 1), 4, "selective", marks=slow)],
+)
+def test_invariance(shape, micro, remat):
+    assert_same(gradients_of(pooled(micro, remat, "grouped"), shape), oracle())
+    if micro == 4:  # pools have a part in all this
+        assert abs(oracle()["loss"] - gradients_of(pooled(moe={"pool_min": 4}), (1, 1, 1))["loss"]) > 1e-3
+
+
+@slow
+def test_pools_of_all_experts_are_the_plain_router():
+    """Bit for bit: loss, statistics and every gradient."""
+    plain, all_of_them = (gradients_of(pooled(moe=moe), (1, 1, 1)) for moe in (OFF, {"pool_min": 8, "pool_max": 8}))
+    jax.tree.map(np.testing.assert_array_equal, all_of_them, plain)
+
+
+@slow
+def test_evaluation_takes_pools_from_prefixes_alone():
+    """Logits of scored tokens do not depend on tokens after them, unless the whole document gives the pool: the leak.
+    Tokens of a prefix are not scored, in any of the ways."""
+    mesh, state = state_on((1, 1, 1))
+    rows = batch_rows(0.0) | {"domain_ids": np.zeros((32, 8), np.int32)}
+    rows["weights"][:] = 1
+    changed = rows | {"tokens": rows["tokens"].copy()}
+    changed["tokens"][:, 3::4] = 7  # the last token of each of the two documents of a row
+    earlier = np.arange(8) % 4 < 3
+    for way, moves in (("prefix", False), ("all", False), ("document", True)):
+        cfg = pooled(moe={"pool_from": way, "pool_size": 0 if way == "all" else 3})
+        graph = step.model.abstract(cfg.model)
+        with jax.set_mesh(mesh):
+            run = jax.jit(lambda batch, graph=graph: forward(graph, state.params, state.router_bias, batch)[0].hidden)
+            one, other = (np.asarray(run(put_batch(r, mesh, cfg, by_domain=True))) for r in (rows, changed))
+            assert (one[:, earlier] != other[:, earlier]).any() == moves
+            evaluation = step.make_eval_step(cfg, mesh, 1)
+            sums = evaluation(state.params, state.router_bias, put_batch(rows, mesh, cfg, by_domain=True))
+        assert sums.tokens.sum() == 32 * 2 * 3  # of 4 tokens of a document the first predicts one of the prefix
+
+
+@slow
+def test_samples_and_scores_take_the_pool_of_the_prompt():
+    """A text is written token by token, from prompts of different lengths, as one pass computes it whose pools are from
+    as many first tokens; a continuation is scored alike."""
+    mesh, state = state_on((1, 1, 1))
+    own = state.params, state.router_bias
+    prompts, texts = [[5, 7, 2], [37, 22, 1, 12, 33], [43, 23, 18, 7, 10, 33, 38, 14]], []
+    cfg = pooled().model
+    short = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, pool_prefix=3))
+    for prompt, out in zip(prompts, generate(cfg, mesh, *own, prompts, 4), strict=True):
+        n = len(prompt)
+        assert len(out) == n + 4
+        seen = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, pool_prefix=n))
+        (logits,) = passes.run(seen, mesh, *own, [out], "logits")
+        best = np.sort(logits[n - 1 : -1], -1)
+        assert (best[:, -1] - best[:, -2]).min() > 1e-4
+        assert out[n:] == logits[n - 1 : -1].argmax(-1).tolist()
+        if n > 3:  # the first three tokens, which all prompts have, would give other pools
+            (others,) = passes.run(short, mesh, *own, [out], "logits")
+            assert np.abs(others - logits).max() > 1e-3
+        texts.append((prompt, out[n:], special.log_softmax(np.float64(logits), -1)))
+    requests = [loglikelihood.Request(np.int32(prompt), np.int32(more)) for prompt, more, _ in texts]
+    run = dataclasses.replace(pooled(), data=dataclasses.replace(pooled().data, batch_size=8, seq_len=16))
+    for score, (prompt, more, logs) in zip(loglikelihood.score(run, mesh, *own, requests), texts, strict=True):
+        want = [logs[len(prompt) - 1 + i, token] for i, token in enumerate(more)]
+        np.testing.assert_allclose(score.token_logprobs, want, rtol=1e-4)
+    (routed,) = passes.run(cfg, mesh, *own, [prompts[1]], "routing")
+    assert len(np.unique(routed[0])) <= cfg.moe.pool_size
+
+
+@slow
+def test_export_says_that_pools_are_left_out(tmp_path):
+    """The model that is written is that of a run without pools. Its own evaluation may take pools from elsewhere."""
+    said, written = [], []
+    for name, moe in (("pools", {}), ("plain", OFF)):
+        cfg = pooled(moe=moe | {"num_shared_experts": 0})
+        _, state = state_on((1, 1, 1))
+        params = jax.device_get(state.params)
+        del params["layers"]["moe"]["shared"]
+        weights.save_weights(tmp_path / name, cfg, params, {}, [{"event": "test"}])
+        hf.export_run(tmp_path / name, tmp_path / f"{name}_hf", echo=said.append)
+        written.append([(tmp_path / f"{name}_hf" / file).read_bytes() for file in ("config.json", "model.safetensors")])
+    assert written[0] == written[1] and sum("document pools are not exported" in line for line in said) == 1
+    pairs = overrides.Overrides([("model.moe.pool_from", "document"), ("model.moe.pool_size", "4")])
+    changed, names = overrides.apply(pooled(), pairs)
+    assert changed.model.moe.pool_size == 4 and overrides.changes_results(names)  # its files have names of their own
+
+
+def test_the_step_draws_sizes():
+    assert knobs.draws_noise(pooled()) and "from 2 to 5 experts" in knobs.describe(pooled())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pool_from": ""}, "pool_from='': must say where evaluation and samples take pools from: 'prefix'"),
+        ({"pool_min": 1}, "pool_min=1: must be from top_k=2"),
+        ({"pool_max": 9}, "pool_max=9: must be from pool_min=3 to num_experts=8"),
+        ({"pool_size": 1}, "pool_size=1: must be from top_k=2"),
+        ({"pool_from": "all"}, "pool_size=4: has no effect with pool_from='all'"),
+        ({"pool_from": "prefix"}, "pool_prefix=0: must be > 0"),
+        ({"pool_min": 0}, "pool_max=5: needs pool_min"),
+        ({"choice": "expert"}, "choice='expert': is not available with pool_min"),
+        ({"identity_experts": 2}, "identity_experts=2: is not available"),
+        ({"selection_bias": True}, "selection_bias=True: is not available"),
+        ({"num_groups": 2, "top_groups": 2}, "num_groups=2: is not available"),
+        ({"shard_groups": 2}, "shard_groups=2: is not available"),
+    ],
+)
+def test_refused_in_a_layer(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(POOLED, **fields)
+
+
+def test_refused_in_a_run():
+    cfg = pooled()
+    with pytest.raises(ConfigError, match=r"model\.moe\.pool_min=2: is not available with explore\.random"):
+        dataclasses.replace(cfg, explore=ExploreConfig(random=RampConfig(0.5, 0.0, 4)))
+    with pytest.raises(ConfigError, match=r"explore\.top_k=3: as pool_min must be from top_k=3"):
+        dataclasses.replace(cfg, explore=ExploreConfig(top_k=3))
+    tables = {"layers": "moe table", "num_layers": 2}
+    for fields, message in ((tables, "table blocks"), ({"num_dense_layers": 1}, "needs layers whose router chooses")):
+        with pytest.raises(ConfigError, match=rf"pool_min=2: .*{message}"):
+            dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **fields))
+    moe = dataclasses.replace(cfg.model.moe, pool_prefix=8)
+    with pytest.raises(ConfigError, match=r"pool_prefix=8: must be < data\.seq_len=8"):
+        dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
+    with pytest.raises(ConfigError, match=r"model\.moe\.pool_min=2: needs documents"):
+        MoELayer(8, rngs=nnx.Rngs(0), num_experts=4, pool_min=2, pool_from="all")

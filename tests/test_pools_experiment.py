@@ -1,0 +1,61 @@
+"""experiments/pools.py: which runs are reused, and all of it at toy size."""
+
+import json
+import math
+import sys
+
+import pytest
+from test_pruning_experiment import TINY
+
+from experiments import pool, pools, pools_report
+
+
+def test_mistakes(monkeypatch, capsys):
+    for options, said in ((["--only=all"], "no arm 'all'"), (["--keep=a"], "--keep=a: must be numbers from"),
+                          (["--sizes=0"], "--sizes=0: must be numbers from 1"),
+                          (["--prefix=0"], "--prefix=0: must be ≥ 1")):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["pools", *options])
+        with pytest.raises(SystemExit):
+            pools.main()
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_toy_experiment(tmp_path, monkeypatch, capsys):
+    """One arm up to the figure; its run serves another call, and its record a third, which runs nothing."""
+    for name, word in (("law", "whereas"), ("prose", "a fine day")):
+        (tmp_path / "domains" / name).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / "domains" / name / f"{i}.txt").write_text(f"{word} {i}\n" * 40, encoding="utf-8")
+    fields = TINY | {"data.cache_dir": tmp_path / "cache"}
+    sets = [x for n, v in fields.items() for x in ("--set", f"{n}={v}")]
+    command = ["pools", f"--data={tmp_path}/domains", "--gpus=0", "--keep=50", "--sizes=4", "--prefix=8",
+               "--use_batches=2", *sets]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*command, f"--out={tmp_path}/first", "--only=pools"])
+    status = pools.main()
+    logs = [file.read_text(encoding="utf-8")[-1500:] for file in (tmp_path / "first").rglob("output.txt")]
+    assert status == 0, "\n".join(logs)
+    run = pools_report.load(tmp_path / "first")["pools", 0]
+    assert run.experts == {"100": 8, "50": 4} and set(run.kept["50"]) == {"law", "prose", ""}
+    assert set(run.pools) == {"all", "prefix 4", "document 4"} and run.kept["50"] != run.kept["100"]
+    assert run.settings["moe.pool_min"] == 4 and run.mean("100") == pytest.approx(
+        (math.exp(run.kept["100"]["law"]) + math.exp(run.kept["100"]["prose"])) / 2)  # fmt: skip
+    said = capsys.readouterr().out
+    assert "| document pools, global batch |" in said and "leak, 4 experts" in said
+    assert (tmp_path / "first" / "pools.png").stat().st_size > 10_000
+
+    again = pools.trained(tmp_path / "second", "pools", 0, fields)
+    cfg = pool.load_config(pools.CONFIG, str(tmp_path / "domains"), again.overrides)
+    source = pool.find_trained(tmp_path / "first", cfg)
+    assert source == tmp_path / "first" / "pools" / "seed0" and not pool.find_trained(tmp_path / "nowhere", cfg)
+    assert pools.jobs([(again, source)], [], "domains")[0].product == "pools.json"  # nothing is trained
+    for other in ({"train.steps": "5"}, {"optim.name": "muon"}, {"model.moe.pool_max": "6"}):
+        changed = pool.load_config(pools.CONFIG, str(tmp_path / "domains"), again.overrides | other)
+        assert not pool.find_trained(tmp_path / "first", changed)
+
+    saved = pools_report.read(tmp_path / "first" / "results.json")
+    assert json.dumps(saved["pools", 0]) == json.dumps(run)
+    monkeypatch.setattr(pool, "run_all", lambda *_: pytest.fail("nothing is to be run"))
+    monkeypatch.setattr(sys, "argv", [*command, f"--out={tmp_path}/third", "--only=pools",
+                                      f"--known={tmp_path}/first/results.json"])  # fmt: skip
+    assert pools.main() == 0

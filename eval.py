@@ -99,8 +99,9 @@ def main(argv):
         check_experts(cfg.model, CONTRAST)
     if KEEP.value:
         check_experts(cfg.model, KEEP)
+        check_keep(cfg.model, changed)
     corpus = data.prepare(cfg.data, workdir=workdir, seed=cfg.seed, progress=terminal)
-    held_out.check_held_out(corpus)
+    held_out.check_held_out(corpus, 0 if KEEP.value else cfg.model.moe.pool_prefix)
     if KEEP_BY.value not in ("", *corpus.domains):
         rule = "must be a domain of the held-out text"
         raise UserError(f"--keep_by={KEEP_BY.value}: {rule}; {nearest(KEEP_BY.value, corpus.domains)}")
@@ -113,14 +114,20 @@ def main(argv):
         before = checkpoints.data_state(number)
     abstract, average = abstract_weights(cfg.model, mesh), WEIGHTS.value == "ema"
     params, bias, _ = weights.load_weights(workdir, *abstract, step=number, average=average)
-    if KEEP.value:
-        at = f".{number}" if number != steps[-1] or LIMIT.value or tail_of(changed) else ""
-        suffix = ".ema" * average + at + f".{LIMIT.value}batches" * bool(LIMIT.value) + tail_of(changed)
-        return keep_experts(workdir, cfg, mesh, (params, bias), corpus, number, suffix, changed, formats, echo)
+    rows, tail = (corpus.num_validation_rows(LIMIT.value), corpus.num_validation_rows()), tail_of(changed)
+    limited = held_out.suffix_of(LIMIT.value, rows, number, steps[-1])
+    suffix = ".ema" * average + (limited or f".{number}" * bool(tail)) + tail
+    if EXPERTS.value:
+        log.check_same(workdir / f"eval{suffix}.json", number, {"experts": EXPERTS.value})
+    if CONTRAST.value:
+        log.check_same(workdir / f"contrast{suffix}.json", number, asked_of(CONTRAST.value))
     earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value, average=average)[:2]
     for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
         echo(line)
     echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")
+    if KEEP.value:
+        own = cfg, mesh, params, bias, corpus
+        return keep_experts(workdir, own, number, suffix, changed, formats, echo)
     if cfg.model.num_moe_layers and cfg.model.moe.choice == "expert":
         echo("experts choose tokens, later ones too: these losses are not comparable with those of a causal model")
 
@@ -129,8 +136,7 @@ def main(argv):
         cfg, mesh, params, bias, corpus, limit=LIMIT.value,
         record=True, earlier=earlier, switches=switched,
     )  # fmt: skip
-    limited, tail = held_out.suffix(result, number, steps[-1]), tail_of(changed)
-    suffix, written, drawn = ".ema" * average + (limited or f".{number}" * bool(tail)) + tail, [], []
+    written, drawn = [], []
     write = lambda baselines: (
         lambda path: log.write_eval(path, held_out.to_json(number, result, baselines, changed, EXPERTS.value))
     )
@@ -211,6 +217,11 @@ def tail_of(changed):
     return ".changed" * overrides.changes_results(changed) + ".switched" * bool(EXPERTS.value)
 
 
+def asked_of(sides):
+    """The fields of contrast.json that say what was compared."""
+    return dict(zip(("first", "second"), sides, strict=True)) | ({"experts": EXPERTS.value} if EXPERTS.value else {})
+
+
 def save_figures(workdir, drawn, formats):
     """Writes figures, as (name, figure), into figures/."""
     (workdir / "figures").mkdir(exist_ok=True)
@@ -263,17 +274,27 @@ def shares():
     return sorted({float(text) / 100 for text in KEEP.value} | {1.0}, reverse=True)
 
 
-def keep_experts(workdir, cfg, mesh, loaded, corpus, number, suffix, changed, formats, echo):
-    """Writes the losses with a part of the experts, and evaluates nothing else."""
-    own, terminal = (cfg, mesh, *loaded, corpus), jax.process_index() == 0
+def check_keep(model, changed):
+    """Raises UserError for percentages that leave too few experts, and for fields that have no effect beside them."""
+    subsets.check_shares(model, shares())
+    for name in changed:
+        if name.startswith("model.moe.pool_"):
+            raise UserError(f"--config.{name}={changed[name]}: has no effect with --keep_experts, which takes no pools")
+
+
+def keep_experts(workdir, own, number, suffix, changed, formats, echo):
+    """Writes the losses with a part of the experts, and evaluates nothing else. own: the run, as `subsets` takes it."""
+    terminal, suffix = jax.process_index() == 0, f".by_{KEEP_BY.value}" * bool(KEEP_BY.value) + suffix
+    asked = {"shares": shares(), "training_batches": KEEP_BATCHES.value, "by": KEEP_BY.value}
+    log.check_same(workdir / f"subsets{suffix}.json", number, asked)
     use = subsets.measure_use(*own, KEEP_BATCHES.value, progress=terminal)
     found = subsets.evaluate(*own, use, shares(), KEEP_BY.value, limit=LIMIT.value, progress=terminal)
     if terminal:
         text = subsets.to_json(found, number, KEEP_BATCHES.value, changed)
         log.write_text(workdir / f"subsets{suffix}.json", text)
         save_figures(workdir, [(f"subsets{suffix}", subsets.figure(found))], formats)
-    if cfg.model.moe.pool_min:
-        echo("tokens choose from all experts that are kept, without pools of their documents")
+    if own[0].model.moe.pool_min:
+        echo("tokens choose from all experts that are kept, without pools of their documents, and all are scored")
     echo(f"\n{subsets.table(found)}\n\nwritten in {workdir}: subsets{suffix}.json, figures/: subsets{suffix}")
 
 
@@ -294,14 +315,18 @@ def compare_prompts(workdir, cfg, mesh, changed, formats, echo):
     given = [f"config.{name}" for name in changed if name != "model.compute_dtype"]
     if given := [*given, *(flag.name for flag in (LIMIT, EARLIER, PROMPT) if flag.present and flag.value)]:
         raise UserError(f"--{given[0]}: has no effect with --contrast of files of prompts")
-    prompts = [contrast.read_prompts(path) for path in CONTRAST.value]
+    prompts = {path: contrast.read_prompts(path) for path in CONTRAST.value}
     average, dtype = WEIGHTS.value == "ema", cfg.model.compute_dtype
     run = opened.load(workdir, step=STEP.value, average=average, compute_dtype=dtype, mesh=mesh, echo=echo)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         newest = checkpoints.steps()[-1]
-    found = contrast.of_prompts(run.switched(EXPERTS.value), *prompts, contrast.titles(CONTRAST.value))
-    line = contrast.off_line(found, run.model)
     suffix = ".ema" * average + f".{run.step}" * (run.step != newest or bool(tail_of(changed))) + tail_of(changed)
+    names = contrast.titles(CONTRAST.value)
+    log.check_same(workdir / f"contrast{suffix}.json", run.step, asked_of(names))
+    for path, texts in prompts.items():
+        contrast.check_prompts(run, path, texts)
+    found = contrast.of_prompts(run.switched(EXPERTS.value), *prompts.values(), names)
+    line = contrast.off_line(found, run.model)
     if jax.process_index() == 0:
         log.write_text(workdir / f"contrast{suffix}.json", contrast.to_json(found, run.step, line, EXPERTS.value))
         save_figures(workdir, [(f"contrast{suffix}", contrast.figure(found, line))], formats)
@@ -311,6 +336,8 @@ def compare_prompts(workdir, cfg, mesh, changed, formats, echo):
 def score(workdir, cfg, mesh, changed, switched, echo):
     """Adds the results of --tasks and --text to the run's eval.json."""
     loglikelihood.check(cfg)
+    if TEXT.value:
+        loglikelihood.check_gives_pool(cfg.model, 1)  # a text has no context
     found = {name: tasks.read(name, DOCUMENTS.value) for name in dict.fromkeys(TASKS.value)}
     if len({task.name for task, _ in found.values()}) < len(found):
         raise UserError(
@@ -331,6 +358,8 @@ def score(workdir, cfg, mesh, changed, switched, echo):
     files = {task.name: (path_of(name), task.digest) for name, (task, _) in found.items()}
     for name in names.values():
         check_kept(workdir / name, number, files)
+        if EXPERTS.value:
+            log.check_same(workdir / name, number, {"experts": EXPERTS.value})
     params, bias, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh), step=number, average=average)
     scorer = benchmarks.scorer(cfg, mesh, params, bias, jax.process_index() == 0, switched)
     echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")
@@ -344,7 +373,8 @@ def score(workdir, cfg, mesh, changed, switched, echo):
             log.add_eval(workdir / names[kind], number, kind, results[kind])
 
     for name, (task, count) in found.items():
-        made = benchmarks.of_task(task, tokenizer, scorer) | {"file": path_of(name)}
+        prefix = cfg.model.moe.pool_prefix * cfg.model.moe.takes_pools
+        made = benchmarks.of_task(task, tokenizer, scorer, prefix) | {"file": path_of(name)}
         keep("tasks", task.name, made | {"of_documents": count, "limit": DOCUMENTS.value or None})
     for path, text in texts.items():
         keep("texts", path, benchmarks.of_text(text, tokenizer, scorer, path))

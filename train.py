@@ -61,6 +61,7 @@ def train(preemption: survive.Preemption):
     cfg = config.build(CONFIG.value)
     router_losses.check(cfg)
     optim.check_groups(cfg)
+    config.check_trained(cfg)
     if WEIGHTS.value == "ema" and not cfg.init_from:
         raise UserError("--weights=ema needs --config.init_from, whose weights it chooses")
     if COMPILE_ONLY.value and DRY_RUN.value:
@@ -101,7 +102,7 @@ def train(preemption: survive.Preemption):
     terminal = jax.process_index() == 0 and sys.stderr.isatty()
     corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal, init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.vocab_size)
-    held_out.check_held_out(corpus)
+    held_out.check_held_out(corpus, cfg.model.moe.pool_prefix)
     if cfg.mixture.observes:
         corpus.targets(cfg.mixture)
     unknown = teacher.check_tokenizer(taught, corpus.tokenizer) if taught else []

@@ -17,13 +17,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import pool
 from moe_jax.evaluate.analysis import INK, QUIET, selection_frequency, specialisation
 from moe_jax.evaluate.drawing import save
 from moe_jax.moe.stats import RouterStats
-from moe_jax.run.log import read_eval, read_metrics
+from moe_jax.run.log import read_eval, read_metrics, write_text
 
 BLUE, ORANGE = "#2f6fb0", "#c4572e"
-OTHERS = ("#2e8b6f", "#8a5fb0", "#9a8a3a", "#b0507f", "#6b7080")
+OTHERS = ("#2e8b6f", "#8a5fb0", "#9a8a3a", "#b0507f", "#6b7080", "#3aa0b0", "#d08a5a", "#4f5fa8")
 LAST = 0.05  # of the steps, over which training numbers are averaged
 
 # Column of table.md: the number's name, its heading, its format.
@@ -55,26 +56,11 @@ class Finished(NamedTuple):
     """The results of one run. What a results.json does not have of a run is empty, or None."""
 
     seed: int
-    settings: dict[str, Any]  # see `settings_of`
+    settings: dict[str, Any]  # see `pool.settings_of`; of a record perhaps few
     numbers: dict[str, float]  # by the names of `COLUMNS`
     domains: dict[str, float]  # perplexity
     frequency: Float[np.ndarray, "L G E"] | None
     bits: Float[np.ndarray, " L"]
-
-    def is_of(self, config: dict[str, Any]) -> bool:
-        """Whether this run had that configuration. A setting that one of the two does not have is not compared."""
-        mine, other = self.settings, settings_of(config)
-        return all(mine[name] == other[name] for name in mine.keys() & other.keys())
-
-
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that must agree between two runs of an arm: router, losses, optimizer, size of the training."""
-    groups = {"moe": config["model"]["moe"], "loss": config["loss"], "optim": config["optim"]}
-    sizes = {"steps": config["train"]["steps"]} | {n: config["data"][n] for n in ("batch_size", "seq_len")}
-    flat = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
-    if "loss.balance_batch" in flat:
-        flat["loss.balance_batch"] = str(flat["loss.balance_batch"])  # a number, or the same as text
-    return json.loads(json.dumps(flat | sizes))  # tuples become lists, as in a file
 
 
 class Arm(NamedTuple):
@@ -128,39 +114,35 @@ def load_run(folder: Path) -> Finished:
         "dead_experts": float((load == 0).sum()),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
     }
-    return Finished(config["seed"], settings_of(config), numbers, domains, frequency, bits)
+    return Finished(config["seed"], pool.settings_in(folder), numbers, domains, frequency, bits)
 
 
 def _scope(name: str, settings: dict[str, Any]) -> int | None:
     if name != "global" and not name.removeprefix("scope_").isdigit():
         return None
     scope = settings["loss.balance_batch"]
-    return settings["batch_size"] if scope == "global" else int(scope)
+    return settings["data.batch_size"] if scope == "global" else int(scope)
 
 
-Known = dict[tuple[str, int], Finished]  # by arm and seed
+Runs = dict[tuple[str, int], Finished]  # by arm and seed
 
 
-def load(out: Path, arms: dict[str, tuple[str, tuple[int, ...]]], known: Known | None = None) -> dict[str, Arm]:
-    """The finished runs of OUT/<arm>/seed<n>, in the order of `arms` ({name: (label, seeds)}), without empty arms.
+def load(out: Path, arms: dict[str, tuple[int, ...]]) -> Runs:
+    """The finished runs of OUT/<arm>/seed<n>, of these arms: seeds by name."""
+    folders = {(name, seed): out / name / f"seed{seed}" for name, seeds in arms.items() for seed in seeds}
+    return {key: load_run(folder) for key, folder in folders.items() if (folder / "eval.json").is_file()}
 
-    known: runs of a results.json. One of OUT replaces the same run there.
-    """
+
+def arms_of(runs: Runs, arms: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Arm]:
+    """The runs by arm, in the order of `arms` ({name: (label, seeds)}), without empty arms."""
     found = {}
     for name, (label, seeds) in arms.items():
-        runs = []
-        for seed in seeds:
-            folder = out / name / f"seed{seed}"
-            if (folder / "eval.json").is_file():
-                runs.append(load_run(folder))
-            elif known and (name, seed) in known:
-                runs.append(known[name, seed])
-        if runs:
-            found[name] = Arm(label, _scope(name, runs[0].settings), runs)
+        if its := [runs[name, seed] for seed in seeds if (name, seed) in runs]:
+            found[name] = Arm(label, _scope(name, its[0].settings), its)
     return found
 
 
-def read(file: Path) -> Known:
+def read(file: Path) -> Runs:
     """The runs of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
 
@@ -168,7 +150,7 @@ def read(file: Path) -> Known:
         numbers = {name: run[name] for name in COLUMNS if run.get(name) is not None}
         frequency, bits = run.get("frequency"), np.array(run.get("bits_per_layer", []))
         frequency = None if frequency is None else np.array(frequency)
-        return Finished(run["seed"], run["settings"], numbers, run.get("domains", {}), frequency, bits)
+        return Finished(run["seed"], pool.full_names(run["settings"]), numbers, run.get("domains", {}), frequency, bits)
 
     return {(name, run["seed"]): one(run) for name, arm in saved.items() for run in arm["runs"]}
 
@@ -211,7 +193,7 @@ def table(arms: dict[str, Arm]) -> str:
     notes = ""
     if whole:
         layers, _, experts = whole[0].frequency.shape
-        notes = NOTES.format(uniform=whole[0].settings["moe.top_k"] / experts, pairs=layers * experts)
+        notes = NOTES.format(uniform=whole[0].settings["model.moe.top_k"] / experts, pairs=layers * experts)
     first_heading, *headings = (heading for heading, _ in COLUMNS.values())
     return "\n".join(
         [
@@ -290,8 +272,8 @@ def plot_scope(arms: dict[str, Arm]) -> Figure:
         names = {a.scope: f"{a.scope}\nglobal" if a is arms.get("global") else str(a.scope) for a in scoped}
         axis.set_xticks(list(names), list(names.values()), fontsize=8)
         axis.minorticks_off()
-        pairs = zip(others, OTHERS, strict=False)
-        _labelled_lines(axis, [(arm.label, mean(arm, name), c) for arm, c in pairs])
+        lines = [(arm.label, mean(arm, name), OTHERS[i % len(OTHERS)]) for i, arm in enumerate(others)]
+        _labelled_lines(axis, lines)
         axis.set_title(title, fontsize=10, color=INK, loc="left")
         axis.set_xlabel("sequences balanced together", fontsize=9, color=INK)
         if seeds:
@@ -324,7 +306,7 @@ def plot_specialisation(left: Arm, right: Arm) -> Figure:
     runs = [left.runs[0], right.runs[0]]
     layer = int(runs[1].bits.argmax())
     frequencies = [run.frequency[layer] for run in runs]
-    uniform = runs[0].settings["moe.top_k"] / runs[0].settings["moe.num_experts"]
+    uniform = runs[0].settings["model.moe.top_k"] / runs[0].settings["model.moe.num_experts"]
     top = max(2 * uniform, float(np.quantile(np.concatenate(frequencies), 0.99)))
     norm = colors.TwoSlopeNorm(uniform, 0.0, top)
     domains = list(runs[0].domains)
@@ -346,8 +328,8 @@ def plot_specialisation(left: Arm, right: Arm) -> Figure:
 
 def write(out: Path, arms: dict[str, Arm], formats: Sequence[str] = ("png",)) -> None:
     """Writes table.md, results.json, a figure of scopes, and one of specialisation if both ends exist."""
-    (out / "table.md").write_text(table(arms), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(as_json(arms)) + "\n", encoding="utf-8")
+    write_text(out / "table.md", table(arms))
+    write_text(out / "results.json", json.dumps(as_json(arms)) + "\n")
     if any(arm.scope for arm in arms.values()):
         save(plot_scope(arms), out / "scope", formats)
     ends = [arms[name].whole for name in ("scope_1", "global") if name in arms and arms[name].whole.runs]

@@ -7,8 +7,8 @@ Every arm is `configs/balance_scope.py` with the fields of `ARMS` changed. Runs 
 weights and batches. The text is tokenised once, and then each GPU trains `--per_gpu` runs at a time; without a GPU they
 run one after the other. Run the same command to resume: finished runs are kept, and the others start from their last
 checkpoint. `--known=FILE` names a results.json (docs/balance_scope_runs.json has what was published of earlier runs),
-whose runs are compared with the others, and not run again if their router, losses, optimizer and size are those of the
-arm. `--only` selects runs by name, such as `scope_*` or `global/seed1`. The comparison is OUT/table.md,
+whose runs are compared with the others, and not run again, if they were trained as this call trains the arm; what is
+left out is printed. `--only` selects runs by name, such as `scope_*` or `global/seed1`. The comparison is OUT/table.md,
 OUT/results.json, OUT/scope.png and OUT/specialisation.png. `--report_only` writes only these.
 """
 
@@ -23,7 +23,6 @@ import jax
 
 from experiments import balance_report, pool
 from experiments.pool import Run
-from moe_jax import config as config_lib
 from moe_jax import terminal
 from moe_jax.cli import expanded
 
@@ -85,10 +84,9 @@ def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
     ]
 
 
-def is_known(run: Run, cfg: config_lib.RunConfig, known: balance_report.Known) -> bool:
-    """Whether a run with the router, losses, optimizer and size of this one is among the known ones."""
-    found = known.get((run.arm, run.seed))
-    return found is not None and found.is_of(config_lib.to_dict(cfg))
+def call(folder: str, extra: dict[str, str]) -> pool.Call:
+    """What a call on this folder of text compares its results with."""
+    return pool.Call(CONFIG, folder, lambda fields: planned(Path(), list(ARMS), fields), extra)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -121,7 +119,11 @@ def main() -> int:
         configs = pool.checked_configs(CONFIG, folder, runs)
         if configs is None:
             return 2
-        runs = [run for run in runs if not is_known(run, configs[run.arm], known)]
+        asked = call(folder, extra)
+        known = asked.select(known, "--known")
+        runs = [run for run in runs if (run.arm, run.seed) not in known]
+        if asked.refuses(runs):
+            return 2
         if runs:  # else all of it is known
             jax.config.update("jax_platforms", "cpu")  # of this process only
             pool.prepare(configs[runs[0].arm], out)
@@ -129,7 +131,9 @@ def main() -> int:
             jobs = [pool.training(run, CONFIG, folder) for run in runs]
             failed = pool.run_all(lambda: jobs, arguments.gpus, arguments.per_gpu)
     out.mkdir(parents=True, exist_ok=True)
-    finished = balance_report.load(out, {name: (arm.label, arm.seeds) for name, arm in ARMS.items()}, known)
+    there = balance_report.load(out, {name: arm.seeds for name, arm in ARMS.items()})
+    found = known | (there if arguments.report_only else asked.select(there, out))
+    finished = balance_report.arms_of(found, {name: (arm.label, arm.seeds) for name, arm in ARMS.items()})
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

@@ -6,8 +6,9 @@
 Every arm of `ARMS` is trained by configs/finetune.py with its fields changed, at each of its learning rates. The
 comparison is the held-out loss of an answer token: OUT/table.md, OUT/results.json and OUT/loss.png. Run the same
 command to resume. `--report_only` writes only the comparison. `--known=FILE` names a results.json
-(docs/finetuning_runs.json has the published runs), whose runs are compared with the others and are not run again. A
-run's checkpoints are deleted when it has finished.
+(docs/finetuning_runs.json has the published runs), whose runs are compared with the others and are not run again, if
+they were trained as this call trains; what is left out is printed. A run's checkpoints are deleted when it has
+finished.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +32,7 @@ from moe_jax.cli import expanded
 from moe_jax.evaluate.drawing import save
 from moe_jax.evaluate.held_out import TOTAL
 from moe_jax.run import config_file
-from moe_jax.run.log import read_eval, read_metrics
+from moe_jax.run.log import read_eval, read_metrics, write_text
 from moe_jax.tree import flatten
 
 CONFIG = "configs/finetune.py"
@@ -104,20 +106,47 @@ def load_run(folder: Path) -> dict[str, Any]:
         "active": counts.active,
         "trained": sum(math.prod(x.shape) for path, x in shapes.items() if path not in frozen),
         "answer_tokens": read_metrics(folder)[-1]["tokens"],
+        "settings": pool.settings_in(folder),
     }
 
 
 Results = dict[str, dict[str, dict[str, Any]]]  # by arm and learning rate
 
 
-def load(out: Path, known: Results) -> Results:
-    """All finished runs, in the order of `ARMS`. Those that begin with the same weights have one loss before."""
+def load(out: Path) -> Results:
+    """The finished runs of OUT/<arm>/<rate>."""
+    folders = {name: {f"{rate:g}": out / name / f"{rate:g}" for rate in arm.rates} for name, arm in ARMS.items()}
+    return {name: {rate: load_run(one) for rate, one in its.items() if (one / "eval.json").is_file()}
+            for name, its in folders.items()}  # fmt: skip
+
+
+def call(dense: Path, data: str, extra: dict[str, str]) -> pool.Call:
+    """What a call compares its results with: with configs on the dense model, which has no router."""
+
+    def plan(fields: dict[str, str]) -> list[Run]:
+        runs = [make_run(name, rate, Path(), fields) for name, arm in ARMS.items() for rate in arm.rates]
+        return [run._replace(overrides={n: x for n, x in run.overrides.items() if n not in ROUTER}) for run in runs]
+
+    return pool.Call(CONFIG, f"{dense},{data}", plan, extra, compared=pool.apart_from_weights)
+
+
+def select(runs: Results, asked: pool.Call, source: str | Path) -> Results:
+    """The runs that were trained as in this call. The others are printed."""
+    flat = {(f"{name} at {float(rate):g}", 0): (name, rate, run) for name, its in runs.items()
+            for rate, run in its.items()}  # fmt: skip
+    records = {key: SimpleNamespace(settings=run.get("settings", {})) for key, (_, _, run) in flat.items()}
+    found: Results = {}
+    for key in asked.select(records, source):
+        name, rate, run = flat[key]
+        found.setdefault(name, {})[rate] = run
+    return found
+
+
+def joined(known: Results, new: Results) -> Results:
+    """All runs, in the order of `ARMS`. Those that begin with the same weights have one loss before."""
     found = {}
-    for name, arm in ARMS.items():
-        runs = dict(known.get(name, {}))
-        runs |= {f"{rate:g}": load_run(out / name / f"{rate:g}") for rate in arm.rates
-                 if (out / name / f"{rate:g}" / "eval.json").is_file()}  # fmt: skip
-        if runs:
+    for name in ARMS:
+        if runs := known.get(name, {}) | new.get(name, {}):
             found[name] = dict(sorted(runs.items(), key=lambda pair: float(pair[0])))
     before = {ARMS[name].options: run["before"] for name, runs in found.items() for run in runs.values()
               if run["before"] is not None}  # fmt: skip
@@ -199,6 +228,8 @@ def main() -> int:
         if not (dense / "config.json").is_file():
             print(f"error: --run={arguments.run}: is not a run directory", file=sys.stderr)
             return 2
+        asked = call(dense, data, extra)
+        known = select(known, asked, "--known")
         runs = {
             (name, rate): make_run(name, rate, out, extra)
             for name in names
@@ -210,15 +241,18 @@ def main() -> int:
                    for run in runs.values()]  # fmt: skip
         if pool.checked_configs(CONFIG, f"{dense},{data}", checked) is None:
             return 2
+        if asked.refuses(runs.values()):
+            return 2
         jax.config.update("jax_platforms", "cpu")  # of this process only
         failed = pool.run_all(lambda: jobs(runs, dense, data, out), arguments.gpus, arguments.per_gpu)
-    found = load(out, known)
+    there = load(out)
+    found = joined(known, there if arguments.report_only else select(there, asked, out))
     if not found:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table(found), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "table.md", table(found))
+    write_text(out / "results.json", json.dumps(found, indent=1) + "\n")
     save(figure(found), out / "loss", arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0

@@ -36,7 +36,6 @@ from moe_jax.evaluate.drawing import save
 from moe_jax.mixtures import design, measured
 from moe_jax.mixtures.design import Mixture
 from moe_jax.mixtures.measured import Measured
-from moe_jax.run import config_file
 from moe_jax.run.log import write_text
 
 CONFIG = "configs/balance_scope.py"
@@ -104,8 +103,8 @@ def check_names(runs: list[Measured], known: list[Measured]) -> None:
                                 "rename it in --mixtures")  # fmt: skip
 
 
-def check_finished(run: Run, cfg: config_lib.RunConfig, extra: dict[str, str]) -> None:
-    """Raises UserError if a finished run directory holds another mixture, cost or field of --set than it should."""
+def check_finished(run: Run, cfg: config_lib.RunConfig) -> None:
+    """Raises UserError if a finished run directory holds another mixture, cost or setting than it should."""
     if not run.done:
         return
     rule = f"{run.folder} is a finished run"
@@ -115,9 +114,8 @@ def check_finished(run: Run, cfg: config_lib.RunConfig, extra: dict[str, str]) -
     if not same(held, plan):
         cost = f"of another cost, {held.cost:.4g} FLOPs instead of {plan.cost:.4g}"
         raise UserError(f"--out: {rule} {cost}; name another folder")
-    changed = config_file.differences(run.folder, cfg)
-    if others := config_file.describe({name: pair for name, pair in changed.items()
-                                       if name in extra and not config_lib.is_machine(name)}):  # fmt: skip
+    rest = lambda settings: {name: x for name, x in settings.items() if not name.endswith(".weight")}
+    if others := pool.unlike(rest(pool.settings_in(run.folder)), rest(pool.settings_of(cfg)), {}):
         raise UserError(f"--out: {rule} with {others[0]}; name another folder")
 
 
@@ -200,7 +198,7 @@ def run_missing(arguments: argparse.Namespace, extra: dict[str, str], known: lis
     runs = planned(mixtures, sources, out, arguments.seed, extra)
     configs = {run.arm: pool.load_config(arguments.config, folder, run.overrides) for run in runs}
     for run in runs:
-        check_finished(run, configs[run.arm], extra)
+        check_finished(run, configs[run.arm])
     there = {run.arm: find_known(wanted(run, configs[run.arm]), known) for run in runs}
     for name, one in there.items():
         if one:

@@ -14,7 +14,8 @@ rate is at an end. At the best rates the parts are:
 
 Each GPU trains `--per_gpu` runs at a time. Run the same command to resume: finished runs are kept, and the others start
 from their last checkpoint. `--rates=ADAMW,MUON` gives the learning rates, and then none are swept. `--known=FILE` names
-a results.json (docs/muon_runs.json has the published runs), whose runs are compared with the others and not run again.
+a results.json (docs/muon_runs.json has the published runs), whose runs are compared with the others and not run again,
+if they were trained as this call trains; what is left out is printed.
 `--plan` prints the number of runs and their time. `--only` selects runs by name, such as `muon_lr0.002*,*/seed0`. The
 comparison is OUT/table.md, OUT/results.json and OUT/*.png. `--report_only` writes only these.
 """
@@ -33,6 +34,7 @@ from experiments.muon_report import Finished
 from experiments.pool import Job, Run
 from moe_jax import terminal
 from moe_jax.cli import expanded
+from moe_jax.errors import UserError
 from moe_jax.run.log import read_eval
 
 CONFIG = "configs/balance_scope.py"
@@ -131,6 +133,32 @@ def make_run(out: Path, arm: Arm, seed: int, steps: int, extra: dict[str, Any]) 
     return Run(arm.name, seed, out / arm.name / f"seed{seed}", DEFAULTS | times | extra | fields)
 
 
+OWN = ("optim.name", "optim.lr", "optim.update_rms", "optim.weight_decay", "train.steps")  # in the name of an arm
+
+
+def differing(folder: str, extra: dict[str, Any]) -> Callable[[str, Finished], list[str]]:
+    """What of a run's settings is not as in this call, but for what its name says. folder: of text."""
+    shared = lambda settings: {name: value for name, value in settings.items() if name not in OWN}
+    both = [shared(pool.settings_of(pool.load_config(CONFIG, folder, fields))) for fields in (extra, {})]
+    return lambda name, run: pool.unlike(shared(run.settings), *both)
+
+
+def select(runs: list[Finished], differs: Callable[[str, Finished], list[str]], source: str | Path) -> list[Finished]:
+    """The runs that were trained as in this call. The others are printed."""
+    name = lambda r: f"{Arm(r.optimizer, r.lr, r.update_rms, r.weight_decay).name}, {r.steps} steps, seed {r.seed},"
+    return list(pool.select({name(run): run for run in runs}, differs, source).values())
+
+
+def check_steps(out: Path, steps: int) -> None:
+    """Raises UserError if a run of OUT is of another length. steps: of a run with all tokens."""
+    for file in sorted(out.glob("*/seed*/config.json")):
+        _, short, share = file.parent.parent.name.rpartition("_tokens")
+        own = max(1, round((float(share) if short else 1.0) * steps))
+        had = pool.settings_in(file.parent)["train.steps"]
+        if had != own:
+            raise UserError(f"--out: {file.parent} is a run with {had} steps, {own} now; name another folder")
+
+
 class Done:
     """Tells which runs are done: those in OUT, and those known from a results.json."""
 
@@ -225,7 +253,17 @@ def main() -> int:
         base = pool.checked_configs(CONFIG, folder, [Run("base", 0, out, extra)])
         if base is None:
             return 2
-        steps = base["base"].train.steps
+        steps, differs = base["base"].train.steps, differing(folder, extra)
+        known = select(known, differs, "--known")
+        try:
+            check_steps(out, steps)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        there = muon_report.load(out)
+        if len(select(there, differs, out)) < len(there):
+            print(f"error: --out={arguments.out}: holds runs of other settings; name another folder", file=sys.stderr)
+            return 2
         done = Done(out, known, steps)
     if arguments.plan:
         print(estimate(parts, done, only, gpus, arguments.rates))

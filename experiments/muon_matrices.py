@@ -19,6 +19,7 @@ from moe_jax.errors import UserError
 from moe_jax.evaluate import spectra
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file
+from moe_jax.run.log import write_text
 from moe_jax.train import step
 from moe_jax.train.state import abstract_state, process_rows, put_batch
 
@@ -58,7 +59,7 @@ def main() -> None:
         found = measure(folder)
     except UserError as error:
         sys.exit(f"error: {error}")
-    (folder / "matrices.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    write_text(folder / "matrices.json", json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

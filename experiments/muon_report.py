@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from experiments import pool
 from experiments.balance_report import LAST, cell, markdown
-from moe_jax.run.log import read_eval, read_metrics
+from moe_jax.run.log import read_eval, read_metrics, write_text
 
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 DEFAULT_RMS, DEFAULT_DECAY = 0.2, 0.1
@@ -43,6 +44,7 @@ class Finished(NamedTuple):
     perplexity: float
     step_ms: float  # median
     matrices: dict[str, Any] | None  # of muon_matrices
+    settings: dict[str, Any]  # see `pool.settings_of`; of a record perhaps few
 
     @property
     def key(self) -> tuple:
@@ -83,7 +85,7 @@ def load_run(folder: Path) -> Finished:
     return Finished(
         optim["name"], optim["lr"], optim["update_rms"], optim["weight_decay"], steps, config["seed"],
         float(tokens[-1]), train, held_out, total["perplexity"], 1e3 * float(np.median(per_step)),
-        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None,
+        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None, pool.settings_in(folder),
     )  # fmt: skip
 
 
@@ -96,8 +98,7 @@ def read(file: Path) -> list[Finished]:
 
     def one(saved: dict) -> Finished:
         curve = lambda name: Curve(**{k: np.array([_number(x) for x in v]) for k, v in saved[name].items()})
-        fields = {name: saved[name] for name in Finished._fields}
-        return Finished(**fields | {"train": curve("train"), "held_out": curve("held_out")})
+        return pool.as_record(Finished, saved | {"train": curve("train"), "held_out": curve("held_out")})
 
     return [one(saved) for saved in json.loads(file.read_text(encoding="utf-8"))["runs"]]
 
@@ -337,5 +338,5 @@ def _finite(value: Any) -> Any:
 
 def write(out: Path, c: Comparison) -> None:
     """Writes table.md and results.json."""
-    (out / "table.md").write_text(table(c), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(_finite(as_json(c)), allow_nan=False) + "\n", encoding="utf-8")
+    write_text(out / "table.md", table(c))
+    write_text(out / "results.json", json.dumps(_finite(as_json(c)), allow_nan=False) + "\n")

@@ -4,9 +4,9 @@ An experiment is a list of `Run`s of train.py, which becomes a list of `Job`s. `
 """
 
 import argparse
-import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import queue
 import shutil
@@ -26,6 +26,7 @@ from moe_jax.cli import GPU_SHARE, expanded
 from moe_jax.errors import ConfigError, UserError
 from moe_jax.evaluate import drawing
 from moe_jax.run import config_file
+from moe_jax.tree import flatten_config
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -44,16 +45,28 @@ class Run(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A Python command, which is done when `folder` holds `product`. Its output goes to output.txt there."""
+    """A Python command, which is done when `folder` holds `product`. Its output goes to output.txt there.
+
+    options: what the product must have under "options", so that one of another call is made again.
+    """
 
     name: str
     folder: Path
     command: list[str]
     product: str = "eval.json"
+    options: dict[str, Any] | None = None
 
     @property
     def done(self) -> bool:
-        return (self.folder / self.product).is_file()
+        return (self.folder / self.product).is_file() and not self.stale
+
+    @property
+    def stale(self) -> list[str]:
+        """Lines about the options of a product that are not those wanted."""
+        file = self.folder / self.product
+        if self.options is None or not file.is_file():
+            return []
+        return unlike_options(json.loads(file.read_text(encoding="utf-8")).get("options", {}), self.options)
 
 
 def training(run: Run, config: str, folder: str) -> Job:
@@ -101,22 +114,158 @@ def give_tokenizer(out: Path, runs: Iterable[Run]) -> None:
                 shutil.copy(file, run.folder)
 
 
+# --- what made a result -----------------------------------------------------------------------------------------------
+
+Key = tuple[str, int]  # an arm and a seed
+ENTRIES = ("data.sources.", "optim.groups.")  # groups whose entries have names of their own
+PLACES = ("path", "data_dir")  # of text, which lies elsewhere on another machine
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a flat configuration that decide what is trained, without the seed and the places of files."""
+
+    def decides(name: str) -> bool:
+        if name == "seed" or (name.startswith("data.") and name.rpartition(".")[2] in PLACES):
+            return False
+        return name == "train.steps" or not config_lib.may_change(name)
+
+    found = {name: value for name, value in values.items() if decides(name)}
+    for name, kind in (("init_from", bool), ("loss.balance_batch", str)):  # a number, or the same as text
+        if name in found:
+            found[name] = kind(found[name])
+    return json.loads(json.dumps(found))  # tuples become lists, as in a file
+
+
+def settings_of(cfg: config_lib.RunConfig) -> dict[str, Any]:
+    """The settings that tell a run from others, by the names of the config."""
+    return _settings(flatten_config(config_lib.to_dict(cfg)))
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of a run directory."""
+    return _settings(config_file.values(folder))
+
+
+def full_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record of an earlier version, by the names of the config."""
+    short = {"steps": "train.steps", "batch_size": "data.batch_size", "seq_len": "data.seq_len"}
+    return {f"model.{name}" if name.startswith("moe.") else short.get(name, name): x for name, x in settings.items()}
+
+
+def unlike(record: dict[str, Any], wanted: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """Lines about the settings of a record that are not those wanted.
+
+    usual: the settings of the arm without --set. A record of few settings had these for the others.
+    """
+    had = lambda name: record.get(name, usual.get(name))
+    names = [*wanted, *(name for name in record if name not in wanted and name.startswith(ENTRIES))]
+    return config_file.describe({n: (had(n), wanted.get(n)) for n in names if had(n) != wanted.get(n)})
+
+
+def unlike_options(record: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Lines about the options of a measurement that are not those wanted."""
+    return [f"--{n}: {record.get(n, 'not known')} then, {x} now" for n, x in wanted.items() if record.get(n) != x]
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """Options as flags of a command; lists are separated by commas."""
+    text = lambda x: (
+        ",".join(f"{one:g}" if isinstance(one, float) else str(one) for one in x) if isinstance(x, list) else x
+    )
+    return [f"--{name}={text(x)}" for name, x in options.items()]
+
+
+def as_record(kind: Callable, saved: dict[str, Any]) -> Any:
+    """A record of the class `kind`, a NamedTuple, from JSON. What it lacks of settings and options is not known."""
+    found = {"settings": {}, "options": {}} | saved
+    found["settings"] = full_names(found["settings"])
+    return kind(**{name: x for name, x in found.items() if name in kind._fields})
+
+
+def select(results: dict[Any, Any], why: Callable[[Any, Any], list[str]], source: str | Path) -> dict[Any, Any]:
+    """The results for which `why`, of key and result, gives no reason against. The others are printed."""
+    kept = {}
+    for key, one in results.items():
+        try:
+            reasons = why(key, one)
+        except (UserError, ValueError) as error:
+            reasons = [" ".join(str(error).split())]
+        if reasons:
+            name = key if isinstance(key, str) else f"{key[0]}, seed {key[1]},"
+            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+            print(f"{source}: {name} is left out: {'; '.join(reasons[:3])}{more}", flush=True)
+        else:
+            kept[key] = one
+    return kept
+
+
+def apart_from_weights(name: str) -> bool:
+    """Whether a setting is another's than the weights that a run begins with, for experiments on upcycled weights."""
+    return (
+        name == "model.segment_mask"
+        or name.startswith("model.lora.")
+        or not name.startswith(("model.", "optim.groups."))
+    )
+
+
+class Call(NamedTuple):
+    """What this call of an experiment asks for, with which results of other calls are compared.
+
+    config, folder: as for `load_config`.
+    plan: the runs of all arms and seeds, from the fields that --set changes.
+    extra: these fields.
+    options: of the measurement after training.
+    compared: whether a setting is compared; for arms whose weights decide some.
+    """
+
+    config: str
+    folder: str
+    plan: Callable[[dict[str, Any]], list[Run]]
+    extra: dict[str, Any]
+    options: dict[str, Any] = types.MappingProxyType({})
+    compared: Callable[[str], bool] = lambda name: True
+
+    def settings(self, arm: str, extra: dict[str, Any]) -> dict[str, Any]:
+        """The settings of an arm. Raises ValueError for an arm that this experiment has not got."""
+        run = next((run for run in self.plan(extra) if run.arm == arm), None)
+        if run is None:
+            raise UserError("is not an arm of this experiment")
+        found = settings_of(load_config(self.config, self.folder, run.overrides))
+        return {name: value for name, value in found.items() if self.compared(name)}
+
+    def select(self, results: dict[Key, Any], source: str | Path) -> dict[Key, Any]:
+        """The results, with `settings` and `options`, that this call would make again. Prints what is left out."""
+        settings = functools.cache(lambda arm: [self.settings(arm, fields) for fields in (self.extra, {})])
+
+        def why(key: Key, one: Any) -> list[str]:
+            had = {name: value for name, value in one.settings.items() if self.compared(name)}
+            return unlike(had, *settings(key[0])) + unlike_options(getattr(one, "options", {}), self.options)
+
+        return select(results, why, source)
+
+    def refuses(self, runs: Iterable[Run]) -> bool:
+        """Whether the folder of a run holds one of other settings, which is then printed."""
+        settings = functools.cache(lambda arm: self.settings(arm, self.extra))
+        for run in runs:
+            if not (run.folder / "config.json").is_file():
+                continue
+            had = {name: value for name, value in settings_in(run.folder).items() if self.compared(name)}
+            if why := unlike(had, settings(run.arm), {}):
+                print(f"error: --out: {run.folder} is a run with {why[0]}; name another folder", file=sys.stderr)
+                return True
+        return False
+
+
 def find_trained(folder: Path, cfg: config_lib.RunConfig) -> Path | None:
     """A finished run of the folder, FOLDER/<name>/seed<n>, that was trained as `cfg` says; None without one.
 
-    Compared are the model, its losses and optimizer, the seed, the steps, and the names and weights of the sources of
-    text.
+    All settings that decide what is trained are compared, and of the text the names and shares of its sources.
     """
-
-    def what(cfg: config_lib.RunConfig) -> tuple:
-        text = {name: (source.domain, source.weight) for name, source in cfg.data.sources.items()}
-        model = dataclasses.replace(cfg.model, remat="none", unroll=1, attention="auto")
-        return model, cfg.loss, cfg.optim, cfg.seed, cfg.train.steps, cfg.data.batch_size, cfg.data.seq_len, text
-
     for file in sorted(folder.glob(f"*/seed{cfg.seed}/config.json")):
-        done = (file.parent / "eval.json").is_file() and (file.parent / "checkpoints").is_dir()
-        if done and what(config_file.load_config(file.parent)) == what(cfg):
-            return file.parent
+        run = file.parent
+        done = (run / "eval.json").is_file() and (run / "checkpoints").is_dir()
+        if done and config_file.values(run).get("seed") == cfg.seed and settings_in(run) == settings_of(cfg):
+            return run
     return None
 
 
@@ -164,6 +313,9 @@ def run_all(plan: Callable[[], list[Job]], gpus: int | None, per_gpu: int) -> li
     jobs = plan()
     what = f"{gpus} GPUs, {per_gpu} at a time each" if gpus else "the CPU"
     print(f"{len(jobs)} jobs on {what}, {sum(job.done for job in jobs)} done already", flush=True)
+    for job in jobs:
+        if why := job.stale:
+            print(f"{job.name}: {job.product} is made again: {'; '.join(why)}", flush=True)
 
     def one(job: Job, device: str | None) -> int:
         try:

@@ -6,11 +6,12 @@
 Every arm of `ARMS` is `configs/balance_scope.py` with the fields there changed. After training, the use of each expert
 is measured on training text of each domain, and each domain is evaluated on held-out text with 50, 25 and 12.5 % of the
 experts of each layer (`eval.py --keep_experts`). Then documents choose from pools: those of their first tokens, which
-are not scored, and those of all their tokens, a leak, on the same tokens. Each GPU runs `--per_gpu` jobs at a time. Run
-the same command to resume. `--runs=FOLDER`, which may be repeated, names a folder of finished runs, such as another
-experiment's; one that was trained as an arm is, and has its checkpoint, is measured in place of a new one.
-`--known=FILE` names a results.json, whose arms are compared with the others and not run again. The comparison is
-OUT/table.md, OUT/results.json and OUT/pools.png. `--report_only` writes only these.
+are not scored, and those of all their tokens, which leaks, on the same tokens. Each GPU runs `--per_gpu` jobs at a
+time. Run the same command to resume. `--runs=FOLDER`, which may be repeated, names a folder of finished runs, such as
+another experiment's; one that was trained as an arm is, and has its checkpoint, is measured in place of a new one.
+`--known=FILE` names a results.json, whose arms are compared with the others and not run again, if they were trained and
+measured as in this call; what is left out is printed. The comparison is OUT/table.md, OUT/results.json and
+OUT/pools.png. `--report_only` writes only these, of all that is there.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import jax
 
 from experiments import pool, pools_report
 from experiments.pool import Job, Run
-from moe_jax import config as config_lib
 from moe_jax import terminal
 from moe_jax.cli import expanded
 
@@ -49,13 +49,14 @@ def trained(out: Path, arm: str, seed: int, extra: dict[str, str]) -> Run:
     return Run(arm, seed, out / arm / f"seed{seed}", DEFAULTS | extra | ARMS[arm].overrides | {"seed": seed})
 
 
-def jobs(runs: list[tuple[Run, Path]], options: list[str], folder: str) -> list[Job]:
+def jobs(runs: list[tuple[Run, Path]], options: dict[str, Any], folder: str) -> list[Job]:
     """The jobs that can be run now: trainings, then measurements. runs: each with the folder of its weights."""
     found = [pool.training(run, CONFIG, folder) for run, source in runs if source == run.folder]
     for run, source in runs:
         if (source / "eval.json").is_file():
-            command = ["-m", "experiments.pools_measure", str(source), f"--out={run.folder / 'pools.json'}", *options]
-            found.append(Job(f"subsets of {run.arm}, seed {run.seed}", run.folder, command, "pools.json"))
+            command = ["-m", "experiments.pools_measure", str(source), f"--out={run.folder / 'pools.json'}"]
+            command += pool.as_flags(options)
+            found.append(Job(f"subsets of {run.arm}, seed {run.seed}", run.folder, command, "pools.json", options))
     return found
 
 
@@ -104,19 +105,27 @@ def main() -> int:
         configs = pool.checked_configs(CONFIG, folder, runs)
         if configs is None:
             return 2
-        is_known = lambda run: (
-            (run.arm, run.seed) in known and known[run.arm, run.seed].is_of(config_lib.to_dict(configs[run.arm]))
-        )
+        numbers = lambda text, kind: [kind(part) for part in text.split(",")]
+        options = {"keep": numbers(arguments.keep, float), "sizes": numbers(arguments.sizes, int),
+                   "prefix": arguments.prefix, "use_batches": arguments.use_batches}  # fmt: skip
+        plan = lambda fields: [trained(out, arm, seed, fields) for seed in SEEDS for arm in ARMS]
+        asked = pool.Call(CONFIG, folder, plan, extra, options)
+        known = asked.select(known, "--known")
+        runs = [run for run in runs if (run.arm, run.seed) not in known]
+        if asked.refuses(runs):
+            return 2
         found = lambda run: (pool.find_trained(one.resolve(), configs[run.arm]) for one in arguments.runs)
-        runs = [(run, next(filter(None, found(run)), run.folder)) for run in runs if not is_known(run)]
+        runs = [(run, next(filter(None, found(run)), run.folder)) for run in runs]
+        for run, source in runs if arguments.runs else []:
+            said = f"trained already, {source}" if source != run.folder else "no finished run in the folders of --runs"
+            print(f"{run.arm}: {said}")
         if runs:  # else all of it is known
             jax.config.update("jax_platforms", "cpu")  # of this process only
             pool.prepare(configs[runs[0][0].arm], out)
             pool.give_tokenizer(out, [run for run, _ in runs])
-            options = [f"--keep={arguments.keep}", f"--sizes={arguments.sizes}", f"--prefix={arguments.prefix}",
-                       f"--use_batches={arguments.use_batches}"]  # fmt: skip
             failed = pool.run_all(lambda: jobs(runs, options, folder), arguments.gpus, arguments.per_gpu)
-    finished = known | pools_report.load(out)
+    there = pools_report.load(out)
+    finished = known | (there if arguments.report_only else asked.select(there, out))
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

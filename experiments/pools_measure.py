@@ -14,13 +14,14 @@ from pathlib import Path
 
 import jax
 
-from experiments.balance_report import settings_of
+from experiments import pool
 from moe_jax import config, data, terminal
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.evaluate import held_out, subsets
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, weights
+from moe_jax.run.log import write_text
 from moe_jax.train.state import abstract_weights
 
 WAYS = ("all", "prefix", "document")
@@ -56,8 +57,9 @@ def measure(folder: Path, keep: list[float], sizes: list[int], prefix: int, use_
             rows = held_out.evaluate(with_pools(cfg, way, size, prefix), *own, progress=False).rows()
             pools[way if way == "all" else f"{way} {size}"] = {row["domain"]: row["xent"] for row in rows}
     experts = {f"{100 * share:g}": max(one) for share, one in zip(found.shares, found.kept, strict=True)}
-    return {"settings": settings_of(config.to_dict(saved)), "step": number, "prefix": prefix, "experts": experts,
-            "kept": kept, "pools": pools}  # fmt: skip
+    options = {"keep": keep, "sizes": sizes, "prefix": prefix, "use_batches": use_batches}
+    return {"settings": pool.settings_of(saved), "options": options, "step": number, "experts": experts, "kept": kept,
+            "pools": pools}  # fmt: skip
 
 
 def main() -> None:
@@ -75,7 +77,7 @@ def main() -> None:
                         arguments.prefix, arguments.use_batches)  # fmt: skip
     except UserError as error:
         sys.exit(f"error: {error}")
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(arguments.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.balance_report import BLUE, ORANGE, OTHERS, markdown, settings_of
+from experiments import pool
+from experiments.balance_report import BLUE, ORANGE, OTHERS, markdown
 from moe_jax.evaluate.analysis import INK
 from moe_jax.evaluate.drawing import GRID, save
 from moe_jax.evaluate.held_out import TOTAL
+from moe_jax.run.log import write_text
 
 COLOURS = (ORANGE, BLUE, *OTHERS)
 NOTES = """\
@@ -25,24 +27,20 @@ uses most, by mean router probability; and how much larger it is than with all e
 POOL_NOTES = """\
 Held-out perplexity of all domains together, of the tokens after the first {prefix} of each document. *prefix*: a
 document's pool is from its first {prefix} tokens; *document*: from all of its tokens, those that are scored too. The
-difference of the two is a **leak**: a pool of the whole document tells of the tokens that come.
+difference of the two has two parts that are not told apart here: a pool of the whole document tells of the tokens that
+come, a leak, and it is an estimate from more tokens.
 """
 
 
 class Finished(NamedTuple):
     """The results of one trained model: nats a token by domain."""
 
-    settings: dict[str, Any]  # see `balance_report.settings_of`
+    settings: dict[str, Any]  # see `pool.settings_of`
+    options: dict[str, Any]  # of the measurement
     step: int
-    prefix: int
     experts: dict[str, int]  # of a layer, by the percentage that is kept
     kept: dict[str, dict[str, float]]  # by the percentage
     pools: dict[str, dict[str, float]]  # by "all", "prefix 8", …
-
-    def is_of(self, config: dict[str, Any]) -> bool:
-        """Whether this run had that configuration. A setting that one of the two does not have is not compared."""
-        other = settings_of(config)
-        return all(self.settings[name] == other[name] for name in self.settings.keys() & other.keys())
 
     @property
     def percentages(self) -> list[str]:
@@ -65,22 +63,23 @@ def load(out: Path) -> Runs:
     """The finished runs of OUT/<arm>/seed<n>."""
     files = sorted(out.glob("*/seed*/pools.json"))
     key = lambda file: (file.parent.parent.name, int(file.parent.name.removeprefix("seed")))
-    return {key(file): Finished(**json.loads(file.read_text(encoding="utf-8"))) for file in files}
+    return {key(file): pool.as_record(Finished, json.loads(file.read_text(encoding="utf-8"))) for file in files}
 
 
 def read(file: Path) -> Runs:
     """The runs of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return {(run.pop("arm"), run.pop("seed")): Finished(**run) for run in saved}
+    return {(run.pop("arm"), run.pop("seed")): pool.as_record(Finished, run) for run in saved}
 
 
 def table(runs: Runs, labels: dict[str, str]) -> str:
     first = next(iter(runs.values()))
     name = lambda arm, seed: labels.get(arm, arm) + (f", seed {seed}" if seed else "")
-    percentages = first.percentages
+    percentages = sorted({key for run in runs.values() for key in run.kept}, key=float, reverse=True)
+    numbers = {key: number for run in runs.values() for key, number in run.experts.items()}
     head = ["model"]
     for key in percentages:
-        head += [f"{key} % ({first.experts[key]})"] + ([""] if key != percentages[0] else [])
+        head += [f"{key} % ({numbers[key]})"] + ([""] if key != percentages[0] else [])
     rows = []
     for key, run in runs.items():
         cells = [name(*key)]
@@ -92,13 +91,16 @@ def table(runs: Runs, labels: dict[str, str]) -> str:
     parts = [markdown(head, rows), NOTES]
     ways = list(dict.fromkeys(way for run in runs.values() for way in run.pools))
     pairs = [way for way in ways if way.startswith("prefix") and way.replace("prefix", "document") in ways]
-    head = ["model", *ways, *(f"leak, {way.split()[1]} experts" for way in pairs)]
+    head = ["model", *ways, *(f"document against prefix, {way.split()[1]} experts" for way in pairs)]
     rows = []
     for key, run in runs.items():
-        value = lambda way, run=run: math.exp(run.pools[way][TOTAL])
-        leaks = [f"{value(way.replace('prefix', 'document')) / value(way) - 1:+.2%}" for way in pairs]
-        rows.append([name(*key), *(f"{value(way):.2f}" for way in ways), *leaks])
-    parts += [markdown(head, rows), POOL_NOTES.format(prefix=first.prefix)]
+        value = lambda way, run=run: math.exp(run.pools[way][TOTAL]) if way in run.pools else math.nan
+        against = [value(way.replace("prefix", "document")) / value(way) - 1 for way in pairs]
+        shown = lambda x, form: "" if math.isnan(x) else form.format(x)
+        rows.append([name(*key), *(shown(value(way), "{:.2f}") for way in ways),
+                     *(shown(x, "{:+.2%}") for x in against)])  # fmt: skip
+    prefixes = dict.fromkeys(str(run.options.get("prefix", "?")) for run in runs.values())
+    parts += [markdown(head, rows), POOL_NOTES.format(prefix=" or ".join(prefixes))]
     fewest, domains = percentages[-1], [d for d in first.kept[percentages[0]] if d != TOTAL]
     columns = list(runs)
     rows = []
@@ -106,7 +108,8 @@ def table(runs: Runs, labels: dict[str, str]) -> str:
         cells = [domain]
         for key in columns:
             run = runs[key]
-            cells += [f"{math.exp(run.kept[k][domain]):.2f}" for k in (percentages[0], fewest)]
+            cells += [f"{math.exp(run.kept[k][domain]):.2f}" if domain in run.kept.get(k, {}) else ""
+                      for k in (percentages[0], fewest)]  # fmt: skip
         rows.append(cells)
     head = ["perplexity", *(f"{name(*key)}, {k} %" for key in columns for k in (percentages[0], fewest))]
     parts.append(markdown(head, rows))
@@ -125,7 +128,8 @@ def figure(runs: Runs, labels: dict[str, str]) -> Figure:
         style = {"color": COLOURS[i % len(COLOURS)], "label": label}
         left.plot([float(k) for k in run.percentages], [100 * run.growth(k) for k in run.percentages], "-o",
                   markersize=4, **style)  # fmt: skip
-        values = [100 * run.growth(fewest, domain) for domain in domains]
+        values = [100 * run.growth(fewest, domain) if domain in run.kept.get(fewest, {}) else math.nan
+                  for domain in domains]  # fmt: skip
         right.bar(np.arange(len(domains)) + i * width, values, width, **style)
     left.set_xscale("log", base=2)
     ticks = [float(key) for key in first.percentages]
@@ -150,7 +154,7 @@ def write(out: Path, runs: Runs, labels: dict[str, str], formats: Sequence[str] 
     out.mkdir(parents=True, exist_ok=True)
     order = {name: i for i, name in enumerate(labels)}
     runs = dict(sorted(runs.items(), key=lambda pair: (order.get(pair[0][0], len(order)), pair[0][1])))
-    (out / "table.md").write_text(table(runs, labels), encoding="utf-8")
+    write_text(out / "table.md", table(runs, labels))
     saved = [{"arm": arm, "seed": seed} | run._asdict() for (arm, seed), run in runs.items()]
-    (out / "results.json").write_text(json.dumps(saved) + "\n", encoding="utf-8")
+    write_text(out / "results.json", json.dumps(saved) + "\n")
     save(figure(runs, labels), out / "pools", formats)

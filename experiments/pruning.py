@@ -7,9 +7,9 @@ Every arm of `ARMS` is `configs/balance_scope.py` with the scope of its load-bal
 tokens of each expert are counted on training text, each layer keeps the experts with the most (`upcycle.Prune`), and
 held-out perplexity is measured, also with experts that are kept at random. Then the model, whole and pruned, is trained
 for a few more steps at a constant low rate. Each GPU runs `--per_gpu` jobs at a time. Run the same command to resume.
-`--known=FILE` names a results.json, whose arms are compared with the others and not run again, if they were pruned to
-as many experts and trained for as many steps. The comparison is OUT/table.md, OUT/results.json and OUT/pruning.png.
-`--report_only` writes only these.
+`--known=FILE` names a results.json, whose arms are compared with the others and not run again, if they were trained and
+pruned as in this call; what is left out is printed. The comparison is OUT/table.md, OUT/results.json and
+OUT/pruning.png. `--report_only` writes only these, of all that is there.
 """
 
 import argparse
@@ -37,15 +37,19 @@ def trained(out: Path, arm: str, seed: int, extra: dict[str, str]) -> Run:
     return Run(arm, seed, out / arm / f"seed{seed}", fields)
 
 
-def continued(run: Run, experts: int, whole: int, steps: int) -> Run:
-    """The run that goes on with the model of `run` with so many experts. whole: the number that it has."""
+def continued(run: Run, experts: int, whole: int, steps: int, batches: int) -> Run:
+    """The run that goes on with the model of `run` with so many experts. whole: the number that it has.
+
+    batches: of text that experts were counted on, which decides those that are kept.
+    """
     source = run.folder if experts == whole else run.folder / "pruned" / str(experts)
     fields = {
         "init_from": source, "model.moe.num_experts": experts, "train.steps": steps, "optim.lr": RATE,
         "optim.schedule": "constant", "optim.warmup_steps": min(5, steps - 1), "train.checkpoint_every": steps,
         "seed": 1000 + run.seed,  # another order of the text than in the training before
     }  # fmt: skip
-    return Run(f"{run.arm}, {experts} experts", run.seed, run.folder / "after" / str(experts), run.overrides | fields)
+    folder = run.folder / "after" / f"{steps}_steps_{batches}_batches" / str(experts)
+    return Run(f"{run.arm}, {experts} experts", run.seed, folder, run.overrides | fields)
 
 
 def jobs(runs: list[Run], experts: list[int], whole: int, steps: int, batches: int, folder: str) -> list[Job]:
@@ -54,12 +58,12 @@ def jobs(runs: list[Run], experts: list[int], whole: int, steps: int, batches: i
     for run in runs:
         if not run.done:
             continue
-        command = ["-m", "experiments.pruning_measure", str(run.folder), f"--batches={batches}"]
-        command += [f"--experts={','.join(map(str, experts))}"]
-        measured = Job(f"pruning of {run.arm}, seed {run.seed}", run.folder, command, "pruned.json")
+        options = {"experts": experts, "batches": batches}
+        command = ["-m", "experiments.pruning_measure", str(run.folder), *pool.as_flags(options)]
+        measured = Job(f"pruning of {run.arm}, seed {run.seed}", run.folder, command, "pruned.json", options)
         found.append(measured)
         if measured.done:
-            after = [continued(run, n, whole, steps) for n in (whole, *experts)]
+            after = [continued(run, n, whole, steps, batches) for n in (whole, *experts)]
             pool.give_tokenizer(run.folder.parents[1], after)
             found += [pool.training(one, CONFIG, folder) for one in after]
     return found
@@ -102,18 +106,21 @@ def main() -> int:
         if bad := [n for n in experts if not least <= n < whole]:
             print(f"error: --experts={bad[0]}: must be in [{least}, {whole - 1}]", file=sys.stderr)
             return 2
-        is_known = lambda run: (
-            (run.arm, run.seed) in known
-            and known[run.arm, run.seed].has(experts, configs[run.arm].train.steps, arguments.after_steps)
-        )
-        runs = [run for run in runs if not is_known(run)]
+        options = {"experts": experts, "batches": arguments.count_batches, "after_steps": arguments.after_steps}
+        plan_all = lambda fields: [trained(out, arm, seed, fields) for seed in SEEDS for arm in ARMS]
+        asked = pool.Call(CONFIG, folder, plan_all, extra, options)
+        known = asked.select(known, "--known")
+        runs = [run for run in runs if (run.arm, run.seed) not in known or not known[run.arm, run.seed].complete]
+        if asked.refuses(runs):
+            return 2
         if runs:  # else all of it is known
             jax.config.update("jax_platforms", "cpu")  # of this process only
             pool.prepare(configs[runs[0].arm], out)
             pool.give_tokenizer(out, runs)
             plan = lambda: jobs(runs, experts, whole, arguments.after_steps, arguments.count_batches, folder)
             failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
-    finished = known | pruning_report.load(out)
+    there = pruning_report.load(out, None if arguments.report_only else arguments.after_steps)
+    finished = known | (there if arguments.report_only else asked.select(there, out))
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

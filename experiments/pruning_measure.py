@@ -25,6 +25,7 @@ from moe_jax.evaluate import held_out
 from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, weights
+from moe_jax.run.log import write_text
 from moe_jax.train import step
 from moe_jax.train.state import abstract_weights, process_rows, put_batch
 from moe_jax.tree import join, split
@@ -51,7 +52,7 @@ def measure(folder: Path, experts: list[int], batches: int) -> dict:
     params, bias, _ = weights.load_weights(folder, *abstract_weights(cfg.model, mesh), step=number)
     counts = count(cfg, mesh, params, bias, corpus, batches)
     body = {"step": number, "batches": batches, "tokens_per_expert": [c.astype(int).tolist() for c in counts]}
-    (folder / "counts.json").write_text(json.dumps(body) + "\n", encoding="utf-8")
+    write_text(folder / "counts.json", json.dumps(body) + "\n")
     used = [np.sort(c.sum(0))[::-1] for c in counts]
 
     def losses(model, params, bias) -> dict[str, float]:
@@ -74,7 +75,7 @@ def measure(folder: Path, experts: list[int], batches: int) -> dict:
         with jax.set_mesh(mesh):
             model, kept = upcycle.apply(chain, cfg.model, join(params, bias), scores=scores)
         found["random"][str(n)] = losses(model, *split(kept, lambda path: path.endswith("/router_bias"))[::-1])
-    return {"batches": batches, "experts": experts, "whole": whole, "steps": number} | found
+    return {"options": {"experts": experts, "batches": batches}, "whole": whole, "steps": number} | found
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def main() -> None:
         found = measure(arguments.folder, [int(n) for n in arguments.experts.split(",")], arguments.batches)
     except UserError as error:
         sys.exit(f"error: {error}")
-    (arguments.folder / "pruned.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(arguments.folder / "pruned.json", json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Makes a table, numbers and a figure from the finished runs of `experiments/pruning.py`.
 
-A finished run is a run directory OUT/<arm>/seed<n> of train.py with pruned.json. What of after/<experts>/eval.json is
-missing is left empty.
+A finished run is a run directory OUT/<arm>/seed<n> of train.py with pruned.json. What of the runs after pruning,
+after/<steps>_steps_<batches>_batches/<experts>/eval.json, is missing is left empty.
 """
 
 import json
@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments import pool
 from experiments.balance_report import BLUE, ORANGE, markdown
 from moe_jax.evaluate.analysis import INK
 from moe_jax.evaluate.drawing import GRID, save
 from moe_jax.evaluate.held_out import TOTAL
-from moe_jax.run.log import read_eval, read_metrics
+from moe_jax.run.log import read_eval, write_text
 
 COLOURS = (BLUE, ORANGE, INK)
 NOTES = """\
@@ -32,18 +33,22 @@ Losses = dict[str, dict[str, float]]  # by number of experts, by domain; nats a 
 class Finished(NamedTuple):
     """The results of one trained model."""
 
-    steps: int  # of its training
+    settings: dict[str, Any]  # of its training; see `pool.settings_of`
+    options: dict[str, Any]  # of the measurement, and `after_steps` of training after pruning; 0: none is finished
     whole: int  # its experts
-    after_steps: int  # of training after pruning; 0: none is finished
     kept: dict[str, float]  # by number of experts
     used: Losses  # with the most used experts
     random: Losses
     after: Losses  # of the most used experts, after more training
 
-    def has(self, experts: Sequence[int], steps: int, after_steps: int) -> bool:
-        """Whether the model was trained for so many steps, pruned to these numbers, and then trained further."""
-        wanted = {str(n) for n in (self.whole, *experts)}
-        return (self.steps, self.after_steps) == (steps, after_steps) and wanted <= self.used.keys() & self.after.keys()
+    @property
+    def complete(self) -> bool:
+        """Whether all of its models were trained further."""
+        return self.used.keys() <= self.after.keys()
+
+    @property
+    def after_steps(self) -> int:
+        return self.options.get("after_steps", 0)
 
     @property
     def experts(self) -> list[int]:
@@ -62,25 +67,32 @@ class Finished(NamedTuple):
 Runs = dict[tuple[str, int], Finished]  # by arm and seed
 
 
-def load_run(folder: Path) -> Finished:
+def load_run(folder: Path, steps: int | None = None) -> Finished:
+    """steps: of training after pruning; None: the most that there are."""
     found = json.loads((folder / "pruned.json").read_text(encoding="utf-8"))
-    done = {file.parent.name: file.parent for file in sorted(folder.glob("after/*/eval.json"))}
-    after = {n: {row["domain"]: row["xent"] for row in read_eval(one)["domains"]} for n, one in done.items()}
-    lengths = {read_metrics(one)[-1]["step"] for one in done.values()}
-    return Finished(found["steps"], found["whole"], max(lengths, default=0), found["kept"], found["used"],
-                    {str(found["whole"]): found["used"][str(found["whole"])]} | found["random"], after)  # fmt: skip
+    options = found.get("options", {})
+    batches = options.get("batches", 0)
+    if steps is None:
+        ends = folder.glob(f"after/*_steps_{batches}_batches/*/eval.json")
+        steps = max((int(file.parents[1].name.partition("_")[0]) for file in ends), default=0)
+    done = sorted(folder.glob(f"after/{steps}_steps_{batches}_batches/*/eval.json"))
+    after = {file.parent.name: {row["domain"]: row["xent"] for row in read_eval(file.parent)["domains"]}
+             for file in done if file.parent.name in found["used"]}  # fmt: skip
+    random = {str(found["whole"]): found["used"][str(found["whole"])]} | found["random"]
+    return Finished(pool.settings_in(folder), options | {"after_steps": steps}, found["whole"], found["kept"],
+                    found["used"], random, after)  # fmt: skip
 
 
-def load(out: Path) -> Runs:
-    """The finished runs of OUT/<arm>/seed<n>."""
+def load(out: Path, steps: int | None = None) -> Runs:
+    """The finished runs of OUT/<arm>/seed<n>. steps: as for `load_run`."""
     folders = sorted(file.parent for file in out.glob("*/seed*/pruned.json"))
-    return {(folder.parent.name, int(folder.name.removeprefix("seed"))): load_run(folder) for folder in folders}
+    return {(folder.parent.name, int(folder.name.removeprefix("seed"))): load_run(folder, steps) for folder in folders}
 
 
 def read(file: Path) -> Runs:
     """The runs of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return {(run.pop("arm"), run.pop("seed")): Finished(**run) for run in saved}
+    return {(run.pop("arm"), run.pop("seed")): pool.as_record(Finished, run) for run in saved}
 
 
 def numbers(runs: Runs) -> list[dict[str, Any]]:
@@ -142,6 +154,6 @@ def figure(runs: Runs, labels: dict[str, str]) -> Figure:
 def write(out: Path, runs: Runs, labels: dict[str, str], formats: Sequence[str] = ("png",)) -> None:
     """Writes table.md, results.json and the figure into OUT."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table(runs, labels), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(numbers(runs), indent=1) + "\n", encoding="utf-8")
+    write_text(out / "table.md", table(runs, labels))
+    write_text(out / "results.json", json.dumps(numbers(runs), indent=1) + "\n")
     save(figure(runs, labels), out / "pruning", formats)

@@ -7,9 +7,9 @@ Every arm is `configs/balance_scope.py` with the fields of `ARMS` changed. All a
 Runs with the same seed have the same batches. The text is tokenised once, and then each GPU trains `--per_gpu` runs at
 a time; without a GPU they run one after the other. Run the same command to resume: finished runs are kept, and the
 others start from their last checkpoint. `--known=FILE` names a results.json (docs/routing_runs.json has the published
-runs), whose runs are compared with the others. They are not run again if their router, losses and steps are those of
-the arm. The comparison is OUT/table.md, OUT/results.json, OUT/loads.png and OUT/experts_by_domain.png. `--report_only`
-writes only these.
+runs), whose runs are compared with the others, and not run again, if they were trained as this call trains the arm;
+what is left out is printed. The comparison is OUT/table.md, OUT/results.json, OUT/loads.png and
+OUT/experts_by_domain.png. `--report_only` writes only these.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import jax
 
 from experiments import pool, routing_report
 from experiments.pool import Run
-from moe_jax import config as config_lib
 from moe_jax import terminal
 from moe_jax.cli import expanded
 
@@ -74,10 +73,9 @@ def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
     ]
 
 
-def is_known(run: Run, cfg: config_lib.RunConfig, known: dict[tuple[str, int], routing_report.Finished]) -> bool:
-    """Whether a run with the router, losses and length of this one is among the known ones."""
-    found = known.get((run.arm, run.seed))
-    return found is not None and found.is_of(config_lib.to_dict(cfg))
+def call(folder: str, extra: dict[str, str]) -> pool.Call:
+    """What a call on this folder of text compares its results with."""
+    return pool.Call(CONFIG, folder, lambda fields: planned(Path(), list(ARMS), fields), extra)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -105,14 +103,19 @@ def main() -> int:
         configs = pool.checked_configs(CONFIG, folder, runs)
         if configs is None:
             return 2
-        runs = [run for run in runs if not is_known(run, configs[run.arm], known)]
+        asked = call(folder, extra)
+        known = asked.select(known, "--known")
+        runs = [run for run in runs if (run.arm, run.seed) not in known]
+        if asked.refuses(runs):
+            return 2
         if runs:  # else all of it is known
             jax.config.update("jax_platforms", "cpu")  # of this process only
             pool.prepare(configs[runs[0].arm], out)
             pool.give_tokenizer(out, runs)
             jobs = [pool.training(run, CONFIG, folder) for run in runs]
             failed = pool.run_all(lambda: jobs, arguments.gpus, arguments.per_gpu)
-    finished = known | routing_report.load(out, {name: arm.seeds for name, arm in ARMS.items()})
+    there = routing_report.load(out, {name: arm.seeds for name, arm in ARMS.items()})
+    finished = known | (there if arguments.report_only else asked.select(there, out))
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

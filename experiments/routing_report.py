@@ -15,11 +15,12 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.balance_report import BLUE, ORANGE, OTHERS, cell, markdown, settings_of
+from experiments import pool
+from experiments.balance_report import BLUE, ORANGE, OTHERS, cell, markdown
 from moe_jax.evaluate.analysis import INK, QUIET, specialisation
 from moe_jax.evaluate.drawing import GRID, plain, save
 from moe_jax.moe.stats import RouterStats
-from moe_jax.run.log import read_eval, read_metrics
+from moe_jax.run.log import read_eval, read_metrics, write_text
 
 COLOURS = (BLUE, ORANGE, *OTHERS)  # of the arms, in the order of their labels
 LAST = 100  # steps at the end, over which loads are averaged
@@ -57,18 +58,13 @@ class Finished(NamedTuple):
 
     arm: str
     seed: int
-    settings: dict[str, Any]  # see `settings_of`
+    settings: dict[str, Any]  # see `pool.settings_of`
     numbers: dict[str, float]  # by the names of `COLUMNS`; infinite for a limit that is never reached
     steps: list[int]  # that were logged
     series: dict[str, list[float]]  # by the names of `SERIES`, an entry for each logged step
     domains: dict[str, float]  # held-out perplexity
     experts_by_domain: dict[str, list[float]]  # experts a held-out token, by layer
     bits: list[float]  # I(expert; domain) by layer
-
-    def is_of(self, config: dict[str, Any]) -> bool:
-        """Whether this run had that configuration. A setting that one of the two does not have is not compared."""
-        mine, other = self.settings, settings_of(config)
-        return all(mine[name] == other[name] for name in mine.keys() & other.keys())
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -119,7 +115,7 @@ def load_run(arm: str, folder: Path) -> Finished:
     return Finished(
         arm,
         config["seed"],
-        settings_of(config),
+        pool.settings_in(folder),
         {name: float(value) for name, value in numbers.items()},
         steps.tolist(),
         {name: [float(f"{x:.4g}") for x in values] for name, values in series.items()},
@@ -299,8 +295,8 @@ def write(
     """Writes table.md, results.json, a figure of loads, and one of experts by domain if tokens differ in experts."""
     arms = by_arm(finished, labels)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table(arms, labels), encoding="utf-8")
-    (out / "results.json").write_text(as_text([run for runs in arms.values() for run in runs]), encoding="utf-8")
+    write_text(out / "table.md", table(arms, labels))
+    write_text(out / "results.json", as_text([run for runs in arms.values() for run in runs]))
     save(loads(arms, labels), out / "loads", formats)
     for name, runs in list(with_choice(arms).items())[:1]:
         save(experts_by_domain(runs[0], labels[name]), out / "experts_by_domain", formats)

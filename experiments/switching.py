@@ -9,13 +9,15 @@ between a domain and all others are switched off (`eval.py --experts=off:…`), 
 measured on held-out text, which took no part in the choice: also with as many experts of the same layers switched off
 at random. `--runs=FOLDER` names a folder of finished runs, such as another experiment's; one that was trained as an
 arm is measured and not trained again. Run the same command to resume. `--known=FILE` names a results.json, whose arms
-are compared with the others and not run again if they have the same domains and steps. The comparison is OUT/table.md,
-OUT/results.json and OUT/switching.png. `--report_only` writes only these.
+are compared with the others and not run again, if they were trained and measured as in this call; what is left out is
+printed. The comparison is OUT/table.md, OUT/results.json and OUT/switching.png. `--report_only` writes only these, of
+all that is there.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -38,11 +40,10 @@ def trained(out: Path, arm: str, seed: int, extra: dict[str, str]) -> Run:
     return Run(arm, seed, out / arm / f"seed{seed}", fields)
 
 
-def measuring(run: Run, source: Path, domains: list[str], batches: int) -> Job:
+def measuring(run: Run, source: Path, options: dict[str, Any]) -> Job:
     """The job that measures `run`, whose weights lie in the run directory `source`."""
-    command = ["-m", "experiments.switching_measure", str(source), f"--out={run.folder}", f"--batches={batches}"]
-    return Job(f"switching of {run.arm}, seed {run.seed}", run.folder, [*command, f"--domains={','.join(domains)}"],
-               "switching.json")  # fmt: skip
+    command = ["-m", "experiments.switching_measure", str(source), f"--out={run.folder}", *pool.as_flags(options)]
+    return Job(f"switching of {run.arm}, seed {run.seed}", run.folder, command, "switching.json", options)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -79,10 +80,13 @@ def main() -> int:
         if unknown := [name for name in domains if name not in there]:
             print(f"error: --domains={unknown[0]}: is not among the domains {', '.join(there)}", file=sys.stderr)
             return 2
-        is_known = lambda run: (
-            (run.arm, run.seed) in known and known[run.arm, run.seed].has(domains, configs[run.arm].train.steps)
-        )
-        runs = [run for run in runs if not is_known(run)]
+        options = {"domains": domains, "batches": arguments.count_batches}
+        plan_all = lambda fields: [trained(out, arm, seed, fields) for seed in SEEDS for arm in ARMS]
+        asked = pool.Call(CONFIG, folder, plan_all, extra, options)
+        known = asked.select(known, "--known")
+        runs = [run for run in runs if (run.arm, run.seed) not in known]
+        if asked.refuses(runs):
+            return 2
         find = lambda arm: pool.find_trained(arguments.runs.resolve(), configs[arm])
         found = {run.arm: find(run.arm) for run in runs if arguments.runs}
         for arm, source in found.items():
@@ -96,11 +100,12 @@ def main() -> int:
         def plan() -> list[Job]:
             """Trainings, then the measurements of runs that are finished."""
             ready = [(run, found.get(run.arm) or run.folder) for run in runs if found.get(run.arm) or run.done]
-            measured = [measuring(run, source, domains, arguments.count_batches) for run, source in ready]
+            measured = [measuring(run, source, options) for run, source in ready]
             return [*(pool.training(run, CONFIG, folder) for run in missing), *measured]
 
         failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu) if runs else []
-    finished = known | switching_report.load(out)
+    there = switching_report.load(out)
+    finished = known | (there if arguments.report_only else asked.select(there, out))
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments import pool
 from experiments.pruning_measure import count
 from moe_jax import cli, config, data, terminal
 from moe_jax.config import ModelConfig
@@ -22,6 +23,7 @@ from moe_jax.errors import UserError
 from moe_jax.evaluate import contrast, held_out, switches
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, weights
+from moe_jax.run.log import write_text
 from moe_jax.train.state import abstract_weights
 
 MOST, DRAWS = 10, 3
@@ -62,8 +64,9 @@ def measure(folder: Path, names: list[str], batches: int) -> dict:
         return {row["domain"]: row["xent"] for row in result.rows()}
 
     found = {
+        "settings": pool.settings_in(folder),
+        "options": {"domains": names, "batches": batches},
         "steps": number,
-        "batches": batches,
         "whole": losses([]),
         "experts": {},
         "use": {},
@@ -93,7 +96,7 @@ def main() -> None:
         found = measure(arguments.folder, arguments.domains.split(","), arguments.batches)
     except UserError as error:
         sys.exit(f"error: {error}")
-    (arguments.out / "switching.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(arguments.out / "switching.json", json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

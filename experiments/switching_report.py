@@ -13,10 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from experiments import pool
 from experiments.balance_report import BLUE, ORANGE, markdown
 from moe_jax.evaluate.analysis import INK, QUIET
 from moe_jax.evaluate.drawing import GRID, save
 from moe_jax.evaluate.held_out import TOTAL
+from moe_jax.run.log import write_text
 
 COLOURS = (BLUE, ORANGE, INK)
 NOTES = """\
@@ -32,17 +34,14 @@ Losses = dict[str, float]  # nats a token, by domain
 class Finished(NamedTuple):
     """The results of one trained model. The keys of the dicts are the domains whose experts are off."""
 
+    settings: dict[str, Any]  # of its training; see `pool.settings_of`
+    options: dict[str, Any]  # of the measurement
     steps: int  # of its training
-    batches: int  # of training text that was counted
     whole: Losses
     experts: dict[str, list[list[int]]]  # those that are off, as (layer, expert)
     use: dict[str, list[list[float]]]  # shares of the domain's tokens, and of the rest's, of each
     off: dict[str, Losses]
     random: dict[str, list[Losses]]
-
-    def has(self, domains: Sequence[str], steps: int) -> bool:
-        """Whether the model was trained for so many steps, and the experts of these domains switched off."""
-        return self.steps == steps and set(domains) <= self.off.keys()
 
     def growth(self, name: str, domain: str) -> float:
         """The growth of a domain's perplexity without the experts of `name`."""
@@ -66,13 +65,13 @@ def load(out: Path) -> Runs:
     """The measurements of OUT/<arm>/seed<n>."""
     files = sorted(out.glob("*/seed*/switching.json"))
     made = {(file.parent.parent.name, int(file.parent.name.removeprefix("seed"))): file for file in files}
-    return {key: Finished(**json.loads(file.read_text(encoding="utf-8"))) for key, file in made.items()}
+    return {key: pool.as_record(Finished, json.loads(file.read_text(encoding="utf-8"))) for key, file in made.items()}
 
 
 def read(file: Path) -> Runs:
     """The runs of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return {(run.pop("arm"), run.pop("seed")): Finished(**run) for run in saved}
+    return {(run.pop("arm"), run.pop("seed")): pool.as_record(Finished, run) for run in saved}
 
 
 def numbers(runs: Runs) -> list[dict[str, Any]]:
@@ -138,6 +137,6 @@ def figure(runs: Runs, labels: dict[str, str]) -> Figure:
 def write(out: Path, runs: Runs, labels: dict[str, str], formats: Sequence[str] = ("png",)) -> None:
     """Writes table.md, results.json and the figure into OUT."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table(runs, labels), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(numbers(runs), indent=1) + "\n", encoding="utf-8")
+    write_text(out / "table.md", table(runs, labels))
+    write_text(out / "results.json", json.dumps(numbers(runs), indent=1) + "\n")
     save(figure(runs, labels), out / "switching", formats)

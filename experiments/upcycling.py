@@ -8,15 +8,16 @@ Every arm of `ARMS` is made by `python -m moe_jax.upcycle` with its options, and
 with its fields changed. Runs with the same seed have the same batches; the seed also decides the new routers. The
 comparison shows held-out loss before the first step, against tokens and against FLOPs, and the similarity of a layer's
 experts over time: OUT/table.md, OUT/results.json, OUT/loss.png and OUT/similarity.png. Run the same command to resume.
-`--only` and `--seeds` choose runs. `--report_only` writes only the comparison. `--known=FILE` names a results.json
-(docs/upcycling_runs.json has the published runs), whose runs are compared with the others. Those whose experts were
-measured are not run again, so use the same `--set`. A run's checkpoints are deleted after its experts are measured,
-unless you set `--keep`: an arm of 64 experts has 8 GB a checkpoint.
+`--only` and `--seeds` choose runs. `--report_only` writes only the comparison, of the arms of `--only`. `--known=FILE`
+names a results.json (docs/upcycling_runs.json has the published runs), whose runs are compared with the others if they
+were trained as this call trains; what is left out is printed. Those whose experts were measured are not run again. A
+run's checkpoints are deleted after its experts are measured, unless you set `--keep`: an arm of 64 experts has 8 GB a
+checkpoint.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,10 +66,10 @@ ARMS = {
         "… softmax, then top-k, small router", (*E8G8T8, "--score_order=score_topk", "--router_std=0.0005"), {}
     ),
     "drop": Arm("copies, Drop-Upcycling 0.5", (*E8G1T2, "--drop=0.5"), {}),
-    # Eight ternary matrices take as many bytes, packed, as one in bfloat16: as many as the dense model's.
+    # Eight ternary matrices take as many bytes, packed, as one in bfloat16: as many as the dense model's. `single` is
+    # the same model in bfloat16.
     "ternary": Arm("ternary copies, E8G1T1", (*E8G1T1, *TERNARY), {}),
     "ternary_two": Arm("ternary copies, E8G1T2", (*E8G1T2, *TERNARY), {}),
-    "copy_one": Arm("copies, E8G1T1", E8G1T1, {}),
     "dense_muon": Arm("dense, Muon", None, MUON),
     "exact_muon": Arm("virtual groups, Muon", E8G8T8, MUON),
     "dense_constant": Arm("dense, constant lowest rate", None, CONSTANT),
@@ -117,6 +118,12 @@ def planned(names: list[str], out: Path, extra: dict[str, str], seeds: Sequence[
     """
     pairs = sorted(((seed, name) for name in names for seed in seeds or ARMS[name].seeds), key=lambda pair: pair[0])
     return [make_run(name, seed, out, extra) for seed, name in pairs]
+
+
+def call(dense: Path, data: str, on_dense: Callable[[list[Run]], list[Run]], extra: dict[str, str]) -> pool.Call:
+    """What a call compares its results with. on_dense: leaves out what a dense model's config does not have."""
+    plan = lambda fields: on_dense(planned(list(ARMS), Path(), fields))
+    return pool.Call(CONFIG, f"{dense},{data}", plan, extra, compared=pool.apart_from_weights)
 
 
 def is_measured(run: Finished | None) -> bool:
@@ -173,20 +180,28 @@ def main() -> int:
         if not (dense / "config.json").is_file():
             print(f"error: --run={arguments.run}: is not a run directory", file=sys.stderr)
             return 2
-        planned_runs = planned(names, out, extra, arguments.seeds)
-        runs = [run for run in planned_runs if not is_measured(known.get((run.arm, run.seed)))]
+        runs = planned(names, out, extra, arguments.seeds)
         # Fields do not depend on the arm's weights, but for the router's, so those of the dense model show mistakes.
         of_all = lambda fields: {n: x for n, x in fields.items() if not n.startswith(ROUTER)}
-        checked = [run._replace(overrides=of_all(run.overrides)) for run in runs]
-        configs = pool.checked_configs(CONFIG, f"{dense},{data}", checked)
+        on_dense = lambda runs: [run._replace(overrides=of_all(run.overrides)) for run in runs]
+        configs = pool.checked_configs(CONFIG, f"{dense},{data}", on_dense(runs))
         if configs is None:
             return 2
-        if configs:  # else all of it is known
+        asked = call(dense, data, on_dense, extra)
+        known = asked.select(known, "--known")
+        runs = [run for run in runs if not is_measured(known.get((run.arm, run.seed)))]
+        if asked.refuses(runs):
+            return 2
+        if runs:  # else all of it is known
             jax.config.update("jax_platforms", "cpu")  # of this process only
             pool.prepare(next(iter(configs.values())), out)
             plan = lambda: jobs(runs, dense, data, out, arguments.keep)
             failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
-    finished = known | upcycling_report.load(out)
+    there = upcycling_report.load(out)
+    if arguments.report_only:
+        finished = {run: found for run, found in (known | there).items() if run[0] in names}
+    else:
+        finished = known | asked.select(there, out)
     arms = upcycling_report.arms_of(finished, {name: arm.label for name, arm in ARMS.items()})
     if not arms:
         print(f"error: {out} holds no finished run", file=sys.stderr)

@@ -25,6 +25,7 @@ from moe_jax.evaluate import held_out, spectra
 from moe_jax.moe.stats import ChoiceSums, RouterStats, by_depth
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, weights
+from moe_jax.run.log import write_text
 from moe_jax.train.state import abstract_weights
 
 
@@ -91,7 +92,7 @@ def measure(folder: Path) -> dict:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    (folder / "measures.json").write_text(json.dumps(measure(folder), indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "measures.json", json.dumps(measure(folder), indent=1) + "\n")
     if "--keep" not in sys.argv[2:]:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

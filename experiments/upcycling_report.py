@@ -8,20 +8,21 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import pool
 from experiments.balance_report import BLUE, ORANGE, cell, markdown
 from moe_jax import config, model
 from moe_jax.evaluate.analysis import INK
 from moe_jax.evaluate.drawing import GRID, save
 from moe_jax.evaluate.held_out import TOTAL
 from moe_jax.run import config_file
-from moe_jax.run.log import read_eval, read_metrics
+from moe_jax.run.log import read_eval, read_metrics, write_text
 
 SHARES = (0.25, 0.5)  # of the tokens, at which the table gives the loss, beside the start and the end
 NOTES = """\
@@ -44,6 +45,7 @@ class Finished(NamedTuple):
     domains: dict[str, float]  # perplexity at the end
     unevenness: dict[int, list[float]]  # of shards, by step, by layer; {} unknown
     seconds: float  # of training steps; NaN unknown
+    settings: dict[str, Any]  # see `pool.settings_of`; of a record perhaps few
 
     @property
     def perplexity(self) -> float:
@@ -125,6 +127,7 @@ def load_run(folder: Path) -> Finished:
         total({row["domain"]: row["perplexity"] for row in domains}),
         {int(n): layers for n, layers in found.get("unevenness", {}).items()},
         float(np.sum(np.diff(steps, prepend=0) * np.array([row.get("step_seconds", math.nan) for row in rows]))),
+        pool.settings_in(folder),
     )  # fmt: skip
 
 
@@ -148,7 +151,7 @@ def read(file: Path) -> Runs:
             fields["domains"] = total(run["domains"])
             fields["unevenness"] = {int(n): layers for n, layers in run.get("unevenness", {}).items()}
             fields["seconds"] = run.get("seconds") or math.nan
-            found[arm, run["seed"]] = Finished(**run | fields | {"parameters": tuple(run["parameters"])})
+            found[arm, run["seed"]] = pool.as_record(Finished, run | fields | {"parameters": tuple(run["parameters"])})
     return found
 
 
@@ -189,14 +192,14 @@ def numbers(arms: dict[str, Arm]) -> dict[str, dict]:
         "seed": run.seed, "tokens": run.tokens.tolist(), "loss": [x if math.isfinite(x) else None for x in run.loss],
         "flops_per_token": run.flops_per_token, "parameters": run.parameters, "similarity": run.similarity,
         "domains": run.domains, "unevenness": run.unevenness,
-        "seconds": run.seconds if math.isfinite(run.seconds) else None,
+        "seconds": run.seconds if math.isfinite(run.seconds) else None, "settings": run.settings,
     }  # fmt: skip
     return {name: {"label": arm.label, "runs": [one(run) for run in arm.runs]} for name, arm in arms.items()}
 
 
 def write(out: Path, arms: dict[str, Arm], formats: Sequence[str] = ("png",)) -> None:
-    (out / "table.md").write_text(table(arms), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(numbers(arms), indent=1) + "\n", encoding="utf-8")
+    write_text(out / "table.md", table(arms))
+    write_text(out / "results.json", json.dumps(numbers(arms), indent=1) + "\n")
     save(loss(arms), out / "loss", formats)
     save(similarity(arms), out / "similarity", formats)
 

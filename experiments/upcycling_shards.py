@@ -25,6 +25,7 @@ from moe_jax.cli import expanded, keep_compiled
 from moe_jax.errors import UserError
 from moe_jax.parallel import sharding
 from moe_jax.run import weights
+from moe_jax.run.log import write_text
 from moe_jax.train import step
 from moe_jax.train.state import abstract_weights, init_state, process_rows, put_batch
 
@@ -70,7 +71,7 @@ def main() -> None:
     cfg, device = pool.load_config(CONFIG, f"{run},{folder}", fields), jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     found = count(cfg, mesh)
-    arguments.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    write_text(arguments.out, json.dumps(found) + "\n")
     low, high = min(found["complete"]), max(found["complete"])
     print(f"{len(found['mean'])} steps of {found['tokens'][0]:,.0f} tokens: in {low:.0f} to {high:.0f} layers all had "
           f"complete sets of shards; variance at the end {found['mean'][-1]:.3g}, "

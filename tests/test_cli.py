@@ -347,6 +347,7 @@ OTHER = {
     "eval.py --workdir={d}/run --tasks=a --contrast=b,c": ["--contrast=b,c: has no effect with --tasks or --text"],
     "eval.py --workdir={d}/run --keep_experts=50,x": ["--keep_experts=50,x: 'x' must be a number > 0 and ≤ 100"],
     "eval.py --workdir={d}/run --keep_experts=50 --experts=off:0/1": ["has no effect with --keep_experts"],
+    "eval.py --workdir={d}/run --keep_experts=50,5": ["--keep_experts=5: keeps 0 of 8 experts of layer 0, but a token"],
     "eval.py --workdir={d}/run --keep_by=code": ["--keep_by=code: needs --keep_experts"],
     "eval.py --workdir={d}/run --keep_experts=50 --keep_by=verse": ["--keep_by=verse: must be a domain"],
     "eval.py --workdir={d}/run --config.model.d_modl=3": ["config.model.d_modl: is not a field", "name: d_model"],

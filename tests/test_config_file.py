@@ -78,6 +78,7 @@ CHANGEABLE = {  # beside all of train, mesh and sample
 OTHER_NUMBERS = {  # of the same function: they make another run, and weights of one may start the other
     "model.compute_dtype", "model.param_dtype", "model.init_std", "model.max_seq_len", "model.segment_mask",
     "model.moe.compute", "model.moe.capacity_factor", "model.moe.overflow", "model.moe.expert_budget",
+    "model.moe.min_ratio",
     # The base of adapters is a model without any, and fresh ones add 0. Adapters in the run it starts from are merged.
     "model.lora.rank", "model.lora.alpha", "model.lora.rslora", "model.lora.match",
     "model.mtp_layers",  # no logits depend on them

@@ -1,5 +1,6 @@
 """The experts whose use differs most between two sides: a planted one is found, and `eval.py` switches it off."""
 
+import dataclasses
 import io
 import json
 import os
@@ -152,6 +153,7 @@ def test_eval_finds_the_planted_expert_and_switches_it_off(planted):
 
     (planted / "digits.txt").write_text("17 4\n2026\n", encoding="utf-8")
     (planted / "words.jsonl").write_text('{"prompt": "the river"}\n{"text": "low light"}\n', encoding="utf-8")
+    (run / "contrast.json").unlink()
     evaluate(planted, f"--contrast={planted}/digits.txt,{planted}/words.jsonl")
     files = json.loads((run / "contrast.json").read_text(encoding="utf-8"))
     assert (files["first"], files["second"], files["tokens"]) == ("digits", "words", [8, 18])
@@ -166,3 +168,6 @@ def test_eval_finds_the_planted_expert_and_switches_it_off(planted):
     score = lambda run: run.score("17", " 4").logprob
     np.testing.assert_array_equal(tuned.switched("").logits("17 4"), opened.logits("17 4"))
     assert score(tuned) != score(opened) and tuned.generate("17", 3).startswith("17")
+    opened.model = dataclasses.replace(opened.model, max_seq_len=8)
+    with pytest.raises(UserError, match=r"^--contrast: digits.txt, prompt 2: a text has 10 tokens, .*max_seq_len=8"):
+        contrast.check_prompts(opened, "digits.txt", ["17 4", "9" * 9])

@@ -276,6 +276,17 @@ def test_teachers_that_do_not_fit(folder, changes, words):
         teacher.find(with_teacher(where, **changes))
 
 
+def test_a_teacher_whose_pools_know_later_tokens_is_refused(folder):
+    cfg = config_file.load_config(folder)
+    pools = {"pool_min": 2, "pool_from": "document", "pool_size": 3, "selection_bias": False}
+    moe = dataclasses.replace(cfg.model.moe, **pools)
+    leaky = folder.parent / "leaky"
+    leaks = dataclasses.replace(cfg.model, num_dense_layers=0, moe=moe)
+    config_file.save_config(leaky, dataclasses.replace(cfg, model=leaks))
+    with pytest.raises(ConfigError, match=r"distill\.teacher='.*leaky': has model\.moe\.pool_from='document'"):
+        teacher.find(with_teacher(leaky))
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig
+from moe_jax.errors import UserError
 from moe_jax.evaluate import held_out
 from moe_jax.moe.stats import RouterStats
 from moe_jax.run import log
@@ -29,6 +30,21 @@ def result_of(nll=(8.0, 16.0), tokens=(4.0, 8.0), limit=0, sequences=(9, 9)) -> 
         limit,
         sequences,
     )
+
+
+def test_results_of_another_question_are_not_overwritten(tmp_path):
+    """Of the same step: at the top of a file, or in a task's row; files without the field have other names."""
+    path = tmp_path / "eval.4.switched.json"
+    log.check_same(path, 4, {"experts": "off:0/1"})
+    log.add_eval(path, 4, "tasks", {"a": {"acc": 0.5, "experts": "off:0/1"}})
+    log.check_same(path, 4, {"experts": "off:0/1"})
+    log.check_same(path, 5, {"experts": "off:0/2"})
+    with pytest.raises(UserError, match=r"switched.json: has results of experts 'off:0/1', not of 'off:0/2'; rename"):
+        log.check_same(path, 4, {"experts": "off:0/2"})
+    log.write_text(path, json.dumps({"step": 4, "shares": [1.0, 0.5], "by": ""}))
+    log.check_same(path, 4, {"shares": [1.0, 0.5], "training_batches": 8, "by": ""})
+    with pytest.raises(UserError, match=r"has results of shares \[1.0, 0.5\], not of \[1.0, 0.25\]"):
+        log.check_same(path, 4, {"shares": [1.0, 0.25]})
 
 
 def test_only_all_text_at_the_newest_step_is_the_main_evaluation():

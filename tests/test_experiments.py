@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import balance_report, balance_scope, pool, routing, routing_report
-from moe_jax import config as config_lib
 from moe_jax.errors import ConfigError
+from moe_jax.run import config_file
 
 LABELS = {"scope_1": ("each sequence", (0, 1, 2)), "global": ("the global batch", (0, 1)), "none": ("none", (0,))}
 
@@ -120,8 +120,13 @@ def finished(tmp_path):
     return tmp_path
 
 
+def compared(out: Path, known: balance_report.Runs | None = None) -> dict[str, balance_report.Arm]:
+    found = balance_report.load(out, {name: seeds for name, (_, seeds) in LABELS.items()})
+    return balance_report.arms_of((known or {}) | found, LABELS)
+
+
 def test_numbers(finished):
-    arms = balance_report.load(finished, LABELS)
+    arms = compared(finished)
     assert {name: (arm.scope, [run.seed for run in arm.runs]) for name, arm in arms.items()} == {
         "scope_1": (1, [0, 2]), "global": (256, [0]), "none": (None, [0])
     }  # fmt: skip
@@ -133,7 +138,12 @@ def test_numbers(finished):
 
 
 def test_files(finished):
-    balance_report.write(finished, balance_report.load(finished, LABELS))
+    balance_report.write(finished, arms := compared(finished))
+    more = {f"none_{i}": arms["none"]._replace(label=f"none {i}") for i in range(8)}
+    texts = [text.get_text() for text in balance_report.plot_scope(arms | more).axes[0].texts]
+    assert len(texts) == 9 and all(
+        any(name in text for text in texts) for name in ("none 0", "none 7")
+    )  # none is left out
     text = (finished / "table.md").read_text(encoding="utf-8")
     assert "| each sequence (2) | 11.00 ± 1.41 | +25.00% |" in text and "| the global batch (1) | 8.00 |  |" in text
     assert "| code | 9.00 ± 1.41 | 6.00 | 7.00 |" in text
@@ -145,31 +155,55 @@ def test_files(finished):
 
 def test_saved_runs_join_others(finished, tmp_path_factory):
     """Runs of a results.json stand beside those of the folder; what a record does not have is left empty."""
-    arms = balance_report.load(finished, LABELS)
+    arms = compared(finished)
     balance_report.write(finished, arms)
     known, other = balance_report.read(finished / "results.json"), tmp_path_factory.mktemp("other")
     fake_run(other / "scope_1" / "seed0", 0, 14.0, False, 0.01, "1")
     part = known["global", 0]._replace(numbers={"perplexity": 8.0}, domains={}, frequency=None, bits=np.zeros(0))
-    joined = balance_report.load(other, LABELS, known | {("global", 0): part})
+    joined = compared(other, known | {("global", 0): part})
     assert [run.numbers["perplexity"] for run in joined["scope_1"].runs] == [14.0, 12.0]
     balance_report.write(other, joined)
     text = (other / "table.md").read_text(encoding="utf-8")
     assert "| the global batch (1) | 8.00 |  |  |" in text and "| each sequence (2) | 13.00 ± 1.41 | +75.00% |" in text
-    again = balance_report.load(tmp_path_factory.mktemp("none"), LABELS, known)
+    again = compared(tmp_path_factory.mktemp("none"), known)
     assert balance_report.table(again) == balance_report.table(arms)
 
 
-def test_published_scopes_are_not_run_again(domains, tmp_path):
-    """docs/balance_scope_runs.json stands for the first seed of the arms that it has, and for no other run."""
+def test_published_scopes_are_not_run_again(domains, tmp_path, capsys):
+    """docs/balance_scope_runs.json stands for the first seed of the arms that it has, and for no other run or field.
+
+    A record of few settings had those of its arm for the others: `--set` of one of these makes it another run.
+    """
     known = balance_report.read(Path("docs/balance_scope_runs.json"))
+    assert len(known) == 9 and ("global", 0) not in known
+    select = lambda known, **fields: balance_scope.call(str(domains), fields).select(known, "--known")
+    assert select(known) == known and capsys.readouterr().out == ""
+    assert select(known, **{"train.steps": "900", "train.log_every": "7", "loss.router_z_coef": "0.0001"}) == known
+    one = {("none", 0): known["none", 0]}
+    for name, value in (("train.steps", "400"), ("model.num_layers", "2"), ("optim.weight_decay", "0.5"),
+                        ("model.moe.d_expert", "32"), ("data.tokenizer.vocab_size", "8192")):  # fmt: skip
+        assert not select(one, **{name: value}), name
+        assert f"--known: none, seed 0, is left out: config.{name}: " in capsys.readouterr().out
+    assert list(select(one | {("other", 0): known["none", 0]})) == [("none", 0)]
+    assert "--known: other, seed 0, is left out: is not an arm of this experiment" in capsys.readouterr().out
     every = balance_scope.planned(tmp_path, list(balance_scope.ARMS), {})
-    configs = {(run.arm, run.seed): balance_scope.load_config(str(domains), run.overrides) for run in every}
-    left = {(run.arm, run.seed) for run in every if not balance_scope.is_known(run, configs[run.arm, run.seed], known)}
-    assert {(run.arm, run.seed) for run in every} - left == known.keys() and len(known) == 10
-    short = balance_scope.planned(tmp_path, ["none"], {"train.steps": "400"})[0]
-    assert not balance_scope.is_known(short, balance_scope.load_config(str(domains), short.overrides), known)
     numbered = [run for run in every if balance_scope.wanted(run, ["scope_*", "global/seed1"])]
     assert {run.arm for run in numbered} >= {"scope_1", "scope_1_muon", "global"} and len(numbered) == 18
+
+
+def test_a_folder_of_another_configuration_is_refused(domains, tmp_path, monkeypatch, capsys):
+    """A finished run of other settings is not taken for the one asked for; what only steers the log is not compared."""
+    run = balance_scope.planned(tmp_path / "out", ["none"], {"train.steps": "500"})[0]
+    config_file.save_config(run.folder, balance_scope.load_config(str(domains), run.overrides))
+    asked = lambda **fields: balance_scope.call(str(domains), {"train.steps": "500"} | fields)
+    assert not asked().refuses([run]) and not asked(**{"train.log_every": "7"}).refuses([run])
+    assert asked(**{"model.d_model": "64"}).refuses([run])
+    assert "config.model.d_model: 512 in the run, 64 now; name another folder" in capsys.readouterr().err
+    job = pool.Job("measures", tmp_path, [], "found.json", {"prefix": 64})
+    for found, done in (({}, False), ({"options": {"prefix": 16}}, False), ({"options": {"prefix": 64}}, True)):
+        (tmp_path / "found.json").write_text(json.dumps(found), encoding="utf-8")
+        assert job.done == done
+    assert job._replace(options={"prefix": 16}).stale == ["--prefix: 64 then, 16 now"]
 
 
 # --- routers and balance ---------------------------------------------------------------------------------------------
@@ -236,12 +270,12 @@ def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
     assert configs["identity"][1].model.moe.mean_slots == 4 == configs["global"][1].model.moe.top_k
     numbers = dict.fromkeys(routing_report.COLUMNS, 1.0)
     series = {name: [1.0, 1.0] for name in routing_report.SERIES}
-    settings = {name: routing_report.settings_of(config_lib.to_dict(cfg)) for name, (_, cfg) in configs.items()}
+    settings = {name: pool.settings_of(cfg) for name, (_, cfg) in configs.items()}
     known = {(name, 0): routing_report.Finished(name, 0, settings[name], numbers, [1, 2], series, {"law": 2.0},
                                                 {"law": [4.0]}, [0.1]) for name in configs}  # fmt: skip
-    assert all(routing.is_known(run, cfg, known) for run, cfg in configs.values())
-    renamed = {("sign", 0): known["quantile", 0]._replace(arm="sign")}
-    assert not routing.is_known(*configs["sign"], renamed) and not routing.is_known(*configs["mlp"], renamed)
+    asked = routing.call(str(domains), {})
+    assert asked.select(known, "--known") == known
+    assert not asked.select({("sign", 0): known["quantile", 0]._replace(arm="sign")}, "--known")
 
     file = tmp_path / "known.json"
     file.write_text(routing_report.as_text(list(known.values())), encoding="utf-8")

@@ -149,6 +149,9 @@ def test_finished_arms_are_not_run_again(root, monkeypatch, capsys):
     assert finetuning.main() == 0
     assert [job.name for job in plans[0]] == ["dense at 0.0001, seed 0", "dense at 0.0003, seed 0"]
     assert "| dense | 0.0M | 0.0M | 0.0M |  | **0.700** → 0.700 |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--set=optim.weight_decay=0.5"])  # another training than the record's
+    assert finetuning.main() == 1 and len(plans[1]) == 3
+    assert "--known: dense at 3e-05, seed 0, is left out: config.optim.weight_decay: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("code", "says"), [("import os; os.kill(os.getpid(), 9)", "(exit status -9); see "),

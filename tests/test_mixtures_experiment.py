@@ -61,12 +61,12 @@ def test_finished_runs_of_another_plan(root):
 
     config = lambda run: pool.load_config(mixtures.CONFIG, str(root / "domains"), run.overrides)
     (run,) = plan(MIXTURES[0].weights, {})
-    mixtures.check_finished(run, config(run), TINY)  # there is none yet
+    mixtures.check_finished(run, config(run))  # there is none yet
     run.folder.mkdir(parents=True)
     config_file.save_config(run.folder, config(run))
     held = {"step": 3, "domains": [{"domain": "law", "xent": 2.0}]}
     (run.folder / "eval.json").write_text(json.dumps(held), encoding="utf-8")
-    mixtures.check_finished(run, config(run), TINY)
+    mixtures.check_finished(run, config(run))
     for weights, extra, said in (
         (MIXTURES[1].weights, {}, "of another mixture"),
         (MIXTURES[0].weights, {"train.steps": 4}, "of another cost"),
@@ -74,7 +74,7 @@ def test_finished_runs_of_another_plan(root):
     ):
         (other,) = plan(weights, extra)
         with pytest.raises(UserError, match=said):
-            mixtures.check_finished(other, config(other), TINY | extra)
+            mixtures.check_finished(other, config(other))
     (run.folder / "eval.json").write_text(json.dumps(held | {"step": 2}), encoding="utf-8")
     with pytest.raises(FileError, match="is of step 2, the training has 3"):
         measured.read_run(run.folder, "a")

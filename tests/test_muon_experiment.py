@@ -12,6 +12,7 @@ import pytest
 from experiments import muon, muon_figures, muon_matrices, muon_report, pool
 from experiments.muon import Arm
 from moe_jax import config, data
+from moe_jax.errors import UserError
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file
 from moe_jax.train.state import init_state, process_rows
@@ -222,6 +223,23 @@ def test_known_runs_are_not_run_again(finished):
     assert done.best("muon", [1e-3, 2e-3]) == 1e-3 and done.best("muon", [1e-3, 3e-3]) is None
     done = muon.Done(elsewhere, [run._replace(matrices=None) for run in known], 100)
     assert done(arm, 0, set()) and not done(arm, 0, {arm})
+
+
+def test_published_runs_are_of_their_command(tmp_path, capsys):
+    """docs/muon_runs.json is known to the command on its page, and to no other; a run of another length is refused."""
+    (tmp_path / "law.txt").write_text("whereas\n" * 400, encoding="utf-8")
+    known = muon_report.read(Path("docs/muon_runs.json"))
+    page = {"train.steps": "600", "data.batch_size": "64", "optim.warmup_steps": "60"}
+    chosen = lambda fields: muon.select(known, muon.differing(str(tmp_path), fields), "--known")
+    assert chosen(page) == known and capsys.readouterr().out == ""
+    assert not chosen(page | {"model.num_layers": "2"}) and not chosen({})
+    assert (
+        "--known: adamw_lr0.0005, 600 steps, seed 0, is left out: config.model.num_layers: " in capsys.readouterr().out
+    )
+    fake_run(tmp_path, Arm("muon", 1e-3, tokens=0.5), 0, 2.0)
+    muon.check_steps(tmp_path, 100)
+    with pytest.raises(UserError, match="is a run with 50 steps, 300 now"):
+        muon.check_steps(tmp_path, 600)
 
 
 def test_half_an_experiment_can_be_compared(tmp_path):

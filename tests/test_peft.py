@@ -15,7 +15,7 @@ from test_hf import QUIET, error, imported, logits_of, mesh_of
 from configs import moonlight_16b_a3b
 from moe_jax.config import LoRAConfig, ModelConfig, MoEConfig
 from moe_jax.config import build as build_config
-from moe_jax.errors import FormatError
+from moe_jax.errors import ConfigError, FormatError
 from moe_jax.hf import export_run, peft, safetensors, tables
 from moe_jax.hf.peft import export_adapter, fuse, stack, unfuse, unstack
 from moe_jax.hf.peft_import import Adapter, _oriented, compare_names, import_adapter, read_adapter
@@ -304,6 +304,13 @@ def test_a_base_that_was_trained_has_no_name(run, tmp_path):
     settings = json.loads((tmp_path / "out" / peft.CONFIG).read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] is None
     assert f"is null, since {cfg.init_from} is no unchanged import: export the base too" in lines[-1]
+    of_base = load_config(cfg.init_from)
+    *loaded, origin = weights.load_weights(cfg.init_from, *abstract_weights(of_base.model, mesh_of(1, 1, 1)))
+    event = {"event": "quantize", "from": "runs/a@3"}
+    weights.save_weights(tmp_path / "rounded", of_base, *loaded, [*origin, event, {"event": "upcycle", "chain": []}])
+    with pytest.raises(ConfigError, match=r"lora.rank=\d: must be 0 with the rounded .* --config.init_from=runs/a,"):
+        import_adapter(run[3], tmp_path / "rounded", tmp_path / "back", mesh=mesh_of(1, 1, 1), echo=QUIET)
+    assert base.rounded_by([event, {"event": "train"}]) is None and not (tmp_path / "back").exists()
 
 
 def test_a_gate_has_no_adapter():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from moe_jax import config, hf
 from moe_jax.config import ExploreConfig, MoEConfig, RampConfig
 from moe_jax.config.layers import Kind
 from moe_jax.errors import ConfigError
-from moe_jax.evaluate import loglikelihood, overrides, passes
+from moe_jax.evaluate import held_out, loglikelihood, overrides, passes
 from moe_jax.evaluate.generate import generate
 from moe_jax.moe import pools
 from moe_jax.moe.alone import MoELayer
@@ -30,7 +32,7 @@ from moe_jax.parallel import sharding
 from moe_jax.run import weights
 from moe_jax.train import knobs, step
 from moe_jax.train.gradients import forward, make_gradients
-from moe_jax.train.state import abstract_state, init_state, put_batch
+from moe_jax.train.state import EvalSums, abstract_state, init_state, put_batch
 
 B, S, C, K = 3, 10, 8, 2
 # Documents of rows, with padding (0): several, one, and some of one token.
@@ -48,15 +50,15 @@ def normal(*shape, seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def found_in(logits, number, given, cfg, rows, index, knobs):
-    facts = Facts(number > 0, index, sequences=rows)
+def found_in(logits, number, given, cfg, rows, index, knobs, counted=None):
+    facts = Facts(number > 0 if counted is None else counted, index, sequences=rows)
     return pools.document_pools(logits, Documents(number, given), facts, cfg, knobs)
 
 
-def pools_by(cfg, logits, number=NUMBER, knobs=None, index=INDEX, given=None):
+def pools_by(cfg, logits, number=NUMBER, knobs=None, index=INDEX, given=None, counted=None):
     """`document_pools` of rows `[B, S, C]`."""
     flat = lambda a: None if a is None else jnp.asarray(a).reshape(-1, *np.shape(a)[2:])
-    found = found_in(flat(logits), flat(number), flat(given), cfg, len(number), index, knobs)
+    found = found_in(flat(logits), flat(number), flat(given), cfg, len(number), index, knobs, flat(counted))
     return np.asarray(found).reshape(logits.shape)
 
 
@@ -186,6 +188,12 @@ def test_a_prefix_gives_the_pool():
     later = np.where(given[:, :, None], logits, normal(B, S, C, seed=3))
     np.testing.assert_array_equal(found[:, 0], pools_by(POOLED, later, given=given)[:, 0])
     assert (found[:, 0] != pools_by(POOLED, logits)[:, 0]).any()
+    ones, counted = np.ones((B, S), np.int32), np.arange(S)[None] < np.array([[4], [7], [1]])  # padding of one text
+    padded = np.where(counted[:, :, None], logits, 9 * normal(B, S, C, seed=4))
+    for given in (None, ones > 0):
+        own = [pools_by(POOLED, logits, ones, given=given, counted=counted), pools_by(POOLED, padded, ones,
+               given=given, counted=counted)]  # fmt: skip
+        np.testing.assert_array_equal(own[0][counted], own[1][counted])
     number = np.repeat(np.int32([1, 2, 3]), [3000, 1, 1000])[None]
     values = np.random.default_rng(0).random((1, 4001, 4)).astype(np.float32)
     sums = np.asarray(jax.jit(pools.sum_by_document)(jnp.asarray(values), jnp.asarray(number)))
@@ -204,6 +212,32 @@ def test_no_token_leaves_its_pool():
     routing, _ = route(pools.confine(jnp.asarray(logits[0]), pool), None, Facts(jnp.ones(4, bool), pool=pool), cfg)
     assert np.take_along_axis(pool, np.asarray(routing.experts), 1).all()
     assert (np.diff(np.sort(np.asarray(routing.experts), 1), axis=1) > 0).all()
+
+
+def test_switches_come_before_the_pool():
+    """An expert that is off is in no pool, one that is on in every pool: chosen with its weight in the pool."""
+    logits = normal(1, S, C)
+    order = np.argsort(-special.softmax(np.float64(logits[0]), -1).sum(0))
+    off, on = order[:2], order[-1]
+    switched = np.zeros(C, np.int8)
+    switched[off], switched[on] = -1, 1
+    documents, facts = Documents(jnp.ones(S, int)), Facts(jnp.ones(S, bool), switches=jnp.asarray(switched))
+
+    @jax.jit
+    def run(flat):
+        pool = pools.document_pools(flat, documents, facts, POOLED, None)
+        return pool, route(pools.confine(flat, pool), None, facts._replace(pool=pool), POOLED)[0]
+
+    pool, routing = run(jnp.asarray(logits[0]))
+    left = np.where(np.isin(np.arange(C), off), -np.inf, np.float64(logits[0]))
+    members = [on, *[e for e in np.argsort(-special.softmax(left, -1).sum(0)) if e != on][:3]]
+    np.testing.assert_array_equal(pool, np.tile(np.isin(np.arange(C), members), (S, 1)))
+    scores = np.zeros((S, C))
+    scores[:, members] = special.softmax(left[:, members], -1)
+    experts, weights = np.asarray(routing.experts), np.asarray(routing.weights)
+    assert (experts == on).any(1).all() and not np.isin(experts, off).any()
+    np.testing.assert_allclose(weights, np.take_along_axis(scores, experts, 1), rtol=1e-5)
+    assert (weights > 0).all()
 
 
 def test_sizes_are_drawn_by_document():
@@ -226,11 +260,11 @@ def test_sizes_are_drawn_by_document():
 
 
 def pooled(*args, moe=None, **kwargs) -> config.RunConfig:
-    cfg = run_config(*args, **kwargs)
+    cfg = run_config(*args, balance_batch="1", **kwargs)
     own = {"selection_bias": False, "num_experts": 8, "pool_min": 2, "pool_max": 5, "pool_from": "prefix",
            "pool_size": 3, "pool_prefix": 2}  # fmt: skip
     routed = dataclasses.replace(cfg.model.moe, **own | (moe or {}))
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, num_layers=1, num_dense_layers=0, moe=routed))
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, num_layers=2, num_dense_layers=0, moe=routed))
 
 
 @functools.cache
@@ -263,9 +297,10 @@ slow = pytest.mark.slow
     [((2, 2, 2), 2, "full"), pytest.param((8, 1, 1), 4, "selective", marks=slow)],
 )
 def test_invariance(shape, micro, remat):
+    """In two layers. Of rows with one document the experts with a probability are its pool, of a size of its own."""
     assert_same(gradients_of(pooled(micro, remat, "grouped"), shape), oracle())
-    if micro == 4:  # pools have a part in all this
-        assert abs(oracle()["loss"] - gradients_of(pooled(moe={"pool_min": 4}), (1, 1, 1))["loss"]) > 1e-3
+    sizes = (oracle()["sums"].router["layers"].prob_per_expert[:, :16] > 0).sum(-1)
+    assert sizes.shape == (2, 16) and sizes.min() == 2 and sizes.max() == 5 and (sizes[0] != sizes[1]).any()
 
 
 @slow
@@ -295,16 +330,23 @@ def test_evaluation_takes_pools_from_prefixes_alone():
             evaluation = step.make_eval_step(cfg, mesh, 1)
             sums = evaluation(state.params, state.router_bias, put_batch(rows, mesh, cfg, by_domain=True))
         assert sums.tokens.sum() == 32 * 2 * 3  # of 4 tokens of a document the first predicts one of the prefix
+        assert sums.left_out.tolist() == [32 * 2]
+
+
+def of_two_stacks(way: str) -> config.RunConfig:
+    cfg = pooled(moe={"pool_from": way, "pool_max": 4})
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layers="moe:8 moe:4"))
 
 
 @slow
 def test_samples_and_scores_take_the_pool_of_the_prompt():
     """A text is written token by token, from prompts of different lengths, as one pass computes it whose pools are from
-    as many first tokens; a continuation is scored alike."""
-    mesh, state = state_on((1, 1, 1))
+    as many first tokens; a continuation is scored alike. In layers of different numbers of experts."""
+    mesh, cfg = state_on((1, 1, 1))[0], of_two_stacks("prefix")
+    state = init_state(cfg, mesh)
     own = state.params, state.router_bias
     prompts, texts = [[5, 7, 2], [37, 22, 1, 12, 33], [43, 23, 18, 7, 10, 33, 38, 14]], []
-    cfg = pooled().model
+    cfg = cfg.model
     short = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, pool_prefix=3))
     for prompt, out in zip(prompts, generate(cfg, mesh, *own, prompts, 4), strict=True):
         n = len(prompt)
@@ -319,12 +361,19 @@ def test_samples_and_scores_take_the_pool_of_the_prompt():
             assert np.abs(others - logits).max() > 1e-3
         texts.append((prompt, out[n:], special.log_softmax(np.float64(logits), -1)))
     requests = [loglikelihood.Request(np.int32(prompt), np.int32(more)) for prompt, more, _ in texts]
-    run = dataclasses.replace(pooled(), data=dataclasses.replace(pooled().data, batch_size=8, seq_len=16))
-    for score, (prompt, more, logs) in zip(loglikelihood.score(run, mesh, *own, requests), texts, strict=True):
+    run = dataclasses.replace(pooled(), model=cfg, data=dataclasses.replace(pooled().data, batch_size=8, seq_len=16))
+    by_document = dataclasses.replace(run, model=of_two_stacks("document").model)
+    scores = [loglikelihood.score(each, mesh, *own, requests) for each in (run, by_document)]
+    for one, other, (prompt, more, logs) in zip(*scores, texts, strict=True):
         want = [logs[len(prompt) - 1 + i, token] for i, token in enumerate(more)]
-        np.testing.assert_allclose(score.token_logprobs, want, rtol=1e-4)
+        np.testing.assert_allclose(one.token_logprobs, want, rtol=1e-4)
+        np.testing.assert_array_equal(other.token_logprobs, one.token_logprobs)
+    for size, more in ((1, 3), (9, 16)):  # a text without a context, and a continuation that leaves none
+        alone = loglikelihood.Request(np.arange(1, 1 + size, dtype=np.int32), np.ones(more, np.int32))
+        with pytest.raises(ConfigError, match=r"model\.moe\.pool_from='prefix': .* a single token"):
+            loglikelihood.score(run, mesh, *own, [*requests, alone])
     (routed,) = passes.run(cfg, mesh, *own, [prompts[1]], "routing")
-    assert len(np.unique(routed[0])) <= cfg.moe.pool_size
+    assert all(len(np.unique(its)) <= 3 and its.max() < e for its, e in zip(routed[0], (8, 4), strict=True))
 
 
 @slow
@@ -343,6 +392,28 @@ def test_export_says_that_pools_are_left_out(tmp_path):
     pairs = overrides.Overrides([("model.moe.pool_from", "document"), ("model.moe.pool_size", "4")])
     changed, names = overrides.apply(pooled(), pairs)
     assert changed.model.moe.pool_size == 4 and overrides.changes_results(names)  # its files have names of their own
+
+
+def test_a_prefix_that_leaves_nothing_to_score_is_refused():
+    """Before training, by the longest held-out document; after an evaluation, of what it has read."""
+    stores = {("a", "train"): SimpleNamespace(offsets=[0, 90]), ("a", "validation"): SimpleNamespace(offsets=[0, 4, 9])}
+    rows = batch_rows(0.0) | {"domain_ids": np.zeros((32, 8), np.int32)}
+    corpus = SimpleNamespace(
+        stores=stores, domains=("a",), bytes_per_token=(3.0,), num_validation_batches=lambda limit=0: 1,
+        validation_batches=lambda rows_, limit: iter([rows]), num_validation_rows=lambda limit=0: 32,
+    )  # fmt: skip
+    held_out.check_held_out(corpus, 5)
+    with pytest.raises(ConfigError, match=r"pool_prefix=6: leaves nothing to score .* 5 tokens; nearest valid: 5"):
+        held_out.check_held_out(corpus, 6)
+    cfg, (mesh, _) = pooled(), state_on((1, 1, 1))
+    sums = EvalSums(np.zeros(1), np.zeros(1), {}, None, np.ones(1))
+    result = lambda tokens: held_out.evaluate(
+        cfg, mesh, {}, {}, corpus, progress=False, run=lambda *_: sums._replace(tokens=np.float64([tokens]))
+    )
+    with pytest.raises(ConfigError, match=r"model\.moe\.pool_prefix=2: leaves nothing to score"):
+        result(0)
+    assert "not scored: 25.0% of a" in held_out.table(result(3), {})
+    assert json.loads(held_out.to_json(1, result(3), {}))["left_out_by_prefix"] == {"a": 0.25}
 
 
 def test_the_step_draws_sizes():
@@ -378,7 +449,7 @@ def test_refused_in_a_run():
     with pytest.raises(ConfigError, match=r"explore\.top_k=3: as pool_min must be from top_k=3"):
         dataclasses.replace(cfg, explore=ExploreConfig(top_k=3))
     tables = {"layers": "moe table", "num_layers": 2}
-    for fields, message in ((tables, "table blocks"), ({"num_dense_layers": 1}, "needs layers whose router chooses")):
+    for fields, message in ((tables, "table blocks"), ({"num_dense_layers": 2}, "needs layers whose router chooses")):
         with pytest.raises(ConfigError, match=rf"pool_min=2: .*{message}"):
             dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **fields))
     moe = dataclasses.replace(cfg.model.moe, pool_prefix=8)

@@ -20,6 +20,23 @@ def test_mistakes(monkeypatch, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_rows_of_other_options(tmp_path):
+    """A table of models that were measured otherwise leaves cells empty, and says of which prefix each is."""
+
+    def made(prefix, share, size):
+        losses = {"law": 2.0, "prose": 3.0, "": 2.5}
+        pairs = {"all": losses, f"prefix {size}": losses, f"document {size}": losses}
+        return pools_report.Finished(
+            {}, {"prefix": prefix}, 4, {"100": 8, share: 4}, {"100": losses, share: losses}, pairs
+        )
+
+    runs = {("pools", 0): made(64, "50", 8), ("global", 0): made(16, "25", 16)}
+    pools_report.write(tmp_path, runs, {name: arm.label for name, arm in pools.ARMS.items()})
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "first 64 or 16 of each" in text and "| model | 100 % (8) | 50 % (4) |  | 25 % (4) |  |" in text
+    assert "| document pools, global batch | 13.74 | 13.74 | +0.0% |  |  |" in text
+
+
 @pytest.mark.slow
 def test_toy_experiment(tmp_path, monkeypatch, capsys):
     """One arm up to the figure; its run serves another call, and its record a third, which runs nothing."""
@@ -38,18 +55,23 @@ def test_toy_experiment(tmp_path, monkeypatch, capsys):
     run = pools_report.load(tmp_path / "first")["pools", 0]
     assert run.experts == {"100": 8, "50": 4} and set(run.kept["50"]) == {"law", "prose", ""}
     assert set(run.pools) == {"all", "prefix 4", "document 4"} and run.kept["50"] != run.kept["100"]
-    assert run.settings["moe.pool_min"] == 4 and run.mean("100") == pytest.approx(
+    assert run.settings["model.moe.pool_min"] == 4 and run.mean("100") == pytest.approx(
         (math.exp(run.kept["100"]["law"]) + math.exp(run.kept["100"]["prose"])) / 2)  # fmt: skip
     said = capsys.readouterr().out
-    assert "| document pools, global batch |" in said and "leak, 4 experts" in said
+    assert "| document pools, global batch |" in said and "document against prefix, 4 experts" in said
     assert (tmp_path / "first" / "pools.png").stat().st_size > 10_000
 
     again = pools.trained(tmp_path / "second", "pools", 0, fields)
     cfg = pool.load_config(pools.CONFIG, str(tmp_path / "domains"), again.overrides)
     source = pool.find_trained(tmp_path / "first", cfg)
     assert source == tmp_path / "first" / "pools" / "seed0" and not pool.find_trained(tmp_path / "nowhere", cfg)
-    assert pools.jobs([(again, source)], [], "domains")[0].product == "pools.json"  # nothing is trained
-    for other in ({"train.steps": "5"}, {"optim.name": "muon"}, {"model.moe.pool_max": "6"}):
+    assert pools.jobs([(again, source)], {}, "domains")[0].product == "pools.json"  # nothing is trained
+    for other in (
+        {"train.steps": "5"},
+        {"optim.name": "muon"},
+        {"explore.noise": "0.5"},
+        {"data.tokenizer.end_of_text": "x"},
+    ):
         changed = pool.load_config(pools.CONFIG, str(tmp_path / "domains"), again.overrides | other)
         assert not pool.find_trained(tmp_path / "first", changed)
 
@@ -59,3 +81,10 @@ def test_toy_experiment(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, f"--out={tmp_path}/third", "--only=pools",
                                       f"--known={tmp_path}/first/results.json"])  # fmt: skip
     assert pools.main() == 0
+    # Neither a record nor a result of other options counts; both are named. Rows of other options share a table.
+    monkeypatch.setattr(pool, "run_all", lambda plan, *_: [job for job in plan() if not job.done])
+    command[command.index("--prefix=8")] = "--prefix=4"
+    monkeypatch.setattr(sys, "argv", [*command, f"--out={tmp_path}/first", "--only=pools",
+                                      f"--known={tmp_path}/first/results.json"])  # fmt: skip
+    capsys.readouterr()
+    assert pools.main() == 1 and capsys.readouterr().out.count("left out: --prefix: 8 then, 4 now") == 2

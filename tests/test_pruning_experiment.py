@@ -18,7 +18,8 @@ TINY = {
 
 def finished(**fields) -> Finished:
     losses = lambda shift: {str(n): {"law": 2.0 + shift * (32 - n), "": 2.5 + shift * (32 - n)} for n in (32, 24, 16)}
-    usual = {"steps": 900, "whole": 32, "after_steps": 50, "kept": {"32": 1.0, "24": 0.9, "16": 0.7}}
+    usual = {"settings": {"train.steps": 900}, "options": {"experts": [24, 16], "batches": 32, "after_steps": 50}}
+    usual |= {"whole": 32, "kept": {"32": 1.0, "24": 0.9, "16": 0.7}}
     usual |= {"used": losses(0.01), "random": losses(0.05), "after": losses(0.005)}
     return Finished(**usual | fields)
 
@@ -32,9 +33,12 @@ def test_order(tmp_path):
     run.folder.mkdir(parents=True)
     (run.folder / "eval.json").write_text("{}", encoding="utf-8")
     assert names() == ["pruning of sequence, seed 0"]
-    (run.folder / "pruned.json").write_text("{}", encoding="utf-8")
+    for options in ({"experts": [24, 16], "batches": 9}, {"experts": [24], "batches": 8}):  # of another call
+        (run.folder / "pruned.json").write_text(json.dumps({"options": options}), encoding="utf-8")
+        assert names() == ["pruning of sequence, seed 0"]
+    (run.folder / "pruned.json").write_text('{"options": {"experts": [24, 16], "batches": 8}}', encoding="utf-8")
     assert names() == [f"sequence, {n} experts, seed 0" for n in (32, 24, 16)]
-    whole, pruned = (pruning.continued(run, n, 32, 50) for n in (32, 16))
+    whole, pruned = (pruning.continued(run, n, 32, 50, 8) for n in (32, 16))
     assert whole.overrides["init_from"] == run.folder and pruned.overrides["init_from"] == run.folder / "pruned" / "16"
     assert pruned.overrides["model.moe.num_experts"] == 16 and pruned.overrides["train.steps"] == 50
     assert pruned.overrides["loss.balance_batch"] == "1" and pruned.overrides["seed"] != run.seed
@@ -45,15 +49,17 @@ def test_comparison(tmp_path):
     run = finished()
     assert run.experts == [32, 24, 16] and run.growth(run.used, 16) == pytest.approx(math.exp(0.16) - 1)
     assert run.growth(run.after, 24, "law") == pytest.approx(math.exp(0.04) - 1)
-    runs = {("global", 0): run, ("sequence", 0): finished(after={}, after_steps=0)}
+    runs = {
+        ("global", 0): run,
+        ("sequence", 0): finished(after={}, options={"experts": [24, 16], "batches": 32, "after_steps": 0}),
+    }
     pruning_report.write(tmp_path, runs, pruning.ARMS)
     assert pruning_report.read(tmp_path / "results.json") == runs
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| balanced over the global batch | 16 | 70% | 14.30 | +17.4% | 27.11 | +122.6% | 13.20 | +8.3% |" in table
     assert "| balanced in each sequence | 32 | 100% | 12.18 |  | 12.18 |  |  |  |" in table
     assert (tmp_path / "pruning.png").stat().st_size > 10_000
-    assert run.has([24, 16], 900, 50) and not run.has([24, 16, 8], 900, 50)
-    assert not run.has([24], 900, 100) and not run.has([24], 800, 50) and not runs["sequence", 0].has([24], 900, 50)
+    assert run.complete and not runs["sequence", 0].complete
 
 
 def test_mistakes(tmp_path, monkeypatch, capsys):
@@ -89,7 +95,11 @@ def test_toy_experiment(tmp_path, monkeypatch, capsys):
     totals = [sum(map(sum, layer)) for layer in counts["tokens_per_expert"]]
     assert totals == [2 * 8 * 32 * 4] * 2 or min(totals) > 0
     assert run.kept["6"] == pytest.approx(sum(sum(k) / t for k, t in zip(kept, totals, strict=True)) / 2)
-    assert run.has([6], 4, 2) and set(run.used["6"]) == {"law", "prose", ""}
+    assert (
+        run.complete
+        and run.options == {"experts": [6], "batches": 2, "after_steps": 2}
+        and set(run.used["6"]) == {"law", "prose", ""}
+    )
     assert run.used["6"] != run.random["6"] and run.used["8"] != run.after["8"]
     assert "| balanced over the global batch | 6 |" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*sys.argv, f"--known={tmp_path}/out/results.json"])

@@ -297,7 +297,7 @@ MODELS = {
     "latent": (
         {"layers": "", "num_layers": 3, "num_dense_layers": 1, "qkv_bias": True},
         {"num_experts": 4, "top_k": 3, "identity_experts": 2, "latent": 12, "latent_norm": True,
-         "shared_gate": "softmax"},
+         "shared_gate": "softmax", "min_ratio": 0.8},
         ExploreConfig(),
     ),
     # A state carried over layers, identity experts, and all that `explore` moves.
@@ -400,7 +400,7 @@ def test_invariance(name, case):
             assert np.abs(grad).max() > 1e-6, path
     for stats_of in got["sums"].router.values():
         made = stats_of.tokens_per_expert.sum(-1)
-        if name.startswith("mlp"):  # some slots are under the threshold
+        if name.startswith("mlp") or name == "latent":  # some slots are under the threshold, or light
             assert (made < 2.95 * stats_of.tokens).all() and (made >= stats_of.tokens).all()
         if name == "shards":
             for g in (0, 1):
@@ -598,6 +598,11 @@ def test_refused_together():
         ({"combine": "share"}, "combine='share': needs shard_groups > 1"),
         ({"combine": "share", "shard_groups": 2, "renormalize": True}, "renormalize"),
         ({"overflow": "random"}, "overflow"),
+        ({"choice": "expert", "min_ratio": 0.5}, "min_ratio=0.5: is for the choices of tokens"),
+        ({"combine": "one", "min_ratio": 0.5}, "min_ratio"),
+        ({"shard_groups": 2, "min_ratio": 0.5}, "min_ratio"),
+        ({"top_k": 1, "min_ratio": 0.5}, "min_ratio=0.5: has no effect with top_k=1"),
+        ({"min_ratio": 1.5}, r"min_ratio=1.5: must be in \[0.0, 1.0\]"),
         ({"identity_experts": 2, "num_groups": 2, "top_groups": 1}, "identity_experts"),
         ({"top_k": 11, "identity_experts": 2}, r"must be ≤ num_experts=8 \+ identity_experts=2"),
     ],

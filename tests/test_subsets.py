@@ -56,6 +56,7 @@ CORPUS = SimpleNamespace(
 @pytest.fixture(scope="module")
 def opened():
     cfg = pooled()
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, num_layers=1))
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     state = init_state(cfg, mesh)
     return cfg, mesh, state.params, state.router_bias, CORPUS
@@ -70,6 +71,7 @@ def test_what_is_left_is_a_pruned_model(opened):
     found = subsets.evaluate(*opened, use, (0.5, 1.0), progress=False)
     assert found.domains == DOMAINS[:2] and found.kept == [[8], [4]] and found.tokens.sum() == 2 * B * S
     plain = pooled(moe=dict.fromkeys(("pool_min", "pool_max", "pool_size", "pool_prefix"), 0) | {"pool_from": ""})
+    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, num_layers=1))
     assert not subsets.without_pools(cfg).model.moe.takes_pools
     (one,) = use
     assert one[2].sum() == 0 and np.allclose(one[:2].sum(1), 1) and set(np.argsort(one[0])[4:]) != set(
@@ -91,16 +93,20 @@ def test_what_is_left_is_a_pruned_model(opened):
     assert by_code.nll[1, 1] != pytest.approx(found.nll[1, 1], rel=1e-6)
     with pytest.raises(UserError, match="keep_by=letters: none of its text"):
         subsets.evaluate(*opened, use, (1.0,), "letters", progress=False)
+    with pytest.raises(UserError, match=r"keep_experts=12.5: keeps 1 of 8 experts of layer 0, .* chooses 2;.* 25$"):
+        subsets.evaluate(*opened, use, (1.0, 0.125), progress=False)
     body = json.loads(subsets.to_json(found, 7, 2, {}))
+    assert body["domains_without_text"] == ["letters"] and "not evaluated here" not in subsets.table(by_code)
     assert body["domains"][0]["perplexity"] == found.perplexity("code") and body["mean"] == found.mean
     text = subsets.table(found)
     assert text.splitlines()[0].split() == ["perplexity", "tokens", "100", "%", "50", "%"]
+    assert "nor in the rows of all domains: letters (nothing is held out, or was in the training text" in text
     assert "experts of a layer: 8; 4" in text and f"{found.mean[1]:.2f}" in text
     assert subsets.figure(found).axes[0].get_xlabel() == "experts of a layer that are kept"
 
 
 def test_which_experts_are_kept():
-    """The most used, never fewer than a token chooses; as many of each shard group; identity experts always."""
+    """The most used; as many of each shard group; identity experts always. Fewer than a token chooses are refused."""
     model = run_config().model
     of = lambda **moe: dataclasses.replace(
         model, num_dense_layers=0, num_layers=2,
@@ -111,8 +117,11 @@ def test_which_experts_are_kept():
         sorted({*range(8)} - {e for i, e in subsets.switched_off(model, use, share) if i == layer}) for layer in (0, 1)
     ]
     assert kept(of(), 0.5) == [[4, 5, 6, 7], [0, 1, 2, 7]] and kept(of(), 1.0) == [[*range(8)]] * 2
-    assert kept(of(top_k=3), 0.125) == [[5, 6, 7], [0, 1, 7]]
-    assert kept(of(top_k=4, shard_groups=2), 0.25) == [[4, 5, 6, 7], [0, 1, 2, 7]]
+    assert kept(of(top_k=4, shard_groups=2), 0.5) == [[4, 5, 6, 7], [0, 1, 2, 7]]
+    for moe, near in (({"top_k": 3}, "37.5"), ({"top_k": 4, "shard_groups": 2}, "50")):
+        subsets.check_shares(of(**moe), (1.0, float(near) / 100))
+        with pytest.raises(UserError, match=rf"--keep_experts=25: keeps 2 of 8 experts .*nearest valid: {near}$"):
+            subsets.check_shares(of(**moe), (1.0, 0.25))
     use = [np.arange(10.0), np.arange(10.0)]
     assert kept(of(identity_experts=2), 0.25) == [[6, 7]] * 2
 
@@ -123,5 +132,6 @@ def test_eval_keeps_experts(planted):  # noqa: F811
     run = planted / "planted"
     said = evaluate(planted, "--keep_experts=50", "--keep_batches=2", "--batches=1")
     body = json.loads((run / "subsets.0.1batches.json").read_text(encoding="utf-8"))
+    assert "checkpoint of step 0, mesh" in said  # after what has changed in the data
     assert body["shares"] == [1.0, 0.5] and body["kept"] == [[4, 4], [2, 2]] and "perplexity" in said
     assert (run / "figures" / "subsets.0.1batches.png").stat().st_size > 5000

@@ -19,7 +19,8 @@ MODEL = ModelConfig(num_layers=2, moe=MoEConfig(num_experts=8, top_k=2))
 def finished(shift: float = 0.1) -> Finished:
     whole = {"law": 2.0, "prose": 3.0, "": 2.5}
     more = lambda law, rest: {"law": 2.0 + law, "prose": 3.0 + rest, "": 2.5}
-    return Finished(900, 32, whole, {"law": [[0, 1]]}, {"law": [[0.5, 0.1]]}, {"law": more(shift, 0.01)},
+    made = {"train.steps": 900}, {"domains": ["law"], "batches": 32}, 900
+    return Finished(*made, whole, {"law": [[0, 1]]}, {"law": [[0.5, 0.1]]}, {"law": more(shift, 0.01)},
                     {"law": [more(0.02, 0.02), more(0.04, 0.0)]})  # fmt: skip
 
 
@@ -46,7 +47,6 @@ def test_comparison(tmp_path):
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| balanced over the global batch | law | 50% / 10% | +10.5% | +1.0% | +3.1% | +1.0% |" in table
     assert (tmp_path / "switching.png").stat().st_size > 10_000
-    assert run.has(["law"], 900) and not run.has(["law"], 800) and not run.has(["law", "prose"], 900)
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_toy_experiment(tmp_path, monkeypatch, capsys):
     assert status == 0, "\n".join(logs)
     assert not (tmp_path / "out" / "prepare").exists() and "trained already" in capsys.readouterr().out
     run = switching_report.load(tmp_path / "out")["global", 0]
-    assert run.has(["law"], 4) and set(run.whole) == {"law", "prose", ""}
+    assert run.options == {"domains": ["law"], "batches": 2} and set(run.whole) == {"law", "prose", ""}
     assert 0 < len(run.experts["law"]) == len(run.use["law"]) <= 10 and len(run.random["law"]) == 3
     there = json.loads((tmp_path / "other" / "global" / "seed0" / "eval.json").read_text(encoding="utf-8"))
     for row in there["domains"]:  # as without switches
@@ -78,5 +78,13 @@ def test_toy_experiment(tmp_path, monkeypatch, capsys):
     assert pool.find_trained(tmp_path / "other", cfg) is None
     monkeypatch.setattr(sys, "argv", [*own, f"--known={tmp_path}/out/results.json", "--domains=law"])
     assert switching.main() == 0 and "jobs on" not in capsys.readouterr().out
+    counted = [flag.replace("--count_batches=2", "--count_batches=1") for flag in own]
+    monkeypatch.setattr(sys, "argv", [*counted, f"--known={tmp_path}/out/results.json", f"--runs={tmp_path}/other",
+                                      "--domains=law"])  # fmt: skip
+    assert switching.main() == 0  # of other options: neither known nor done
+    said = capsys.readouterr().out
+    assert "--known: global, seed 0, is left out: --batches: 2 then, 1 now" in said
+    assert "switching.json is made again: --batches: 2 then, 1 now" in said
+    assert switching_report.load(tmp_path / "out")["global", 0].options == {"domains": ["law"], "batches": 1}
     monkeypatch.setattr(sys, "argv", [*own, "--domains=verse"])
     assert switching.main() == 2 and "--domains=verse: is not among the domains law, prose" in capsys.readouterr().err

@@ -99,6 +99,18 @@ def test_command_line(root, tmp_path, flags, says, monkeypatch, capsys):
     assert status in (1, 2) and says in capsys.readouterr().err
 
 
+def test_published_runs_are_of_their_command(root, capsys):
+    """docs/upcycling_runs.json is known to the command on its page, and to no other."""
+    known = upcycling_report.read(Path("docs/upcycling_runs.json"))
+    some = {key: known[key] for key in (("dense", 0), ("exact", 0))}
+    page = {"train.steps": "300", "data.batch_size": "64", "model.segment_mask": "false", "train.eval_every": "50"}
+    ask = lambda fields: upcycling.call(root / "dense", str(root / "domains"), lambda runs: runs, fields)
+    assert ask(page).select(some, "--known") == some and capsys.readouterr().out == ""
+    for other in (page | {"model.segment_mask": "true"}, {"model.segment_mask": "false"}):
+        assert not ask(other).select(some, "--known")
+    assert "exact, seed 0, is left out: config.data.batch_size: 64 in the run, 128 now" in capsys.readouterr().out
+
+
 # --- the measure -----------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +183,7 @@ def fake_run(out: Path, arm: str, start: float, end: float, alike: list[float], 
     uneven = {0: [0, 0], 100: [0, 0.5]}
     measures = {"start": {"all": start}, "similarity": similarity, "unevenness": uneven}
     measures |= {"flops_per_token": flops, "parameters": [2e6, 1e6]}
+    config_file.save_config(folder, RUN)
     (folder / "measures.json").write_text(json.dumps(measures), encoding="utf-8")
 
 
@@ -219,6 +232,7 @@ def test_toy_experiment(root, tmp_path, monkeypatch, capsys):
     assert runs["exact"].unevenness[0] == runs["shards"].unevenness[8] == [0.0, 0.0] and not runs["dense"].unevenness
     assert all(run.loss[-1] < run.loss[0] for run in runs.values())
     assert not (tmp_path / "exact" / "seed0" / "checkpoints").exists()
-    assert "| virtual groups, E8G8T8 (1) |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| virtual groups, E8G8T8 (1) |" in said and "left out" not in said
     shutil.rmtree(tmp_path / "weights")
     assert config_file.load_config(tmp_path / "exact" / "seed0").model.moe.num_experts == 64

@@ -160,9 +160,12 @@ def test_how_a_model_is_computed_makes_no_other_model(saved):
         moe=dataclasses.replace(MODEL.moe, compute="dense", capacity_factor=2.0, exchange="ring", room=2.0,
                                 exchange_chunks=2, grouped_matmul="reference"),
     )  # fmt: skip
-    moe = dataclasses.replace(MODEL.moe, compute="capacity", overflow="random")
+    moe = dataclasses.replace(MODEL.moe, compute="capacity", overflow="random", min_ratio=0.5)
     drops = dataclasses.replace(MODEL, moe=moe, mtp_layers=1)
-    changed = {"model.moe.expert_budget"}  # for identity experts only, which this model does not have
+    # For identity experts, which this model does not have, and for routers without a selection bias, which it has.
+    changed = {
+        f"model.moe.{x}" for x in ("expert_budget", *(f"pool_{y}" for y in ("min", "max", "from", "size", "prefix")))
+    }
     for model in (other, drops):
         cfg = dataclasses.replace(CFG, init_from=str(saved), model=model)
         changed |= {line.split(":")[0].removeprefix("config.") for line in weights.check_same_model(cfg)}

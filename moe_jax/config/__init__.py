@@ -5,6 +5,7 @@ A config file returns an `ml_collections.ConfigDict` (start from `default_config
 value, the rule and the nearest valid choice.
 """
 
+from moe_jax.config.balance import check_trained
 from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
 from moe_jax.config.convert import build, build_model, default_config, parameter_group, router_loss, source, to_dict
 from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
@@ -65,6 +66,7 @@ __all__ = [
     "check_devices",
     "check_grouped_matmul",
     "check_steps",
+    "check_trained",
     "check_vocabulary",
     "complete",
     "cudnn_refusals",

@@ -1,4 +1,4 @@
-"""Rules between `loss.bias_update` and the fields that it depends on, in the loss and in the model."""
+"""Rules between selection biases, their update and the fields that it depends on, in the loss and in the model."""
 
 from typing import Any
 
@@ -17,6 +17,18 @@ def check_bias_update(loss: Any, model: Any) -> None:
         _check_budget(loss, model.moe)
     if form == "quantile":
         _check_quantile(loss, model)
+
+
+def check_trained(cfg: Any) -> None:
+    """Raises ConfigError for a model of a `RunConfig` that may be evaluated, but not trained."""
+    moe = cfg.model.moe
+    rule = (
+        "is for evaluation with model.moe.selection_bias=True: in training an expert that is chosen for its bias, and "
+        "left out for its weight, would get a larger bias at every step"
+    )
+    require(
+        not (moe.min_ratio and moe.selection_bias), "model.moe.min_ratio", moe.min_ratio, rule, "nearest valid: 0.0"
+    )
 
 
 def _check_budget(loss: Any, moe: Any) -> None:

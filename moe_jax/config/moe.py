@@ -73,7 +73,7 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # "document": from all of its tokens, the scored ones too, a leak that makes losses too low; for measuring it.
     pool_from: Literal["", "all", "prefix", "document"] = machine("", FIXED)
     pool_size: int = machine(number(0, 0), FIXED)  # experts of a pool in evaluation, with "prefix" or "document"
-    # Tokens at the beginning of a document that evaluation does not score, because they may give its pool; 0: none.
+    # Tokens at the beginning of a held-out document that are not scored, because they may give its pool; 0: none.
     pool_prefix: int = machine(number(0, 0), FIXED)
     # Values of the matrices of routed experts: any, or three for each matrix, −s, 0 and s, where s is the mean of its
     # absolute values (BitNet b1.58, MoTE). Training keeps and updates the unrounded ones (docs/layers.md).
@@ -88,6 +88,10 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # Which rows an expert takes first with compute="capacity": those of early tokens, a random order, or those of the
     # largest combine weight.
     overflow: Literal["first", "random", "score"] = machine("first", FIXED)
+    # Leaves out choices of a token whose combine weight is less than this share of its largest one (MC-MoE's online
+    # pruning, arXiv:2410.06270), for all layers alike; the others share its weight only with renormalize or
+    # score_order="topk_score". An evaluation may set it (docs/routing.md). 0: off.
+    min_ratio: float = machine(number(0.0, 0.0, 1.0), FIXED)
     # How tokens reach the experts of other devices (docs/scaling.md). "auto" takes what sends fewer bytes on TPU, and
     # "ring" on CPU and GPU.
     exchange: Literal["auto", "ring", "all_to_all"] = machine("auto")
@@ -159,6 +163,8 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
         require(self.router != "linear" or self.router_width == MoEConfig.router_width, "router_width",
                 self.router_width, "has no effect with router='linear'",
                 f"nearest valid: {MoEConfig.router_width}")  # fmt: skip
+        if self.min_ratio:
+            self._check_ratio()
         if self.expert_budget:
             self._check_budget()
         if self.choice == "expert":
@@ -175,6 +181,13 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
             require(mine == value, name, mine, "is not available with shard_groups > 1", f"nearest valid: {value}")
         require(s > 1 or self.combine != "share", "combine", self.combine, "needs shard_groups > 1",
                 "nearest valid: 'score'")  # fmt: skip
+
+    def _check_ratio(self):
+        """Refuses choices whose weights do not say which of them a token needs least."""
+        for name, plain in {"choice": "token", "combine": "score", "shard_groups": 1}.items():
+            rule = f"is for the choices of tokens by their scores, not with {name}={getattr(self, name)!r}"
+            require(getattr(self, name) == plain, "min_ratio", self.min_ratio, rule, "nearest valid: 0.0")
+        require(self.top_k > 1, "min_ratio", self.min_ratio, "has no effect with top_k=1", "nearest valid: 0.0")
 
     def _check_budget(self):
         def rule(ok: bool, text: str) -> None:

@@ -71,9 +71,10 @@ def numbers(document: list[Request], scores: list[Score], gold: int) -> dict[str
     return {name: float(one == gold) for name, one in zip(ACCURACIES, chosen, strict=True)} | {"bits_per_byte": bits}
 
 
-def of_task(task: Task, tokenizer: Tokenizer, score: Scorer) -> dict[str, Any]:
+def of_task(task: Task, tokenizer: Tokenizer, score: Scorer, prefix: int = 0) -> dict[str, Any]:
     """The results of a task: the mean over documents and the standard error of each number, and what was cut or lost.
 
+    prefix: tokens of a context from which pools are taken otherwise; shorter contexts are counted.
     Raises FileError for a continuation for which the tokenizer has no token.
     """
     requests = loglikelihood.encode(tokenizer, [pair for document in task.documents for pair in document.pairs])
@@ -89,6 +90,7 @@ def of_task(task: Task, tokenizer: Tokenizer, score: Scorer) -> dict[str, Any]:
         if found := [row[name] for row in rows if name in row]:
             made[name] = float(np.mean(found))
             made[f"{name}_se"] = float(np.std(found, ddof=1) / math.sqrt(len(found))) if len(found) > 1 else math.nan
+    made |= {"short_contexts": short} if (short := sum(len(r.context) < prefix for r in requests)) else {}
     return made | _losses(requests, scores) | {"unconditional_left_out": task.unconditional, "digest": task.digest}
 
 
@@ -152,6 +154,7 @@ _REMARKS = {
     "cut_requests": "{n:,} of {requests:,} contexts are cut on the left, {tokens:,} tokens in all; see data.seq_len",
     "in_pieces": "{n:,} of {requests:,} continuations are longer than a sequence and scored in pieces",
     "lost_bytes": "no token represents {n:,} bytes",
+    "short_contexts": "{n:,} of {requests:,} contexts give their document pool by fewer than pool_prefix tokens",
     "unconditional_left_out": "{n:,} rows without a question are left out",
 }
 

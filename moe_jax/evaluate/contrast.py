@@ -155,6 +155,15 @@ def read_prompts(path: str) -> list[str]:
     return found
 
 
+def check_prompts(run: OpenedRun, path: str, prompts: Sequence[str]) -> None:
+    """Raises UserError for a prompt of a file that the run cannot read."""
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            run.ids(prompt)
+        except ValueError as error:
+            raise UserError(f"--contrast: {path}, prompt {number}: {error}") from None
+
+
 def _prompt_of(place: str, row: dict) -> str:
     text = next((row[name] for name in FIELDS if name in row), None)
     if not isinstance(text, str):

@@ -5,7 +5,7 @@ import json
 import lzma
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from moe_jax.config import RunConfig
+from moe_jax.config.fields import require
 from moe_jax.config.layers import Place
 from moe_jax.data import Corpus
 from moe_jax.evaluate.switches import Switches
@@ -41,6 +42,7 @@ class EvalResult(NamedTuple):
     choices: dict[str, ChoiceSums] | None  # numpy, if recorded
     limit: int = 0  # batches asked for; 0: all
     sequences: tuple[int, int] = (0, 0)  # rows evaluated, and rows of the whole split
+    left_out: np.ndarray | None = None  # [G] targets that `pool_prefix` leaves out; None without it
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each domain with tokens, then one for TOTAL: xent (nats per token), perplexity, bits_per_byte."""
@@ -51,6 +53,15 @@ class EvalResult(NamedTuple):
     def unseen(self) -> list[str]:
         """The names of domains without tokens."""
         return [name for name, tokens in zip(self.domains, self.tokens, strict=True) if not tokens > 0]
+
+    def left_out_shares(self) -> dict[str, float]:
+        """The share of each domain's targets that are not scored because they may give a document's pool."""
+        left = self.left_out if self.left_out is not None else np.zeros(len(self.domains))
+        return {
+            name: float(one / (one + tokens))
+            for name, one, tokens in zip(self.domains, left, self.tokens, strict=True)
+            if one > 0
+        }
 
     def _row(self, name: str, ids: list[int]) -> dict[str, Any]:
         nll, tokens = float(self.nll[ids].sum()), float(self.tokens[ids].sum())
@@ -65,10 +76,18 @@ class EvalResult(NamedTuple):
         }
 
 
-def check_held_out(corpus: Corpus) -> None:
-    """Raises ConfigError if there is no held-out text, since the run could not be evaluated."""
+def check_held_out(corpus: Corpus, prefix: int = 0) -> None:
+    """Raises ConfigError if there is no held-out text, since the run could not be evaluated.
+
+    prefix: `model.moe.pool_prefix`, the tokens of a document that are not scored. Some document must have as many.
+    """
     if not corpus.num_validation_batches():
         raise corpus.nothing_held_out()
+    if prefix:
+        stores = [store for (_, split), store in corpus.stores.items() if split == "validation"]
+        longest = max(int(np.diff(store.offsets).max(initial=0)) for store in stores)
+        rule = f"leaves nothing to score of held-out documents, of which the longest has {longest} tokens"
+        require(prefix <= longest, "model.moe.pool_prefix", prefix, rule, f"nearest valid: {longest}")
 
 
 def evaluate(
@@ -84,14 +103,17 @@ def evaluate(
     earlier: tuple[dict, dict] | None = None,
     program: Program | None = None,
     switches: Switches | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> EvalResult:
     """The result of an evaluation on the held-out split.
 
     limit: number of batches, spread over the split; 0: all. record: whether to sum the router's choices for `analysis`.
     earlier: params and router_bias of an earlier checkpoint, whose choices are compared with these.
-    switches: experts that are off or on, in the earlier checkpoint too.
+    switches: experts that are off or on, in the earlier checkpoint too. run: the step of `make_eval_step` with the same
+    arguments, where several models share it and compile it once.
+    Raises ConfigError if `pool_prefix` leaves nothing to score.
     """
-    run = step.make_eval_step(cfg, mesh, len(corpus.domains), record, program)
+    run = run or step.make_eval_step(cfg, mesh, len(corpus.domains), record, program)
     rows = process_rows(mesh, cfg.data.batch_size)
     sums = None
     batches = corpus.validation_batches(rows, limit)
@@ -102,11 +124,15 @@ def evaluate(
         one = run(params, router_bias, put_batch(batch, mesh, cfg, by_domain=True), earlier, switches)
         sums = one if sums is None else jax.tree.map(jnp.add, sums, one)
     host = jax.tree.map(np.asarray, jax.device_get(sums))
+    prefix = cfg.model.moe.pool_prefix
+    rule = "leaves nothing to score: all documents of the held-out text that was read are shorter"
+    require(not prefix or host.tokens.sum() > 0, "model.moe.pool_prefix", prefix, rule, "nearest valid: a smaller one")
     size = np.asarray(corpus.bytes_per_token)
     sequences = (corpus.num_validation_rows(limit), corpus.num_validation_rows())
     return EvalResult(
-        corpus.domains, host.nll, host.tokens, size, cfg.model.places, host.router, host.choices, limit, sequences
-    )
+        corpus.domains, host.nll, host.tokens, size, cfg.model.places, host.router, host.choices, limit, sequences,
+        host.left_out,
+    )  # fmt: skip
 
 
 def compression_bits_per_byte(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
@@ -136,6 +162,9 @@ def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
         lines.append(line + "".join(f" {b.get(r['domain'], math.nan):>8.3f}" for b in baselines.values()))
     if missing := result.unseen():
         lines.append(f"not evaluated here: {', '.join(missing)}")
+    if shares := result.left_out_shares():
+        names = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+        lines.append(f"the first tokens of documents (pool_prefix) are not scored: {names}; compressors have all text")
     return "\n".join(lines)
 
 
@@ -152,10 +181,15 @@ def suffix(result: EvalResult, step_number: int, newest: int) -> str:
 
     It is empty for all held-out text at the newest checkpoint (eval.json), else .<step>[.<limit>batches].
     """
-    limited = result.sequences[0] < result.sequences[1]
+    return suffix_of(result.limit, result.sequences, step_number, newest)
+
+
+def suffix_of(limit: int, sequences: tuple[int, int], step_number: int, newest: int) -> str:
+    """The same before there is a result. sequences: rows to evaluate, and rows of the whole split."""
+    limited = sequences[0] < sequences[1]
     if step_number == newest and not limited:
         return ""
-    return f".{step_number}" + (f".{result.limit}batches" if limited else "")
+    return f".{step_number}" + (f".{limit}batches" if limited else "")
 
 
 def suffix_at_the_end(workdir: str | os.PathLike, result: EvalResult, step_number: int) -> str:
@@ -196,6 +230,7 @@ def to_json(
         **({"experts": experts} if experts else {}),
         "domains": [log.finite(row) for row in result.rows()],
         "domains_without_text": result.unseen(),
+        **({"left_out_by_prefix": shares} if (shares := result.left_out_shares()) else {}),
         "bits_per_byte_of": {name: log.finite(of) for name, of in baselines.items()},
         "tokens_per_expert": [stats.tokens_per_expert.astype(int).tolist() for stats in layers],
         "tokens_per_layer_and_domain": [stats.tokens.astype(int).tolist() for stats in layers],

@@ -125,6 +125,17 @@ def check(cfg: RunConfig) -> None:
     require(moe.compute != "capacity", "model.moe.compute", moe.compute, why, hint)
 
 
+def check_gives_pool(cfg: ModelConfig, tokens: int) -> None:
+    """Raises ConfigError for a context of one token where contexts give document pools.
+
+    It is the token that begins a document, of a text without a context, or all that is left of a context before a
+    continuation as long as a sequence. tokens: those of the context.
+    """
+    rule = "takes pools from contexts, but one has a single token, which says nothing of a text"
+    require(not cfg.moe.takes_pools or tokens > 1, "model.moe.pool_from", cfg.moe.pool_from, rule,
+            "nearest valid: 'all', with pool_size=0")  # fmt: skip
+
+
 # --- sequences -------------------------------------------------------------------------------------------------------
 
 
@@ -183,8 +194,8 @@ def _scorer(cfg: ModelConfig, mesh: Mesh, tokens: int, length: int):
         net = graph.bind(params, bias)
         at = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows)
         documents = None
-        if cfg.moe.takes_pools:  # a context gives the pool
-            documents = Documents(jnp.ones_like(ids), at < contexts[:, None] if cfg.moe.pool_from == "prefix" else None)
+        if cfg.moe.takes_pools:  # a context gives the pool, as a prompt does, whatever gives it in held-out text
+            documents = Documents(jnp.ones_like(ids), at < contexts[:, None])
         info = TokenInfo(at < lengths[:, None], jnp.zeros_like(ids), documents=documents)
         # Padding comes last, so that no token that counts attends to it.
         hidden = net(model.Inputs(ids, at, None, info, switches=switches)).hidden
@@ -210,13 +221,14 @@ def score(
     cfg: of `config.for_evaluation`. A sequence has at most `data.seq_len` tokens; a batch about as many as one of
         `data.batch_size` such sequences. progress: whether to show a bar, named `describe`.
     switches: experts that are off or on.
-    Every process of a run calls this, and has all the scores. Raises ConfigError (`check`).
+    Every process of a run calls this, and has all the scores. Raises ConfigError (`check`, `check_gives_pool`).
     """
     check(cfg)
     if empty := [i for i, r in enumerate(requests) if not (len(r.context) and len(r.continuation))]:
         raise ValueError(f"request {empty[0]} has no token in its context or in its continuation")
     longest, step = cfg.data.seq_len, 128 if cfg.model.attention == "splash" else 1
     rows = _rows_of(requests, longest)
+    check_gives_pool(cfg.model, min((len(row.ids) - row.scored for row in rows), default=2))
     shape = dataclasses.replace(cfg.model, segment_mask=False)  # one sequence a row needs no mask
     nats = [np.zeros(len(r.continuation), np.float32) for r in requests]
     greedy, cut, pieces = np.ones(len(requests), bool), np.zeros(len(requests), int), np.zeros(len(requests), int)

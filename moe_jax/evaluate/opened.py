@@ -91,7 +91,7 @@ class OpenedRun:
             raise ValueError("the run has no tokenizer: give token ids, or put its tokenizer.json into the directory")
         return self.tokenizer
 
-    def _ids(self, text: Text) -> list[int]:
+    def ids(self, text: Text) -> list[int]:
         """The token ids of a text, checked. Raises ValueError."""
         ids = self.encode(text) if isinstance(text, str) else [int(i) for i in text]
         if not ids:
@@ -164,7 +164,7 @@ class OpenedRun:
         for request, end in zip(requests, ends, strict=True):
             if not (len(end) and len(request.continuation)):
                 raise ValueError(f"score: the continuation {end!r} has no tokens")
-        longest = max(len(self._ids([*request.context, *request.continuation])) for request in requests)
+        longest = max(len(self.ids([*request.context, *request.continuation])) for request in requests)
         longest = 1 << max(longest - 1, 1).bit_length()  # texts of similar lengths share a program
         longest = min(longest, self.model.max_seq_len or longest)
         cfg, _ = config.for_evaluation(dataclasses.replace(self.cfg, model=self.model), 1)
@@ -181,7 +181,7 @@ class OpenedRun:
             pairs = [(as_text(a), as_text(b)) for a, b in zip(contexts, ends, strict=True)]
             return loglikelihood.encode(self._its_tokenizer(), pairs)
         ids = lambda given: np.asarray(given, np.int32)
-        return [loglikelihood.Request(ids(self._ids(a)), ids(b)) for a, b in zip(contexts, ends, strict=True)]
+        return [loglikelihood.Request(ids(self.ids(a)), ids(b)) for a, b in zip(contexts, ends, strict=True)]
 
     def generate(
         self, prompts: Text | Sequence[Text], tokens: int | None = None, *, temperature: float | None = None,
@@ -209,7 +209,7 @@ class OpenedRun:
     def _each(self, texts: Any, run: Callable[[list, list], list]) -> Any:
         """The results of run(texts, their ids): one for one text, a list for a list."""
         listed, one = _listed(texts)
-        made = run(listed, [self._ids(text) for text in listed]) if listed else []
+        made = run(listed, [self.ids(text) for text in listed]) if listed else []
         return made[0] if one else made
 
     def _run(self, what: str, layer: int = -1) -> Callable[[Any, list[list[int]]], list]:

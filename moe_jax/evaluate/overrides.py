@@ -15,7 +15,7 @@ from moe_jax.tree import flatten_config
 # Of the model: how the function of its weights is computed.
 MODEL = (
     "max_seq_len", "compute_dtype", "unroll", "attention", "segment_mask", "moe.compute", "moe.capacity_factor",
-    "moe.overflow", "moe.exchange", "moe.room", "moe.exchange_chunks", "moe.grouped_matmul",
+    "moe.overflow", "moe.min_ratio", "moe.exchange", "moe.room", "moe.exchange_chunks", "moe.grouped_matmul",
     "moe.pool_from", "moe.pool_size", "moe.pool_prefix",
 )  # fmt: skip
 GROUPS = ("data.", "sample.")

@@ -49,6 +49,7 @@ class Subsets(NamedTuple):
     tokens: Float[np.ndarray, " G"]
     bytes_per_token: Float[np.ndarray, " G"]
     nll: Float[np.ndarray, "shares G"]  # nats
+    missing: tuple[str, ...] = ()  # domains without text of one of both, which no number here is of
 
     def perplexity(self, domain: str) -> list[float]:
         """The perplexity of a domain, or of all together (TOTAL), for each share."""
@@ -94,12 +95,19 @@ def measure_use(
 
 
 def number_kept(model: ModelConfig, place: Place, share: float) -> int:
-    """The number of experts of a layer that are kept: the nearest to the share that leaves a token's choices.
+    """The number of experts of a layer that are kept: the nearest to the share, and of each shard group the same."""
+    return round(share * place.kind.experts / model.moe.shard_groups) * model.moe.shard_groups
 
-    With shard groups it is the same number of each group.
-    """
-    groups = model.moe.shard_groups
-    return max(round(share * place.kind.experts / groups), math.ceil(model.moe.top_k / groups)) * groups
+
+def check_shares(model: ModelConfig, shares: Sequence[float]) -> None:
+    """Raises UserError for a share of the experts of a layer that is too few for a token's choices."""
+    for share in shares:
+        for layer, place in enumerate(_places(model)):
+            kept, least = number_kept(model, place, share), model.moe.top_k
+            if kept < least:
+                near = 100 * max(least / place.kind.experts for place in _places(model))
+                rule = f"keeps {kept} of {place.kind.experts} experts of layer {layer}, but a token chooses {least}"
+                raise UserError(f"--keep_experts={100 * share:.4g}: {rule}; nearest valid: {near:.4g}")
 
 
 def switched_off(model: ModelConfig, use: Sequence[Float[np.ndarray, " C"]], share: float) -> list[Expert]:
@@ -134,6 +142,7 @@ def evaluate(
     Raises UserError for a domain without training text, and for a share that leaves too few experts of a group.
     """
     cfg, shares = without_pools(cfg), tuple(sorted(shares, reverse=True))
+    check_shares(cfg.model, shares)
     model, groups = cfg.model, len(corpus.domains)
     trained = [g for g in range(groups) if use[0][g].any()]
     if by and corpus.domains.index(by) not in trained:
@@ -144,10 +153,12 @@ def evaluate(
     for g in choosers:
         off = [switched_off(model, [one[g] for one in use], share) for share in shares]
         lines[corpus.domains[g]] = [switches.spell(one) for one in off]
-        try:
-            tables[g] = [switches.tables(model, off=one) for one in off]
-        except ValueError as error:
-            raise UserError(f"--keep_experts={min(shares):.4g}: {error}") from None
+        tables[g] = []
+        for share, one in zip(shares, off, strict=True):
+            try:
+                tables[g].append(switches.tables(model, off=one))
+            except ValueError as error:
+                raise UserError(f"--keep_experts={100 * share:.4g}: {error}") from None
     run = step.make_eval_step(cfg, mesh, groups)
     nll, tokens = np.zeros((len(shares), groups)), np.zeros(groups)
     batches = corpus.validation_batches(process_rows(mesh, cfg.data.batch_size), limit)
@@ -167,7 +178,8 @@ def evaluate(
     seen = [g for g in range(groups) if tokens[g] > 0]
     kept = [[number_kept(model, place, share) for place in _places(model)] for share in shares]
     size = np.asarray(corpus.bytes_per_token)[seen]
-    return Subsets(by, tuple(corpus.domains[g] for g in seen), shares, kept, lines, tokens[seen], size, nll[:, seen])
+    names, missing = ([corpus.domains[g] for g in range(groups) if (g in seen) == there] for there in (True, False))
+    return Subsets(by, tuple(names), shares, kept, lines, tokens[seen], size, nll[:, seen], tuple(missing))
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -189,6 +201,9 @@ def table(found: Subsets) -> str:
         f"experts of a layer: {'; '.join(numbers)}, those that training text of {found.by or 'the same domain'}"
     )
     lines[-1] += " uses most"
+    if found.missing:
+        why = "nothing is held out" if found.by else "nothing is held out, or was in the training text that was read"
+        lines.append(f"not evaluated here, nor in the rows of all domains: {', '.join(found.missing)} ({why})")
     return "\n".join(lines)
 
 
@@ -202,8 +217,8 @@ def to_json(found: Subsets, number: int, batches: int, overrides: dict[str, Any]
     ]  # fmt: skip
     body = {
         "step": number, "by": found.by, "shares": found.shares, "kept": found.kept, "training_batches": batches,
-        "overrides": overrides, "domains": rows, "perplexity": found.perplexity(TOTAL), "mean": found.mean,
-        "experts": found.off,
+        "overrides": overrides, "domains": rows, "domains_without_text": found.missing,
+        "perplexity": found.perplexity(TOTAL), "mean": found.mean, "experts": found.off,
     }  # fmt: skip
     return json.dumps(body, indent=1) + "\n"
 

@@ -265,6 +265,8 @@ def _model(flat: dict[str, Any], where: str) -> ModelConfig:
 
 WITHOUT_POOLS = "document pools are not exported: tokens choose from all experts, as with model.moe.pool_from='all'"
 
+WITHOUT_RATIO = "choices that weigh little are not left out there, as with model.moe.min_ratio=0"
+
 # --- ModelConfig → config.json ---------------------------------------------------------------------------------------
 
 

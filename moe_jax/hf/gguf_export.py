@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from moe_jax.errors import FormatError
 from moe_jax.hf import gguf, tables
-from moe_jax.hf.architectures import WITHOUT_POOLS, write_config
+from moe_jax.hf.architectures import WITHOUT_POOLS, WITHOUT_RATIO, write_config
 from moe_jax.hf.convert import check_is_finite, drop_prediction, imported_from, load_run
 from moe_jax.hf.devices import fetch
 from moe_jax.hf.gguf_tokenizer import tokenizer_keys
@@ -39,7 +39,7 @@ def export_gguf(
         parameters. experts_dtype: type of the matrices of routed experts; by default `dtype`. average: True writes the
         average of the weights (`optim.ema`).
     Raises FormatError if no architecture of gguf.py computes the run's model, if rows are not as long as the type asks
-    for, or if a weight is not finite. Nothing is written then.
+    for, if `experts_dtype` is given and there are no experts, or if a weight is not finite. Nothing is written then.
     """
     try:
         from gguf import GGUFWriter
@@ -54,11 +54,15 @@ def export_gguf(
         model, leaves = drop_prediction(model, leaves, "GGUF", echo)
     if model.moe.pool_min:
         echo(WITHOUT_POOLS)
+    if model.moe.min_ratio:
+        echo(WITHOUT_RATIO)
     source = imported_from(origin).get("architecture", "")
     name, hf = write_config(model, cfg.data.seq_len, source, NAMES, lambda hf: _kept(hf, model.tie_embeddings))
     kind, keys = metadata(hf)
     found = tables.tensors(tables.GGUF + name, model, {path: leaf.shape for path, leaf in leaves.items()})
     types = {tensor.name: _type_of(tensor, dtype, experts_dtype or dtype) for tensor in found}
+    if experts_dtype and not any("_exps" in tensor.name for tensor in found):
+        raise FormatError(f"{target}: --experts_dtype={experts_dtype}: the model has no experts; leave it out")
     for tensor in found:
         _check_rows(target, tensor, types[tensor.name], "experts_dtype" if "_exps" in tensor.name else "dtype")
     for tensor in found:
@@ -71,7 +75,7 @@ def export_gguf(
     writer = GGUFWriter(str(partial), kind)
     for key, value in keys.items():
         {int: writer.add_uint32, float: writer.add_float32}[type(value)](f"{kind}.{key}", value)
-    writer.add_file_type(FILE_TYPES[TYPES[dtype]])
+    writer.add_file_type(FILE_TYPES[TYPES[_most(found, types)]])
     writer.add_quantization_version(2)
     for key, value in tokenizer_keys(workdir, model.vocab_size, echo).items():
         _add(writer, key, value)
@@ -139,6 +143,14 @@ def _type_of(tensor: tables.Tensor, dtype: str, experts_dtype: str) -> str:
     if len(tensor.shape) == 1 or "ffn_gate_inp" in tensor.name:
         return "float32"
     return experts_dtype if "_exps" in tensor.name else dtype
+
+
+def _most(found: list[tables.Tensor], types: dict[str, str]) -> str:
+    """The type that most numbers of the file have, by which programs call the file."""
+    numbers: dict[str, int] = {}
+    for tensor in found:
+        numbers[types[tensor.name]] = numbers.get(types[tensor.name], 0) + int(np.prod(tensor.shape))
+    return max(numbers, key=numbers.get)
 
 
 def _raw(dtype: str) -> Any:

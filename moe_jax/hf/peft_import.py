@@ -32,7 +32,7 @@ from moe_jax.hf.peft import CONFIG, PREFIX, TENSORS, layer_of, shapes_of, single
 from moe_jax.nn.lora import NEVER, SUFFIX, is_adapter, matrix_of
 from moe_jax.optim import groups
 from moe_jax.run import weights
-from moe_jax.run.base import imported_from
+from moe_jax.run.base import check_not_rounded, imported_from, rounded_by
 from moe_jax.run.config_file import load_config
 from moe_jax.train.state import abstract_weights
 from moe_jax.tree import nest, split
@@ -84,6 +84,7 @@ def import_adapter(
     name, _ = write_config(model, of_base.data.seq_len, event.get("architecture", ""))
     found = read_adapter(adapter, name, model)
     lora, leaves = one_rank(source, found, model)
+    check_not_rounded(rounded_by(origin), str(base), lora.rank)
     tokenizer = of_base.data.tokenizer
     if own := tokenizers.own_file(tokenizer, base):
         tokenizer = dataclasses.replace(tokenizer, path=str(Path(workdir) / own.name))

@@ -1,7 +1,7 @@
 """Router logits → which experts each token uses, and with what weights. Pure functions without parameters.
 
 `route` is a list of stages: mix in noise → mask → score → perturb → rank → limit to groups → force → select → cut →
-weigh → validate. Each is a function of a few lines.
+weigh → drop what is light → validate. Each is a function of a few lines.
 
 Letters: T tokens, C router columns (E experts, then identity experts), K slots of a token: the experts that it chooses.
 """
@@ -71,6 +71,9 @@ def route(
     experts, chosen = select(force(ranked, facts), facts, cfg)
     chosen = cut(seen, experts, chosen, cfg, moving)
     weights = weigh(logits, scores, experts, chosen, cfg)
+    if cfg.min_ratio:
+        chosen = drop_light(weights, chosen, cfg)
+        weights = weigh(logits, scores, experts, chosen, cfg)
     valid = validate(experts, chosen, facts)
     return Routing(experts, weights, valid, prioritise(weights, facts, cfg, knobs)), probs
 
@@ -249,6 +252,17 @@ def weigh(
     if cfg.renormalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return weights * cfg.routed_scaling
+
+
+def drop_light(weights: Float[Array, "T K"], chosen: Bool[Array, "T K"] | None, cfg: MoEConfig) -> Bool[Array, "T K"]:
+    """Leaves out choices whose weight is less than `min_ratio` of the token's largest.
+
+    Source: online pruning of MC-MoE, arXiv:2410.06270: its second expert of two, here any after the largest. It keeps
+    all experts of the 2 % of tokens that others attend to most, which is not done here.
+    """
+    weights = jax.lax.stop_gradient(weights)
+    kept = weights >= cfg.min_ratio * jnp.max(weights, axis=-1, keepdims=True)
+    return kept if chosen is None else kept & chosen
 
 
 def share_in_shards(

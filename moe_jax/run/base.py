@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import RunConfig
-from moe_jax.errors import CheckpointError
+from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.nn.lora import is_adapter
 from moe_jax.parallel import sharding
 from moe_jax.train.state import TrainState
@@ -94,3 +94,21 @@ def _mix(x: jax.Array) -> jax.Array:
     for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
+
+
+def rounded_by(origin: list[dict]) -> dict | None:
+    """The event that rounded the weights of an origin (quant/), if nothing after it gave them other values."""
+    for event in reversed(origin):
+        if event.get("event") == "quantize":
+            return event
+        if event.get("event") != "upcycle" or event.get("chain"):  # an empty chain copies the weights
+            return None
+    return None
+
+
+def check_not_rounded(found: dict | None, source: str, rank: int) -> None:
+    """Raises ConfigError for adapters of a rank on rounded weights. found: what `rounded_by` gives for their origin."""
+    if found and rank:
+        rule = f"must be 0 with the rounded weights of {source}: adapters merged into them would leave their grids"
+        hint = f"nearest valid: --config.init_from={found['from'].rpartition('@')[0]}, which was rounded"
+        raise ConfigError("model.lora.rank", rank, rule, hint)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_jax.errors import ConfigError, FileError
+from moe_jax.errors import ConfigError, FileError, UserError, shown
 
 BENCHMARKS = ("tasks", "texts")  # parts of an evaluation file that have results by name
 
@@ -200,6 +200,19 @@ def add_eval(path: str | os.PathLike, step: int, kind: str, rows: dict[str, dict
     old = _read_object(Path(path))
     body = old if old.get("step") == step else {"step": step}
     write_eval(path, json.dumps(body | {kind: {name: finite(row) for name, row in rows.items()}}, allow_nan=False))
+
+
+def check_same(path: str | os.PathLike, step: int, asked: dict[str, Any]) -> None:
+    """Raises UserError if a file has results of the same step that were asked for otherwise, and would be lost.
+
+    asked: fields of the file, or of its tasks and texts, with the values that they will have.
+    """
+    body = _read_object(Path(path))
+    parts = [body, *(row for kind in BENCHMARKS for row in (body.get(kind) or {}).values())]
+    for name, value in asked.items():
+        for old in (part[name] for part in parts if name in part and body.get("step") == step):
+            if old != value:
+                raise UserError(f"{path}: has results of {name} {shown(old)}, not of {shown(value)}; rename it first")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -87,6 +87,9 @@ def _check(cfg: RunConfig, theirs: ModelConfig, experts: int) -> None:
     causal = theirs.moe.choice == "token" or not theirs.routed_counts
     require(causal, "distill.teacher", where, "has model.moe.choice='expert', whose predictions depend on later tokens",
             "nearest valid: a causal model")  # fmt: skip
+    leak = theirs.moe.pool_min > 0 and theirs.moe.pool_from == "document"
+    rule = "has model.moe.pool_from='document', whose predictions depend on later tokens"
+    require(not leak, "distill.teacher", where, rule, "nearest valid: a run with pool_from='all'")
     counts = theirs.expert_counts
     require(all(count % experts == 0 for count in counts), "mesh.expert", experts,
             f"must divide the experts {counts} of distill.teacher={where!r}",

@@ -342,9 +342,9 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
     """Checks from config.json, before compilation, that the weights of `cfg.init_from` are of the model `cfg.model`.
 
     Returns lines about permitted differences: how the model is computed, the dtype of its weights, and fields that
-    describe the same function in another way (`config.plain`).
-    Raises ConfigError if `init_from` is not a run directory or has another number of layers of multi-token prediction,
-    CheckpointError with the fields of another model.
+    describe the same function in another way (`config.plain`), and one about rounded weights.
+    Raises ConfigError if `init_from` is not a run directory, has another number of layers of multi-token prediction, or
+    has rounded weights that are to be the base of adapters; CheckpointError with the fields of another model.
     """
     path = Path(cfg.init_from).expanduser()
     if not (path / "config.json").is_file():
@@ -364,7 +364,19 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
     refused = [line for name, line in lines.items() if not config.is_machine(name)]
     if refused and not _same_function(cfg.model, load_config(path).model):
         raise CheckpointError(f"config.init_from={cfg.init_from!r} has another model ({'; '.join(refused[:5])})")
-    return list(lines.values())
+    return [*lines.values(), *_about_rounded(cfg, path)]
+
+
+def _about_rounded(cfg: config.RunConfig, path: Path) -> list[str]:
+    """A line if the weights of a run directory are rounded (quant/). Raises ConfigError if they shall have adapters."""
+    with Checkpoints(path) as checkpoints:
+        data = checkpoints.data_state() or {}
+    # A training run counts tokens, and keeps the origin of the weights that it started from, not of its own.
+    found = None if "tokens" in data else base.rounded_by(data.get("origin", []))
+    if not found:
+        return []
+    base.check_not_rounded(found, cfg.init_from, cfg.model.lora.rank)
+    return [f"config.init_from: the weights of {cfg.init_from} are rounded; training moves them off their grids"]
 
 
 def _same_function(a: config.ModelConfig, b: config.ModelConfig) -> bool:

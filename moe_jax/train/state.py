@@ -80,6 +80,7 @@ class EvalSums(NamedTuple):
     tokens: Float[Array, " G"]  # Σ weight
     router: dict[str, RouterStats]  # by block
     choices: dict[str, ChoiceSums] | None  # None unless recorded
+    left_out: Float[Array, " G"] | None = None  # Σ weight of prefixes, which are not scored; None without pool_prefix
 
 
 def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:

@@ -155,10 +155,13 @@ def make_eval_step(
         out, matrix = forward(graph, params, bias, batch, None, switches)
         with jax.named_scope("output"):
             nll = cross_entropy.token_nll(out.hidden, weight(matrix, out.hidden.dtype), batch.targets)
-        weights = batch.weights
+        domain = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32)
+        weights, left_out = batch.weights, None
         if cfg.model.moe.pool_prefix:  # the tokens that give a document's pool: targets are a place further
-            weights = jnp.where(batch.positions < cfg.model.moe.pool_prefix - 1, 0.0, weights)
-        member = jax.nn.one_hot(batch.group, num_domains, dtype=jnp.float32) * weights[:, :, None]
+            given = batch.positions < cfg.model.moe.pool_prefix - 1
+            left_out = jnp.sum(domain * jnp.where(given, weights, 0.0)[:, :, None], axis=(0, 1))
+            weights = jnp.where(given, 0.0, weights)
+        member = domain * weights[:, :, None]
         choices = None
         if record:
             before = forward(graph, *earlier, batch, None, switches)[0].choices if earlier else {}
@@ -175,7 +178,7 @@ def make_eval_step(
                 for path, chosen in out.choices.items()
             }
         return EvalSums(
-            jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), out.stats, choices
+            jnp.sum(member * nll[:, :, None], axis=(0, 1)), jnp.sum(member, axis=(0, 1)), out.stats, choices, left_out
         )
 
     return under_mesh(mesh, jax.jit(eval_step))

@@ -27,6 +27,7 @@ import jax
 from absl import flags
 
 from moe_jax import cli, config, data
+from moe_jax.config.labels import check_label
 from moe_jax.errors import UserError, nearest
 from moe_jax.evaluate import (
     analysis,
@@ -214,7 +215,9 @@ def check_experts(model, flag):
 
 def tail_of(changed):
     """The end of the suffix of files whose results are not those of the run as it is."""
-    return ".changed" * overrides.changes_results(changed) + ".switched" * bool(EXPERTS.value)
+    texts = bool(TASKS.value or TEXT.value) or (bool(CONTRAST.value) and contrast.are_files(CONTRAST.value))
+    differs = overrides.changes_results(changed, texts=texts)
+    return ".changed" * differs + ".switched" * bool(EXPERTS.value)
 
 
 def asked_of(sides):
@@ -312,23 +315,27 @@ def check_kept(path: Path, step: int, files: dict[str, tuple[str | None, str]]) 
 def compare_prompts(workdir, cfg, mesh, changed, formats, echo):
     """Writes the contrast of two files of prompts, and evaluates nothing else."""
     check_experts(cfg.model, CONTRAST)
-    given = [f"config.{name}" for name in changed if name != "model.compute_dtype"]
+    check_label(cfg.model, cfg.sample.label, cfg.data.labels)
+    given = [f"config.{name}" for name in changed if name not in ("model.compute_dtype", "sample.label")]
     if given := [*given, *(flag.name for flag in (LIMIT, EARLIER, PROMPT) if flag.present and flag.value)]:
-        raise UserError(f"--{given[0]}: has no effect with --contrast of files of prompts")
+        raise UserError(f"--{given[0]}: is not available with --contrast of files of prompts")
     prompts = {path: contrast.read_prompts(path) for path in CONTRAST.value}
     average, dtype = WEIGHTS.value == "ema", cfg.model.compute_dtype
     run = opened.load(workdir, step=STEP.value, average=average, compute_dtype=dtype, mesh=mesh, echo=echo)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         newest = checkpoints.steps()[-1]
     suffix = ".ema" * average + f".{run.step}" * (run.step != newest or bool(tail_of(changed))) + tail_of(changed)
-    names = contrast.titles(CONTRAST.value)
-    log.check_same(workdir / f"contrast{suffix}.json", run.step, asked_of(names))
+    names, label = contrast.titles(CONTRAST.value), None
+    if cfg.model.labels:
+        run, label = run.labelled(cfg.sample.label), cfg.sample.label
+    log.check_same(workdir / f"contrast{suffix}.json", run.step, asked_of(names) | {"label": label})
     for path, texts in prompts.items():
         contrast.check_prompts(run, path, texts)
     found = contrast.of_prompts(run.switched(EXPERTS.value), *prompts.values(), names)
     line = contrast.off_line(found, run.model)
     if jax.process_index() == 0:
-        log.write_text(workdir / f"contrast{suffix}.json", contrast.to_json(found, run.step, line, EXPERTS.value))
+        text = contrast.to_json(found, run.step, line, EXPERTS.value, label)
+        log.write_text(workdir / f"contrast{suffix}.json", text)
         save_figures(workdir, [(f"contrast{suffix}", contrast.figure(found, line))], formats)
     echo(f"\n{contrast.table(found, line)}\n\nwritten in {workdir}: contrast{suffix}.json, figures/: contrast{suffix}")
 

@@ -103,6 +103,8 @@ def train(preemption: survive.Preemption):
     corpus = data.prepare(cfg.data, workdir=own, seed=cfg.seed, progress=terminal, init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.vocab_size)
     held_out.check_held_out(corpus, cfg.model.moe.pool_prefix)
+    if not cfg.init_from:  # weights for a label may come from a run whose text had it
+        corpus.check_labels()
     if cfg.mixture.observes:
         corpus.targets(cfg.mixture)
     unknown = teacher.check_tokenizer(taught, corpus.tokenizer) if taught else []

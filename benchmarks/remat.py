@@ -49,7 +49,8 @@ def kept(cfg: config.RunConfig, mesh: jax.sharding.Mesh) -> float:
     def total(layers: int, batch: int) -> int:
         this = dataclasses.replace(cfg, model=dataclasses.replace(m, num_layers=m.num_dense_layers + layers, layers=""))
         ints = jax.ShapeDtypeStruct((batch, cfg.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh))
-        inputs = model.Inputs(ints, ints, ints if m.segment_mask else None, TokenInfo(ints.update(dtype=bool), ints))
+        info = TokenInfo(ints.update(dtype=bool), ints, label=ints if m.labels else None)
+        inputs = model.Inputs(ints, ints, ints if m.segment_mask else None, info)
         graph, state = model.abstract(this.model, program), abstract_state(this, mesh)
 
         def residuals(params, bias, inputs):

@@ -26,7 +26,8 @@ def random_rows(cfg: config.RunConfig, rows: list[int]) -> dict[str, np.ndarray]
     rng = np.random.default_rng(0)
     shape = (len(rows), cfg.data.seq_len)
     tokens = rng.integers(0, cfg.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
-    return {
+    labels = {"label": rng.integers(0, cfg.data.num_labels, shape, np.int32)} if cfg.data.labels else {}
+    return labels | {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "weights": np.ones(shape, np.float32),
@@ -99,7 +100,9 @@ def moe_layer(cfg: config.RunConfig, mesh: Any) -> Layer:
         return nnx.split(layer, nnx.Param, ...)
 
     def apply(params, x, graph, rest):
-        info = TokenInfo(jnp.ones_like(x[:, :, 0], bool), jnp.zeros_like(x[:, :, 0], jnp.int32))
+        zeros = jnp.zeros_like(x[:, :, 0], jnp.int32)
+        label = zeros + jnp.arange(zeros.shape[1]) % cfg.model.labels if cfg.model.labels else None
+        info = TokenInfo(jnp.ones_like(zeros, bool), zeros, label=label)
         out = nnx.merge(graph, params, rest)(x, info)
         return out.y, jax.tree.map(lambda a: a[None], out.stats)
 

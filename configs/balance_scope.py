@@ -9,7 +9,9 @@ Expect: held-out perplexity 12.94 with seed 0, 12.89 and 13.06 with two others; 
 
 The part after the colon is a folder with an entry for each domain: a file `<domain>.parquet` (or .txt, .jsonl, .csv),
 or a subfolder of such files. `python -m experiments.multi_domain_text` makes one. Training takes 118M tokens.
-`python -m experiments.balance_scope` trains this config with each scope and compares them.
+`python -m experiments.balance_scope` trains this config with each scope and compares them. After a comma, `labels`
+gives every domain a label and rewards mutual information of labels and experts, beside the other losses, and `routers`
+also gives every label a router (docs/labels.md).
 """
 
 import gzip
@@ -87,6 +89,10 @@ def sources(folder: Path, tokens: float) -> dict:
 
 
 def get_config(data: str = "data/domains"):
+    folder, *more = data.split(",")
+    if more not in ([], ["labels"], ["routers"]):
+        hint = "for example data/domains or data/domains,labels"
+        raise ConfigError("data.sources", data, "has something other than labels or routers after the comma", hint)
     config = config_lib.default_config()
 
     model = config.model
@@ -120,7 +126,12 @@ def get_config(data: str = "data/domains"):
     config.data.tokenizer.kind = "bpe"
     config.data.tokenizer.vocab_size = 16_384
     config.data.tokenizer.train_bytes = 40_000_000
-    config.data.sources = sources(Path(data).expanduser(), STEPS * BATCH * SEQ_LEN)
+    config.data.sources = sources(Path(folder).expanduser(), STEPS * BATCH * SEQ_LEN)
+    if more:
+        config.data.labels = {name: label for label, name in enumerate(config.data.sources)}
+        config.loss.more = {"domains": config_lib.router_loss(kind="label_information", coef=0.008)}
+    if more == ["routers"]:
+        model.moe.routers = len(config.data.sources)
 
     config.train.steps = STEPS
     config.train.checkpoint_every = STEPS // 2

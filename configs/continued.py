@@ -58,6 +58,11 @@ def get_config(where: str = "runs/moe"):
     if any(re.search(ROUTER, path) for path in paths):  # a group that matches nothing is refused
         config.optim.groups = {"router": config_lib.parameter_group(match=ROUTER)}
 
+    if loaded.model.labels:  # of domains of that name; other text has the label 0
+        config.data.labels = earlier["data"]["labels"]
+        config.sample.label = earlier["sample"]["label"]
+        if config.sample.label == -1:  # without one no text is written
+            config.sample.tokens = 0
     config.data.batch_size = BATCH
     config.data.seq_len = min(earlier["data"]["seq_len"], LONGEST)
     config.data.tokenizer.update(earlier["data"]["tokenizer"])

@@ -32,12 +32,16 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 class Run(NamedTuple):
-    """A run of train.py: its run directory, and the fields of the config that it changes."""
+    """A run of train.py: its run directory, and the fields of the config that it changes.
+
+    argument: what follows the folder of text in the argument after the config's colon, such as ",labels".
+    """
 
     arm: str
     seed: int
     folder: Path
     overrides: dict[str, Any]
+    argument: str = ""
 
     @property
     def done(self) -> bool:
@@ -47,7 +51,8 @@ class Run(NamedTuple):
 class Job(NamedTuple):
     """A Python command, which is done when `folder` holds `product`. Its output goes to output.txt there.
 
-    options: what the product must have under "options", so that one of another call is made again.
+    options, settings: what the product must have under these names, so that one of another call or of another training
+        is made again.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Job(NamedTuple):
     command: list[str]
     product: str = "eval.json"
     options: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
 
     @property
     def done(self) -> bool:
@@ -62,16 +68,18 @@ class Job(NamedTuple):
 
     @property
     def stale(self) -> list[str]:
-        """Lines about the options of a product that are not those wanted."""
-        file = self.folder / self.product
-        if self.options is None or not file.is_file():
+        """Lines about the options and settings of a product that are not those wanted."""
+        file, settings = self.folder / self.product, self.settings or {}
+        if not (self.options or settings) or not file.is_file():
             return []
-        return unlike_options(json.loads(file.read_text(encoding="utf-8")).get("options", {}), self.options)
+        made = json.loads(file.read_text(encoding="utf-8"))
+        of_training = unlike(made.get("settings", {}), settings, settings)
+        return unlike_options(made.get("options", {}), self.options or {}) + of_training
 
 
 def training(run: Run, config: str, folder: str) -> Job:
     """The job of a run. config: a file in the repository; folder: the argument after its colon."""
-    command = ["train.py", f"--config={config}:{folder}", f"--workdir={run.folder}"]
+    command = ["train.py", f"--config={config}:{folder}{run.argument}", f"--workdir={run.folder}"]
     command += [f"--config.{name}={value}" for name, value in run.overrides.items()]
     return Job(f"{run.arm}, seed {run.seed}", run.folder, command)
 
@@ -117,7 +125,7 @@ def give_tokenizer(out: Path, runs: Iterable[Run]) -> None:
 # --- what made a result -----------------------------------------------------------------------------------------------
 
 Key = tuple[str, int]  # an arm and a seed
-ENTRIES = ("data.sources.", "optim.groups.")  # groups whose entries have names of their own
+ENTRIES = ("data.sources.", "data.labels.", "optim.groups.", "loss.more.")  # their entries have names of their own
 PLACES = ("path", "data_dir")  # of text, which lies elsewhere on another machine
 
 
@@ -149,15 +157,28 @@ def settings_in(folder: Path) -> dict[str, Any]:
 def full_names(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a record of an earlier version, by the names of the config."""
     short = {"steps": "train.steps", "batch_size": "data.batch_size", "seq_len": "data.seq_len"}
-    return {f"model.{name}" if name.startswith("moe.") else short.get(name, name): x for name, x in settings.items()}
+    full = {f"model.{name}" if name.startswith("moe.") else short.get(name, name): x for name, x in settings.items()}
+    if full.keys() != settings.keys() and full.get("optim.name") == "adamw":
+        full.pop("optim.newton_schulz_dtype", None)  # had another default, and AdamW does not read it
+    return full
 
 
 def unlike(record: dict[str, Any], wanted: dict[str, Any], usual: dict[str, Any]) -> list[str]:
     """Lines about the settings of a record that are not those wanted.
 
-    usual: the settings of the arm without --set. A record of few settings had these for the others.
+    usual: the settings of the arm without --set. A record of few settings had these for the others, but not entries of
+    a group of which it has others, or has none.
     """
-    had = lambda name: record.get(name, usual.get(name))
+    groups = {group for group in ENTRIES for name in record if f"{name}.".startswith(group)}
+
+    def had(name: str) -> Any:
+        group = next((group for group in groups if name.startswith(group)), None)
+        if group:
+            entry = group + name[len(group) :].split(".")[0]
+            if not any(f"{n}.".startswith(f"{entry}.") for n in record):
+                return None
+        return record.get(name, usual.get(name))
+
     names = [*wanted, *(name for name in record if name not in wanted and name.startswith(ENTRIES))]
     return config_file.describe({n: (had(n), wanted.get(n)) for n in names if had(n) != wanted.get(n)})
 
@@ -230,7 +251,7 @@ class Call(NamedTuple):
         run = next((run for run in self.plan(extra) if run.arm == arm), None)
         if run is None:
             raise UserError("is not an arm of this experiment")
-        found = settings_of(load_config(self.config, self.folder, run.overrides))
+        found = settings_of(load_config(self.config, f"{self.folder}{run.argument}", run.overrides))
         return {name: value for name, value in found.items() if self.compared(name)}
 
     def select(self, results: dict[Key, Any], source: str | Path) -> dict[Key, Any]:
@@ -378,7 +399,7 @@ def extra_fields(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
 def checked_configs(config: str, folder: str, runs: list[Run]) -> dict[str, config_lib.RunConfig] | None:
     """The config of every arm, made before any run to find mistakes. None after printing a mistake."""
     try:
-        return {run.arm: load_config(config, folder, run.overrides) for run in runs}
+        return {run.arm: load_config(config, folder + run.argument, run.overrides) for run in runs}
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return None

@@ -56,7 +56,8 @@ def jobs(runs: list[tuple[Run, Path]], options: dict[str, Any], folder: str) -> 
         if (source / "eval.json").is_file():
             command = ["-m", "experiments.pools_measure", str(source), f"--out={run.folder / 'pools.json'}"]
             command += pool.as_flags(options)
-            found.append(Job(f"subsets of {run.arm}, seed {run.seed}", run.folder, command, "pools.json", options))
+            name, settings = f"subsets of {run.arm}, seed {run.seed}", pool.settings_in(source)
+            found.append(Job(name, run.folder, command, "pools.json", options, settings))
     return found
 
 

@@ -8,15 +8,15 @@ weights of its experts are rounded to 2, 2.5, 3 and 4 bits on average, by GPTQ a
 all experts, with more for those that are used most, and by MC-MoE's least cost (`python -m moe_jax.quant`); 2.5 and 3
 bits with three seeds of calibration. Held-out perplexity is measured by domain.
 
-`--runs=FOLDER` takes finished runs FOLDER/<arm>/seed0 of experiments.pruning or experiments.balance_scope in the place
-of training.
-`--run=RUN` takes one finished run of any model, without arms. Each GPU runs `--per_gpu` jobs at a time. Run the same
-command to resume. `--known=FILE` names a results.json, whose models are compared with the others and not measured
-again, if they were trained and rounded as in this call; what is left out is printed. The comparison is OUT/table.md,
-OUT/results.json and OUT/quantisation.png. `--report_only` writes only these, of all that is there.
+`--runs=FOLDER` takes finished runs FOLDER/<name>/seed0, such as another experiment's, that were trained as the arms, in
+place of training. `--run=RUN` takes one finished run of any model, without arms. Each GPU runs `--per_gpu` jobs at a
+time. Run the same command to resume. `--known=FILE` names a results.json, whose models are compared with the others and
+not measured again, if they were trained and rounded as in this call; what is left out is printed. The comparison is
+OUT/table.md, OUT/results.json and OUT/quantisation.png. `--report_only` writes only these, of all that is there.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -24,14 +24,14 @@ import jax
 
 from experiments import pool, quantisation_report
 from experiments.pool import Job, Run
-from experiments.quantisation_measure import MEASURED, PRODUCT, ways
+from experiments.quantisation_measure import MEASURED, PART, PRODUCT, ways
+from moe_jax import config as config_lib
 from moe_jax import terminal
 from moe_jax.cli import expanded
 
 CONFIG = "configs/balance_scope.py"
 ARMS = {"global": "balanced over the global batch", "sequence": "balanced in each sequence"}
 SCOPES = {"global": "global", "sequence": "1"}
-OTHER_NAMES = {"sequence": "scope_1"}  # in experiments/balance_scope.py
 SEED = 0
 DEFAULTS = {"train.log_every": 5, "train.keep_checkpoints": 1, "sample.tokens": 0}
 
@@ -48,10 +48,20 @@ def last_step(run: Path) -> int:
     return max((int(p.name) for p in run.glob("checkpoints/*") if p.name.isdigit()), default=0)
 
 
+def go_on(folder: Path, options: dict[str, int]) -> None:
+    """Makes a measurement's file of results the part that it goes on from, which may be missing or have fewer ways."""
+    product, part = folder / PRODUCT, folder / PART.format(**options)
+    ways_in = lambda file: len(json.loads(file.read_text(encoding="utf-8"))["ways"]) if file.is_file() else -1
+    if ways_in(product) > ways_in(part):
+        product.replace(part)
+    else:
+        product.unlink()
+
+
 def measuring(name: str, run: Path, to: Path, flags: list[str], options: dict[str, int]) -> Job:
     """The job that rounds the model of a run directory, with its results in `to`."""
     command = ["-m", "experiments.quantisation_measure", str(run), f"--to={to}", *flags, *pool.as_flags(options)]
-    return Job(f"rounding of {name}", to, command, PRODUCT, options | {"step": last_step(run)})
+    return Job(f"rounding of {name}", to, command, PRODUCT, options | {"step": last_step(run)}, pool.settings_in(run))
 
 
 def jobs(
@@ -95,18 +105,20 @@ def parse() -> tuple[argparse.Namespace, list[str], list[float], dict[str, str]]
     return arguments, names, bits, pool.extra_fields(parser, arguments)
 
 
-def finished_runs(arguments: argparse.Namespace, names: list[str]) -> dict[str, Path]:
+def finished_runs(
+    arguments: argparse.Namespace, names: list[str], configs: dict[str, config_lib.RunConfig]
+) -> dict[str, Path]:
     """The finished runs that are named, by arm, or by the name of their directory. Raises ValueError for others."""
-    found = {}
     if arguments.run:
         run = arguments.run.resolve()
-        found = {run.parent.name if run.name.startswith("seed") else run.name: run}
-    elif arguments.runs:
-        for arm in names:
-            folders = [arguments.runs / name / f"seed{SEED}" for name in (arm, OTHER_NAMES.get(arm, arm))]
-            found[arm] = next((folder for folder in folders if folder.is_dir()), folders[0]).resolve()
-    if missing := [str(folder) for folder in found.values() if not (folder / "config.json").is_file()]:
-        raise ValueError(f"{missing[0]}: is not a run directory")
+        if not (run / "config.json").is_file():
+            raise ValueError(f"{run}: is not a run directory")
+        if not (run / "eval.json").is_file():
+            raise ValueError(f"{run}: is not finished: train.py writes eval.json at the end")
+        return {run.parent.name if run.name.startswith("seed") else run.name: run}
+    found = {arm: pool.find_trained(arguments.runs.resolve(), configs[arm]) for arm in names if arguments.runs}
+    if missing := [arm for arm, run in found.items() if run is None]:
+        raise ValueError(f"--runs={arguments.runs}: holds no finished run that was trained as {missing[0]!r}")
     return found
 
 
@@ -117,8 +129,12 @@ def main() -> int:
     if not arguments.report_only:
         folder = str(Path(arguments.data).resolve())
         wanted, options = ways(bits, arguments.seeds), {"rows": arguments.rows, "group": arguments.group}
+        needed = [] if arguments.run else [trained(out, arm, extra) for arm in names]
+        configs = pool.checked_configs(CONFIG, folder, needed)
+        if configs is None:
+            return 2
         try:
-            found = finished_runs(arguments, names)
+            found = finished_runs(arguments, names, configs)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -136,10 +152,7 @@ def main() -> int:
                 why += pool.unlike(one.settings, *(asked.settings(name, fields) for fields in (extra, {})))
             return why
 
-        runs = [] if given else [trained(out, arm, extra) for arm in names]
-        configs = pool.checked_configs(CONFIG, folder, runs)
-        if configs is None:
-            return 2
+        runs = [] if given else needed
         known = pool.select(known, differs, "--known")
         is_known = lambda name: name in known and known[name].has(wanted)
         runs = [run for run in runs if not is_known(run.arm)]
@@ -152,7 +165,7 @@ def main() -> int:
             pool.give_tokenizer(out, runs)
         for name, one in quantisation_report.load(out).items():
             if name in {*found, *(run.arm for run in runs)} and not differs(name, one) and not one.has(wanted):
-                (out / name / "rounded" / PRODUCT).unlink()  # it goes on from its part, which has the same ways
+                go_on(out / name / "rounded", options)
         if runs or found:  # else all of it is known
             flags = [f"--bits={arguments.bits}", f"--seeds={arguments.seeds}"]
             plan = lambda: jobs(runs, found, out, flags, options, folder)

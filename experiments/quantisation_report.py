@@ -28,7 +28,9 @@ NOTES = """\
 Held-out perplexity of all domains together, and how much larger it is than that of the model as it is; of several seeds
 of calibration the mean, and in brackets the least and the most. *bits*: mean bits of the weights of experts;
 *with scales*: what a group's scale and zero add. Attention and dense layers have 4 bits throughout; embeddings, routers
-and norms are as they are. {sizes}.
+and norms are as they are. *all alike* has the same bits for every expert at whole means, and at 2.5 half of the experts
+with 2 and half with 3, by turns; *by use* has half with one bit less than a whole mean and half with one more, so that
+its difference there is also that of unequal bits. {sizes}.
 """
 SIZES = "groups of {group} weights and {rows} rows of calibration text"
 

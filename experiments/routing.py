@@ -33,6 +33,7 @@ class Arm(NamedTuple):
     label: str
     overrides: dict[str, Any]
     seeds: tuple[int, ...] = (0,)
+    argument: str = ""  # see `pool.Run`
 
 
 # Balance by a selection bias alone, in the form of DeepSeek-V3.
@@ -60,6 +61,11 @@ ARMS = {
             "loss.bias_update_rate": 0.5,  # a load 10 % off its target moves the bias by 0.001 a step, as "sign" does
         },
     ),
+    # Mutual information of a token's domain and its expert in place of the global loss, with the same coefficient.
+    "information": Arm("information of domains", {"loss.load_balance_coef": 0.0}, argument=",labels"),
+    "routers": Arm(
+        "the same, a router a domain, told the domain", {"loss.load_balance_coef": 0.0}, argument=",routers"
+    ),
 }
 DEFAULTS = {"train.log_every": 1, "train.keep_checkpoints": 1, "sample.tokens": 0}
 
@@ -68,7 +74,13 @@ def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
     """Every arm with its first seed, then the other seeds, so that the finished runs can be compared at any time."""
     pairs = sorted(((seed, name) for name in names for seed in ARMS[name].seeds), key=lambda pair: pair[0])
     return [
-        Run(name, seed, out / name / f"seed{seed}", DEFAULTS | extra | ARMS[name].overrides | {"seed": seed})
+        Run(
+            name,
+            seed,
+            out / name / f"seed{seed}",
+            DEFAULTS | extra | ARMS[name].overrides | {"seed": seed},
+            ARMS[name].argument,
+        )
         for seed, name in pairs
     ]
 

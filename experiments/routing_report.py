@@ -50,6 +50,7 @@ alone. *steps until*: after so many steps the running mean of the maximum load o
 under the limit until the end; "never" if it is above at the end. *I(expert; domain)*: mutual information on held-out
 text, mean over layers; 0 if all domains use the experts alike. *experts a token*: identity experts do not count; mean
 over layers and the last {LAST} steps. *a step*: median over the run; runs that share a GPU slow each other down.
+*routers told the domain*: a held-out document is routed by the router of its true domain, which other arms do not know.
 """
 
 
@@ -138,7 +139,7 @@ def read(file: Path) -> dict[tuple[str, int], Finished]:
     for saved in json.loads(file.read_text(encoding="utf-8"))["runs"]:
         numbers = {name: number(name, value) for name, value in saved["numbers"].items()}
         series = {name: [number(name, x) for x in values] for name, values in saved["series"].items()}
-        found[saved["arm"], saved["seed"]] = Finished(**saved | {"numbers": numbers, "series": series})
+        found[saved["arm"], saved["seed"]] = pool.as_record(Finished, saved | {"numbers": numbers, "series": series})
     return found
 
 

@@ -43,7 +43,8 @@ def trained(out: Path, arm: str, seed: int, extra: dict[str, str]) -> Run:
 def measuring(run: Run, source: Path, options: dict[str, Any]) -> Job:
     """The job that measures `run`, whose weights lie in the run directory `source`."""
     command = ["-m", "experiments.switching_measure", str(source), f"--out={run.folder}", *pool.as_flags(options)]
-    return Job(f"switching of {run.arm}, seed {run.seed}", run.folder, command, "switching.json", options)
+    return Job(f"switching of {run.arm}, seed {run.seed}", run.folder, command, "switching.json", options,
+               pool.settings_in(source))  # fmt: skip
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

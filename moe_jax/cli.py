@@ -27,6 +27,7 @@ PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.B
 
 # Groups whose entries the user names, and how a config file makes an entry.
 _ENTRIES = {
+    "data.labels": "1",
     "data.sources": "config.source(kind='files', path='…')",
     "loss.more": "config.router_loss(kind='load_balance', coef=0.01, balance_batch=1)",
     "optim.groups": "config.parameter_group(match='^embed$', weight_decay=0.0)",

@@ -82,7 +82,15 @@ def router_z(logits, counted):
 def mutual_information(prob, counted, balance_batch: int):
     """−Σ P log(P / (P_G P_E)) over groups of sequences and experts; a group without tokens adds nothing."""
     starts = range(0, len(prob), balance_batch)
-    sums = [prob[s : s + balance_batch][counted[s : s + balance_batch]].sum(0) for s in starts]
+    return _minus_information([prob[s : s + balance_batch][counted[s : s + balance_batch]].sum(0) for s in starts])
+
+
+def label_information(prob, counted, label):
+    """The same over labels of tokens and experts."""
+    return _minus_information([prob[counted & (label == m)].sum(0) for m in range(label.max() + 1)])
+
+
+def _minus_information(sums):
     joint, value = np.array(sums) / sum(row.sum() for row in sums), 0.0
     for row in joint:
         for p, column in zip(row, joint.sum(0), strict=True):

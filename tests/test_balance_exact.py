@@ -24,10 +24,10 @@ B, S, V, E, K, HEAD = 64, 5, 11, 4, 2, 4
 SCOPES = {"load_balance": "global", "load_balance/eight": "8", "load_balance/each": "1"}
 ALONE, *OTHERS = SCOPES
 OVER = {"load_balance/pairs": 2}  # groups of experts
-ROWS = (*SCOPES, "load_balance/pairs", "mutual_information/apart", "router_z")
-SCOPES |= {"load_balance/pairs": "8", "mutual_information/apart": "16"}
+ROWS = (*SCOPES, "load_balance/pairs", "mutual_information/apart", "label_information/labels", "router_z")
+SCOPES |= {"load_balance/pairs": "8", "mutual_information/apart": "16", "label_information/labels": "global"}
 COEFS = {"load_balance": 0.7, "load_balance/eight": 0.9, "load_balance/each": 1.1, "load_balance/pairs": 1.3,
-         "mutual_information/apart": 0.8, "router_z": 0.05}  # fmt: skip
+         "mutual_information/apart": 0.8, "label_information/labels": 0.6, "router_z": 0.05}  # fmt: skip
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
 EVERYTHING = list(itertools.product(MESHES, [1, 2, 4, 8], ["none", "full"]))
 FAST = [((2, 2, 2), 2, "full")]
@@ -50,6 +50,7 @@ def run_config(micro=1, remat="none", accumulation="exact", rows=ROWS, shuffle=F
     )
     c.loss.more = {name.split("/")[1]: entry(name.split("/")[0], name) for name in more}
     c.data.update(batch_size=B, seq_len=S)
+    c.data.labels = {"b": 1, "c": 2} if "labels" in c.loss.more else {}
     c.data.tokenizer.update(kind="huggingface", path="none")
     c.train.micro_batches = micro
     return config.build(c)
@@ -72,6 +73,7 @@ def batch_rows(padding: bool) -> dict[str, np.ndarray]:
         "segment_ids": segments,
         "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)),
         "sequence_ids": np.arange(B, dtype=np.int32),
+        "label": (np.arange(B)[:, None] // 2 % 3 * (np.arange(S)[None, :] < 4)).astype(np.int32),
     }
 
 
@@ -103,6 +105,8 @@ def expected(padding: bool, names: tuple[str, ...], micro_batches: int = 0) -> t
             return reference.router_z(reference.router_logits(p, *inputs), counted)
         if name.startswith("mutual_information"):
             return reference.mutual_information(prob, counted, size)
+        if name.startswith("label_information"):
+            return reference.label_information(prob, counted, rows["label"])
         groups = OVER.get(name, E)
         of = (reference.in_groups(x, groups) for x in (prob, chosen))
         return reference.loss_of_scope(*of, counted, size)

@@ -93,7 +93,7 @@ def test_runs_without_evaluations_and_runs_still_training(tmp_path):
 
 
 def test_time_leaves_out_compilation(tmp_path):
-    """A first row of one step has its compilation in it. It counts as the median of the others."""
+    """A row of the first step of a process has its compilation in it. It counts as the median of the others."""
     folder = made(tmp_path / "a", [3.0])
     rows = [
         {"kind": "train", "step": s, "xent": 3.0, "tokens": s, "step_seconds": x} for s, x in ((1, 90), (2, 2), (4, 3))
@@ -102,6 +102,11 @@ def test_time_leaves_out_compilation(tmp_path):
     made(tmp_path / "b", [3.0])
     one, _ = runs.read(runs.find([str(folder), str(tmp_path / "b")]))
     np.testing.assert_allclose(one.training.seconds, [2.5, 4.5, 10.5])
+    took = np.full(600, 0.35)
+    took[[0, 300]] = 45.0  # went on after step 300
+    assert runs.training_seconds(np.arange(1, 601), took)[-1] == pytest.approx(210)
+    slow = np.array([2.0, 2.0, 30.0])  # rows of ten steps have no compilation: these were slow
+    np.testing.assert_allclose(runs.training_seconds(np.array([10, 20, 30]), slow), [20, 40, 340])
 
 
 def test_settings_and_notes(tmp_path):

@@ -82,6 +82,8 @@ OTHER_NUMBERS = {  # of the same function: they make another run, and weights of
     # The base of adapters is a model without any, and fresh ones add 0. Adapters in the run it starts from are merged.
     "model.lora.rank", "model.lora.alpha", "model.lora.rslora", "model.lora.match",
     "model.mtp_layers",  # no logits depend on them
+    # Pools are a way to choose among the experts that there are.
+    *(f"model.moe.pool_{name}" for name in ("min", "max", "from", "size", "prefix")),
 }  # fmt: skip
 
 

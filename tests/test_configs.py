@@ -47,7 +47,9 @@ def load(name: str) -> tuple[str, RunConfig]:
     with tempfile.TemporaryDirectory() as folder:  # a config of a folder of text
         for domain in ("law", "prose"):
             Path(folder, f"{domain}.txt").write_text(f"{domain}\n", encoding="utf-8")
-        return module.__doc__, config_lib.build(module.get_config(folder))
+        Path(folder, "sources.json").write_text('{"tokens": 1000}', encoding="utf-8")  # as of a folder of images
+        where = f"{folder},{folder}" if name == "modalities" else folder
+        return module.__doc__, config_lib.build(module.get_config(where))
 
 
 @functools.cache

@@ -204,6 +204,9 @@ def test_a_folder_of_another_configuration_is_refused(domains, tmp_path, monkeyp
         (tmp_path / "found.json").write_text(json.dumps(found), encoding="utf-8")
         assert job.done == done
     assert job._replace(options={"prefix": 16}).stale == ["--prefix: 64 then, 16 now"]
+    (tmp_path / "found.json").write_text(json.dumps(found | {"settings": {"train.steps": 500}}), encoding="utf-8")
+    assert job._replace(settings={"train.steps": 500}).done  # of another training it is made again
+    assert job._replace(settings={"train.steps": 600}).stale == ["config.train.steps: 500 in the run, 600 now"]
 
 
 # --- routers and balance ---------------------------------------------------------------------------------------------
@@ -265,9 +268,11 @@ def test_routing_report(tmp_path):
 
 def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
     """A known run stands for an arm with the same settings, and for no other."""
-    configs = {run.arm: (run, pool.load_config(routing.CONFIG, str(domains), run.overrides))
+    configs = {run.arm: (run, pool.load_config(routing.CONFIG, f"{domains}{run.argument}", run.overrides))
                for run in routing.planned(tmp_path, list(routing.ARMS), {})}  # fmt: skip
     assert configs["identity"][1].model.moe.mean_slots == 4 == configs["global"][1].model.moe.top_k
+    assert configs["information"][1].data.labels == {"law": 0, "prose": 1} and not configs["global"][1].data.labels
+    assert configs["routers"][1].model.moe.routers == 2 and configs["information"][1].model.moe.routers == 1
     numbers = dict.fromkeys(routing_report.COLUMNS, 1.0)
     series = {name: [1.0, 1.0] for name in routing_report.SERIES}
     settings = {name: pool.settings_of(cfg) for name, (_, cfg) in configs.items()}
@@ -276,6 +281,19 @@ def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
     asked = routing.call(str(domains), {})
     assert asked.select(known, "--known") == known
     assert not asked.select({("sign", 0): known["quantile", 0]._replace(arm="sign")}, "--known")
+    renamed = {("information", 0): known["global", 0]._replace(arm="information")}
+    assert not asked.select(renamed, "--known")
+    # Only its further loss tells this record from one of the arm, and no such loss in the other way.
+    more = {name: x for name, x in settings["information"].items() if name.startswith("loss.more.")}
+    assert len(more) > 1 and len(pool.unlike(settings["global"] | more, settings["global"], {})) == len(more)
+    assert len(pool.unlike(settings["global"] | {"loss.more": {}}, settings["global"] | more, more)) == len(more)
+    # Published records have the names of an earlier version, and each of their fields is compared.
+    published = routing_report.read(Path(__file__).parents[1] / "docs/routing_runs.json")
+    assert asked.select(published, "--known") == published
+    one = published["sign", 0]
+    for name, value in (("model.moe.score", "softmax"), ("model.moe.top_k", 1), ("train.steps", 10)):
+        changed = {("sign", 0): one._replace(settings=one.settings | {name: value})}
+        assert name in one.settings and not asked.select(changed, "--known"), name
 
     file = tmp_path / "known.json"
     file.write_text(routing_report.as_text(list(known.values())), encoding="utf-8")

@@ -173,7 +173,7 @@ def test_a_tokenizer_larger_than_the_model_is_not_exported(tmp_path):
 
 def test_gguf_says_whether_documents_begin_with_a_token():
     from moe_jax.data.begin_of_text import of_json, settings_of
-    from moe_jax.hf.gguf import _tokenizer_files
+    from moe_jax.hf.gguf_tokenizer import tokenizer_files
 
     alphabet = sorted(tokenizers.train_bpe(["ab"], 257)._tokenizer.get_vocab())
     words = ["<s>", "</s>", *(w for w in alphabet if len(w) == 1)]
@@ -181,6 +181,6 @@ def test_gguf_says_whether_documents_begin_with_a_token():
               "token_type": [3, 3, *[1] * (len(words) - 2)]}  # fmt: skip
     for add in (True, False, None):
         found = {f"tokenizer.ggml.{k}": v for k, v in (values | {"add_bos_token": add}).items()}
-        files = _tokenizer_files(found.get)
+        files = tokenizer_files(found.get)
         front, _ = of_json(json.loads(files["tokenizer.json"]), settings_of(files))
         assert front == (["<s>"] if add else [])

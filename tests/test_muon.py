@@ -298,7 +298,7 @@ def test_unknown_geometry_is_refused_by_name():
     rule = optim.matrices_of(small_config().optim)
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     assert rule("layers/moe/w_up", leaf(2, 6, 24, 16)) == Matrices()
-    for path, x in (("layers/moe/w_up", leaf(2, 24, 16)), ("layers/attention/w_q", leaf(2, 24, 4, 8))):
+    for path, x in (("layers/moe/w_up", leaf(2, 24, 16)), ("layers/attention/w_q", leaf(2, 3, 24, 4, 8))):
         with pytest.raises(ValueError, match=path):
             rule(path, x)
     with pytest.raises(ValueError, match="layers/moe/w_new"):

@@ -230,6 +230,13 @@ def test_the_same_function_in_other_words():
     )
     f = ModelConfig(num_layers=4, layers="2*(moe:2 moe)", moe=dataclasses.replace(some, num_experts=8))
     assert config.plain(d) == config.plain(f) != config.plain(e)
+    # A sum of all weights is 1, but not of those that a least ratio leaves.
+    for ratio, same in ((0.0, True), (0.5, False)):
+        g, h = (ModelConfig(moe=dataclasses.replace(some, renormalize=r, min_ratio=ratio)) for r in (False, True))
+        assert (config.plain(g) == config.plain(h)) == same
+    label = MoEConfig(num_experts=2, top_k=1, combine="one", table="label")
+    i, j = (ModelConfig(num_layers=n, layers=f"{n}*table", moe=label) for n in (2, 3))
+    assert config.plain(i) != config.plain(j) and config.plain(i).labels == 2
 
 
 def test_a_run_keeps_one_spelling():

@@ -48,9 +48,14 @@ def drawn(probe, name, split):
 
 def test_a_probe_draws_no_random_numbers(corpus):
     cfg = run_config(corpus)
-    moe = dataclasses.replace(cfg.model.moe, compute="capacity", overflow="random")
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
-    assert knobs.draws_noise(cfg) and not knobs.draws_noise(cross_entropy_alone(cfg))
+    pools = {"pool_min": 2, "pool_max": 3, "pool_from": "all", "pool_prefix": 4}
+    for fields in ({"compute": "capacity", "overflow": "random"}, pools):
+        moe = dataclasses.replace(cfg.model.moe, **fields)
+        noisy = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
+        assert knobs.draws_noise(noisy) and not knobs.draws_noise(cross_entropy_alone(noisy))
+    moe = dataclasses.replace(cfg.model.moe, **pools | {"pool_from": "prefix", "pool_size": 2})
+    with pytest.raises(ConfigError, match=r"pool_from='prefix': is not available with mixture\.controller='dga'"):
+        dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
 
 
 MESH = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
@@ -130,6 +135,12 @@ def test_losses_are_of_the_same_rows_at_all_steps(corpus):
     mute.__dict__ = corpus.__dict__ | {"_validation": {}}
     with pytest.raises(ConfigError, match=r"mixture\.target='b': has no row of held-out text"):
         Probe(cfg, MESH, mute)
+    longest = int(np.diff(corpus.stores["b", "validation"].offsets).max())
+    pools = {"pool_min": 2, "pool_from": "prefix", "pool_size": 2, "pool_prefix": longest + 1}
+    data = dataclasses.replace(cfg.data, seq_len=longest + 2)
+    model_ = dataclasses.replace(cfg.model, moe=dataclasses.replace(cfg.model.moe, **pools))
+    with pytest.raises(ConfigError, match=r"pool_prefix=\d+: leaves nothing to score"):
+        Probe(dataclasses.replace(cfg, model=model_, data=data), MESH, corpus)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

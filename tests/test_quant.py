@@ -18,6 +18,7 @@ from moe_jax import config, data, model
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.evaluate import held_out
 from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.pools import documents_of
 from moe_jax.nn.layers import rms_norm
 from moe_jax.parallel import sharding
 from moe_jax.quant import (
@@ -194,6 +195,14 @@ LAYER = dataclasses.replace(
 )  # fmt: skip
 
 
+POOLS = {
+    "identity_experts": 0,
+    "pool_min": 2,
+    "pool_from": "document",
+    "pool_size": 2,
+}  # experts as evaluation has them
+
+
 def text_rows(seed=0) -> dict[str, np.ndarray]:
     """Rows of random tokens. The last quarter of each is padding."""
     tokens = np.random.default_rng(seed).integers(0, 32, (ROWS, LENGTH)).astype(np.int32)
@@ -221,19 +230,21 @@ def parts_of(cfg):
     program = dataclasses.replace(model.transformer.REFERENCE, record=True)
 
     @jax.jit
-    def run(params, bias, tokens, positions, counted):
+    def run(params, bias, tokens, positions, segments):
+        counted = segments > 0
         net = model.abstract(cfg, program).bind(params, bias)
         block = jax.tree.map(lambda x: x[0], net.layers)
         x = net.embedded(tokens)
         h = rms_norm(x, block.attention_norm[...], cfg.norm_eps)
         y, _, _ = block.attention(h, positions, None)
         fed = rms_norm(x + y, block.mlp_norm[...], cfg.norm_eps)
-        out = block.moe(fed, TokenInfo(counted, jnp.zeros_like(tokens)))
+        documents = documents_of(cfg.moe, segments, positions, training=False)
+        out = block.moe(fed, TokenInfo(counted, jnp.zeros_like(tokens), documents=documents))
         return h, y, x + y, fed, x + y + out.y, counted, out.choices
 
     rows = text_rows()
     own = {path.removeprefix("layers/"): np.asarray(w)[0] for path, w in flatten(params).items() if "layers/" in path}
-    return own, *jax.device_get(run(params, bias, rows["tokens"], rows["positions"], rows["segment_ids"] > 0))
+    return own, *jax.device_get(run(params, bias, rows["tokens"], rows["positions"], rows["segment_ids"]))
 
 
 def silu(x):
@@ -241,16 +252,20 @@ def silu(x):
 
 
 @pytest.mark.parametrize(
-    ("gated", "gate"),
-    [(True, "sigmoid"), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((False, "sigmoid"), (True, "softmax")))],
+    ("gated", "gate", "pools"),
+    [
+        (True, "sigmoid", False),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((False, "sigmoid", True), (True, "softmax", False))),
+    ],
 )
-def test_statistics_are_loops_over_tokens(monkeypatch, gated, gate):
+def test_statistics_are_loops_over_tokens(monkeypatch, gated, gate, pools):
     """Padding and identity experts are in none of them; gated rows are weighted by what their result is.
 
     Sums of two batches, the second of which padding fills. Also what other matrices change in the results of experts.
     """
     monkeypatch.setattr(importlib.import_module("moe_jax.quant.walk"), "TOKENS", 5 * LENGTH)
-    layer = dataclasses.replace(LAYER, moe=dataclasses.replace(LAYER.moe, shared_gate=gate))
+    own = {"shared_gate": gate} | (POOLS if pools else {})
+    layer = dataclasses.replace(LAYER, moe=dataclasses.replace(LAYER.moe, **own))
     changed = {}  # the experts' matrices, some of them less by a part
 
     def others(own, taps):
@@ -285,7 +300,10 @@ def test_statistics_are_loops_over_tokens(monkeypatch, gated, gate):
     close(found.expert_in.gram, expert_in), close(found.expert_hidden.gram, hidden)
     close(found.change, change), np.testing.assert_allclose(found.change, change, rtol=1e-3)
     close(found.counts, counts), close(found.weights, weights), close(found.expert_hidden.largest, largest)
-    assert 0 < counts.sum() < 2 * counted.sum() == 2 * found.tokens
+    assert 0 < counts.sum() <= 2 * counted.sum() == 2 * found.tokens
+    assert (counts.sum() == 2 * counted.sum()) == pools  # which no layer with identity experts has
+    if pools:
+        assert all(len(set(row[mask].ravel())) == 2 for row, mask in zip(choices.experts, counted, strict=True))
     close(found.dense["moe/shared/w_up"].gram, shared_in), close(found.fed, np.abs(fed[counted]).max(0))
     close(found.dense["attention/w_q"].gram, h[counted].T @ h[counted])
     w_o, y = own["attention/w_o"], attended[counted]
@@ -406,22 +424,33 @@ def test_a_mistake_in_the_settings(name):
     assert all(part in str(e.value) for part in says), str(e.value)
 
 
+BY_LABEL = dataclasses.replace(PLAIN.moe, label_groups=2, top_k=2, selection_bias=False)
+UNWRITTEN = config.SampleConfig(tokens=0)
+
+
 def test_runs_that_cannot_be_rounded(tmp_path):
     """Each says what it is; nothing is compiled or written."""
     cases = {
         "dense": ({"num_dense_layers": 2}, "has no layer with experts (model.num_moe_layers is 0)"),
         "ternary": ({"moe": dataclasses.replace(PLAIN.moe, expert_weights="ternary")}, "has experts of three values"),
         "lora": ({"lora": config.LoRAConfig(rank=2)}, "merge them first: python -m moe_jax.upcycle"),
+        "untied": ({"untie": 2}, "model.untie=2: depends on labels"),
+        "groups": ({"moe": BY_LABEL}, "model.moe.label_groups=2: depends on labels"),
     }
     files = config.DataConfig(tokenizer=config.TokenizerConfig(kind="huggingface", path="tokenizer.json"))
     for name, (fields, says) in cases.items():
-        run_config = config.RunConfig(model=dataclasses.replace(PLAIN, **fields), data=files, init_from="runs/base")
+        own = dataclasses.replace(files, labels={"code": 1}) if name in ("untied", "groups") else files
+        run_config = config.RunConfig(
+            model=dataclasses.replace(PLAIN, **fields), data=own, sample=UNWRITTEN, init_from="runs/base"
+        )
         config_file.save_config(tmp_path / name, run_config)
         with pytest.raises((ConfigError, CheckpointError), match=re.escape(says)):
             quantise(str(tmp_path / name), tmp_path / "new", ONE())
     with pytest.raises(CheckpointError, match="no such run directory"):
         quantise(str(tmp_path / "none"), tmp_path / "new", ONE())
     assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match=r"model\.moe\.label_groups=2: depends on labels"):
+        statistics(dataclasses.replace(PLAIN, moe=BY_LABEL))
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ import sys
 import pytest
 from test_pruning_experiment import TINY
 
-from experiments import quantisation, quantisation_report
+from experiments import pool, quantisation, quantisation_report
 from experiments.quantisation_measure import PART as PART_NAME
 from experiments.quantisation_measure import Way, ways
 from experiments.quantisation_report import Finished
+from moe_jax.run import config_file
 
 PART = PART_NAME.format(rows=8, group=8)
 
@@ -45,8 +46,11 @@ def test_order(tmp_path):
         job.name for job in quantisation.jobs([run], found, tmp_path, [], {}, "text") if not job.done
     ]
     assert names({}) == ["sequence, seed 0"]
-    assert names({"moe": tmp_path / "moe"}) == ["sequence, seed 0", "rounding of moe"]
     run.folder.mkdir(parents=True)
+    (tmp_path / "moe").mkdir()
+    for folder in (tmp_path / "moe", run.folder):
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+    assert names({"moe": tmp_path / "moe"}) == ["sequence, seed 0", "rounding of moe"]
     (run.folder / "eval.json").write_text("{}", encoding="utf-8")
     assert names({}) == ["rounding of sequence"]
 
@@ -86,7 +90,40 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
         assert said in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["quantisation", f"--run={tmp_path}/none", f"--out={tmp_path}/out"])
     assert quantisation.main() == 2 and "none: is not a run directory" in capsys.readouterr().err
+    stopped = tmp_path / "runs" / "global" / "seed0"  # not finished, and then trained as no arm is
+    (stopped / "checkpoints").mkdir(parents=True)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "law.txt").write_text("whereas\n" * 99, encoding="utf-8")
+    trained = quantisation.trained(tmp_path, "global", {"train.steps": "120"})
+    config_file.save_config(stopped, pool.load_config(quantisation.CONFIG, str(tmp_path / "text"), trained.overrides))
+    monkeypatch.setattr(sys, "argv", ["quantisation", f"--run={stopped}", f"--out={tmp_path}/out"])
+    assert quantisation.main() == 2 and "seed0: is not finished" in capsys.readouterr().err
+    command = ["quantisation", f"--runs={tmp_path}/runs", f"--data={tmp_path}/text", "--only=global"]
+    jobs = []
+    for steps, there in ((120, False), (120, True), (130, True)):
+        monkeypatch.setattr(sys, "argv", [*command, "--set", f"train.steps={steps}", f"--out={tmp_path}/out"])
+        if there:
+            (stopped / "eval.json").write_text("{}", encoding="utf-8")
+        if there and steps == 120:
+            monkeypatch.setattr(pool, "run_all", lambda plan, *_: jobs.extend(plan()) or [])
+            assert quantisation.main() == 1 and [job.name for job in jobs] == ["rounding of global"]
+            assert "holds no finished run" in capsys.readouterr().err
+        else:
+            assert quantisation.main() == 2
+            assert "holds no finished run that was trained as 'global'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_measurement_goes_on(tmp_path):
+    """Results that lack ways become the part that is gone on from, unless that has more."""
+    product, part = tmp_path / "quantised.json", tmp_path / PART
+    for ways_there, kept in ((None, 3), (2, 3), (5, 5)):
+        product.write_text(json.dumps({"ways": [0] * 3}), encoding="utf-8")
+        part.unlink(missing_ok=True)
+        if ways_there:
+            part.write_text(json.dumps({"ways": [0] * ways_there}), encoding="utf-8")
+        quantisation.go_on(tmp_path, {"rows": 8, "group": 8})
+        assert len(json.loads(part.read_text(encoding="utf-8"))["ways"]) == kept and not product.exists()
 
 
 @pytest.mark.slow
@@ -118,7 +155,6 @@ def test_toy_experiment(tmp_path, monkeypatch, capsys):
     assert "jobs on" not in run(f"--out={tmp_path}/out", f"--known={tmp_path}/out/results.json")
     rounded = tmp_path / "out2" / "global" / "rounded"
     rounded.mkdir(parents=True)  # a model of which one way is missing
-    (rounded / PART).write_text(json.dumps(part | {"ways": one.ways[:-1]}), encoding="utf-8")
     (rounded / "quantised.json").write_text(json.dumps(part | {"ways": one.ways[:-1]}), encoding="utf-8")
     assert "1 jobs on" in run(f"--out={tmp_path}/out2", f"--run={tmp_path}/out/global/seed0")
     again = quantisation_report.load(tmp_path / "out2")["global"]

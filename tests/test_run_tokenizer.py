@@ -37,6 +37,11 @@ def test_continuing_takes_the_tokenizer_of_the_run(run, tmp_path):
     )
     cfg = config.build(continued.get_config(f"{run},{tmp_path / 'text'}"))
     assert cfg.init_from == str(run) and cfg.data.tokenizer == BPE
+    body = config.to_dict(config_file.load_config(run))
+    body["data"]["labels"], body["model"]["untie"], body["sample"]["tokens"] = {"code": 1}, 2, 0
+    config_file.save_config(tmp_path / "labelled", config.build(body))
+    labelled = config.build(continued.get_config(f"{tmp_path / 'labelled'},{tmp_path / 'text'}"))
+    assert labelled.model.untie == 2 and labelled.data.labels == {"code": 1} and labelled.sample.tokens == 0
     cfg = dataclasses.replace(cfg.data, cache_dir=str(tmp_path / "cache"), batch_size=2)
     made = data.prepare(cfg, workdir=tmp_path / "new", seed=0, progress=False, init_from=str(run))
     want = tokenizers.load(run)

@@ -122,6 +122,10 @@ def test_which_experts_are_kept():
         subsets.check_shares(of(**moe), (1.0, float(near) / 100))
         with pytest.raises(UserError, match=rf"--keep_experts=25: keeps 2 of 8 experts .*nearest valid: {near}$"):
             subsets.check_shares(of(**moe), (1.0, 0.25))
+    assert kept(of(label_groups=2), 0.75) == [[1, 2, 3, 5, 6, 7], [0, 1, 2, 4, 5, 7]]
+    subsets.check_shares(of(label_groups=2), (0.5,))
+    with pytest.raises(UserError, match=r"--keep_experts=25: keeps 2 of 8 experts .*nearest valid: 50$"):
+        subsets.check_shares(of(label_groups=2), (0.25,))
     use = [np.arange(10.0), np.arange(10.0)]
     assert kept(of(identity_experts=2), 0.25) == [[6, 7]] * 2
 

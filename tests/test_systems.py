@@ -106,8 +106,10 @@ def batch_rows(cfg: RunConfig) -> dict[str, np.ndarray]:
     b, s = cfg.data.batch_size, cfg.data.seq_len
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (b, s + 1)).astype(np.int32)
     ones, positions = np.ones((b, s), np.int32), np.tile(np.arange(s, dtype=np.int32), (b, 1))
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones.astype(np.float32),
+    labels = {"label": np.arange(b, dtype=np.int32)[:, None] % 2 * ones} if cfg.data.labels else {}
+    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones.astype(np.float32),
             "segment_ids": ones, "positions": positions, "sequence_ids": np.arange(b, dtype=np.int32)}  # fmt: skip
+    return rows | labels
 
 
 # --- every file ------------------------------------------------------------------------------------------------------
@@ -599,8 +601,11 @@ NOT_WRITTEN = [
     ("moe.latent", 8), ("qkv_bias", True),
     ("layers", "dense moe dense moe:8"), ("layers", "2*(late dense)"), ("layers", "table 3*moe"),
     ("moe.router", "mlp"), ("moe.router", "cosine"), ("moe.choice", "expert"), ("moe.identity_experts", 2),
-    ("moe.score", "sqrt_softplus"),
+    ("moe.score", "sqrt_softplus"), ("moe.label_groups", 2), ("moe.routers", 2), ("untie", 2), ("layers", "4*table"),
 ]  # fmt: skip
+
+
+BY_LABEL = config.MoEConfig(num_experts=2, top_k=1, d_expert=8, combine="one", table="label")
 
 
 @pytest.mark.parametrize(("field", "value"), NOT_WRITTEN)
@@ -609,7 +614,8 @@ def test_export_refuses(field, value):
     if field.startswith("moe."):
         cfg = dataclasses.replace(PLAIN, moe=dataclasses.replace(PLAIN.moe, **{field.removeprefix("moe."): value}))
     else:
-        cfg = dataclasses.replace(PLAIN, num_dense_layers=0 if field == "layers" else 1, **{field: value})
+        moe = BY_LABEL if value == "4*table" else PLAIN.moe
+        cfg = dataclasses.replace(PLAIN, num_dense_layers=0 if field == "layers" else 1, moe=moe, **{field: value})
     with pytest.raises(FormatError, match=rf"differs in {field} \({re.escape(str(value))} here"):
         write_config(cfg, 16)
 

@@ -216,6 +216,8 @@ def lines(cfg: config.RunConfig) -> Iterator[str]:
     yield from _of_schedule(cfg)
     corpus = data.prepare(cfg.data, workdir=None, seed=cfg.seed, progress=sys.stderr.isatty(), init_from=cfg.init_from)
     config.check_vocabulary(cfg, corpus.vocab_size)
+    if not cfg.init_from:
+        corpus.check_labels()
     if cfg.mixture.observes:
         corpus.targets(cfg.mixture)
     yield from teacher.check_tokenizer(taught, corpus.tokenizer) if taught else []

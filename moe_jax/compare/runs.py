@@ -21,6 +21,7 @@ from moe_jax.run import config_file
 from moe_jax.run.log import read_eval, read_metrics
 
 AXES = ("step", "tokens", "seconds")  # by which losses of runs are compared
+SLOW = 5  # times the median, above which a step has compiled
 # Of a task in eval.json, and how they are called. The choice that is most probable, or so for each character.
 MEASURES = {"acc": "accuracy", "acc_per_char": "accuracy per character", "bits_per_byte": "bits per byte"}
 
@@ -176,13 +177,26 @@ def _steps(rows: list[dict]) -> Float[np.ndarray, " n"]:
     return np.array([row["step"] for row in rows], float)
 
 
+def training_seconds(step: Float[np.ndarray, " n"], step_seconds: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Seconds of training until each row of the log, without compilation.
+
+    The first step of a process compiles, and where rows are of one step each it has a row of its own. The first step of
+    a run counts as the median of the other rows, and so does a row of one step of more than `SLOW` times that: a
+    process that goes on with a run leaves no other mark.
+    """
+    if len(step) < 2:
+        return np.cumsum(step_seconds * np.diff(step, prepend=0))
+    width, seconds = np.diff(step, prepend=0), np.array(step_seconds, float)
+    typical = np.nanmedian(seconds[1:]) if step[0] == 1 else np.nanmedian(seconds)
+    compiles = (width == 1) & ((step == 1) | (seconds > SLOW * typical))
+    return np.cumsum(np.where(compiles, typical, seconds) * width)
+
+
 def _training(rows: list[dict]) -> Curve:
     step, seconds = _steps(rows), _column(rows, "step_seconds")
-    if len(step) > 1 and step[0] == 1:  # the time of the first step alone is that of compilation
-        seconds[0] = np.nanmedian(seconds[1:])
     names = ("xent", "max_load", "load_cv", "dropped")
     values = {name: _column(rows, name) for name in names if any(name in row for row in rows)}
-    return Curve(step, _column(rows, "tokens"), np.cumsum(seconds * np.diff(step, prepend=0)), values)
+    return Curve(step, _column(rows, "tokens"), training_seconds(step, seconds), values)
 
 
 def _held_out(rows: list[dict], training: Curve) -> Curve:

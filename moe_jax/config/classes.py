@@ -46,7 +46,8 @@ def fields(root: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, type
     for f in dataclasses.fields(root):
         hint, name = hints[f.name], f"{prefix}{f.name}"
         if typing.get_origin(hint) is dict:
-            hint, name = typing.get_args(hint)[1], f"{name}.*"
+            entry = typing.get_args(hint)[1]
+            hint, name = entry, f"{name}.*" if dataclasses.is_dataclass(entry) else name
         if dataclasses.is_dataclass(hint):
             yield from fields(hint, f"{name}.")
         else:

@@ -139,6 +139,9 @@ class DataConfig(Checked, resume=FIXED):
     # `config.data.sources = {"mine": source(kind="files", path="…")}`.
     # The default is one entry, `stdlib`: text of Python's standard library, which is the TFDS data set "stdlib_text".
     sources: dict[str, SourceConfig] = field(default_factory=_default_sources)
+    # Labels of tokens, 0, 1, …, by the domain of their document (docs/labels.md). Other domains have the label 0. A
+    # config file sets them: `config.data.labels = {"code": 1}`; a name has no dot. {}: tokens have no labels.
+    labels: dict[str, int] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     num_workers: int = changeable(number(0, 0, 256))  # reader processes; 0: threads of this process read
     cache_dir: str = changeable("")  # folder of prepared data; "": $MOE_JAX_CACHE, else ~/.cache/moe_jax
@@ -149,8 +152,17 @@ class DataConfig(Checked, resume=FIXED):
             rule = f"must be ≥ 16 with data.sources.{name}.denoise"
             raise ConfigError("seq_len", self.seq_len, rule, "nearest valid: 16")
         require("" not in self.sources, "sources", "", "must have names that are not empty", "nearest valid: 'text'")
+        used = {0, *self.labels.values()}
+        rule = "must be 0, 1, … without a gap: each is a number of experts' groups, routers or weights"
+        ok = used == set(range(len(used))) and (not self.labels or len(used) > 1)
+        require(ok, "labels", self.labels, rule, "for example {'code': 1}")
         total = sum(s.is_trained for s in self.sources.values())
         require(total > 0, "sources", {k: s.weight for k, s in self.sources.items()}, "weights must not all be 0")
+
+    @property
+    def num_labels(self) -> int:
+        """The number of labels that tokens have; 0: they have none."""
+        return max(self.labels.values()) + 1 if self.labels else 0
 
     @property
     def with_gaps(self) -> tuple[str, ...]:

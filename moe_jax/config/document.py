@@ -59,7 +59,7 @@ def _sections(component: type[Checked], name: str, note: str = "") -> typing.Ite
     rows, below = [], []
     for f in dataclasses.fields(component):
         hint, comment, path = hints[f.name], comments.get(f.name, ""), f"{name}.{f.name}".lstrip(".")
-        if typing.get_origin(hint) is dict:
+        if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
             below.append((typing.get_args(hint)[1], f"{path}.NAME", comment))
         elif dataclasses.is_dataclass(hint):
             below.append((hint, path, comment))
@@ -80,7 +80,8 @@ def _row(component: type[Checked], f: dataclasses.Field, hint: Any, comment: str
     meaning = comment[0].upper() + comment[1:] + ("" if comment.endswith(".") else ".")
     if "was" in f.metadata:
         meaning += f" A run that was begun before {_code(f.default)} was the default has {_code(f.metadata['was'])}."
-    cells = [_code(f.name, ""), _values(f, hint), _code(f.default), RESUME.get(classes, "fixed"), meaning]
+    default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    cells = [_code(f.name, ""), _values(f, hint), _code(default), RESUME.get(classes, "fixed"), meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -102,6 +103,8 @@ def _values(f: dataclasses.Field, hint: Any) -> str:
         return " or ".join(_values(f, part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "numbers"
+    if typing.get_origin(hint) is dict:
+        return "names of integers"
     kind = {int: "integer", float: "number", bool: "`True`, `False`", str: "text"}[hint]
     low, high = f.metadata.get("low"), f.metadata.get("high", float("inf"))
     if low is None:

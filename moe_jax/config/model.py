@@ -7,6 +7,7 @@ from typing import Literal
 
 from moe_jax.config import layers as layers_lib
 from moe_jax.config.fields import FIXED, FUNCTION, Checked, machine, nearest_divisor, number, require
+from moe_jax.config.labels import check_model, needs
 from moe_jax.config.lora import LoRAConfig
 from moe_jax.config.memory import MemoryConfig
 from moe_jax.config.moe import MoEConfig
@@ -57,6 +58,10 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
     qk_norm: bool = False  # RMSNorm of queries and keys before RoPE
     # What the norm of qk_norm is taken over: each head alone, or all heads together (OLMoE).
     qk_norm_over: Literal["head", "projection"] = "head"
+    # Number of labels of tokens (data.labels, docs/labels.md) that each have their own attention matrices and
+    # norms in a block. Attention itself is over all tokens (Mixture-of-Transformers, arXiv:2411.04996). 1: all tokens
+    # share them. Not with MLA or qkv_bias.
+    untie: int = number(1, 1)
     rope_theta: float = number(10_000.0, 1.0)  # base of RoPE's frequencies
     # Numbers of a query's and a key's head that RoPE rotates, the first ones; even. 0: all. With MLA: mla.rope_dim.
     rope_dim: int = number(0, 0)
@@ -169,6 +174,11 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         return {path for path, kind in blocks if kind.name == "table"}
 
     @property
+    def labels(self) -> int:
+        """The number of labels of tokens that the model is for; 0: it needs none."""
+        return max(needs(self).values(), default=0)
+
+    @property
     def routed_counts(self) -> tuple[int, ...]:
         """The numbers of experts of blocks whose router chooses, the smallest first; () if none does."""
         kinds = {kind for stack in self.stacks for kind in stack.unit}
@@ -211,6 +221,7 @@ class ModelConfig(Checked, resume=FIXED, weights=FUNCTION):
         self._check_residual()
         if self.mtp_layers:
             self._check_mtp()
+        check_model(self)
         if self.lora.rank and self.moe.expert_weights == "ternary":
             self._check_adapters()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_jax.config.fields import FIXED, FUNCTION, Checked, machine, nearest_divisor, number, require
+from moe_jax.config.labels import check_layer
 from moe_jax.config.pools import check_pools
 
 
@@ -55,6 +56,16 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     # Equal groups of experts of which each gives a token K / shard_groups experts (MoGE, arXiv:2505.21411); 1: no such
     # groups. Expert e is in group e mod shard_groups: in an upcycled model the copies of one shard of the dense layer.
     shard_groups: int = number(1, 1)
+    # Equal groups of experts, one for each label of tokens (data.labels, docs/labels.md): a token chooses from the
+    # group of its label, and from identity experts (MoMa, arXiv:2407.21770); 1: no such groups. The first experts are
+    # those of label 0.
+    label_groups: int = number(1, 1)
+    # Routers of a layer over the same experts, one for each label of tokens (data.labels; Mod-Squad, arXiv:2212.08066);
+    # 1: one for all.
+    routers: int = number(1, 1)
+    # What the table of a table block in model.layers is asked for: the experts of a token's id, or of its label
+    # (data.labels), which is the number of its one expert (Mixture-of-Transformers, arXiv:2411.04996).
+    table: Literal["token", "label"] = "token"
     # Further choices of the router, which compute nothing (Z): a token that takes one has fewer experts.
     identity_experts: int = number(0, 0)
     # What such a choice adds to the layer's result, times its combine weight: the layer's input, or nothing.
@@ -99,8 +110,8 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     room: float = machine(number(1.25, 0.01))
     # Parts in which a device's tokens are sent and computed; one part may travel while another is computed.
     exchange_chunks: int = machine(number(1, 1))
-    # Back end of the experts' matrix products. "auto" takes the best that runs on the device; "hopper" needs an H100,
-    # H200, H800 or GH200, the others run anywhere. "batched" is for other GPUs and dtypes.
+    # Back end of the matrix products of experts, and of model.untie. "auto" takes the best that runs on the device;
+    # "hopper" needs an H100, H200, H800 or GH200, the others run anywhere. "batched" is for other GPUs and dtypes.
     grouped_matmul: Literal["auto", "reference", "ragged_dot", "hopper", "batched"] = machine("auto")
 
     @property
@@ -116,7 +127,8 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
     @property
     def mean_slots(self) -> float:
         """Number of experts that a token is expected to use: of its slots, those that compute something."""
-        return self.expert_budget or self.top_k * self.num_experts / self.router_columns
+        own = self.num_experts / self.label_groups  # of the columns that a token may choose
+        return self.expert_budget or self.top_k * own / (own + self.identity_experts)
 
     @property
     def takes_pools(self) -> bool:
@@ -170,6 +182,7 @@ class MoEConfig(Checked, resume=FIXED, weights=FUNCTION):
         if self.choice == "expert":
             self._check_expert_choice()
         check_pools(self)
+        check_layer(self)
 
     def _check_shards(self):
         s, e, k = self.shard_groups, self.num_experts, self.top_k

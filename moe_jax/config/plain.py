@@ -85,9 +85,9 @@ def plain_routing(moe: MoEConfig) -> MoEConfig:
         # With a bias or with groups, ranking logits differs from ranking their softmax.
         if all_chosen or (any_group and not moe.selection_bias):
             changes |= {"score_order": "score_topk", "renormalize": moe.combine == "score"}
-    elif all_chosen and moe.score == "softmax" and moe.combine == "score":
+    elif all_chosen and moe.score == "softmax" and moe.combine == "score" and not moe.min_ratio:
         changes["renormalize"] = True
-    if moe.combine == "one" and moe.top_k == 1:  # the only weight is 1 in both cases
+    if moe.combine == "one" and moe.top_k == 1 and moe.table != "label":  # the only weight is 1 in both cases
         changes |= {"combine": "score", "renormalize": changes.get("score_order", moe.score_order) == "score_topk"}
     if all_chosen and (moe.combine == "one" or (moe.top_k == 1 and moe.renormalize)):
         changes["score"] = "softmax"

@@ -55,6 +55,10 @@ def check_pools_of_run(cfg: Any) -> None:
     ramp = cfg.explore.random
     rule = "is not available with explore.random, noise by the mean and deviation of all logits"
     require(max(ramp.start, ramp.end) == 0, name, value, rule, "nearest valid: 0")
+    steers, of = cfg.mixture.controller, moe.pool_from
+    rule = f"is not available with mixture.controller={steers!r}: gradients would be of pools drawn at random"
+    require(not moe.takes_pools or steers not in ("dga", "tikmix"), "model.moe.pool_from", of, rule,
+            "nearest valid: 'all', with pool_size=0")  # fmt: skip
     rule = f"must be < data.seq_len={cfg.data.seq_len}: nothing would be left to score"
     require(moe.pool_prefix < cfg.data.seq_len, "model.moe.pool_prefix", moe.pool_prefix, rule,
             f"nearest valid: {cfg.data.seq_len - 1}")  # fmt: skip

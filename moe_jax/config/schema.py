@@ -14,6 +14,7 @@ from moe_jax.config.data import GAP_TOKENS, DataConfig
 from moe_jax.config.distill import DistillConfig
 from moe_jax.config.explore import ExploreConfig, check_routing
 from moe_jax.config.fields import FIXED, MAY_CHANGE, Checked, nearest_divisor, newer, number, renamed, require
+from moe_jax.config.labels import check_run
 from moe_jax.config.mixture import MixtureConfig, check_mixture
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.pools import check_pools_of_run
@@ -30,7 +31,8 @@ class RouterLossConfig(Checked, resume=FIXED):
     The loss is logged as `<kind>/<name>`.
     """
 
-    # "load_balance", "router_z", "mutual_information", or another name in the table of moe_jax/moe/router_losses.py.
+    # "load_balance", "router_z", "mutual_information", "label_information", or another name in the table of
+    # moe_jax/moe/router_losses.py.
     kind: str = "load_balance"
     coef: float = number(0.0, 0.0)  # weight of this loss
     # Sequences over which the statistics are taken: 1, any divisor of the batch, or "global" (the optimizer batch).
@@ -268,6 +270,7 @@ class SampleConfig(Checked, resume=MAY_CHANGE):
     tokens: int = number(120, 0)  # tokens that are drawn after it
     temperature: float = number(0.8, 0.0)  # divisor of the logits; 0: always the most probable token
     top_p: float = number(0.95, 0.0, 1.0)  # draw from the most probable tokens that together reach this probability
+    label: int = number(-1, -1)  # label of the text, for a model that needs it (data.labels); −1: none
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,7 @@ class RunConfig(Checked, resume=FIXED):
         check_routing(self)
         check_mixture(self)
         check_pools_of_run(self)
+        check_run(self)
         t = self.data.tokenizer
         gaps = GAP_TOKENS * bool(self.data.with_gaps)
         need = {"bytes": 257, "bpe": t.vocab_size}.get(t.kind, 0)
@@ -310,7 +314,6 @@ class RunConfig(Checked, resume=FIXED):
         require(not (self.optim.qk_clip and self.model.qk_norm), "optim.qk_clip", self.optim.qk_clip,
                  "has no effect with model.qk_norm=True, which undoes any scale of w_q and w_k and bounds the logits",
                  "nearest valid: 0.0")  # fmt: skip
-
         require(not (self.optim.per_head and self.model.mla.kv_rank), "optim.per_head", True,
                 "is not available with model.mla.kv_rank > 0, whose heads have several sizes",
                 "nearest valid: False")  # fmt: skip

@@ -62,6 +62,14 @@ def random_key(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
 
 
+def with_labels(batch: Rows, labels: np.ndarray | None) -> Rows:
+    """The batch with the label of each token's domain, `label` [n, S] int32; the batch itself without labels.
+
+    labels: [domains] int32, the label of each domain.
+    """
+    return batch if labels is None else batch | {"label": labels[batch["domain_ids"]]}
+
+
 def check_rows(rows: Sequence[int], batch_size: int) -> tuple[int, ...]:
     """The rows of a batch that a process reads. Raises ValueError unless they are sorted, distinct and in the batch."""
     rows = tuple(int(r) for r in rows)
@@ -107,8 +115,11 @@ class TrainIterator:
     Its state is the number of batches delivered, so a process with other `rows` can continue from it.
     """
 
-    def __init__(self, elements, batch_size: int, rows: Sequence[int], num_workers: int):
-        self._elements, self._batch_size, self._num_workers = elements, batch_size, num_workers
+    def __init__(
+        self, elements, batch_size: int, rows: Sequence[int], num_workers: int, labels: np.ndarray | None = None
+    ):
+        """labels: of each domain, for `with_labels`."""
+        self._labels, self._elements, self._batch_size, self._num_workers = labels, elements, batch_size, num_workers
         self._rows = check_rows(rows, batch_size)
         self._count = self._begun = 0
         self._iterator = None
@@ -128,7 +139,8 @@ class TrainIterator:
             batch = self._read()
         self._count += 1
         # The arrays of a reader process lie in shared memory, which it may reuse while the batch is in use: copy them.
-        return {k: np.array(v) for k, v in batch.items()} if self._num_workers else batch
+        batch = {k: np.array(v) for k, v in batch.items()} if self._num_workers else batch
+        return with_labels(batch, self._labels)
 
     def _read(self) -> Rows:
         if self._iterator is None:

@@ -139,10 +139,11 @@ class MixedIterator(TrainIterator):
         batch_size: int,
         rows: Sequence[int],
         num_workers: int,
+        labels: np.ndarray | None = None,
     ):
         self._sources, self._seed = tuple(sources), seed
         phase = Phase(0, (0,) * len(self._sources), _valid(weights, len(self._sources)))
-        super().__init__(Mixture(self._sources, phase, seed, batch_size), batch_size, rows, num_workers)
+        super().__init__(Mixture(self._sources, phase, seed, batch_size), batch_size, rows, num_workers, labels)
         self.phase, self.stop = phase, None  # stop: the batch after the phase's last
 
     @property

@@ -6,7 +6,7 @@ where a controller sets the weights of sources during training, on these. A proc
 and reads only these. Neither that split nor `num_workers` changes the content of a batch.
 
 A batch is the dict of `PackedRows`, stacked to [n, S], and `sequence_ids` [n] int32, the index of each row in the
-optimizer batch. `n`: rows of this process; `S`: tokens of a row.
+optimizer batch; with `data.labels` also `label` [n, S] int32. `n`: rows of this process; `S`: tokens of a row.
 """
 
 import itertools
@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_jax.config import DataConfig, MixtureConfig
 from moe_jax.config.data import GAP_TOKENS
-from moe_jax.data import chat, record, tokenizers
+from moe_jax.data import chat, labels, record, tokenizers
 from moe_jax.data.answers import open_roles
 from moe_jax.data.batches import (
     Rows,
@@ -29,6 +29,7 @@ from moe_jax.data.batches import (
     check_shared_memory,
     random_key,
     read_batches,
+    with_labels,
 )
 from moe_jax.data.begin_of_text import BEGIN
 from moe_jax.data.corpus import TokenStore, prepare_store, store_folder
@@ -116,6 +117,7 @@ class Corpus:
     bytes_per_token: [domains] float64, UTF-8 bytes per predicted token of the validation split, or of the training
         split for a domain without validation documents. Bits per byte = nats per token / ln 2 / bytes_per_token. Of
         documents with roles those tokens count that rows have. NaN for a domain of which rows have nothing.
+    labels: [domains] int32, the label of each domain; None without data.labels.
     """
 
     def __init__(self, cfg: DataConfig, sources: dict[str, Source], tokenizer, stores: dict, seed: int):
@@ -123,6 +125,7 @@ class Corpus:
         self.tokenizer: tokenizers.Tokenizer = tokenizer
         self.stores: dict[tuple[str, Split], TokenStore] = stores
         self.domains: tuple[str, ...] = tuple(sorted({d for store in stores.values() for d in store.domains}))
+        self.labels = labels.of_domains(cfg.labels, self.domains)
         self._train: dict[str, PackedRows | WholeRows | DenoisedRows] = {}  # of sources that are trained on
         self._packed: dict[tuple[str, Split], WholeRows] = {}  # of sources with roles
         for name, source in cfg.sources.items():
@@ -130,6 +133,10 @@ class Corpus:
                 self._train[name] = self._rows(name, "train")
         self._validation = {name: self._rows(name, split) for name, split in stores if split == "validation"}
         self.bytes_per_token = self._bytes_per_token()
+
+    def check_labels(self) -> None:
+        """Raises ConfigError for a label without training text, as `labels.check` says."""
+        labels.check(self._cfg.labels, self.domains, self.stats())
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -254,8 +261,8 @@ class Corpus:
             mixed.append(rows_of.shuffle(seed=random_key("rows", self._seed, name)).repeat())
         if len(mixed) > 1:
             weights = [self._cfg.sources[name].weight for name in self.trained]
-            return MixedIterator(mixed, weights, self._seed, self._cfg.batch_size, rows, workers)
-        return TrainIterator(mixed[0], self._cfg.batch_size, rows, workers)
+            return MixedIterator(mixed, weights, self._seed, self._cfg.batch_size, rows, workers, self.labels)
+        return TrainIterator(mixed[0], self._cfg.batch_size, rows, workers, self.labels)
 
     def num_validation_batches(self, limit: int = 0) -> int:
         """Number of batches of held-out text, at most `limit`; 0: all."""
@@ -283,7 +290,7 @@ class Corpus:
     def _validate(self, elements: ValidationRows, rows: tuple[int, ...]) -> Iterator[Rows]:
         if len(elements):
             iterator = iter(read_batches(grain.MapDataset.source(elements), self._cfg.batch_size, rows, 0, 0))
-            yield from iterator
+            yield from (with_labels(batch, self.labels) for batch in iterator)
             iterator.close()
 
     def beginning(self) -> list[int]:
@@ -315,6 +322,7 @@ class Corpus:
         read += [f"{n}/{s}: {rows.note()}" for (n, s), rows in self._packed.items() if s == "train" or rows.cut]
         read += self._answers()
         read += [rows.note() for rows in self._train.values() if isinstance(rows, DenoisedRows)]
+        read += labels.lines(self._cfg.labels, self.domains, self.stats())
         return [*self._begin(), *dict.fromkeys(read), *self._lost(), *map(str, self.not_held_out())]
 
     def _begin(self) -> tuple[str, ...]:

@@ -174,15 +174,17 @@ def _prompt_of(place: str, row: dict) -> str:
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def to_json(found: Contrast, step: int | None, line: str, experts: str | None = None) -> str:
+def to_json(found: Contrast, step: int | None, line: str, experts: str | None = None, label: int | None = None) -> str:
     """The text of contrast.json: every expert with its use on both sides, the most specific to the first side first.
 
-    line: `off_line`. experts: those that were switched when the use was measured, if any.
+    line: `off_line`. experts: those that were switched when the use was measured, if any. label: that of prompts, for a
+    model that depends on it.
     """
     first, second = found.names
     rows = [row._asdict() | {"difference": row.difference} for row in ranked(found)]
     body = {"step": step, "first": first, "second": second, "tokens": list(found.tokens), "off": line,
-            **({"experts": experts} if experts else {}), "ranked": rows}  # fmt: skip
+            **({"experts": experts} if experts else {}), **({} if label is None else {"label": label}),
+            "ranked": rows}  # fmt: skip
     return json.dumps(body, indent=1, allow_nan=False) + "\n"
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import model
 from moe_jax.config import ModelConfig, RunConfig, SampleConfig
+from moe_jax.config.labels import check_label
 from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.data.documents import as_text
 from moe_jax.errors import ConfigError
@@ -54,17 +55,20 @@ def generate(
     seed: int = 0,
     vocab: int | None = None,
     switches: Switches | None = None,
+    label: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt (at least one) followed by `tokens` sampled ids: one number, or one of each prompt.
 
     vocab: tokens of the tokenizer. Larger ids, which a model may have rows for, are never drawn.
     switches: experts that are off or on, for the prompt and what follows.
+    label: of the prompts and what follows, for a model that needs one. Raises ConfigError for a wrong one.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
     counts = np.broadcast_to(tokens, len(prompts)).tolist()
     if not any(counts):
         return [list(p) for p in prompts]
+    label = check_label(cfg, label)
     if cfg.moe.choice == "expert" and cfg.num_moe_layers:
         rule = "depends on later tokens, so that the model writes no text"
         raise ConfigError("model.moe.choice", "expert", rule, "train with choice='token'")
@@ -80,7 +84,7 @@ def generate(
             rows = [row for row, p in enumerate(prompts) if len(p) == size]
             of = lambda all_rows, rows=rows: [all_rows[row] for row in rows]
             made = generate(cfg, mesh, params, router_bias, of(prompts), of(counts), temperature=temperature,
-                            top_p=top_p, seed=seed, vocab=vocab, switches=switches)  # fmt: skip
+                            top_p=top_p, seed=seed, vocab=vocab, switches=switches, label=label)  # fmt: skip
             found |= dict(zip(rows, made, strict=True))
         return [found[row] for row in range(len(prompts))]
     padded = -(-len(prompts) // mesh.size) * mesh.size  # the batch is split over the mesh: pad it with copies
@@ -91,21 +95,21 @@ def generate(
         table[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     with jax.set_mesh(mesh):
         run = _decoder(cfg, mesh, min(map(len, prompts)), temperature, top_p, vocab or cfg.vocab_size)
-        out = np.asarray(run(params, router_bias, table, lengths, jax.random.key(seed), switches))
+        out = np.asarray(run(params, router_bias, table, lengths, jax.random.key(seed), switches, label))
     return [out[row, : len(p) + counts[row]].tolist() for row, p in enumerate(prompts)]
 
 
 @functools.lru_cache(maxsize=8)
 def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top_p: float, vocab: int):
-    """The jitted function (params, bias, table [B, Z], lengths [B], key, switches) → the table with sampled
-    tokens.
+    """The jitted function (params, bias, table [B, Z], lengths [B], key, switches, label) → the table with
+    sampled tokens.
 
     It runs the first `prefill` tokens of all prompts at once, and then one token at a time.
     """
     graph = model.abstract(cfg, Program.choose(cfg, mesh))
     rows = P(sharding.AXES, None)
 
-    def run(params, bias, table, lengths, key, switches):
+    def run(params, bias, table, lengths, key, switches, label):
         net = graph.bind(params, bias)
         table, lengths = sharding.replicate(table), sharding.replicate(lengths)
         batch, places = table.shape
@@ -118,6 +122,7 @@ def _decoder(cfg: ModelConfig, mesh: Mesh, prefill: int, temperature: float, top
                 start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows
             )
             info = TokenInfo(ids >= 0, jnp.zeros_like(ids), documents=documents and documents(jnp.ones_like(ids)))
+            info = info._replace(label=None if label is None else jnp.full_like(ids, label))
             out = net(model.Inputs(ids, positions, None, info, switches=switches), cache, start)
             last = jnp.einsum("bd,vd->bv", out.hidden[:, -1], output, preferred_element_type=jnp.float32)
             return sharding.replicate(last), out.cache
@@ -156,7 +161,7 @@ def sample_text(
     """The text of a prompt (default: the config's) and its continuation, sampled with the config's `sample` settings.
 
     It ends at the end-of-text token, or at the model's last position. prompt: text, or the ids of a complete beginning.
-    switches: experts that are off or on.
+    switches: experts that are off or on. Its label, if the model needs one, is that of the settings.
     """
     prompt = cfg.sample.prompt if prompt is None else prompt
     if isinstance(prompt, str):
@@ -169,7 +174,8 @@ def continue_texts(
     starts: Sequence[Sequence[int]], sample: SampleConfig, seed: int,
     switches: Switches | None = None,
 ) -> list[str]:  # fmt: skip
-    """The texts of prompts, given as token ids, and of their continuations. sample: its `prompt` is not used.
+    """The texts of prompts, given as token ids, and of their continuations. sample: its `prompt` is not used; its
+    `label` is that of all of them.
 
     Each ends at its end-of-text token, or at the model's last position.
     """
@@ -177,7 +183,7 @@ def continue_texts(
     all_ids = generate(
         cfg, mesh, params, router_bias, starts, [min(sample.tokens, free(start)) for start in starts],
         temperature=sample.temperature, top_p=sample.top_p, seed=seed, vocab=tokenizer.vocab_size,
-        switches=switches,
+        switches=switches, label=sample.label,
     )  # fmt: skip
     texts, end = [], tokenizer.end_of_text
     for start, ids in zip(starts, all_ids, strict=True):

@@ -39,7 +39,8 @@ class RunModel(TemplateLM):
         if run.tokenizer is None:
             raise ValueError("the run has no tokenizer: put the tokenizer.json of its weights into its directory")
         self._run, self._progress = run, progress
-        self._cfg = dataclasses.replace(run.cfg, model=run.model)
+        sample = dataclasses.replace(run.cfg.sample, label=run.label)
+        self._cfg = dataclasses.replace(run.cfg, model=run.model, sample=sample)
         loglikelihood.check(self._cfg)
 
     @property
@@ -126,7 +127,7 @@ class RunModel(TemplateLM):
         every = generate.generate(
             self._cfg.model, run.mesh, run.params, run.router_bias, prompts, its.tokens,
             temperature=its.temperature, top_p=its.top_p, seed=self._cfg.seed, vocab=tokenizer.vocab_size,
-            switches=run.switches,
+            switches=run.switches, label=self._cfg.sample.label,
         )  # fmt: skip
         texts = []
         for prompt, ids in zip(prompts, every, strict=True):

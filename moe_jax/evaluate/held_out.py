@@ -5,7 +5,7 @@ import json
 import lzma
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,15 +76,17 @@ class EvalResult(NamedTuple):
         }
 
 
-def check_held_out(corpus: Corpus, prefix: int = 0) -> None:
+def check_held_out(corpus: Corpus, prefix: int = 0, names: Sequence[str] | None = None) -> None:
     """Raises ConfigError if there is no held-out text, since the run could not be evaluated.
 
     prefix: `model.moe.pool_prefix`, the tokens of a document that are not scored. Some document must have as many.
+    names: the sources that it must be a document of; None: any.
     """
     if not corpus.num_validation_batches():
         raise corpus.nothing_held_out()
     if prefix:
-        stores = [store for (_, split), store in corpus.stores.items() if split == "validation"]
+        splits = corpus.stores.items()
+        stores = [store for (name, split), store in splits if split == "validation" and name in (names or (name,))]
         longest = max(int(np.diff(store.offsets).max(initial=0)) for store in stores)
         rule = f"leaves nothing to score of held-out documents, of which the longest has {longest} tokens"
         require(prefix <= longest, "model.moe.pool_prefix", prefix, rule, f"nearest valid: {longest}")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from moe_jax import model
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.fields import require
+from moe_jax.config.labels import check_label
 from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.layer import TokenInfo
@@ -117,6 +118,7 @@ def check(cfg: RunConfig) -> None:
     rule = f"needs padding, which is a part of the sequence with rope_scaling.type={kind!r}"
     require(not cfg.model.rope_scaling.by_length or backend != "splash", "model.attention", backend, rule,
             "--config.model.attention=auto takes any length")  # fmt: skip
+    check_label(cfg.model, cfg.sample.label)
     if not cfg.model.num_moe_layers:
         return
     moe, why = cfg.model.moe, "would make a score depend on the other sequences of its batch"
@@ -182,21 +184,22 @@ def _batches(
 
 @functools.lru_cache(maxsize=64)
 def _scorer(cfg: ModelConfig, mesh: Mesh, tokens: int, length: int):
-    """The jitted function (params, bias, tokens, targets, lengths, contexts, switches) → nats of each target, and
-    whether it is the most probable token; both `[B, S]`, on every device. contexts: lengths of what is not scored.
+    """The jitted function (params, bias, tokens, targets, lengths, contexts, switches, label) → nats of each target,
+    and whether it is the most probable token; both `[B, S]`, on every device. contexts: lengths of what is not scored.
 
     tokens: of one device. It compiles once for a shape.
     """
     graph = model.abstract(cfg, Program.choose(cfg, mesh, tokens, length))
     rows = P(sharding.AXES, None)
 
-    def run(params, bias, ids, targets, lengths, contexts, switches):
+    def run(params, bias, ids, targets, lengths, contexts, switches, label):
         net = graph.bind(params, bias)
         at = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape, out_sharding=rows)
         documents = None
         if cfg.moe.takes_pools:  # a context gives the pool, as a prompt does, whatever gives it in held-out text
             documents = Documents(jnp.ones_like(ids), at < contexts[:, None])
-        info = TokenInfo(at < lengths[:, None], jnp.zeros_like(ids), documents=documents)
+        own = None if label is None else jnp.full_like(ids, label)
+        info = TokenInfo(at < lengths[:, None], jnp.zeros_like(ids), documents=documents, label=own)
         # Padding comes last, so that no token that counts attends to it.
         hidden = net(model.Inputs(ids, at, None, info, switches=switches)).hidden
         nll, best = cross_entropy.token_scores(hidden, weight(net.output_matrix, hidden.dtype), targets)
@@ -219,11 +222,13 @@ def score(
     """The scores of requests, in their order.
 
     cfg: of `config.for_evaluation`. A sequence has at most `data.seq_len` tokens; a batch about as many as one of
-        `data.batch_size` such sequences. progress: whether to show a bar, named `describe`.
+        `data.batch_size` such sequences. Its `sample.label` is that of all requests.
+    progress: whether to show a bar, named `describe`.
     switches: experts that are off or on.
     Every process of a run calls this, and has all the scores. Raises ConfigError (`check`, `check_gives_pool`).
     """
     check(cfg)
+    label = check_label(cfg.model, cfg.sample.label)
     if empty := [i for i, r in enumerate(requests) if not (len(r.context) and len(r.continuation))]:
         raise ValueError(f"request {empty[0]} has no token in its context or in its continuation")
     longest, step = cfg.data.seq_len, 128 if cfg.model.attention == "splash" else 1
@@ -248,7 +253,7 @@ def score(
     with tqdm(total=len(rows), desc=describe, unit="sequence", disable=None if progress else True, leave=False) as bar:
         for its, size, length in _batches(rows, longest, cfg.data.batch_size * longest, mesh.size, step, exact):
             run = _scorer(shape, mesh, size * length // mesh.size, length)
-            waiting.append((its, *run(params, router_bias, *_arrays(its, size, length, mesh), switches)))
+            waiting.append((its, *run(params, router_bias, *_arrays(its, size, length, mesh), switches, label)))
             if len(waiting) == IN_FLIGHT:
                 read(*waiting.popleft())
             bar.update(len(its))

@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 
 from moe_jax import config, hf, model
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.config.labels import check_label
 from moe_jax.data import Tokenizer, tokenizers
 from moe_jax.data.documents import as_text
 from moe_jax.data.vocabularies import END_OF_TEXT
-from moe_jax.errors import CheckpointError, ConfigError, nearest
+from moe_jax.errors import CheckpointError, ConfigError, UserError, nearest
 from moe_jax.evaluate import loglikelihood, passes, switches
 from moe_jax.evaluate.generate import continue_texts
 from moe_jax.evaluate.switches import Switches
@@ -49,7 +50,7 @@ class OpenedRun:
     cfg: the run's configuration. model: that of the model as it is computed here. params, router_bias: nested dicts of
     arrays. tokenizer: None if the run has none, and then only token ids are taken. step: the checkpoint; None for a
     Hugging Face model. origin: the events that made the weights, in order. switches: experts that are off or on
-    (`switched`); None for those of the run as it is.
+    (`switched`); None for those of the run as it is. label: that of all texts (`labelled`); −1: none.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class OpenedRun:
         self.cfg, self.model, self.mesh, self.params, self.router_bias = cfg, computed, mesh, params, router_bias
         self.tokenizer, self.step, self.origin = tokenizer, step, origin
         self.switches: Switches | None = None
+        self.label = cfg.sample.label
 
     def __repr__(self) -> str:
         counts = model.count_parameters(self.model)
@@ -74,6 +76,22 @@ class OpenedRun:
         """
         made = copy.copy(self)
         made.switches = switches.parse(experts, self.model) if experts else None
+        return made
+
+    def labelled(self, label: int | str) -> "OpenedRun":
+        """The same run whose texts have this label, for a model that depends on it: a number, or a domain that
+        `data.labels` names; other domains have the label 0. A run opens with its `sample.label`. The weights are
+        shared, not copied.
+
+        Raises UserError for a name without a label, ConfigError for a number that the model has not.
+        """
+        names = self.cfg.data.labels
+        if isinstance(label, str) and label not in names:
+            rule = f"is not a name in data.labels={names}"
+            raise UserError(f"labelled({label!r}): {rule}; {nearest(label, names)}; labelled(0) for other domains")
+        made = copy.copy(self)
+        made.label = names[label] if isinstance(label, str) else label
+        check_label(self.model, made.label, names)
         return made
 
     # --- texts and tokens ---------------------------------------------------------------------------------------------
@@ -169,7 +187,7 @@ class OpenedRun:
         longest = min(longest, self.model.max_seq_len or longest)
         cfg, _ = config.for_evaluation(dataclasses.replace(self.cfg, model=self.model), 1)
         data = dataclasses.replace(cfg.data, seq_len=longest, batch_size=max(1, passes.TOKENS // longest))
-        cfg = dataclasses.replace(cfg, data=data)
+        cfg = dataclasses.replace(cfg, data=data, sample=dataclasses.replace(cfg.sample, label=self.label))
         scores = loglikelihood.score(cfg, self.mesh, self.params, self.router_bias, requests, switches=self.switches)
         return scores[0] if one else scores
 
@@ -197,6 +215,7 @@ class OpenedRun:
             "tokens": sample.tokens if tokens is None else tokens,
             "temperature": sample.temperature if temperature is None else temperature,
             "top_p": sample.top_p if top_p is None else top_p,
+            "label": self.label,
         }
         sampled = dataclasses.replace(sample, **settings)  # which checks the values
         write = lambda _, all_ids: continue_texts(
@@ -209,13 +228,14 @@ class OpenedRun:
     def _each(self, texts: Any, run: Callable[[list, list], list]) -> Any:
         """The results of run(texts, their ids): one for one text, a list for a list."""
         listed, one = _listed(texts)
+        check_label(self.model, self.label, self.cfg.data.labels)
         made = run(listed, [self.ids(text) for text in listed]) if listed else []
         return made[0] if one else made
 
     def _run(self, what: str, layer: int = -1) -> Callable[[Any, list[list[int]]], list]:
         """A function of texts and their ids that computes an entry of `passes.READ` for each."""
         own = self.model, self.mesh, self.params, self.router_bias
-        return lambda _, all_ids: passes.run(*own, all_ids, what, layer, self.switches)
+        return lambda _, all_ids: passes.run(*own, all_ids, what, layer, self.switches, self.label)
 
 
 def _listed(texts: Any) -> tuple[list[Text], bool]:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import model
 from moe_jax.config import ModelConfig
+from moe_jax.config.labels import check_label
 from moe_jax.evaluate.switches import Switches
 from moe_jax.moe.layer import TokenInfo
 from moe_jax.moe.pools import documents_of
@@ -37,16 +38,19 @@ def run(
     what: str,
     layer: int = -1,
     switches: Switches | None = None,
+    label: int | None = None,
 ) -> list[Any]:
-    """An entry of `READ` for each text, given as token ids. layer: for "hidden". switches: of experts.
+    """An entry of `READ` for each text, given as token ids. layer: for "hidden". switches: of experts. label: of the
+    texts, for a model that needs one; ConfigError for a wrong one.
 
     A result does not depend on the other texts. Every process of several calls this with the same texts.
     """
+    label = check_label(cfg, label)
     out: list = [None] * len(all_ids)
     for rows, table, lengths in _batches(cfg, mesh.size, all_ids):
         program = _program(cfg, mesh, table.shape[1], what, layer)
         with jax.set_mesh(mesh):
-            made = jax.device_get(program(params, router_bias, table, lengths, switches))
+            made = jax.device_get(program(params, router_bias, table, lengths, switches, label))
         for place, row in enumerate(rows):
             out[row] = READ[what].of_row(made, place, len(all_ids[row]))
     return out
@@ -121,17 +125,19 @@ READ = {
 
 @functools.lru_cache(maxsize=64)
 def _program(cfg: ModelConfig, mesh: Mesh, length: int, what: str, layer: int) -> Callable:
-    """The jitted function (params, bias, ids [B, S], lengths [B], switches) → arrays of `READ[what]`, replicated."""
+    """The jitted function (params, bias, ids [B, S], lengths [B], switches, label) → arrays of `READ[what]`,
+    replicated."""
     chosen = Program.choose(cfg, mesh, seq_len=length)
     program = dataclasses.replace(chosen, record=what == "routing", residual=what == "hidden" and layer > 0)
     graph, rows = model.abstract(cfg, program), P(sharding.AXES, None)
 
-    def run(params, bias, table, lengths, switches):
+    def run(params, bias, table, lengths, switches, label):
         net = graph.bind(params, bias)
         place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], table.shape)
         counted = place < lengths[:, None]
         ids, place, counted = (jax.sharding.reshard(a, rows) for a in (table, place, counted))
-        info = TokenInfo(counted, jnp.zeros_like(ids))
+        own = None if label is None else jnp.full_like(ids, label)
+        info = TokenInfo(counted, jnp.zeros_like(ids), label=own)
         info = info._replace(documents=documents_of(cfg.moe, jnp.ones_like(ids), place, training=False))
         out = net(model.Inputs(ids, place, None, info, switches=switches))
         return jax.tree.map(sharding.replicate, READ[what].of_pass(net, out, ids, layer))

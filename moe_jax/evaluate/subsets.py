@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -95,19 +95,41 @@ def measure_use(
 
 
 def number_kept(model: ModelConfig, place: Place, share: float) -> int:
-    """The number of experts of a layer that are kept: the nearest to the share, and of each shard group the same."""
-    return round(share * place.kind.experts / model.moe.shard_groups) * model.moe.shard_groups
+    """The number of experts of a layer that are kept: the nearest to the share, and of each group the same."""
+    groups = len(_groups(model, place))
+    return round(share * place.kind.experts / groups) * groups
 
 
 def check_shares(model: ModelConfig, shares: Sequence[float]) -> None:
     """Raises UserError for a share of the experts of a layer that is too few for a token's choices."""
     for share in shares:
         for layer, place in enumerate(_places(model)):
-            kept, least = number_kept(model, place, share), model.moe.top_k
+            kept, least = number_kept(model, place, share), _least(model, place)
             if kept < least:
-                near = 100 * max(least / place.kind.experts for place in _places(model))
-                rule = f"keeps {kept} of {place.kind.experts} experts of layer {layer}, but a token chooses {least}"
-                raise UserError(f"--keep_experts={100 * share:.4g}: {rule}; nearest valid: {near:.4g}")
+                near = 100 * max(_least(model, place) / place.kind.experts for place in _places(model))
+                experts, each = f"{place.kind.experts} experts of layer {layer}", len(_groups(model, place))
+                of = f" of {experts}, but a token chooses {model.moe.top_k}"
+                own = f" of the {place.kind.experts // each} of its label" if _by_label(model, place) else ""
+                raise UserError(f"--keep_experts={100 * share:.4g}: keeps {kept}{of}{own}; nearest valid: {near:.4g}")
+
+
+def _least(model: ModelConfig, place: Place) -> int:
+    """The number of experts of a layer without which a token cannot choose as many as it does."""
+    if _by_label(model, place):  # a token has the identity experts besides its group
+        return max(model.moe.top_k - model.moe.identity_experts, 0) * model.moe.label_groups
+    return model.moe.top_k
+
+
+def _by_label(model: ModelConfig, place: Place) -> bool:
+    return model.moe.label_groups > 1 and place.kind.name != "table"
+
+
+def _groups(model: ModelConfig, place: Place) -> list[Int[np.ndarray, " n"]]:
+    """The experts of a layer, in the groups of which a token chooses."""
+    experts = np.arange(place.kind.experts)
+    if _by_label(model, place):
+        return np.split(experts, model.moe.label_groups)
+    return [experts[group :: model.moe.shard_groups] for group in range(model.moe.shard_groups)]
 
 
 def switched_off(model: ModelConfig, use: Sequence[Float[np.ndarray, " C"]], share: float) -> list[Expert]:
@@ -115,11 +137,11 @@ def switched_off(model: ModelConfig, use: Sequence[Float[np.ndarray, " C"]], sha
 
     Identity experts compute nothing, and are always kept.
     """
-    off, groups = [], model.moe.shard_groups
+    off = []
     for layer, (place, one) in enumerate(zip(_places(model), use, strict=True)):
-        most = number_kept(model, place, share) // groups
-        for group in range(groups):
-            members = np.arange(group, place.kind.experts, groups)
+        groups = _groups(model, place)
+        most = number_kept(model, place, share) // len(groups)
+        for members in groups:
             order = members[np.argsort(-one[members], kind="stable")]
             off += [(layer, int(expert)) for expert in order[most:]]
     return sorted(off)
@@ -139,7 +161,8 @@ def evaluate(
     """The losses on held-out text with a share of the experts, for each share.
 
     use: of `measure_use`. by: the domain whose use chooses the experts; "": each domain's own. limit: batches; 0: all.
-    Raises UserError for a domain without training text, and for a share that leaves too few experts of a group.
+    Raises UserError for a domain without training text, for a share that leaves too few experts of a group, and
+    for `by` where experts have groups by label.
     """
     cfg, shares = without_pools(cfg), tuple(sorted(shares, reverse=True))
     check_shares(cfg.model, shares)
@@ -147,6 +170,8 @@ def evaluate(
     trained = [g for g in range(groups) if use[0][g].any()]
     if by and corpus.domains.index(by) not in trained:
         raise UserError(f"--keep_by={by}: none of its text was in the batches of training text that were read")
+    if by and any(_by_label(model, place) for place in _places(model)):
+        raise UserError(f"--keep_by={by}: its text uses no expert of other labels (model.moe.label_groups)")
     choosers = [corpus.domains.index(by)] if by else trained
     tables: dict[int, list[Switches | None]] = {}
     lines: dict[str, list[str]] = {}

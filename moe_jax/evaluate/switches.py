@@ -125,6 +125,8 @@ def _why_not(model: ModelConfig, place: Place, switches: Int[np.ndarray, " C"]) 
         return f"a table of model.layers={model.layers!r} names its experts, so that none can be on" * bool(on.any())
     if moe.choice == "expert":
         return ""
+    if moe.label_groups > 1:
+        return _why_not_by_label(model, place.kind.experts, left, on)
     for group in range(moe.shard_groups):
         share, its = k // moe.shard_groups, slice(group, None, moe.shard_groups)
         of = f" of group {group} (model.moe.shard_groups={moe.shard_groups})" if moe.shard_groups > 1 else ""
@@ -135,6 +137,19 @@ def _why_not(model: ModelConfig, place: Place, switches: Int[np.ndarray, " C"]) 
             return f"{on[its].sum()} experts{of} would be on, but a token has {each} choices"
     if moe.top_groups < moe.num_groups:
         return _why_not_in_groups(model, left.reshape(moe.num_groups, -1), on.reshape(moe.num_groups, -1))
+    return ""
+
+
+def _why_not_by_label(model: ModelConfig, experts: int, left: np.ndarray, on: np.ndarray) -> str:
+    """The same for groups of experts by label: each must have enough, with the identity experts."""
+    size, k = experts // model.moe.label_groups, model.moe.top_k
+    for label in range(model.moe.label_groups):
+        own = np.r_[label * size : (label + 1) * size, experts : len(left)]
+        of = f"of label {label} (model.moe.label_groups={model.moe.label_groups})"
+        if left[own].sum() < k:
+            return f"{left[own].sum()} experts {of} would be left for top_k={k} choices"
+        if on[own].sum() > k:
+            return f"{on[own].sum()} experts {of} would be on, but a token has top_k={k} choices"
     return ""
 
 

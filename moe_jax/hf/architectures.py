@@ -267,6 +267,15 @@ WITHOUT_POOLS = "document pools are not exported: tokens choose from all experts
 
 WITHOUT_RATIO = "choices that weigh little are not left out there, as with model.moe.min_ratio=0"
 
+
+def echo_left_out(model: ModelConfig, echo: Callable[[str], Any]) -> None:
+    """Prints what of a model's routing no file has, for a model that has it."""
+    if model.num_moe_layers and model.moe.pool_min:
+        echo(WITHOUT_POOLS)
+    if model.num_moe_layers and model.moe.min_ratio:
+        echo(WITHOUT_RATIO)
+
+
 # --- ModelConfig → config.json ---------------------------------------------------------------------------------------
 
 

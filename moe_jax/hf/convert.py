@@ -20,7 +20,7 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data.tokenizers import COMPANION_FILES, companion_files
 from moe_jax.errors import FormatError
 from moe_jax.hf import block_fp8, gguf, safetensors, tables
-from moe_jax.hf.architectures import ARCHITECTURES, KEPT, WITHOUT_POOLS, WITHOUT_RATIO, read_config, write_config
+from moe_jax.hf.architectures import ARCHITECTURES, KEPT, echo_left_out, read_config, write_config
 from moe_jax.hf.defaults import DEFAULTS
 from moe_jax.hf.devices import Assembly, fetch, is_finite
 from moe_jax.hf.tokenizer import exported, imported
@@ -270,10 +270,7 @@ def export_run(
         hf[PREDICTION[0]] = written.mtp_layers
     elif written.mtp_layers:
         written, leaves = drop_prediction(written, leaves, name, echo)
-    if cfg.model.moe.pool_min:
-        echo(WITHOUT_POOLS)
-    if cfg.model.moe.min_ratio:
-        echo(WITHOUT_RATIO)
+    echo_left_out(cfg.model, echo)
     found = tables.tensors(name, written, {path: leaf.shape for path, leaf in leaves.items()})
     by_name = {tensor.name: tensor for tensor in found}
     found += [by_name[of]._replace(name=copy) for copy, of in tables.copies(written).items()]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from moe_jax.errors import FormatError
 from moe_jax.hf import gguf, tables
-from moe_jax.hf.architectures import WITHOUT_POOLS, WITHOUT_RATIO, write_config
+from moe_jax.hf.architectures import echo_left_out, write_config
 from moe_jax.hf.convert import check_is_finite, drop_prediction, imported_from, load_run
 from moe_jax.hf.devices import fetch
 from moe_jax.hf.gguf_tokenizer import tokenizer_keys
@@ -52,12 +52,9 @@ def export_gguf(
     model, dtype = cfg.model, dtype or cfg.model.param_dtype
     if model.mtp_layers:
         model, leaves = drop_prediction(model, leaves, "GGUF", echo)
-    if model.moe.pool_min:
-        echo(WITHOUT_POOLS)
-    if model.moe.min_ratio:
-        echo(WITHOUT_RATIO)
     source = imported_from(origin).get("architecture", "")
     name, hf = write_config(model, cfg.data.seq_len, source, NAMES, lambda hf: _kept(hf, model.tie_embeddings))
+    echo_left_out(model, echo)
     kind, keys = metadata(hf)
     found = tables.tensors(tables.GGUF + name, model, {path: leaf.shape for path, leaf in leaves.items()})
     types = {tensor.name: _type_of(tensor, dtype, experts_dtype or dtype) for tensor in found}

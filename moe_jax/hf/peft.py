@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from moe_jax.config import ModelConfig
 from moe_jax.errors import FormatError
 from moe_jax.hf import safetensors, tables
-from moe_jax.hf.architectures import WITHOUT_POOLS, WITHOUT_RATIO, write_config
+from moe_jax.hf.architectures import echo_left_out, write_config
 from moe_jax.hf.convert import whole_mesh
 from moe_jax.nn import lora
 from moe_jax.run import weights
@@ -116,10 +116,7 @@ def export_adapter(
     adapters, data = weights.load_adapters(workdir, cfg, mesh or whole_mesh(), at, average)
     source = next((event for event in data.get("origin", []) if event.get("event") == "import"), {})
     name, _ = write_config(cfg.model.base, cfg.data.seq_len, source.get("architecture", ""))
-    if cfg.model.moe.pool_min:
-        echo(WITHOUT_POOLS)
-    if cfg.model.moe.min_ratio:
-        echo(WITHOUT_RATIO)
+    echo_left_out(cfg.model, echo)
     found = wrapped(name, cfg.model, jax.tree.map(np.asarray, flatten(adapters)))
     tensors = {key: x for w in found for key, x in w.tensors.items()}
     partial = target.with_name(f".{target.name}.partial")

@@ -16,9 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moe_jax.config import DistillConfig, ExploreConfig, RunConfig
+from moe_jax.config.fields import require
 from moe_jax.data import Corpus
+from moe_jax.data.batches import with_labels
 from moe_jax.data.rows import random_number
 from moe_jax.data.sources import Split
+from moe_jax.evaluate.held_out import check_held_out
 from moe_jax.moe.program import Program
 from moe_jax.train.gradients import make_gradients
 from moe_jax.train.state import Batch, TrainState, parts_of, process_rows, put_batch, under_mesh
@@ -36,8 +39,12 @@ def cross_entropy_alone(cfg: RunConfig) -> RunConfig:
     optim, model = dataclasses.replace(cfg.optim, qk_clip=0.0), cfg.model
     if model.moe.overflow == "random":
         model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, overflow="first"))
+    if not model.moe.takes_pools:  # those of training are drawn; with others no controller has gradients
+        none = {"pool_min": 0, "pool_max": 0, "pool_from": "", "pool_prefix": 0}
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **none))
+    data = cfg.data if model.labels else dataclasses.replace(cfg.data, labels={})
     return dataclasses.replace(
-        cfg, model=model, loss=loss, explore=ExploreConfig(), distill=DistillConfig(), optim=optim
+        cfg, model=model, data=data, loss=loss, explore=ExploreConfig(), distill=DistillConfig(), optim=optim
     )
 
 
@@ -49,9 +56,12 @@ class Probe:
     """
 
     def __init__(self, cfg: RunConfig, mesh: Mesh, corpus: Corpus, program: Program | None = None):
-        self._cfg, self._mesh, self._corpus, self._program = cross_entropy_alone(cfg), mesh, corpus, program
+        self._cfg, self._mesh, self._corpus = cross_entropy_alone(cfg), mesh, corpus
+        self._program = program and dataclasses.replace(program, labels=0)  # which a loss of the run may count
         self._rows = process_rows(mesh, cfg.data.batch_size)
         self.targets = corpus.targets(cfg.mixture)
+        for name in self.targets:
+            check_held_out(corpus, self._cfg.model.moe.pool_prefix, (name,))
 
     def _batches(self, step: int, name: str, split: Split, by_domain: bool = False) -> Iterator[Batch]:
         """Yields `mixture.probe_batches` batches of a source, spread evenly over all its rows from a random one on."""
@@ -62,6 +72,7 @@ class Probe:
             found = [rows[(first + (begin + j) * len(rows) // count) % len(rows)] for j in self._rows]
             stacked = {key: np.stack([row[key] for row in found]) for key in found[0]}
             stacked["sequence_ids"] = np.array(self._rows, np.int32)
+            stacked = with_labels(stacked, self._corpus.labels)
             yield put_batch(stacked, self._mesh, self._cfg, by_domain=by_domain)
 
     def make_alignment(self, by_second_moment: bool = False) -> Callable[[int, TrainState], dict[str, float]]:
@@ -124,6 +135,11 @@ class Probe:
                 for batch in self._batches(0, name, "validation", by_domain=True):
                     sums = run(state.params, state.router_bias, batch)
                     total += [np.sum(x, dtype=np.float64) for x in jax.device_get((sums.nll, sums.tokens))]
+                prefix, rule = (
+                    self._cfg.model.moe.pool_prefix,
+                    f"leaves nothing to score of {name}'s held-out rows here",
+                )
+                require(total[1] > 0, "model.moe.pool_prefix", prefix, rule, "a smaller one, or more probe_batches")
                 found[name] = float(total[0] / total[1])
             return found
 

@@ -19,6 +19,7 @@ from moe_jax.nn.layers import GLU, Init, rms_norm, times
 from moe_jax.nn.mla import MLA
 from moe_jax.nn.remat import keep
 from moe_jax.nn.residual import ResidualScale
+from moe_jax.nn.untied import ByLabel, own
 
 
 class Ahead(NamedTuple):
@@ -39,6 +40,7 @@ class Inputs(NamedTuple):
     ahead: Ahead | None = None  # where the program runs layers of multi-token prediction
     # Experts that are switched off (−1) or on (1), by the block's path in the parameters; in evaluation.
     switches: dict[str, Int[Array, "L C"]] | None = None
+    by: ByLabel | None = None  # the order of tokens by label, which the model makes of `info.label` (`model.untie`)
 
 
 class BlockOutput(NamedTuple):
@@ -64,9 +66,11 @@ class Block(nnx.Module):
         out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5  # 2·L branches add to the residual stream
         self.eps, self.post, self.max_logit = cfg.norm_eps, cfg.norm == "post", program.max_logit
         self.multiplier = cfg.residual_multiplier
-        self.attention_norm = init.ones((cfg.d_model,), "norm")
-        self.attention = (MLA if cfg.mla.kv_rank else Attention)(cfg, init, out_std, program.attention, kind.attends)
-        self.mlp_norm = init.ones((cfg.d_model,), "norm")
+        norms = init.by_label(cfg.untie)
+        self.attention_norm = norms.ones((cfg.d_model,), "norm")
+        made = (cfg, init, out_std, program.attention, kind.attends)
+        self.attention = MLA(*made) if cfg.mla.kv_rank else Attention(*made, program.grouped_matmul)
+        self.mlp_norm = norms.ones((cfg.d_model,), "norm")
         self.moe = MoE(cfg, kind, init, out_std, program) if kind.experts else None
         fed = kind.name in ("dense", "late", "memory")
         self.mlp = GLU(cfg.d_model, cfg.d_ff, init, out_std, cfg.activation) if fed else None
@@ -88,13 +92,16 @@ class Block(nnx.Module):
 
         switches: of its experts.
         """
-        h = self._read(x, self.attention_norm)
+        by = inputs.by
+        h = self._read(x, self.attention_norm, by)
         counted = inputs.info.counted if self.max_logit else None
         with jax.named_scope("attention"):
             pool = None if cache is None else cache.pool
-            y, cache, max_logit = self.attention(h, inputs.positions, inputs.segments, cache, start, counted)
-        x = keep(self._add(x, y, self.attention_norm, self.attention_residual), "residual")
-        h, add = self._read(x, self.mlp_norm), lambda y: self._add(x, y, self.mlp_norm, self.mlp_residual)
+            of_label = () if by is None else (by,)
+            operands = (h, inputs.positions, inputs.segments, cache, start, counted, *of_label)
+            y, cache, max_logit = self.attention(*operands)
+        x = keep(self._add(x, y, self.attention_norm, self.attention_residual, by), "residual")
+        h, add = self._read(x, self.mlp_norm, by), lambda y: self._add(x, y, self.mlp_norm, self.mlp_residual, by)
         routed, stats, choices = None, None, None
         if self.moe is not None:
             with jax.named_scope("moe"):
@@ -110,14 +117,19 @@ class Block(nnx.Module):
             y = y + self.memory(h)
         return BlockOutput(add(y), state, routed, stats, cache, choices, max_logit)
 
-    def _read(self, x: Float[Array, "B S D"], scale: nnx.Param) -> Float[Array, "B S D"]:
+    def _read(self, x: Float[Array, "B S D"], scale: nnx.Param, by: ByLabel | None) -> Float[Array, "B S D"]:
         """Returns what a branch reads of the residual stream."""
-        return x if self.post else rms_norm(x, scale[...], self.eps)
+        return x if self.post else self._normed(x, scale, by)
 
-    def _add(self, x, y: Float[Array, "B S D"], scale: nnx.Param, residual: ResidualScale | None) -> Array:
+    def _add(
+        self, x, y: Float[Array, "B S D"], scale: nnx.Param, residual: ResidualScale | None, by: ByLabel | None
+    ) -> Array:
         """Returns the residual stream x plus the result y of a branch."""
-        y = times(rms_norm(y, scale[...], self.eps) if self.post else y, self.multiplier)
+        y = times(self._normed(y, scale, by) if self.post else y, self.multiplier)
         return x + y if residual is None else residual(x, y)
+
+    def _normed(self, x: Float[Array, "B S D"], scale: nnx.Param, by: ByLabel | None) -> Float[Array, "B S D"]:
+        return rms_norm(x, scale[...] if by is None else own(scale[...], by), self.eps)
 
 
 class Unit(nnx.Module):

@@ -28,6 +28,7 @@ class Counts:
 # Share of a leaf that one token uses, by logical axis: (config, size of the axis) → share. Other axes are used whole.
 SHARE_IN_USE = {
     "experts": lambda cfg, e: dataclasses.replace(cfg.moe, num_experts=e).mean_slots / e,
+    "labels": lambda cfg, labels: 1 / labels,
     "memory": lambda cfg, rows: cfg.memory.reads / rows,
 }
 

@@ -22,7 +22,7 @@ from moe_jax.moe.layer import RouterBias
 from moe_jax.moe.program import Program
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.stats import Choices, RouterStats
-from moe_jax.nn import lora
+from moe_jax.nn import lora, untied
 from moe_jax.nn.cache import KVCache
 from moe_jax.nn.layers import Init, Keys, rms_norm, times, unit_rows, weight
 from moe_jax.nn.remat import POLICIES
@@ -76,6 +76,8 @@ class Transformer(nnx.Module):
         self, inputs: Inputs, cache: dict[str, KVCache] | None = None, start: Int[Array, ""] | None = None
     ) -> Output:
         x = self.embedded(inputs.tokens)
+        if self.cfg.untie > 1:
+            inputs = inputs._replace(by=untied.sort(inputs.info.label, self.cfg.untie))
         found: dict[str, BlockOutput] = {}
         state, first = self._router_state(x), 0
         for stack in self.cfg.stacks:

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import build_model, check_grouped_matmul
+from moe_jax.config.fields import require
 from moe_jax.config.layers import Kind
 from moe_jax.config.model import ModelConfig
 from moe_jax.errors import ConfigError
@@ -65,6 +66,10 @@ class MoELayer(nnx.Module):
         if low := model.moe.pool_min:
             raise ConfigError("model.moe.pool_min", low, "needs documents, which the layer alone does not know",
                               "nearest valid: 0")  # fmt: skip
+        for name in ("label_groups", "routers"):
+            value = getattr(model.moe, name)
+            require(value == 1, f"model.moe.{name}", value, "needs labels, which the layer alone does not know",
+                    "nearest valid: 1")  # fmt: skip
         if experts % parts:
             rule = f"must be a multiple of the {parts} devices of the mesh's axis 'expert'"
             raise ConfigError("model.moe.num_experts", experts, rule, f"nearest valid: {-(-experts // parts) * parts}")

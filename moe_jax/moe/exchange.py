@@ -25,7 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_jax import chips
 from moe_jax.config import MoEConfig
-from moe_jax.moe.experts import ExpertCompute, ExpertWeights, permute
+from moe_jax.kernels.rows import permute
+from moe_jax.moe.experts import ExpertCompute, ExpertWeights
 from moe_jax.moe.routing import Routing
 from moe_jax.parallel import sharding
 

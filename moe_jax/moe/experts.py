@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoEConfig
 from moe_jax.kernels import grouped_matmuls
+from moe_jax.kernels.rows import permute, take
 from moe_jax.moe.routing import Routing
 from moe_jax.nn.fake_quant import int8
 from moe_jax.nn.layers import ACTIVATIONS
@@ -132,21 +133,6 @@ def slice_plan(plan: RowPlan, first: Int[Array, ""] | int, rows: int) -> RowPlan
     )
 
 
-def _take(x: Shaped[Array, "R *n"], index: Int[Array, " A"]) -> Shaped[Array, "A *n"]:
-    """Returns x[index], and zeros where the index is R."""
-    return x.at[index].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def permute(x: Float[Array, "A *n"], to: Int[Array, " R"], back: Int[Array, " A"]) -> Float[Array, "R *n"]:
-    """Returns x[to]. `back` is the inverse: the row of the result that holds each row of x, or R. With it the gradient
-    is a gather, which is deterministic, and not a scatter."""
-    return x[to]
-
-
-permute.defvjp(lambda x, to, back: (x[to], back), lambda back, dy: (_take(dy, back), None, None))
-
-
 @jax.custom_vjp
 def dispatch(x: Float[Array, "T D"], plan: RowPlan) -> Float[Array, "R D"]:
     """Gathers the token of every sorted row, without making K copies of all tokens first."""
@@ -166,7 +152,7 @@ def _take_pairs(x: Float[Array, "T D"], index: Int[Array, " R"]) -> Float[Array,
 def combine(y: Float[Array, "R D"], plan: RowPlan, tokens: int) -> Float[Array, "T D"]:
     """Sums the rows of every token in float32. One addition for each of K lets XLA fuse it with the reads."""
     row_TK = plan.row_A.reshape(tokens, -1)
-    return sum(_take(y, row_TK[:, k]).astype(jnp.float32) for k in range(row_TK.shape[1]))
+    return sum(take(y, row_TK[:, k]).astype(jnp.float32) for k in range(row_TK.shape[1]))
 
 
 # Each is the transpose of the other, so both gradients are gathers too.

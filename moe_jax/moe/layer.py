@@ -16,14 +16,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.config.layers import Kind
 from moe_jax.moe import pools, quantile
 from moe_jax.moe.exchange import run_experts
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights
 from moe_jax.moe.program import Program
-from moe_jax.moe.routers import ROUTERS, RouterWeights, draw_table
-from moe_jax.moe.routing import Facts, Knobs, Routing, route
+from moe_jax.moe.routers import ROUTERS, RouterWeights, draw_table, linear_by_label
+from moe_jax.moe.routing import Facts, Knobs, Routing, allowed_by_label, route
 from moe_jax.moe.stats import Choices, RouterStats, choices_of, router_stats
 from moe_jax.nn.fake_quant import int8, ternary
 from moe_jax.nn.layers import ACTIVATIONS, GLU, Init, linear, rms_norm
@@ -47,6 +47,7 @@ class TokenInfo(NamedTuple):
     group: Int[Array, "B S"]  # balance group of each token
     index: Int[Array, "B S"] | None = None  # number of each token in the optimizer batch, for noise
     documents: pools.Documents | None = None  # of which routers take pools
+    label: Int[Array, "B S"] | None = None  # of each token, for a model that needs it (config/labels.py)
 
 
 class MoEOutput(NamedTuple):
@@ -67,14 +68,15 @@ class MoE(nnx.Module):
         cfg = self.cfg = dataclasses.replace(model.moe, num_experts=kind.experts)
         by_table = kind.name == "table"
         if by_table:
-            free = {"num_groups": 1, "top_groups": 1, "shard_groups": 1}
+            free = {"num_groups": 1, "top_groups": 1, "shard_groups": 1, "label_groups": 1, "routers": 1}
             cfg = self.cfg = dataclasses.replace(cfg, choice="token", selection_bias=False, **free)
         self.program, activation = program, model.activation
         self.compute = ExpertCompute(cfg, program.grouped_matmul, activation, cfg.mean_slots / cfg.slots)
         e, c, d, f, width = cfg.num_experts, cfg.router_columns, model.d_model, cfg.d_expert, model.expert_dim
         router, exact = ROUTERS[cfg.router], init.as_float32()
         # A table with weights of one leaves nothing for logits to decide.
-        self.w_router = None if by_table and cfg.combine == "one" else exact.normal((router.width(cfg, d), c), AXES)
+        shape, axes = _router_shape(cfg, router.width(cfg, d))
+        self.w_router = None if by_table and cfg.combine == "one" else exact.normal(shape, axes)
         weights = router.weights(cfg, d, exact) if self.w_router is not None else {}
         self.router = RouterWeights(weights) if weights else None
         self.w_gate = init.normal((e, width, f), "experts embed mlp") if ACTIVATIONS[activation].gated else None
@@ -90,7 +92,8 @@ class MoE(nnx.Module):
         self.b_shared_gate = init.filled((2,), "norm", 0.0) if logits == 2 else None
         self.router_bias = RouterBias(init.zeros((c,))) if cfg.selection_bias else None
         draw = functools.partial(draw_table, vocab=model.vocab_size, experts=e, top_k=cfg.top_k)
-        self.table = RouterBias(init.drawn(draw)) if by_table else None
+        self.by_label = by_table and cfg.table == "label"
+        self.table = RouterBias(init.drawn(draw)) if by_table and not self.by_label else None
 
     def __call__(
         self,
@@ -117,6 +120,7 @@ class MoE(nnx.Module):
         meshed = bool(sharding.current_sizes())
         by_token = TOKENS if meshed else None
         named = self.table[...].at[tokens].get(out_sharding=by_token) if self.table is not None else None
+        named = info.label[:, :, None] if self.by_label else named
         z = keep(linear(x, self, "w_in"), "latent") if self.w_in is not None else None
         region = functools.partial(self._region, None)
         if meshed:
@@ -172,8 +176,11 @@ class MoE(nnx.Module):
         flat = lambda a: None if a is None else a.reshape(shape[0] * shape[1], *a.shape[2:])
         x, info = flat(x_bSD), jax.tree.map(flat, info)
         facts = Facts(info.counted, info.index, flat(named), shape[0], switches)
+        facts = facts._replace(label=info.label) if self.cfg.label_groups > 1 else facts
         with jax.named_scope("router"):
-            if router:
+            if self.cfg.routers > 1:
+                logits, state_TR = linear_by_label(router["w_router"], x, info.label), flat(state)
+            elif router:
                 logits, state_TR = ROUTERS[self.cfg.router].logits(router, x, flat(state))
             else:
                 logits, state_TR = varying_like(jnp.zeros((x.shape[0], self.cfg.router_columns)), x), flat(state)
@@ -191,7 +198,10 @@ class MoE(nnx.Module):
         with jax.named_scope("statistics"):
             groups = self.program.balance_groups
             in_order = self.cfg.choice == "expert"
-            stats = router_stats(logits, probs, routing, computed, info.counted, info.group, groups, in_order)
+            of_label = info.label, self.program.labels
+            stats = router_stats(
+                logits, probs, routing, computed, info.counted, info.group, groups, in_order, *of_label
+            )
             if (bins := self.program.histogram_bins) and bias is not None:
                 asked = quantile.histogram(logits, bias, routing.experts, info.counted, bins)
                 stats = stats._replace(histogram=asked)
@@ -205,8 +215,10 @@ class MoE(nnx.Module):
         self, logits: Float[Array, "T C"], info: TokenInfo, facts: Facts, pool: Bool[Array, "b C"] | None,
         knobs: Knobs | None,
     ) -> Bool[Array, "T C"] | None:  # fmt: skip
-        """The experts that each token may choose: those of its document's pool, or of the pool that its sequence was
-        given; None without either."""
+        """The experts that each token may choose: those of its label's group, of its document's pool, or of the pool
+        that its sequence was given; None without any."""
+        if self.cfg.label_groups > 1:
+            return allowed_by_label(info.label, logits.shape[1], self.cfg)
         if knobs is not None and self.cfg.pool_min == self.cfg.num_experts:
             return None  # every pool has all experts: the program of a model without pools
         if info.documents is not None:
@@ -230,6 +242,13 @@ class MoE(nnx.Module):
         if self.cfg.identity_output == "nothing":
             return y, computed | free, None
         return y, computed | free, jnp.sum(jnp.where(free & routing.valid, routing.weights, 0.0), axis=-1)
+
+
+def _router_shape(cfg: MoEConfig, width: int) -> tuple[tuple[int, ...], str]:
+    """The shape and the logical axes of `w_router`."""
+    if cfg.routers == 1:
+        return (width, cfg.router_columns), AXES
+    return (cfg.routers, width, cfg.router_columns), f"labels {AXES}"
 
 
 def _own_experts(dtype, w: Array, spec: P) -> Array:

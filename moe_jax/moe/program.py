@@ -24,6 +24,7 @@ class Program:
     mtp: bool = False  # layers of multi-token prediction: `Output.ahead`, and statistics of their routers
     max_logit: bool = False  # each head's largest attention logit: `Output.max_logit`
     histogram_bins: int = 0  # bins of `RouterStats.histogram`; 0: none
+    labels: int = 0  # labels of which `RouterStats.by_label` has sums; 0: none
     frozen: frozenset[str] = frozenset()  # paths of parameters that nothing differentiates by
     why: str = dataclasses.field(default="", compare=False)  # one line about the choice of the back ends
 
@@ -36,9 +37,12 @@ class Program:
         itemsize, peers = jnp.dtype(cfg.compute_dtype).itemsize, mesh.shape["expert"]
         exchange, why_e = choose_exchange(cfg.moe, platform, peers, cfg.expert_dim, tokens, itemsize, kind)
         why = f"attention: {attention} ({why_a}); "
+        named = f"grouped matmul: {matmul} ({why_m})"
         if cfg.num_moe_layers:
-            shown = f", grouped matmul: {matmul} ({why_m})" if cfg.moe.compute == "grouped" else ""
-            why += f"experts: {cfg.moe.compute}{shown}; exchange: {why_e}"
+            grouped = cfg.moe.compute == "grouped"
+            why += f"experts: {cfg.moe.compute}{f', {named}' if grouped else ''}; exchange: {why_e}"
         else:
+            grouped = False
             why += "no experts"
+        why += f"; matrices by label: {named}" if cfg.untie > 1 and not grouped else ""
         return cls(attention, exchange, matmul, why=why)

@@ -34,6 +34,7 @@ class RouterLoss(NamedTuple):
     linear: bool = False
     targets: bool = False  # it takes `targets` and `identity`, as `load_balancing_loss` does: `over` has a meaning
     compares_groups: bool = False  # it is 0 for a single balance group
+    by_label: bool = False  # it reads `RouterStats.by_label`, and has no scope: it is taken over the whole batch
 
 
 # --- the losses ------------------------------------------------------------------------------------------------------
@@ -125,8 +126,18 @@ def mutual_information(stats: RouterStats) -> Float[Array, "*L"]:
 
     Source: Mod-Squad, arXiv:2212.08066, whose groups are tasks, without the 1e-4 that its code adds.
     """
-    total = jnp.sum(stats.prob_per_expert, axis=(-2, -1), keepdims=True)
-    joint = stats.prob_per_expert / jnp.where(total > 0, total, 1.0)
+    return _minus_information(stats.prob_per_expert)
+
+
+def label_information(stats: RouterStats) -> Float[Array, "*L"]:
+    """Minus the mutual information of a token's label and its router column: `mutual_information` with labels in place
+    of balance groups. Minus the entropy of the labels if they share no column: −log Y for Y of equally many tokens."""
+    return _minus_information(stats.by_label)
+
+
+def _minus_information(sums: Float[Array, "*L G C"]) -> Float[Array, "*L"]:
+    total = jnp.sum(sums, axis=(-2, -1), keepdims=True)
+    joint = sums / jnp.where(total > 0, total, 1.0)
     apart = jnp.sum(joint, axis=-1, keepdims=True) * jnp.sum(joint, axis=-2, keepdims=True)
     there = (joint > 0) & (apart > 0)  # 0 · log 0 = 0, with a gradient of 0
     ratio = jnp.where(there, joint, 1.0) / jnp.where(there, apart, 1.0)
@@ -137,6 +148,7 @@ LOSSES = {
     "load_balance": RouterLoss(load_balancing_loss, targets=True),
     "router_z": RouterLoss(router_z, linear=True),
     "mutual_information": RouterLoss(mutual_information, compares_groups=True),
+    "label_information": RouterLoss(label_information, by_label=True),
 }
 
 
@@ -144,19 +156,29 @@ LOSSES = {
 
 
 def merge_groups(stats: RouterStats, groups: int) -> RouterStats:
-    """The statistics of fewer balance groups, each a sum over neighbours. Integers have no groups and stay."""
+    """The statistics of fewer balance groups, each a sum over neighbours. Integers and sums by label have no groups and
+    stay."""
 
     def merge(x):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return jnp.sum(x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]), axis=2)
 
-    return jax.tree.map(merge, stats)
+    return jax.tree.map(merge, stats._replace(by_label=None))._replace(by_label=stats.by_label)
+
+
+def counted_labels(cfg: RunConfig) -> int:
+    """The number of labels whose sums a loss of the run reads; 0: none does."""
+    kinds = [LOSSES[term.kind] for term in cfg.loss.more.values() if term.kind in LOSSES]
+    return cfg.data.num_labels if any(row.by_label for row in kinds) else 0
 
 
 def check(cfg: RunConfig) -> None:
     """Raises ConfigError for an entry of loss.more whose kind is not in the table, or does not use what is set."""
-    b = cfg.data.batch_size
+    b, labels = cfg.data.batch_size, cfg.data.labels
+    used = cfg.model.labels or counted_labels(cfg) or cfg.distill.teacher  # of which run/teacher.py knows the labels
+    rule = "has no effect: neither the model nor a loss reads labels (docs/labels.md)"
+    require(used or not labels, "data.labels", labels, rule, "nearest valid: {}")
     for name, term in cfg.loss.more.items():
         at, kind, scope = f"loss.more.{name}.", term.kind, term.balance_batch
         close = difflib.get_close_matches(kind, LOSSES, 1, 0.0)[0]
@@ -168,6 +190,22 @@ def check(cfg: RunConfig) -> None:
         rule = f"must be < data.batch_size={b} with kind={kind!r}, which compares groups of sequences"
         require(not row.compares_groups or scope not in ("global", b), f"{at}balance_batch", scope, rule,
                 f"nearest valid: {b // nearest_divisor(b, 2)}")  # fmt: skip
+        _check_by_label(cfg, f"{at}kind", kind)
+        require(not row.by_label or labels, "data.labels", {}, f"must name labels for {at}kind={kind!r}",
+                "for example {'code': 1}")  # fmt: skip
+        rule = f"has no effect on kind={kind!r}, which compares labels in the whole batch"
+        require(not row.by_label or scope == "global", f"{at}balance_batch", scope, rule, "nearest valid: 'global'")
         rule = f"with kind={kind!r} would compare the groups of a micro-batch only"
-        require(not row.compares_groups or cfg.loss.accumulation == "exact", "loss.accumulation",
+        compares = row.compares_groups or row.by_label
+        require(not compares or cfg.loss.accumulation == "exact", "loss.accumulation",
                 cfg.loss.accumulation, rule, "nearest valid: 'exact'")  # fmt: skip
+
+
+def _check_by_label(cfg: RunConfig, name: str, kind: str) -> None:
+    """Raises ConfigError for a loss by label that is a constant, whatever the routers do."""
+    if not LOSSES[kind].by_label:
+        return
+    moe, hint = cfg.model.moe, "leave the entry out"
+    require(cfg.model.routed_counts, name, kind, "has no effect: no layer has a router that chooses experts", hint)
+    rule = "is a constant with model.moe.label_groups > 1, where the group of an expert tells the label"
+    require(moe.label_groups == 1 or moe.identity_experts, name, kind, rule, hint)

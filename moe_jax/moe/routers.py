@@ -184,6 +184,14 @@ ROUTERS: dict[str, Router] = {
 }
 
 
+def linear_by_label(w: Float[Array, "Y D C"], x: Float[Array, "T D"], label: Int[Array, " T"]) -> Float[Array, "T C"]:
+    """x · w[label]: each label has a router of its own. One product computes those of all labels, which are few."""
+    routers, width, columns = w.shape
+    logits = float32_product(x, jnp.swapaxes(w, 0, 1).reshape(width, routers * columns))
+    own = label[:, None, None] == jnp.arange(routers)[None, :, None]
+    return jnp.sum(jnp.where(own, logits.reshape(-1, routers, columns), 0.0), axis=1)
+
+
 # --- a table of experts ----------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ class Facts(NamedTuple):
     sequences: int = 1  # sequences of equal length that the tokens are, for expert choice
     switches: Int[Array, " C"] | None = None  # of the layer: −1 off, 1 on, 0 as the router says; None: all 0
     pool: Bool[Array, "T C"] | None = None  # experts that a token may choose, outside of which logits are −∞
+    label: Int[Array, " T"] | None = None  # where experts have groups by label
 
 
 def route(
@@ -158,8 +159,12 @@ def limit_groups(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Float[Array, "T
 
 
 def force(ranked: Float[Array, "T C"], facts: Facts) -> Float[Array, "T C"]:
-    """Ranks experts that are switched on above all others, also those outside a token's best groups."""
-    return ranked if facts.switches is None else jnp.where(_on(facts, ranked), jnp.inf, ranked)
+    """Ranks experts that are switched on above all others, also those outside a token's best groups, but not those of
+    another label."""
+    if facts.switches is None:
+        return ranked
+    on = _on(facts, ranked) if facts.label is None else _on(facts, ranked) & facts.pool
+    return jnp.where(on, jnp.inf, ranked)
 
 
 def select(
@@ -186,7 +191,12 @@ def choose_tokens(ranked: Float[Array, "T E"], facts: Facts, cfg: MoEConfig) -> 
     A sequence is never split over devices or micro-batches, so that the choice is the same on every mesh. Padding is
     chosen last, and does nothing then. Ties go to the earlier token. An expert that is switched off takes no token,
     one that is switched on takes all.
+
+    With groups of experts by label an expert chooses the ⌈K·n/(E/Y)⌉ best of the sequence's n counted
+    tokens of its group's label (arXiv:2407.21770, §2.2, whose K is 1).
     """
+    if facts.label is not None:
+        return _choose_in_groups(ranked, facts, cfg)
     each = jnp.where(facts.counted[:, None], ranked, -jnp.inf).reshape(facts.sequences, -1, ranked.shape[1])
     size = each.shape[1]
     take = min(-(-cfg.top_k * size // ranked.shape[1]), size)
@@ -195,6 +205,19 @@ def choose_tokens(ranked: Float[Array, "T E"], facts: Facts, cfg: MoEConfig) -> 
     hit = jnp.put_along_axis(none, chosen, True, axis=2, inplace=False)
     hit = jnp.swapaxes(hit, 1, 2).reshape(ranked.shape)
     return hit if facts.switches is None else (hit | _on(facts, ranked)) & ~_off(facts, ranked)
+
+
+def _choose_in_groups(ranked: Float[Array, "T E"], facts: Facts, cfg: MoEConfig) -> Bool[Array, "T E"]:
+    experts = ranked.shape[1]
+    by_sequence = lambda a: a.reshape(facts.sequences, -1, *a.shape[1:])
+    own = allowed_by_label(facts.label, experts, cfg) & facts.counted[:, None]
+    each, own = by_sequence(jnp.where(own, ranked, -jnp.inf)), by_sequence(own)
+    take = -(-cfg.top_k * jnp.sum(own, axis=1, keepdims=True) // (experts // cfg.label_groups))
+    place = jnp.argsort(jnp.argsort(-each, axis=1, stable=True), axis=1)  # of each token, from an expert's best
+    hit = ((place < take) & own).reshape(ranked.shape)
+    if facts.switches is None:
+        return hit
+    return (hit | (_on(facts, ranked) & own.reshape(ranked.shape))) & ~_off(facts, ranked)
 
 
 def choose_in_shards(ranked: Float[Array, "T E"], cfg: MoEConfig) -> Int[Array, "T K"]:
@@ -300,6 +323,12 @@ def prioritise(
 
 
 # --- parts of them ---------------------------------------------------------------------------------------------------
+
+
+def allowed_by_label(label: Int[Array, " T"], columns: int, cfg: MoEConfig) -> Bool[Array, "T C"]:
+    """Whether each column is in the group of the token's label, or an identity expert. Source: arXiv:2407.21770."""
+    column = jnp.arange(columns)[None, :]
+    return (column // (cfg.num_experts // cfg.label_groups) == label[:, None]) | (column >= cfg.num_experts)
 
 
 def pick_chosen(values: Float[Array, "T C"], experts: Int[Array, "T K"]) -> Float[Array, "T K"]:

@@ -1,7 +1,7 @@
 """Statistics of a router's choices: sums, so that any two can be added, over tokens, devices and batches.
 
 A slot that is not valid is in none of them. Letters: T tokens, C router columns (the experts E), K experts per token, G
-balance groups, L layers.
+balance groups, L layers, Y labels.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,8 @@ class RouterStats(NamedTuple):
     dropped: Float[Array, "*L G"]  # assignments lost to capacity; 0 if dropless
     # Of all groups together; None unless the program asks for it (moe/quantile.py).
     histogram: Int[Array, "*L C bins"] | None = None
+    # Σ_t router probability by label, of all groups together; carries gradient. None unless the program asks for it.
+    by_label: Float[Array, "*L Y C"] | None = None
 
 
 class Choices(NamedTuple):
@@ -55,8 +57,12 @@ def router_stats(
     group: Int[Array, " T"],
     balance_groups: int,
     in_order: bool = False,
+    label: Int[Array, " T"] | None = None,
+    labels: int = 0,
 ) -> RouterStats:
     """Sums over these tokens, by balance group. `computed` is False where a valid slot was dropped.
+
+    label, labels: of each token, and the number of them, for `RouterStats.by_label`; 0: none.
 
     in_order: slot k of each token is column k (expert choice), so that no array of K · C numbers a token is made.
     """
@@ -71,12 +77,17 @@ def router_stats(
     dropped = jnp.sum(valid * (1.0 - computed.astype(jnp.float32)), axis=-1)
     # HIGHEST: on accelerators the default would round these sums to bf16 or tf32.
     total = lambda x: jnp.einsum("tg,t...->g...", member_TG, x, precision=jax.lax.Precision.HIGHEST)
+    by_label = None
+    if labels:
+        member_TY = jax.nn.one_hot(label, labels, dtype=jnp.float32) * counted.astype(jnp.float32)[:, None]
+        by_label = jnp.einsum("ty,tc->yc", member_TY, probs, precision=jax.lax.Precision.HIGHEST)
     return RouterStats(
         tokens=jnp.sum(member_TG, axis=0),
         tokens_per_expert=total(counts_TC),
         prob_per_expert=total(probs),
         z_sq=total(jnp.square(z)),
         dropped=total(dropped),
+        by_label=by_label,
     )
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.config.positions import FULL, Attends
+from moe_jax.nn import untied
 from moe_jax.nn.attend import attend
 from moe_jax.nn.cache import KVCache, attend_and_write
 from moe_jax.nn.layers import Init, linear, rms_norm, times
@@ -29,8 +30,11 @@ def scaled_queries(q: Float[Array, "B S N H"], cfg: ModelConfig) -> Float[Array,
 class Attention(nnx.Module):
     """Multi-head attention with grouped queries."""
 
-    def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str, attends: Attends = FULL):
-        self.cfg, self.backend, self.attends = cfg, backend, attends
+    def __init__(self, cfg: ModelConfig, init: Init, out_std: float, backend: str, attends: Attends = FULL,
+                 matmul: str = "reference"):  # fmt: skip
+        """matmul: back end of grouped matmuls, with `model.untie`."""
+        self.cfg, self.backend, self.attends, self.matmul = cfg, backend, attends, matmul
+        init = init.by_label(cfg.untie)
         d, n, m, h = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         self.w_q = init.normal((d, n * h), "embed heads")
         self.w_k = init.normal((d, m * h), "embed heads")
@@ -48,19 +52,21 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         start: Int[Array, ""] | None = None,
         counted: Bool[Array, "B S"] | None = None,
+        by: untied.ByLabel | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None, Float[Array, "B N"] | None]:
         """Returns attention, the cache, and the largest logits.
 
         With a cache, the S tokens are written to it at `start` and attend to it; segments are not used. With `counted`,
         and without a cache, the third result is `max_logits` of the counted queries; otherwise it is None.
+        by: the labels of the tokens, with `model.untie`.
         """
         cfg = self.cfg
         heads = lambda x: sharding.reshape_tail(x, 2, -1, cfg.head_dim)
-        q, k, v = keep(tuple(linear(x, self, name) for name in ("w_q", "w_k", "w_v")), "qkv")
+        q, k, v = keep(self._products(x, ("w_q", "w_k", "w_v"), by), "qkv")
         if cfg.qk_norm_over == "head":
             q, k = heads(q), heads(k)
         if self.q_norm is not None:
-            q, k = rms_norm(q, self.q_norm[...], cfg.norm_eps), rms_norm(k, self.k_norm[...], cfg.norm_eps)
+            q, k = self._normed(q, self.q_norm, by), self._normed(k, self.k_norm, by)
         if cfg.qk_norm_over == "projection":
             q, k = heads(q), heads(k)
         v, turn = heads(v), rotation(cfg, self.attends, x.shape[1] if cache is None else start + x.shape[1])
@@ -71,4 +77,19 @@ class Attention(nnx.Module):
             y = attend(q, k, v, segments, self.backend, window)
         else:
             y, cache = attend_and_write(q, k, v, cache, start, cfg.head_dim**-0.5, window)
-        return linear(sharding.reshape_tail(y, 2, -1), self, "w_o"), cache, max_logit
+        (y,) = self._products(sharding.reshape_tail(y, 2, -1), ("w_o",), by)
+        return y, cache, max_logit
+
+    def _products(
+        self, x: Float[Array, "B S D"], names: tuple[str, ...], by: untied.ByLabel | None
+    ) -> tuple[Float[Array, "B S F"], ...]:
+        if by is None:
+            return tuple(linear(x, self, name) for name in names)
+        return untied.linear(x, self, names, by, self.matmul)
+
+    def _normed(self, x: Float[Array, "B S *N H"], scale: nnx.Param, by: untied.ByLabel | None) -> Array:
+        scale = scale[...]
+        if by is not None:
+            scale = untied.own(scale, by)
+            scale = scale[:, :, None] if x.ndim == 4 else scale
+        return rms_norm(x, scale, self.cfg.norm_eps)

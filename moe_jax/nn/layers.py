@@ -37,12 +37,18 @@ class Init:
     Values are drawn in float32 and rounded to `dtype`.
     """
 
-    def __init__(self, rngs: nnx.Rngs | Keys, std: float, layers: int | None = None, dtype: Any = jnp.float32):
-        self.rngs, self.std, self.layers, self.dtype = rngs, std, layers, jnp.dtype(dtype)
+    def __init__(
+        self, rngs: nnx.Rngs | Keys, std: float, layers: int | None = None, dtype: Any = jnp.float32, labels: int = 1
+    ):
+        self.rngs, self.std, self.layers, self.dtype, self.labels = rngs, std, layers, jnp.dtype(dtype), labels
 
     def stack(self, layers: int) -> "Init":
         """Returns an `Init` for a stack of `layers` layers."""
         return Init(self.rngs, self.std, layers, self.dtype)
+
+    def by_label(self, labels: int) -> "Init":
+        """Returns an `Init` whose weights have an axis of labels before their own, if there are several."""
+        return Init(self.rngs, self.std, self.layers, self.dtype, labels)
 
     def as_float32(self) -> "Init":
         """Returns an `Init` whose weights are float32."""
@@ -50,6 +56,8 @@ class Init:
 
     def _axes(self, shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[str, ...], PartitionSpec | None]:
         names = tuple(axes.split())
+        if self.labels > 1:
+            shape, names = (self.labels, *shape), ("labels", *names)
         if self.layers is not None:
             shape, names = (self.layers, *shape), ("layers", *names)
         sizes = sharding.current_sizes()
@@ -108,12 +116,17 @@ def linear(x: Float[Array, "B S D"], layer: nnx.Module, name: str) -> Float[Arra
     return y if bias is None else y + bias[...].astype(x.dtype)[None, None]
 
 
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """x / √(mean x² + eps) · scale, computed in float32. Source: arXiv:1910.07467, eq. 4."""
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "*b D"], eps: float) -> Float[Array, "*B D"]:
+    """x / √(mean x² + eps) · scale, computed in float32. Source: arXiv:1910.07467, eq. 4.
+
+    scale: `[D]`, or an array that is broadcast to the shape of x.
+    """
     with jax.named_scope("norm"):
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-        return (y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        scale = scale.astype(jnp.float32)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,)) if scale.ndim == 1 else scale
+        return (y * scale).astype(x.dtype)
 
 
 def times(x: Array, factor: float) -> Array:

@@ -56,10 +56,13 @@ PARTS = {  # rule → text in the paths of the part that it belongs to
 # more dimensions but embedding and head, and the router spectra in its paper (§3.4) are from such a run.
 GEOMETRY = (
     (r"/w_router$", "layers in out"),
+    (r"/w_router$", "layers labels in out"),
     (r"/router/w_(in|1|2)$", "layers in out"),
     (r"(^|/)attention/w_(q|k|v)$", "layers in heads"),
     (r"(^|/)attention/w_(q_down|q_up|kv_down|k_rope|k_up|v_up)$", "layers in out"),
     (r"(^|/)attention/w_o$", "layers heads out"),
+    (r"(^|/)attention/w_(q|k|v)$", "layers labels in heads"),
+    (r"(^|/)attention/w_o$", "layers labels heads out"),
     (r"(^|/)moe/w_(in|out)$", "layers in out"),
     (r"(^|/)moe/w_(gate|up|down)$", "layers experts in out"),
     (r"(^|/)(mlp|shared)/w_(gate|up|down)$", "layers in out"),

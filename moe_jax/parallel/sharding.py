@@ -29,7 +29,7 @@ BATCH = PartitionSpec(AXES)  # the leading (batch) dimension of activations and 
 # Logical axes of weights: those that may be sharded, in the order in which they are tried, and those that never are.
 FSDP_ORDER = ("vocab", "embed", "mlp", "heads", "memory")
 REPLICATED = (
-    "layers", "norm", "latent", "rank", "router_embed", "router_width", "router_experts", "keys", "value",
+    "layers", "labels", "norm", "latent", "rank", "router_embed", "router_width", "router_experts", "keys", "value",
 )  # fmt: skip
 
 

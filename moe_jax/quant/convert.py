@@ -31,7 +31,7 @@ from moe_jax.quant.calibrate import calibration_rows
 from moe_jax.quant.grid import LARGEST_BITS, nearest_group
 from moe_jax.quant.round import LayerStats, Method, measure_block, round_block, rounded_experts
 from moe_jax.quant.taps import EXPERT_MATRICES, BlockTaps, is_dense, is_routed
-from moe_jax.quant.walk import walk
+from moe_jax.quant.walk import check_labels, walk
 from moe_jax.run import base, config_file, weights
 from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.train.state import abstract_weights
@@ -80,7 +80,11 @@ def require(ok: bool, name: str, value: Any, rule: str, hint: str) -> None:
 
 
 def check(settings: Settings, cfg: ModelConfig) -> None:
-    """Raises ConfigError, named `quant.<field>`, for settings that are wrong, or that do not fit a model."""
+    """Raises ConfigError, named `quant.<field>`, for settings that are wrong, or that do not fit a model.
+
+    And by the model's field for a model that depends on labels.
+    """
+    check_labels(cfg)
     s, clip = settings, lambda n: int(min(max(round(n), 1), LARGEST_BITS))
     for name, value, allowed in (
         ("method", s.method, ("rtn", "gptq")),

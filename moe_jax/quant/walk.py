@@ -19,10 +19,13 @@ from tqdm import tqdm
 
 from moe_jax import model
 from moe_jax.config import ModelConfig
+from moe_jax.config.fields import require
+from moe_jax.config.labels import needs
 from moe_jax.config.layers import Kind, Place
 from moe_jax.model import Inputs
 from moe_jax.model.blocks import Block
 from moe_jax.moe.layer import RouterBias, TokenInfo
+from moe_jax.moe.pools import documents_of
 from moe_jax.moe.program import Program
 from moe_jax.nn.layers import Init, Keys
 from moe_jax.parallel import sharding
@@ -46,6 +49,15 @@ class _Stream(NamedTuple):
     x: Float[Array, "B S D"]
     state: Float[Array, "B S R"] | None  # of the routers so far
     waiting: tuple[Array, ...]  # what late blocks of this unit hold back
+
+
+def check_labels(cfg: ModelConfig) -> None:
+    """Raises ConfigError for a model that depends on labels, which calibration text has not."""
+    for name in needs(cfg):
+        path = name.split("=")[0]
+        value = functools.reduce(getattr, path.split("."), cfg)
+        rule = "depends on labels, without which the calibration text is read: its weights are not rounded"
+        require(False, f"model.{path}", value, rule, "name a run without labels")
 
 
 def computed(cfg: ModelConfig) -> ModelConfig:
@@ -75,7 +87,9 @@ def walk(
     gated, slots: see `taps.run_block`; with `slots` a first pass counts the tokens of each expert.
     others: matrices that experts are compared with, in one further pass each: a column of `BlockTaps.change`.
     progress: the label of a progress bar; "": none.
+    Raises ConfigError for a model that depends on labels.
     """
+    check_labels(cfg)
     cfg = computed(cfg)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         batches = list(_batches(cfg, mesh, rows))
@@ -120,7 +134,8 @@ def _batches(cfg: ModelConfig, mesh: Mesh, rows: dict[str, np.ndarray]) -> Itera
     for first in range(0, count, each):
         cut = (np.asarray(rows[name][first : first + each], np.int32) for name in KEYS)
         tokens, positions, segments = (np.pad(a, ((0, each - len(a)), (0, 0))) for a in cut)
-        info = TokenInfo(segments > 0, np.zeros_like(tokens))
+        documents = documents_of(cfg.moe, segments, positions, training=False)
+        info = TokenInfo(segments > 0, np.zeros_like(tokens), documents=documents)
         batch = Inputs(tokens, positions, segments if cfg.segment_mask else None, info)
         yield jax.device_put(batch, sharding_of)
 

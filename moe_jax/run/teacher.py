@@ -20,6 +20,7 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.fields import nearest_divisor, require
 from moe_jax.data import tokenizers
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.moe import router_losses
 from moe_jax.run import weights
 from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.run.config_file import load_config
@@ -64,6 +65,7 @@ def find(cfg: RunConfig, done: int = 0, saved: dict[str, Any] | None = None, exp
     whole = load_config(folder)
     theirs, gaps = whole.model, cfg.data.with_gaps
     _check(cfg, theirs, experts)
+    _check_labels(cfg, whole)
     require(not gaps or bool(whole.data.with_gaps), "distill.teacher", cfg.distill.teacher,
             f"has learned no tokens of gaps, which data.sources.{gaps and gaps[0]}.denoise puts before it",
             "nearest valid: a run with denoise")  # fmt: skip
@@ -98,6 +100,19 @@ def _check(cfg: RunConfig, theirs: ModelConfig, experts: int) -> None:
         mine, other = getattr(own, name), getattr(theirs, name)
         rule = f"compares blocks, and distill.teacher={where!r} has model.{name}={other}, not {mine}"
         require(mine == other, "distill.hidden_coef", cfg.distill.hidden_coef, rule, "nearest valid: 0.0")
+
+
+def _check_labels(cfg: RunConfig, whole: RunConfig) -> None:
+    """Raises ConfigError if domains have other labels than in the run of a teacher that depends on them, and for labels
+    that nothing reads."""
+    labels, theirs, where = cfg.data.labels, whole.data.labels, cfg.distill.teacher
+    read = cfg.model.labels or whole.model.labels or router_losses.counted_labels(cfg)
+    rule = f"has no effect: neither the model, nor a loss, nor distill.teacher={where!r} reads labels (docs/labels.md)"
+    require(read or not labels, "data.labels", labels, rule, "nearest valid: {}")
+    named = lambda labels: {name: label for name, label in labels.items() if label}  # the others have 0 in any case
+    same = not whole.model.labels or named(labels) == named(theirs)
+    rule = f"must be the labels of the run of distill.teacher={where!r}, which depends on them"
+    require(same, "data.labels", labels, rule, f"nearest valid: {theirs}")
 
 
 def check_tokenizer(teacher: Teacher, tokenizer: tokenizers.Tokenizer) -> list[str]:

@@ -364,7 +364,10 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
     refused = [line for name, line in lines.items() if not config.is_machine(name)]
     if refused and not _same_function(cfg.model, load_config(path).model):
         raise CheckpointError(f"config.init_from={cfg.init_from!r} has another model ({'; '.join(refused[:5])})")
-    return [*lines.values(), *_about_rounded(cfg, path)]
+    labels = [c.data.labels for c in (load_config(path), cfg)]
+    moved = cfg.model.labels and labels[0] != labels[1]
+    told = f"config.data.labels: {json.dumps(labels[0])} in {cfg.init_from}, {json.dumps(labels[1])} now"
+    return [*lines.values(), *([told] if moved else []), *_about_rounded(cfg, path)]
 
 
 def _about_rounded(cfg: config.RunConfig, path: Path) -> list[str]:

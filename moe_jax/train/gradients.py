@@ -118,7 +118,7 @@ def forward(
     net = graph.bind(params, bias)
     segments = batch.segment_ids if net.cfg.segment_mask else None
     own = pools.documents_of(net.cfg.moe, batch.segment_ids, batch.positions, training=moving is not None)
-    info = TokenInfo(counted=batch.segment_ids > 0, group=batch.group, index=batch.index, documents=own)
+    info = TokenInfo(batch.segment_ids > 0, batch.group, batch.index, own, batch.label)
     ahead = prediction.ahead(batch, net.cfg.mtp_layers) if net.program.mtp else None
     return net(model.Inputs(batch.tokens, batch.positions, segments, info, moving, ahead, switches)), net.output_matrix
 

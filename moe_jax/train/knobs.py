@@ -49,8 +49,10 @@ def number_tokens(shape: tuple[int, int]) -> Int[Array, "B S"]:
 def describe(cfg: RunConfig) -> str:
     """Describes in one line how tokens are routed, where that is not the usual way; "" where it is."""
     moe, explore, parts = cfg.model.moe, cfg.explore, []
+    if cfg.model.labels:
+        parts.append(_say_labels(cfg))
     if not cfg.model.num_moe_layers:
-        return ""
+        return f"routing: {parts[0]}" if parts else ""
     if moe.router != "linear":
         parts.append(f"{moe.router} router of width {moe.router_width}")
     if moe.choice == "expert":
@@ -70,6 +72,19 @@ def describe(cfg: RunConfig) -> str:
     if explore.threshold:
         parts.append(f"scores over {explore.threshold:g} at temperature {_say(explore.temperature)}")
     return f"routing: {'; '.join(parts)}" if parts else ""
+
+
+def _say_labels(cfg: RunConfig) -> str:
+    moe = cfg.model.moe
+    what = {
+        "group of experts": moe.label_groups > 1,
+        "router": moe.routers > 1,
+        "expert": moe.table == "label",
+        "attention matrices": cfg.model.untie > 1,
+    }
+    own = [name for name, on in what.items() if on] + ["norms"] * (cfg.model.untie > 1)
+    listed = " and ".join([", ".join(own[:-1])] * (len(own) > 1) + own[-1:])
+    return f"each of {cfg.model.labels} labels has its own {listed}"
 
 
 def _say_pools(moe: MoEConfig) -> str:

@@ -110,12 +110,18 @@ def total_loss(
 def _of_bank(stats: RouterStats, cfg: LossConfig, term: RouterLossConfig, moe: MoEConfig | None) -> Float[Array, " L"]:
     """A router loss in each layer of a bank, after merging balance groups to the loss' own scope."""
     row, fine = LOSSES[term.kind], stats.tokens.shape[-1]
+    if row.by_label:
+        return row.of(stats)
     groups = 1 if term.balance_batch == "global" else fine * cfg.balance_unit // term.balance_batch
     stats = merge_groups(stats, groups)
     if not row.targets:
         return row.of(stats)
     identity, budget = (moe.identity_experts, moe.expert_budget / moe.top_k) if moe else (0, 0.0)
-    return row.of(stats, column_targets(stats.prob_per_expert.shape[-1], identity, term.over, budget), identity)
+    columns = stats.prob_per_expert.shape[-1]
+    if identity and moe.label_groups > 1:  # a token chooses from a group of the experts, and from all of these
+        own = (columns - identity) / moe.label_groups
+        budget = own / (own + identity)
+    return row.of(stats, column_targets(columns, identity, term.over, budget), identity)
 
 
 def _coef(term: RouterLossConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
@@ -145,7 +151,8 @@ def describe(cfg: LossConfig, micro_batches: int) -> str:
     over = lambda b: "the optimizer batch" if b == "global" else "each sequence" if b == 1 else f"{b} sequences"
     shuffled = " at random, token by token" if cfg.shuffle_tokens else ""
     of = lambda t: f" of {t.over} groups of experts" if t.over else ""
-    scope = lambda t: "" if LOSSES[t.kind].linear else f" over {over(t.balance_batch)}{shuffled}"
+    whole = lambda t: LOSSES[t.kind].linear or LOSSES[t.kind].by_label
+    scope = lambda t: "" if whole(t) else f" over {over(t.balance_batch)}{shuffled}"
     when = lambda t: (
         (f" after step {t.start_step}" if t.start_step else "") + (f" until step {t.stop_step}" if t.stop_step else "")
     )

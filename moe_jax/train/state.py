@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import model, optim
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.moe import balance
+from moe_jax.moe import balance, router_losses
 from moe_jax.moe.program import Program
 from moe_jax.moe.stats import ChoiceSums, RouterStats
 from moe_jax.nn.lora import is_adapter
@@ -68,9 +68,13 @@ class Batch(NamedTuple):
     positions: Int[Array, "B S"]
     group: Int[Array, "B S"]  # balance group; in evaluation the domain
     index: Int[Array, "B S"] | None = None  # number of each token in the batch, where the step draws noise
+    label: Int[Array, "B S"] | None = None  # with data.labels
 
 
-FROM_DATA = Batch._fields[:-1]  # the fields that the data pipeline fills
+def _from_data(cfg: RunConfig) -> tuple[str, ...]:
+    """The fields of a batch that the data pipeline fills."""
+    always = ("tokens", "targets", "weights", "segment_ids", "positions", "group")
+    return (*always, *(("label",) if cfg.data.labels else ()))
 
 
 class EvalSums(NamedTuple):
@@ -87,7 +91,8 @@ def choose_program(cfg: RunConfig, mesh: Mesh) -> Program:
     """Chooses how the model of a run is computed on a mesh, in training."""
     tokens = cfg.data.batch_size * cfg.data.seq_len // (mesh.size * cfg.train.micro_batches)
     chosen = Program.choose(cfg.trained, mesh, tokens, cfg.data.seq_len)
-    return dataclasses.replace(chosen, balance_groups=cfg.balance_groups)
+    labels = router_losses.counted_labels(cfg)
+    return dataclasses.replace(chosen, balance_groups=cfg.balance_groups, labels=labels)
 
 
 def under_mesh(mesh: Mesh, fn: Callable) -> Callable:
@@ -154,14 +159,14 @@ def put_batch(rows: dict, mesh: Mesh, cfg: RunConfig, *, by_domain: bool = False
     # Only numpy here: an operation on the device would wait for the step that is running there.
     rows = {**rows, "group": group if by_domain else np.broadcast_to(group[:, None], rows["tokens"].shape)}
     to_global = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-    return Batch(*(to_global(np.ascontiguousarray(rows[name])) for name in FROM_DATA))
+    return Batch(**{name: to_global(np.ascontiguousarray(rows[name])) for name in _from_data(cfg)})
 
 
 def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a batch."""
     shape, by_row = (cfg.data.batch_size, cfg.data.seq_len), sharding.batch_sharding(mesh)
     dtype = lambda name: jnp.float32 if name == "weights" else jnp.int32
-    return Batch(*(jax.ShapeDtypeStruct(shape, dtype(name), sharding=by_row) for name in FROM_DATA))
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype(name), sharding=by_row) for name in _from_data(cfg)})
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> list[int]:

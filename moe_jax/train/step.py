@@ -72,7 +72,7 @@ def make_train_step(
             grad_norm=optax.tree.norm(grads),
             lr=jnp.asarray(lr(_updates(state)), jnp.float32),
             tokens=sums.weights,
-            router={path: stats._replace(histogram=None) for path, stats in sums.router.items()},
+            router={path: stats._replace(histogram=None, by_label=None) for path, stats in sums.router.items()},
             clipping=clipping or None,
             seen=seen,
         )
@@ -149,7 +149,7 @@ def make_eval_step(
     `switches` turn experts off or on, of both checkpoints (`model.Inputs`).
     """
     program = program or choose_program(cfg, mesh)
-    graph = model.abstract(cfg.model, dataclasses.replace(program, balance_groups=num_domains, record=record))
+    graph = model.abstract(cfg.model, dataclasses.replace(program, balance_groups=num_domains, record=record, labels=0))
 
     def eval_step(params, bias, batch, earlier=None, switches=None) -> EvalSums:
         out, matrix = forward(graph, params, bias, batch, None, switches)

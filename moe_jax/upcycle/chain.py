@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax import model
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, labels
 from moe_jax.config.layers import Units, is_plain, simplest, spell, units_of
 from moe_jax.config.positions import FULL
 from moe_jax.errors import ConfigError
@@ -109,7 +109,8 @@ def fixed_shapes(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
         for path, kind in zip(stack.paths, stack.unit, strict=True):
             if kind.name == "table":
                 shape = (stack.repeat, cfg.vocab_size, moe.top_k)
-                found[f"{path}/moe/table"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+                tables = {f"{path}/moe/table": jax.ShapeDtypeStruct(shape, jnp.int32)}
+                found |= tables if moe.table == "token" else {}
             elif kind.experts and moe.selection_bias:
                 shape = (stack.repeat, kind.experts + moe.identity_experts)
                 found[f"{path}/moe/router_bias"] = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -170,7 +171,12 @@ def scaled(w: Array, factor: Any) -> Array:
 
 def final_config(chain: Sequence[Transform], cfg: ModelConfig) -> ModelConfig:
     """The model that a chain makes of `cfg`. Raises ConfigError if it cannot."""
-    return functools.reduce(lambda c, t: t.config(c), chain, cfg)
+    final = functools.reduce(lambda c, t: t.config(c), chain, cfg)
+    for one, what in ((cfg, "the model"), (final, "the model that is made")):
+        for name, count in labels.needs(one).items():
+            rule = f"{what} depends on labels of tokens, which no transform knows"
+            raise ConfigError(f"upcycle.model.{name.split('=')[0]}", count, rule, "nearest valid: 1")
+    return final
 
 
 def specs_of(cfg: ModelConfig, *, cut_experts: bool = False, whole_banks: bool = False) -> dict:

@@ -1,0 +1,380 @@
+"""Makes a corpus of images as tokens: emoji in patches, of which each is the nearest entry of a codebook.
+
+    pip install resvg-py scikit-learn          # and npm, which fetches the icons
+    python -m experiments.multi_domain_text data/domains --local=FOLDER
+    python -m experiments.image_tokens data/images --text=data/domains
+
+The icons are the packages of `PACKAGES`, under Apache-2.0, MIT and CC-BY-4.0; with `--packages=FOLDER` those that lie
+there are not fetched. Icons with a skin tone are left out. An image has 60×60 pixels, and 20×20 patches of three
+channels. The codebook is the means that k-means finds of patches of training images. `--digits` makes the same of the
+digits of scikit-learn, 8×8 pixels, which need no download.
+
+One code is one character, of a private-use plane of Unicode, and one token: an image is a document of a begin-of-image
+character and a character for each patch, row by row. `tokenizer.json` is a byte-level BPE of the text, with a token for
+each of these characters behind it, so that text has the tokens that it would have without images. Text with such a
+character is refused.
+
+Whole images are held out. All drawings of one character, in every package, are on the same side, and a held-out image
+is dropped if it, mirrored or turned, resembles an emoji that is trained on. OUT has train.parquet, held_out.parquet,
+tokenizer.json, codebook.npy, sources.json with packages, licences and counts, and reconstructions.png: held-out
+originals beside what their tokens say. `configs/modalities.py` trains on this folder and on the text.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int, UInt8
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from experiments import pool
+from moe_jax import terminal
+from moe_jax.data.rows import permutation
+from moe_jax.data.sources import SPLITS, cache_folder, open_source
+from moe_jax.data.tokenizers import train_bpe
+from moe_jax.errors import UserError
+from moe_jax.evaluate.drawing import save
+
+VOCABULARY = 16_384  # tokens of text and images together
+TEXT_CONFIG = "configs/balance_scope.py"  # names the sources of a folder of text
+TEXT_BYTES = 40_000_000  # of text that the tokenizer is trained on
+BEGIN = 0xF0000  # the character before an image; code i is the character BEGIN + 1 + i
+CODES = re.compile(f"[{chr(BEGIN)}-{chr(BEGIN + 0xFFFD)}]")  # that plane of Unicode
+HELD_OUT = 0.1  # of the characters that are drawn
+SAMPLE = 200_000  # different patches that k-means sees
+RESEMBLES = 0.1  # root mean square difference of colours, 0 to 1, under which an emoji counts as a variant of another
+
+# Package of npm: version, licence, SHA-256 of the file that `npm pack` fetches.
+PACKAGES = {
+    "noto": ("1.2.9", "Apache-2.0", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    "noto-v1": ("1.2.5", "Apache-2.0", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    "twemoji": ("1.2.5", "CC-BY-4.0", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    "emojione": ("1.2.3", "CC-BY-4.0", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
+    "fluent-emoji": ("1.2.7", "MIT", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
+    "fluent-emoji-flat": ("1.2.6", "MIT", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+}
+TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+
+
+class Images(NamedTuple):
+    """Images with their names; of those with the same `groups` all are held out or none."""
+
+    names: list[str]
+    groups: list[str]
+    pixels: UInt8[np.ndarray, "N S S 3"]
+
+    def where(self, which: np.ndarray) -> "Images":
+        """The images at which `which`, [N] bool, is True."""
+        keep = np.flatnonzero(which)
+        return Images([self.names[i] for i in keep], [self.groups[i] for i in keep], self.pixels[keep])
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def fetched(folder: Path) -> dict[str, Path]:
+    """The files of `PACKAGES` in a folder, fetched where missing. Raises UserError for another content."""
+    files = {}
+    for name, (version, _, digest) in PACKAGES.items():
+        files[name] = path = folder / f"iconify-json-{name}-{version}.tgz"
+        if not path.is_file():
+            command = ["npm", "pack", "--silent", f"@iconify-json/{name}@{version}"]
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise UserError(f"{path}: is not @iconify-json/{name}@{version}, whose SHA-256 is {digest}")
+    return files
+
+
+def content(package: Path, name: str) -> dict[str, Any]:
+    """The JSON file `name` of a package, {} if it has none."""
+    with tarfile.open(package) as archive:
+        found = [member for member in archive.getmembers() if member.name == f"package/{name}"]
+        return json.load(archive.extractfile(found[0])) if found else {}
+
+
+def characters(packages: Iterable[Path]) -> dict[str, str]:
+    """The character that an icon of a name draws, as code points: {"thumbs-up": "1f44d"}, by all packages together."""
+    known: dict[str, str] = {}
+    for package in packages:
+        for code, name in sorted(content(package, "chars.json").items(), reverse=True):
+            if not code.startswith("e"):  # private use, for drawings of no character
+                known.setdefault(name, code)
+    return known
+
+
+def group_of(code: str) -> str:
+    """What all drawings of a character and its variants share: its first code point, or the two of a flag."""
+    first, *rest = code.split("-")
+    return "-".join([first, *rest[:1]]) if first.startswith("1f1") else first
+
+
+def svg_of(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """The SVG of an entry of icons.json."""
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width, height = (icon.get(name, defaults.get(name, 16)) for name in ("width", "height"))
+    head = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {head} viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+
+
+def drawn(svg: str, size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """An SVG as pixels on white, in the middle of a square."""
+    import resvg_py
+    from PIL import Image
+
+    data = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff"))
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
+    return np.asarray(square)
+
+
+def emoji(folder: Path, size: int) -> Images:
+    """The icons that draw a known character without a skin tone, in the order of a hash of their names."""
+    files = fetched(folder)
+    known, found = characters(files.values()), []
+    for prefix, file in files.items():
+        icons = content(file, "icons.json")
+        for name, icon in icons["icons"].items():
+            code = known.get(name)
+            if code and not icon.get("hidden") and not TONES & set(code.split("-")):
+                found.append((f"{prefix}:{name}", group_of(code), svg_of(icon, icons)))
+    found.sort(key=lambda one: hashlib.blake2b(one[0].encode()).digest())
+    with ThreadPoolExecutor() as threads:
+        pictures = list(tqdm(threads.map(lambda one: drawn(one[2], size), found), "images", len(found), unit="image"))
+    return Images([name for name, *_ in found], [group for _, group, _ in found], np.stack(pictures))
+
+
+def digits() -> Images:
+    """The 1,797 digits of scikit-learn, each a group of its own."""
+    from sklearn.datasets import load_digits
+
+    grey = load_digits().images
+    pixels = np.repeat((grey * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
+    names = [f"digit:{i}" for i in range(len(grey))]
+    return Images(names, names, pixels)
+
+
+# --- patches and codes -----------------------------------------------------------------------------------------------
+
+
+def patches(pixels: UInt8[np.ndarray, "N S S 3"], side: int) -> Float[np.ndarray, "N P D"]:
+    """Squares of side × side pixels, row by row, as numbers from 0 to 1."""
+    n, size, _, channels = pixels.shape
+    cut = pixels.reshape(n, size // side, side, size // side, side, channels).swapaxes(2, 3)
+    return cut.reshape(n, -1, side * side * channels).astype(np.float32) / 255
+
+
+def pictures(cut: Float[np.ndarray, "N P D"], side: int) -> UInt8[np.ndarray, "N S S 3"]:
+    """The inverse of `patches`."""
+    n, count, _ = cut.shape
+    rows = round(count**0.5)
+    whole = cut.reshape(n, rows, rows, side, side, 3).swapaxes(2, 3).reshape(n, rows * side, rows * side, 3)
+    return (whole * 255).round().astype(np.uint8)
+
+
+def codebook(cut: Float[np.ndarray, "N P D"], codes: int) -> Float[np.ndarray, "C D"]:
+    """The means of k-means on different patches, of which each counts once. One of them is made white exactly."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    different = np.unique(cut.reshape(-1, cut.shape[-1]), axis=0)
+    if len(different) > SAMPLE:
+        different = different[np.sort(permutation(len(different), "patches")[:SAMPLE])]
+    model = MiniBatchKMeans(min(codes, len(different)), random_state=0, batch_size=8192, n_init=1)
+    means = model.fit(different).cluster_centers_.astype(np.float32)
+    means[np.argmin(((means - 1) ** 2).sum(-1))] = 1.0  # most of a picture is paper
+    return means
+
+
+def nearest_codes(cut: Float[np.ndarray, "N P D"], means: Float[np.ndarray, "C D"]) -> Int[np.ndarray, "N P"]:
+    """The number of the nearest mean of each patch."""
+    half = 0.5 * (means**2).sum(-1)
+    return np.stack([np.argmax(one @ means.T - half, axis=-1) for one in cut])
+
+
+# --- codes and text --------------------------------------------------------------------------------------------------
+
+
+def as_text(codes: Int[np.ndarray, " P"]) -> str:
+    """The document of an image: the begin-of-image character, and a character for each code."""
+    return chr(BEGIN) + "".join(chr(BEGIN + 1 + int(code)) for code in codes)
+
+
+def codes_of(text: str) -> Int[np.ndarray, " P"]:
+    """The inverse of `as_text`."""
+    return np.array([ord(character) - BEGIN - 1 for character in text[1:]], np.int64)
+
+
+def with_codes(text_tokenizer: bytes, codes: int) -> bytes:
+    """A tokenizer.json with a token for the begin of an image and for each code, behind those that it has."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_str(text_tokenizer.decode())
+    words = [chr(BEGIN + i) for i in range(codes + 1)]
+    made.add_tokens([tokenizers.AddedToken(word, normalized=False, special=False) for word in words])
+    return made.to_str().encode()
+
+
+def text_tokenizer(folder: str, vocabulary: int) -> bytes:
+    """The tokenizer.json of a byte-level BPE of a folder's training text.
+
+    Raises UserError for text with characters of images.
+    """
+    sample: list[str] = []
+    for name, source in pool.load_config(TEXT_CONFIG, folder, {}).data.sources.items():
+        opened = open_source(name, source, cache_folder())
+        for split in SPLITS:
+            documents, share = opened.documents(split), TEXT_BYTES * source.weight if split == "train" else 0
+            for index in permutation(len(documents), "tokenizer", name):
+                text = documents[int(index)]["text"]
+                if found := CODES.search(text):
+                    rule = f"has U+{ord(found[0]):X}, which is a character of images"
+                    raise UserError(f"--text={folder}: {name} {rule}")
+                if share > 0:
+                    sample.append(text)
+                    share -= len(text.encode())
+        opened.forget()
+    return train_bpe(sample, vocabulary).files["tokenizer.json"]
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def is_held_out(group: str) -> bool:
+    """Whether the images of a group are held out. A hash decides."""
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest()) < HELD_OUT * 2**64
+
+
+def resembling(
+    one: Float[np.ndarray, "N P D"], others: Float[np.ndarray, "M P D"], side: int
+) -> Float[np.ndarray, " N"]:
+    """The smallest root mean square difference of each image, turned and mirrored in all ways, to one of `others`.
+
+    Images are compared at one colour a patch.
+    """
+    small = lambda cut: cut.reshape(*cut.shape[:2], side * side, 3).mean(2, dtype=np.float64)
+    rows = round(one.shape[1] ** 0.5)
+    flat = small(others).reshape(len(others), -1)
+    square, best = small(one).reshape(len(one), rows, rows, 3), np.full(len(one), np.inf)
+    for turns in range(4):
+        for mirrored in (False, True):
+            turned = np.rot90(square[:, :, ::-1] if mirrored else square, turns, (1, 2)).reshape(len(one), -1)
+            squares = (turned**2).sum(-1)[:, None] + (flat**2).sum(-1) - 2 * turned @ flat.T
+            best = np.minimum(best, np.sqrt(np.maximum(squares, 0).min(-1) / flat.shape[1]))
+    return best
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def comparison(originals: UInt8[np.ndarray, "N S S 3"], made: UInt8[np.ndarray, "N S S 3"]) -> Figure:
+    """A figure of originals beside what their tokens say, four pairs in a row."""
+    columns = min(4, len(made))
+    framed = np.pad(np.concatenate([originals, made], 2), ((0, 0), (3, 3), (6, 6), (0, 0)), constant_values=255)
+    framed = np.insert(framed, [framed.shape[2] // 2] * 2, 255, axis=2)
+    framed = framed[: len(framed) // columns * columns]
+    rows = framed.reshape(-1, columns, *framed.shape[1:]).swapaxes(1, 2)
+    figure = Figure((9.6, 5.0), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(rows.reshape(rows.shape[0] * rows.shape[1], -1, 3), interpolation="nearest")
+    axis.set_axis_off()
+    figure.suptitle("Held-out images: left the original, right what its tokens say", fontsize=10)
+    return figure
+
+
+def write(path: Path, names: list[str], codes: Int[np.ndarray, "N P"]) -> None:
+    """Writes a Parquet file with the columns name and text."""
+    table = pa.table({"name": names, "text": [as_text(row) for row in codes]})
+    pq.write_table(table, path, compression="zstd", compression_level=19, use_dictionary=False)
+
+
+def build(out: Path, text: str, images: Images, side: int, codes: int, resembles: float) -> dict[str, Any]:
+    """Writes the files of OUT but sources.json. Returns counts, shares and the error of held-out images.
+
+    side: of a patch, in pixels. resembles: a held-out image at most so far from one that is trained on is dropped.
+    """
+    held = np.array([is_held_out(group) for group in images.groups])
+    cut = patches(images.pixels, side)
+    distance = resembling(cut[held], cut[~held], side)
+    kept = held.copy()
+    kept[held] = distance > resembles
+    if not kept.any():
+        raise UserError("no held-out image differs from those that are trained on")
+    means = codebook(cut[~held], codes)
+    numbers = nearest_codes(cut, means)
+    made = pictures(means[numbers], side)
+    tokenizer = with_codes(text_tokenizer(text, VOCABULARY - len(means) - 1), len(means))
+
+    out.mkdir(parents=True, exist_ok=True)
+    np.save(out / "codebook.npy", means)
+    (out / "tokenizer.json").write_bytes(tokenizer)
+    for name, which in (("train", ~held), ("held_out", kept)):
+        write(out / f"{name}.parquet", images.where(which).names, numbers[which])
+    shown = np.flatnonzero(kept)[:16]
+    save(comparison(images.pixels[shown], made[shown]), out / "reconstructions", ("png",))
+    error = (made[kept].astype(float) - images.pixels[kept]) ** 2
+    tokens = numbers.shape[1] + 1
+    return {
+        "images": int((~held).sum()),
+        "tokens": int((~held).sum()) * tokens,
+        "held_out_images": int(kept.sum()),
+        "held_out_tokens": int(kept.sum()) * tokens,
+        "held_out_dropped": int((held & ~kept).sum()),
+        "tokens_per_image": tokens,
+        "codes": len(means),
+        "codes_used": len(np.unique(numbers[~held])),
+        "commonest_code": float(np.bincount(numbers[~held].ravel()).max() / numbers[~held].size),
+        "held_out_psnr_db": float(10 * np.log10(255**2 / error.mean())),
+        "train_sha256": hashlib.sha256((out / "train.parquet").read_bytes()).hexdigest(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the corpus")
+    parser.add_argument("--text", type=os.path.expanduser, required=True, help="folder of the domains of text")
+    parser.add_argument("--packages", type=os.path.expanduser, help="folder of the packages; default: OUT")
+    parser.add_argument("--digits", action="store_true", help="the digits of scikit-learn in place of emoji")
+    parser.add_argument("--size", type=int, default=60, help="pixels of a side of an emoji (default %(default)s)")
+    parser.add_argument("--patch", type=int, default=None, help="pixels of a side of a patch; default: 3, of digits 2")
+    parser.add_argument("--codes", type=int, default=None, help="size of the codebook; default: 1024, of digits 64")
+    given = parser.parse_args()
+    side = given.patch or (2 if given.digits else 3)
+    if not given.digits and given.size % side:
+        parser.error(f"--size={given.size}: must be a multiple of --patch={side}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    try:
+        if given.digits:  # different digits resemble each other: only equal ones are dropped
+            made = build(given.out, given.text, digits(), side, given.codes or 64, 1e-6)
+        else:
+            images = emoji(Path(given.packages or given.out), given.size)
+            made = build(given.out, given.text, images, side, given.codes or 1024, RESEMBLES)
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except ImportError as error:
+        sys.exit(f"error: {error}; pip install resvg-py scikit-learn")
+    packages = {f"@iconify-json/{name}": dict(zip(("version", "licence", "sha256"), row, strict=True))
+                for name, row in PACKAGES.items()}  # fmt: skip
+    made["from"] = {"scikit-learn": "load_digits"} if given.digits else packages
+    (given.out / "sources.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    for name, value in made.items():
+        if name != "from":
+            print(f"{name:<18} {value:,.3f}" if isinstance(value, float) else f"{name:<18} {value}")
+
+
+if __name__ == "__main__":
+    terminal.replace_unprintable()
+    main()

@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import records
 from moe_jax.evaluate.analysis import INK, QUIET, selection_frequency, specialisation
 from moe_jax.evaluate.drawing import save
 from moe_jax.moe.stats import RouterStats
@@ -56,7 +56,7 @@ class Finished(NamedTuple):
     """The results of one run. What a results.json does not have of a run is empty, or None."""
 
     seed: int
-    settings: dict[str, Any]  # see `pool.settings_of`; of a record perhaps few
+    settings: dict[str, Any]  # see `records.settings_of`; of a record perhaps few
     numbers: dict[str, float]  # by the names of `COLUMNS`
     domains: dict[str, float]  # perplexity
     frequency: Float[np.ndarray, "L G E"] | None
@@ -114,7 +114,7 @@ def load_run(folder: Path) -> Finished:
         "dead_experts": float((load == 0).sum()),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
     }
-    return Finished(config["seed"], pool.settings_in(folder), numbers, domains, frequency, bits)
+    return Finished(config["seed"], records.settings_in(folder), numbers, domains, frequency, bits)
 
 
 def _scope(name: str, settings: dict[str, Any]) -> int | None:
@@ -150,7 +150,9 @@ def read(file: Path) -> Runs:
         numbers = {name: run[name] for name in COLUMNS if run.get(name) is not None}
         frequency, bits = run.get("frequency"), np.array(run.get("bits_per_layer", []))
         frequency = None if frequency is None else np.array(frequency)
-        return Finished(run["seed"], pool.full_names(run["settings"]), numbers, run.get("domains", {}), frequency, bits)
+        return Finished(
+            run["seed"], records.full_names(run["settings"]), numbers, run.get("domains", {}), frequency, bits
+        )
 
     return {(name, run["seed"]): one(run) for name, arm in saved.items() for run in arm["runs"]}
 

@@ -85,7 +85,7 @@ def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
 
 
 def call(folder: str, extra: dict[str, str]) -> pool.Call:
-    """What a call on this folder of text compares its results with."""
+    """The settings that results must have to be compared in a call on this folder of text."""
     return pool.Call(CONFIG, folder, lambda fields: planned(Path(), list(ARMS), fields), extra)
 
 

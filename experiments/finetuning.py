@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import pool, records
 from experiments.balance_report import markdown
 from experiments.pool import Job, Run
 from experiments.upcycling_report import style
@@ -106,7 +106,7 @@ def load_run(folder: Path) -> dict[str, Any]:
         "active": counts.active,
         "trained": sum(math.prod(x.shape) for path, x in shapes.items() if path not in frozen),
         "answer_tokens": read_metrics(folder)[-1]["tokens"],
-        "settings": pool.settings_in(folder),
+        "settings": records.settings_in(folder),
     }
 
 
@@ -121,13 +121,13 @@ def load(out: Path) -> Results:
 
 
 def call(dense: Path, data: str, extra: dict[str, str]) -> pool.Call:
-    """What a call compares its results with: with configs on the dense model, which has no router."""
+    """The settings that results must have to be compared in a call: those of the dense model, which has no router."""
 
     def plan(fields: dict[str, str]) -> list[Run]:
         runs = [make_run(name, rate, Path(), fields) for name, arm in ARMS.items() for rate in arm.rates]
         return [run._replace(overrides={n: x for n, x in run.overrides.items() if n not in ROUTER}) for run in runs]
 
-    return pool.Call(CONFIG, f"{dense},{data}", plan, extra, compared=pool.apart_from_weights)
+    return pool.Call(CONFIG, f"{dense},{data}", plan, extra, compared=records.apart_from_weights)
 
 
 def select(runs: Results, asked: pool.Call, source: str | Path) -> Results:
@@ -206,13 +206,10 @@ def figure(found: Results) -> Figure:
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str], Results]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=expanded, default=Path("runs/dense"), help="run directory of a dense model")
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
-    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
+    pool.add_arms(parser, ARMS)
     pool.add_flags(parser, "runs/finetuning", "answers.jsonl")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    names = pool.chosen_arms(parser, arguments, ARMS)
     try:
         known = json.loads(arguments.known.read_text(encoding="utf-8")) if arguments.known else {}
     except (OSError, ValueError) as error:

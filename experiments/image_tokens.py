@@ -117,7 +117,7 @@ def characters(packages: Iterable[Path]) -> dict[str, str]:
 
 
 def group_of(code: str) -> str:
-    """What all drawings of a character and its variants share: its first code point, or the two of a flag."""
+    """Returns what all drawings of a character and its variants share: its first code point, or the two of a flag."""
     first, *rest = code.split("-")
     return "-".join([first, *rest[:1]]) if first.startswith("1f1") else first
 

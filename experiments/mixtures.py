@@ -24,7 +24,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import pool, records
 from experiments.balance_report import markdown
 from experiments.pool import Run
 from experiments.upcycling_report import style
@@ -115,7 +115,7 @@ def check_finished(run: Run, cfg: config_lib.RunConfig) -> None:
         cost = f"of another cost, {held.cost:.4g} FLOPs instead of {plan.cost:.4g}"
         raise UserError(f"--out: {rule} {cost}; name another folder")
     rest = lambda settings: {name: x for name, x in settings.items() if not name.endswith(".weight")}
-    if others := pool.unlike(rest(pool.settings_in(run.folder)), rest(pool.settings_of(cfg)), {}):
+    if others := records.unlike(rest(records.settings_in(run.folder)), rest(records.settings_of(cfg)), {}):
         raise UserError(f"--out: {rule} with {others[0]}; name another folder")
 
 

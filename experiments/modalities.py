@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import modalities_report, pool
+from experiments import modalities_report, pool, records
 from experiments.pool import Run
 from moe_jax import config as config_lib
 from moe_jax import terminal
-from moe_jax.cli import expanded
 from moe_jax.model.counts import flops_per_token
 from moe_jax.run.log import write_text
 
@@ -99,20 +98,20 @@ def mistake(configs: dict[str, config_lib.RunConfig], tokens: int) -> str:
 
 
 def call(folders: str, extra: dict[str, str]) -> pool.Call:
-    """What a call on these folders of text and images compares its results with, the content of the images too."""
+    """The settings that results must have to be compared in a call on these folders, the digest of the images too."""
     options = {"data": images_of(folders).get("train_sha256")}
     return pool.Call(CONFIG, folders, lambda fields: planned(Path(), list(ARMS), fields), extra, options)
 
 
 def images_of(folders: str) -> dict[str, Any]:
-    """What `experiments.image_tokens` says of its images."""
+    """The record that `experiments.image_tokens` makes of its images."""
     return json.loads((Path(folders.split(",")[1]) / "sources.json").read_text(encoding="utf-8"))
 
 
 def of_other_images(runs: list[Run], options: dict[str, Any]) -> str:
     """Why a run that was begun does not go on with these images; "" if each does. The others are marked with them."""
     for run in runs:
-        begun, why = run.folder / "config.json", pool.unlike_options(modalities_report.images(run.folder), options)
+        begun, why = run.folder / "config.json", records.unlike_options(modalities_report.images(run.folder), options)
         if begun.is_file() and why:
             return f"--out: {run.folder} is a run on other images: {why[0]}; name another folder"
     for run in runs:
@@ -123,13 +122,10 @@ def of_other_images(runs: list[Run], options: dict[str, Any]) -> str:
 
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
-    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
+    pool.add_arms(parser, ARMS)
     pool.add_flags(parser, "runs/modalities", "data/domains,data/images")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    names = pool.chosen_arms(parser, arguments, ARMS)
     return arguments, names, pool.extra_fields(parser, arguments)
 
 

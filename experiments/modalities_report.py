@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import records
 from experiments.balance_report import cell, markdown
 from experiments.routing_report import COLOURS, finite_or_none
 from experiments.upcycling_report import style
@@ -49,7 +49,7 @@ class Finished(NamedTuple):
 
     arm: str
     seed: int
-    settings: dict[str, Any]  # see `pool.settings_of`
+    settings: dict[str, Any]  # see `records.settings_of`
     options: dict[str, Any]  # what tells the images from others of the same number: "data", a digest
     numbers: dict[str, float]  # by the names of `COLUMNS`
     domains: dict[str, float]  # held-out loss at the end
@@ -109,7 +109,7 @@ def load_run(arm: str, folder: Path) -> Finished:
     steps = [row["step"] for row in evaluations]
     seconds = [round(float(np.interp(step, ends, clock)), 3) for step in steps]
     finals = {row["domain"]: np.nan if row["xent"] is None else row["xent"] for row in domains}
-    return Finished(arm, cfg.seed, pool.settings_in(folder), images(folder), numbers, finals, steps, seconds, loss)
+    return Finished(arm, cfg.seed, records.settings_in(folder), images(folder), numbers, finals, steps, seconds, loss)
 
 
 def load(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
@@ -125,7 +125,7 @@ def read(file: Path) -> Runs:
     for run in saved:
         run["domains"] = {name: number(x) for name, x in run["domains"].items()}
         run["loss"] = {name: [number(x) for x in values] for name, values in run["loss"].items()}
-    return {(run["arm"], run["seed"]): pool.as_record(Finished, run) for run in saved}
+    return {(run["arm"], run["seed"]): records.as_record(Finished, run) for run in saved}
 
 
 def as_text(runs: list[Finished]) -> str:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import muon_figures, muon_report, pool
+from experiments import muon_figures, muon_report, pool, records
 from experiments.muon_report import Finished
 from experiments.pool import Job, Run
 from moe_jax import terminal
@@ -137,16 +137,16 @@ OWN = ("optim.name", "optim.lr", "optim.update_rms", "optim.weight_decay", "trai
 
 
 def differing(folder: str, extra: dict[str, Any]) -> Callable[[str, Finished], list[str]]:
-    """What of a run's settings is not as in this call, but for what its name says. folder: of text."""
+    """Lines about settings of a run that are not as in this call, but for those in its name. folder: of text."""
     shared = lambda settings: {name: value for name, value in settings.items() if name not in OWN}
-    both = [shared(pool.settings_of(pool.load_config(CONFIG, folder, fields))) for fields in (extra, {})]
-    return lambda name, run: pool.unlike(shared(run.settings), *both)
+    both = [shared(records.settings_of(pool.load_config(CONFIG, folder, fields))) for fields in (extra, {})]
+    return lambda name, run: records.unlike(shared(run.settings), *both)
 
 
 def select(runs: list[Finished], differs: Callable[[str, Finished], list[str]], source: str | Path) -> list[Finished]:
     """The runs that were trained as in this call. The others are printed."""
     name = lambda r: f"{Arm(r.optimizer, r.lr, r.update_rms, r.weight_decay).name}, {r.steps} steps, seed {r.seed},"
-    return list(pool.select({name(run): run for run in runs}, differs, source).values())
+    return list(records.select({name(run): run for run in runs}, differs, source).values())
 
 
 def check_steps(out: Path, steps: int) -> None:
@@ -154,7 +154,7 @@ def check_steps(out: Path, steps: int) -> None:
     for file in sorted(out.glob("*/seed*/config.json")):
         _, short, share = file.parent.parent.name.rpartition("_tokens")
         own = max(1, round((float(share) if short else 1.0) * steps))
-        had = pool.settings_in(file.parent)["train.steps"]
+        had = records.settings_in(file.parent)["train.steps"]
         if had != own:
             raise UserError(f"--out: {file.parent} is a run with {had} steps, {own} now; name another folder")
 

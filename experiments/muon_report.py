@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from experiments import pool
+from experiments import records
 from experiments.balance_report import LAST, cell, markdown
 from moe_jax.run.log import read_eval, read_metrics, write_text
 
@@ -44,7 +44,7 @@ class Finished(NamedTuple):
     perplexity: float
     step_ms: float  # median
     matrices: dict[str, Any] | None  # of muon_matrices
-    settings: dict[str, Any]  # see `pool.settings_of`; of a record perhaps few
+    settings: dict[str, Any]  # see `records.settings_of`; of a record perhaps few
 
     @property
     def key(self) -> tuple:
@@ -85,7 +85,7 @@ def load_run(folder: Path) -> Finished:
     return Finished(
         optim["name"], optim["lr"], optim["update_rms"], optim["weight_decay"], steps, config["seed"],
         float(tokens[-1]), train, held_out, total["perplexity"], 1e3 * float(np.median(per_step)),
-        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None, pool.settings_in(folder),
+        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None, records.settings_in(folder),
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def read(file: Path) -> list[Finished]:
 
     def one(saved: dict) -> Finished:
         curve = lambda name: Curve(**{k: np.array([_number(x) for x in v]) for k, v in saved[name].items()})
-        return pool.as_record(Finished, saved | {"train": curve("train"), "held_out": curve("held_out")})
+        return records.as_record(Finished, saved | {"train": curve("train"), "held_out": curve("held_out")})
 
     return [one(saved) for saved in json.loads(file.read_text(encoding="utf-8"))["runs"]]
 

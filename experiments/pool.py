@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from experiments import records
 from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.cli import GPU_SHARE, expanded
 from moe_jax.errors import ConfigError, UserError
 from moe_jax.evaluate import drawing
 from moe_jax.run import config_file
-from moe_jax.tree import flatten_config
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -73,8 +73,8 @@ class Job(NamedTuple):
         if not (self.options or settings) or not file.is_file():
             return []
         made = json.loads(file.read_text(encoding="utf-8"))
-        of_training = unlike(made.get("settings", {}), settings, settings)
-        return unlike_options(made.get("options", {}), self.options or {}) + of_training
+        of_training = records.unlike(made.get("settings", {}), settings, settings)
+        return records.unlike_options(made.get("options", {}), self.options or {}) + of_training
 
 
 def training(run: Run, config: str, folder: str) -> Job:
@@ -125,112 +125,10 @@ def give_tokenizer(out: Path, runs: Iterable[Run]) -> None:
 # --- what made a result -----------------------------------------------------------------------------------------------
 
 Key = tuple[str, int]  # an arm and a seed
-ENTRIES = ("data.sources.", "data.labels.", "optim.groups.", "loss.more.")  # their entries have names of their own
-PLACES = ("path", "data_dir")  # of text, which lies elsewhere on another machine
-
-
-def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a flat configuration that decide what is trained, without the seed and the places of files."""
-
-    def decides(name: str) -> bool:
-        if name == "seed" or (name.startswith("data.") and name.rpartition(".")[2] in PLACES):
-            return False
-        return name == "train.steps" or not config_lib.may_change(name)
-
-    found = {name: value for name, value in values.items() if decides(name)}
-    for name, kind in (("init_from", bool), ("loss.balance_batch", str)):  # a number, or the same as text
-        if name in found:
-            found[name] = kind(found[name])
-    return json.loads(json.dumps(found))  # tuples become lists, as in a file
-
-
-def settings_of(cfg: config_lib.RunConfig) -> dict[str, Any]:
-    """The settings that tell a run from others, by the names of the config."""
-    return _settings(flatten_config(config_lib.to_dict(cfg)))
-
-
-def settings_in(folder: Path) -> dict[str, Any]:
-    """The settings of a run directory."""
-    return _settings(config_file.values(folder))
-
-
-def full_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a record of an earlier version, by the names of the config."""
-    short = {"steps": "train.steps", "batch_size": "data.batch_size", "seq_len": "data.seq_len"}
-    full = {f"model.{name}" if name.startswith("moe.") else short.get(name, name): x for name, x in settings.items()}
-    if full.keys() != settings.keys() and full.get("optim.name") == "adamw":
-        full.pop("optim.newton_schulz_dtype", None)  # had another default, and AdamW does not read it
-    return full
-
-
-def unlike(record: dict[str, Any], wanted: dict[str, Any], usual: dict[str, Any]) -> list[str]:
-    """Lines about the settings of a record that are not those wanted.
-
-    usual: the settings of the arm without --set. A record of few settings had these for the others, but not entries of
-    a group of which it has others, or has none.
-    """
-    groups = {group for group in ENTRIES for name in record if f"{name}.".startswith(group)}
-
-    def had(name: str) -> Any:
-        group = next((group for group in groups if name.startswith(group)), None)
-        if group:
-            entry = group + name[len(group) :].split(".")[0]
-            if not any(f"{n}.".startswith(f"{entry}.") for n in record):
-                return None
-        return record.get(name, usual.get(name))
-
-    names = [*wanted, *(name for name in record if name not in wanted and name.startswith(ENTRIES))]
-    return config_file.describe({n: (had(n), wanted.get(n)) for n in names if had(n) != wanted.get(n)})
-
-
-def unlike_options(record: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Lines about the options of a measurement that are not those wanted."""
-    return [f"--{n}: {record.get(n, 'not known')} then, {x} now" for n, x in wanted.items() if record.get(n) != x]
-
-
-def as_flags(options: dict[str, Any]) -> list[str]:
-    """Options as flags of a command; lists are separated by commas."""
-    text = lambda x: (
-        ",".join(f"{one:g}" if isinstance(one, float) else str(one) for one in x) if isinstance(x, list) else x
-    )
-    return [f"--{name}={text(x)}" for name, x in options.items()]
-
-
-def as_record(kind: Callable, saved: dict[str, Any]) -> Any:
-    """A record of the class `kind`, a NamedTuple, from JSON. What it lacks of settings and options is not known."""
-    found = {"settings": {}, "options": {}} | saved
-    found["settings"] = full_names(found["settings"])
-    return kind(**{name: x for name, x in found.items() if name in kind._fields})
-
-
-def select(results: dict[Any, Any], why: Callable[[Any, Any], list[str]], source: str | Path) -> dict[Any, Any]:
-    """The results for which `why`, of key and result, gives no reason against. The others are printed."""
-    kept = {}
-    for key, one in results.items():
-        try:
-            reasons = why(key, one)
-        except (UserError, ValueError) as error:
-            reasons = [" ".join(str(error).split())]
-        if reasons:
-            name = key if isinstance(key, str) else f"{key[0]}, seed {key[1]},"
-            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-            print(f"{source}: {name} is left out: {'; '.join(reasons[:3])}{more}", flush=True)
-        else:
-            kept[key] = one
-    return kept
-
-
-def apart_from_weights(name: str) -> bool:
-    """Whether a setting is another's than the weights that a run begins with, for experiments on upcycled weights."""
-    return (
-        name == "model.segment_mask"
-        or name.startswith("model.lora.")
-        or not name.startswith(("model.", "optim.groups."))
-    )
 
 
 class Call(NamedTuple):
-    """What this call of an experiment asks for, with which results of other calls are compared.
+    """The settings and options that this call of an experiment asks for. Results of other calls are compared with them.
 
     config, folder: as for `load_config`.
     plan: the runs of all arms and seeds, from the fields that --set changes.
@@ -251,7 +149,7 @@ class Call(NamedTuple):
         run = next((run for run in self.plan(extra) if run.arm == arm), None)
         if run is None:
             raise UserError("is not an arm of this experiment")
-        found = settings_of(load_config(self.config, f"{self.folder}{run.argument}", run.overrides))
+        found = records.settings_of(load_config(self.config, f"{self.folder}{run.argument}", run.overrides))
         return {name: value for name, value in found.items() if self.compared(name)}
 
     def select(self, results: dict[Key, Any], source: str | Path) -> dict[Key, Any]:
@@ -260,9 +158,11 @@ class Call(NamedTuple):
 
         def why(key: Key, one: Any) -> list[str]:
             had = {name: value for name, value in one.settings.items() if self.compared(name)}
-            return unlike(had, *settings(key[0])) + unlike_options(getattr(one, "options", {}), self.options)
+            return records.unlike(had, *settings(key[0])) + records.unlike_options(
+                getattr(one, "options", {}), self.options
+            )
 
-        return select(results, why, source)
+        return records.select(results, why, source)
 
     def refuses(self, runs: Iterable[Run]) -> bool:
         """Whether the folder of a run holds one of other settings, which is then printed."""
@@ -270,8 +170,8 @@ class Call(NamedTuple):
         for run in runs:
             if not (run.folder / "config.json").is_file():
                 continue
-            had = {name: value for name, value in settings_in(run.folder).items() if self.compared(name)}
-            if why := unlike(had, settings(run.arm), {}):
+            had = {name: value for name, value in records.settings_in(run.folder).items() if self.compared(name)}
+            if why := records.unlike(had, settings(run.arm), {}):
                 print(f"error: --out: {run.folder} is a run with {why[0]}; name another folder", file=sys.stderr)
                 return True
         return False
@@ -285,7 +185,11 @@ def find_trained(folder: Path, cfg: config_lib.RunConfig) -> Path | None:
     for file in sorted(folder.glob(f"*/seed{cfg.seed}/config.json")):
         run = file.parent
         done = (run / "eval.json").is_file() and (run / "checkpoints").is_dir()
-        if done and config_file.values(run).get("seed") == cfg.seed and settings_in(run) == settings_of(cfg):
+        if (
+            done
+            and config_file.values(run).get("seed") == cfg.seed
+            and records.settings_in(run) == records.settings_of(cfg)
+        ):
             return run
     return None
 
@@ -387,6 +291,20 @@ def add_flags(parser: argparse.ArgumentParser, out: str, data: str = "data/domai
     parser.add_argument("--report_only", action="store_true", help="train nothing, compare what is finished")
     parser.add_argument("--figures", type=_formats, default=("png",), help=drawing.HELP)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a config field, for all arms")
+
+
+def add_arms(parser: argparse.ArgumentParser, arms: Iterable[str]) -> None:
+    """Adds the flags of an experiment that compares arms."""
+    parser.add_argument("--only", default=",".join(arms), help="arms to run, separated by commas")
+    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
+
+
+def chosen_arms(parser: argparse.ArgumentParser, arguments: argparse.Namespace, arms: Iterable[str]) -> list[str]:
+    """The arms of `--only`."""
+    names = arguments.only.split(",")
+    if unknown := [name for name in names if name not in arms]:
+        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(arms)}")
+    return names
 
 
 def extra_fields(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import pool, pools_report
+from experiments import pool, pools_report, records
 from experiments.pool import Job, Run
 from moe_jax import terminal
 from moe_jax.cli import expanded
@@ -55,8 +55,8 @@ def jobs(runs: list[tuple[Run, Path]], options: dict[str, Any], folder: str) -> 
     for run, source in runs:
         if (source / "eval.json").is_file():
             command = ["-m", "experiments.pools_measure", str(source), f"--out={run.folder / 'pools.json'}"]
-            command += pool.as_flags(options)
-            name, settings = f"subsets of {run.arm}, seed {run.seed}", pool.settings_in(source)
+            command += records.as_flags(options)
+            name, settings = f"subsets of {run.arm}, seed {run.seed}", records.settings_in(source)
             found.append(Job(name, run.folder, command, "pools.json", options, settings))
     return found
 
@@ -76,18 +76,15 @@ def _numbers(parser: argparse.ArgumentParser, name: str, text: str, low: float, 
 
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    pool.add_arms(parser, ARMS)
     parser.add_argument("--keep", default="50,25,12.5", help="percentages of the experts of a layer that are kept")
     parser.add_argument("--sizes", default="8,16", help="numbers of experts of a pool in evaluation")
     parser.add_argument("--prefix", type=int, default=64, help="tokens of a document that give its pool")
     parser.add_argument("--use_batches", type=int, default=32, help="batches of training text that use is measured on")
     parser.add_argument("--runs", type=expanded, action="append", default=[], metavar="FOLDER", help="finished runs")
-    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     pool.add_flags(parser, "runs/pools")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    names = pool.chosen_arms(parser, arguments, ARMS)
     _numbers(parser, "keep", arguments.keep, 1e-6, 100)
     _numbers(parser, "sizes", arguments.sizes, 1, 1e6)
     for name in ("prefix", "use_batches"):

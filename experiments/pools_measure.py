@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import pool
+from experiments import records
 from moe_jax import config, data, terminal
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
@@ -58,8 +58,8 @@ def measure(folder: Path, keep: list[float], sizes: list[int], prefix: int, use_
             pools[way if way == "all" else f"{way} {size}"] = {row["domain"]: row["xent"] for row in rows}
     experts = {f"{100 * share:g}": max(one) for share, one in zip(found.shares, found.kept, strict=True)}
     options = {"keep": keep, "sizes": sizes, "prefix": prefix, "use_batches": use_batches}
-    return {"settings": pool.settings_of(saved), "options": options, "step": number, "experts": experts, "kept": kept,
-            "pools": pools}  # fmt: skip
+    return {"settings": records.settings_of(saved), "options": options, "step": number, "experts": experts,
+            "kept": kept, "pools": pools}  # fmt: skip
 
 
 def main() -> None:

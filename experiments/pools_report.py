@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import records
 from experiments.balance_report import BLUE, ORANGE, OTHERS, markdown
 from moe_jax.evaluate.analysis import INK
 from moe_jax.evaluate.drawing import GRID, save
@@ -35,7 +35,7 @@ come, a leak, and it is an estimate from more tokens.
 class Finished(NamedTuple):
     """The results of one trained model: nats a token by domain."""
 
-    settings: dict[str, Any]  # see `pool.settings_of`
+    settings: dict[str, Any]  # see `records.settings_of`
     options: dict[str, Any]  # of the measurement
     step: int
     experts: dict[str, int]  # of a layer, by the percentage that is kept
@@ -63,13 +63,13 @@ def load(out: Path) -> Runs:
     """The finished runs of OUT/<arm>/seed<n>."""
     files = sorted(out.glob("*/seed*/pools.json"))
     key = lambda file: (file.parent.parent.name, int(file.parent.name.removeprefix("seed")))
-    return {key(file): pool.as_record(Finished, json.loads(file.read_text(encoding="utf-8"))) for file in files}
+    return {key(file): records.as_record(Finished, json.loads(file.read_text(encoding="utf-8"))) for file in files}
 
 
 def read(file: Path) -> Runs:
     """The runs of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return {(run.pop("arm"), run.pop("seed")): pool.as_record(Finished, run) for run in saved}
+    return {(run.pop("arm"), run.pop("seed")): records.as_record(Finished, run) for run in saved}
 
 
 def table(runs: Runs, labels: dict[str, str]) -> str:

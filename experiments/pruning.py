@@ -18,10 +18,9 @@ from pathlib import Path
 
 import jax
 
-from experiments import pool, pruning_report
+from experiments import pool, pruning_report, records
 from experiments.pool import Job, Run
 from moe_jax import terminal
-from moe_jax.cli import expanded
 
 CONFIG = "configs/balance_scope.py"
 ARMS = {"global": "balanced over the global batch", "sequence": "balanced in each sequence"}
@@ -59,7 +58,7 @@ def jobs(runs: list[Run], experts: list[int], whole: int, steps: int, batches: i
         if not run.done:
             continue
         options = {"experts": experts, "batches": batches}
-        command = ["-m", "experiments.pruning_measure", str(run.folder), *pool.as_flags(options)]
+        command = ["-m", "experiments.pruning_measure", str(run.folder), *records.as_flags(options)]
         measured = Job(f"pruning of {run.arm}, seed {run.seed}", run.folder, command, "pruned.json", options)
         found.append(measured)
         if measured.done:
@@ -74,16 +73,13 @@ def jobs(runs: list[Run], experts: list[int], whole: int, steps: int, batches: i
 
 def parse() -> tuple[argparse.Namespace, list[str], list[int], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    pool.add_arms(parser, ARMS)
     parser.add_argument("--experts", default="24,16", help="numbers of experts that a layer keeps")
     parser.add_argument("--after_steps", type=int, default=50, help="steps of training after pruning")
     parser.add_argument("--count_batches", type=int, default=32, help="batches of training text that are counted")
-    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     pool.add_flags(parser, "runs/pruning")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    names = pool.chosen_arms(parser, arguments, ARMS)
     if not all(part.isdigit() and int(part) for part in arguments.experts.split(",")):
         parser.error(f"--experts={arguments.experts}: must be numbers ≥ 1, separated by commas")
     for name in ("after_steps", "count_batches"):

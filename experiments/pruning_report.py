@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import records
 from experiments.balance_report import BLUE, ORANGE, markdown
 from moe_jax.evaluate.analysis import INK
 from moe_jax.evaluate.drawing import GRID, save
@@ -33,7 +33,7 @@ Losses = dict[str, dict[str, float]]  # by number of experts, by domain; nats a 
 class Finished(NamedTuple):
     """The results of one trained model."""
 
-    settings: dict[str, Any]  # of its training; see `pool.settings_of`
+    settings: dict[str, Any]  # of its training; see `records.settings_of`
     options: dict[str, Any]  # of the measurement, and `after_steps` of training after pruning; 0: none is finished
     whole: int  # its experts
     kept: dict[str, float]  # by number of experts
@@ -79,7 +79,7 @@ def load_run(folder: Path, steps: int | None = None) -> Finished:
     after = {file.parent.name: {row["domain"]: row["xent"] for row in read_eval(file.parent)["domains"]}
              for file in done if file.parent.name in found["used"]}  # fmt: skip
     random = {str(found["whole"]): found["used"][str(found["whole"])]} | found["random"]
-    return Finished(pool.settings_in(folder), options | {"after_steps": steps}, found["whole"], found["kept"],
+    return Finished(records.settings_in(folder), options | {"after_steps": steps}, found["whole"], found["kept"],
                     found["used"], random, after)  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def load(out: Path, steps: int | None = None) -> Runs:
 def read(file: Path) -> Runs:
     """The runs of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return {(run.pop("arm"), run.pop("seed")): pool.as_record(Finished, run) for run in saved}
+    return {(run.pop("arm"), run.pop("seed")): records.as_record(Finished, run) for run in saved}
 
 
 def numbers(runs: Runs) -> list[dict[str, Any]]:

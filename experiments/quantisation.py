@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import pool, quantisation_report
+from experiments import pool, quantisation_report, records
 from experiments.pool import Job, Run
 from experiments.quantisation_measure import MEASURED, PART, PRODUCT, ways
 from moe_jax import config as config_lib
@@ -60,8 +60,10 @@ def go_on(folder: Path, options: dict[str, int]) -> None:
 
 def measuring(name: str, run: Path, to: Path, flags: list[str], options: dict[str, int]) -> Job:
     """The job that rounds the model of a run directory, with its results in `to`."""
-    command = ["-m", "experiments.quantisation_measure", str(run), f"--to={to}", *flags, *pool.as_flags(options)]
-    return Job(f"rounding of {name}", to, command, PRODUCT, options | {"step": last_step(run)}, pool.settings_in(run))
+    command = ["-m", "experiments.quantisation_measure", str(run), f"--to={to}", *flags, *records.as_flags(options)]
+    return Job(
+        f"rounding of {name}", to, command, PRODUCT, options | {"step": last_step(run)}, records.settings_in(run)
+    )
 
 
 def jobs(
@@ -78,19 +80,16 @@ def jobs(
 
 def parse() -> tuple[argparse.Namespace, list[str], list[float], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    pool.add_arms(parser, ARMS)
     parser.add_argument("--bits", default="2,2.5,3,4", help="mean bits of the weights of experts")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of calibration at 2.5 and 3 bits")
     parser.add_argument("--rows", type=int, default=64, help="rows of calibration text")
     parser.add_argument("--group", type=int, default=128, help="inputs of a matrix that share a scale")
     parser.add_argument("--runs", type=expanded, default=None, metavar="FOLDER", help="finished runs of the arms")
     parser.add_argument("--run", type=expanded, default=None, metavar="RUN", help="one finished run of any model")
-    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     pool.add_flags(parser, "runs/quantisation")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    names = pool.chosen_arms(parser, arguments, ARMS)
     try:
         bits = [float(part) for part in arguments.bits.split(",")]
     except ValueError:
@@ -144,16 +143,16 @@ def main() -> int:
 
         def differs(name: str, one: quantisation_report.Finished) -> list[str]:
             """Reasons not to compare a model. The training of one that this call does not name is not looked at."""
-            why = pool.unlike_options(one.options, options)
+            why = records.unlike_options(one.options, options)
             if name in found:
-                step = pool.unlike_options(one.options, {"step": last_step(found[name])})
-                return [*pool.unlike(one.settings, pool.settings_in(found[name]), {}), *step, *why]
+                step = records.unlike_options(one.options, {"step": last_step(found[name])})
+                return [*records.unlike(one.settings, records.settings_in(found[name]), {}), *step, *why]
             if name in ARMS and not given:
-                why += pool.unlike(one.settings, *(asked.settings(name, fields) for fields in (extra, {})))
+                why += records.unlike(one.settings, *(asked.settings(name, fields) for fields in (extra, {})))
             return why
 
         runs = [] if given else needed
-        known = pool.select(known, differs, "--known")
+        known = records.select(known, differs, "--known")
         is_known = lambda name: name in known and known[name].has(wanted)
         runs = [run for run in runs if not is_known(run.arm)]
         found = {name: run for name, run in found.items() if not is_known(name)}
@@ -171,7 +170,7 @@ def main() -> int:
             plan = lambda: jobs(runs, found, out, flags, options, folder)
             failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
     there = quantisation_report.load(out)
-    finished = known | (there if arguments.report_only else pool.select(there, differs, out))
+    finished = known | (there if arguments.report_only else records.select(there, differs, out))
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1

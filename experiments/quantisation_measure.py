@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import pool
+from experiments import records
 from moe_jax import config, data, terminal
 from moe_jax.errors import UserError
 from moe_jax.evaluate import held_out
@@ -88,7 +88,7 @@ def measure(folder: Path, to: Path, bits: list[float], seeds: int, rows: int, gr
         return {row["domain"]: row["xent"] for row in found.rows()}
 
     file = to / PART.format(rows=rows, group=group)
-    facts = {"settings": pool.settings_in(folder), "options": {"rows": rows, "group": group, "step": number}}
+    facts = {"settings": records.settings_in(folder), "options": {"rows": rows, "group": group, "step": number}}
     body = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if {name: body.get(name) for name in facts} != facts:  # of another training, or the first time
         body = facts | {"whole": losses(params), "ways": []}

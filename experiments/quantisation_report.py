@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import records
 from experiments.balance_report import BLUE, ORANGE, markdown
 from experiments.quantisation_measure import ALLOCATIONS, PRODUCT, Way
 from moe_jax.evaluate.analysis import INK
@@ -38,7 +38,7 @@ SIZES = "groups of {group} weights and {rows} rows of calibration text"
 class Finished(NamedTuple):
     """The results of one model."""
 
-    settings: dict[str, Any]  # of its training; see `pool.settings_of`
+    settings: dict[str, Any]  # of its training; see `records.settings_of`
     options: dict[str, int]  # of rounding: rows of calibration text, inputs of a group; and the step of the training
     whole: dict[str, float]  # nats a token by domain, of the model as it is
     ways: list[dict[str, Any]]  # the fields of a `Way`, and what was measured
@@ -59,7 +59,7 @@ class Finished(NamedTuple):
         return [math.exp(min(row["losses"][domain], 700.0)) for row in self.rows_of(method, bits, allocate)]
 
     def growth(self, method: str, bits: float, allocate: str, domain: str = TOTAL) -> float:
-        """Of the mean perplexity over that of the model as it is; NaN where it was not measured."""
+        """The mean perplexity over that of the model as it is; NaN where it was not measured."""
         found = self.perplexities(method, bits, allocate, domain)
         return float(np.mean(found)) / math.exp(self.whole[domain]) - 1 if found else math.nan
 
@@ -71,14 +71,15 @@ def load(out: Path) -> Models:
     """The finished models of OUT."""
     files = sorted(out.glob(f"*/rounded/{PRODUCT}"))
     return {
-        file.parents[1].name: pool.as_record(Finished, json.loads(file.read_text(encoding="utf-8"))) for file in files
+        file.parents[1].name: records.as_record(Finished, json.loads(file.read_text(encoding="utf-8")))
+        for file in files
     }
 
 
 def read(file: Path) -> Models:
     """The models of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return {one.pop("name"): pool.as_record(Finished, one) for one in saved}
+    return {one.pop("name"): records.as_record(Finished, one) for one in saved}
 
 
 def table(models: Models, labels: dict[str, str]) -> str:

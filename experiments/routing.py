@@ -23,7 +23,6 @@ import jax
 from experiments import pool, routing_report
 from experiments.pool import Run
 from moe_jax import terminal
-from moe_jax.cli import expanded
 
 CONFIG = "configs/balance_scope.py"
 load_config = functools.partial(pool.load_config, CONFIG)
@@ -86,7 +85,7 @@ def planned(out: Path, names: list[str], extra: dict[str, str]) -> list[Run]:
 
 
 def call(folder: str, extra: dict[str, str]) -> pool.Call:
-    """What a call on this folder of text compares its results with."""
+    """The settings that results must have to be compared in a call on this folder of text."""
     return pool.Call(CONFIG, folder, lambda fields: planned(Path(), list(ARMS), fields), extra)
 
 
@@ -95,13 +94,10 @@ def call(folder: str, extra: dict[str, str]) -> pool.Call:
 
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
-    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
+    pool.add_arms(parser, ARMS)
     pool.add_flags(parser, "runs/routing")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    names = pool.chosen_arms(parser, arguments, ARMS)
     return arguments, names, pool.extra_fields(parser, arguments)
 
 

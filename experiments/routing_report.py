@@ -15,7 +15,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import records
 from experiments.balance_report import BLUE, ORANGE, OTHERS, cell, markdown
 from moe_jax.evaluate.analysis import INK, QUIET, specialisation
 from moe_jax.evaluate.drawing import GRID, plain, save
@@ -59,7 +59,7 @@ class Finished(NamedTuple):
 
     arm: str
     seed: int
-    settings: dict[str, Any]  # see `pool.settings_of`
+    settings: dict[str, Any]  # see `records.settings_of`
     numbers: dict[str, float]  # by the names of `COLUMNS`; infinite for a limit that is never reached
     steps: list[int]  # that were logged
     series: dict[str, list[float]]  # by the names of `SERIES`, an entry for each logged step
@@ -116,7 +116,7 @@ def load_run(arm: str, folder: Path) -> Finished:
     return Finished(
         arm,
         config["seed"],
-        pool.settings_in(folder),
+        records.settings_in(folder),
         {name: float(value) for name, value in numbers.items()},
         steps.tolist(),
         {name: [float(f"{x:.4g}") for x in values] for name, values in series.items()},
@@ -139,7 +139,7 @@ def read(file: Path) -> dict[tuple[str, int], Finished]:
     for saved in json.loads(file.read_text(encoding="utf-8"))["runs"]:
         numbers = {name: number(name, value) for name, value in saved["numbers"].items()}
         series = {name: [number(name, x) for x in values] for name, values in saved["series"].items()}
-        found[saved["arm"], saved["seed"]] = pool.as_record(Finished, saved | {"numbers": numbers, "series": series})
+        found[saved["arm"], saved["seed"]] = records.as_record(Finished, saved | {"numbers": numbers, "series": series})
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from experiments import pool, switching_report
+from experiments import pool, records, switching_report
 from experiments.pool import Job, Run
 from moe_jax import terminal
 from moe_jax.cli import expanded
@@ -42,9 +42,9 @@ def trained(out: Path, arm: str, seed: int, extra: dict[str, str]) -> Run:
 
 def measuring(run: Run, source: Path, options: dict[str, Any]) -> Job:
     """The job that measures `run`, whose weights lie in the run directory `source`."""
-    command = ["-m", "experiments.switching_measure", str(source), f"--out={run.folder}", *pool.as_flags(options)]
+    command = ["-m", "experiments.switching_measure", str(source), f"--out={run.folder}", *records.as_flags(options)]
     return Job(f"switching of {run.arm}, seed {run.seed}", run.folder, command, "switching.json", options,
-               pool.settings_in(source))  # fmt: skip
+               records.settings_in(source))  # fmt: skip
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -52,16 +52,13 @@ def measuring(run: Run, source: Path, options: dict[str, Any]) -> Job:
 
 def parse() -> tuple[argparse.Namespace, list[str], list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    pool.add_arms(parser, ARMS)
     parser.add_argument("--domains", default=DOMAINS, help="domains whose experts are switched off, one after another")
     parser.add_argument("--count_batches", type=int, default=32, help="batches of training text that are counted")
     parser.add_argument("--runs", type=expanded, default=None, metavar="FOLDER", help="finished runs to look in first")
-    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     pool.add_flags(parser, "runs/switching")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    names = pool.chosen_arms(parser, arguments, ARMS)
     if arguments.count_batches < 1:
         parser.error(f"--count_batches={arguments.count_batches}: must be ≥ 1")
     return arguments, names, arguments.domains.split(","), pool.extra_fields(parser, arguments)

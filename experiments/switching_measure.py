@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import pool
+from experiments import records
 from experiments.pruning_measure import count
 from moe_jax import cli, config, data, terminal
 from moe_jax.config import ModelConfig
@@ -64,7 +64,7 @@ def measure(folder: Path, names: list[str], batches: int) -> dict:
         return {row["domain"]: row["xent"] for row in result.rows()}
 
     found = {
-        "settings": pool.settings_in(folder),
+        "settings": records.settings_in(folder),
         "options": {"domains": names, "batches": batches},
         "steps": number,
         "whole": losses([]),

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments import pool
+from experiments import records
 from experiments.balance_report import BLUE, ORANGE, markdown
 from moe_jax.evaluate.analysis import INK, QUIET
 from moe_jax.evaluate.drawing import GRID, save
@@ -34,7 +34,7 @@ Losses = dict[str, float]  # nats a token, by domain
 class Finished(NamedTuple):
     """The results of one trained model. The keys of the dicts are the domains whose experts are off."""
 
-    settings: dict[str, Any]  # of its training; see `pool.settings_of`
+    settings: dict[str, Any]  # of its training; see `records.settings_of`
     options: dict[str, Any]  # of the measurement
     steps: int  # of its training
     whole: Losses
@@ -65,13 +65,15 @@ def load(out: Path) -> Runs:
     """The measurements of OUT/<arm>/seed<n>."""
     files = sorted(out.glob("*/seed*/switching.json"))
     made = {(file.parent.parent.name, int(file.parent.name.removeprefix("seed"))): file for file in files}
-    return {key: pool.as_record(Finished, json.loads(file.read_text(encoding="utf-8"))) for key, file in made.items()}
+    return {
+        key: records.as_record(Finished, json.loads(file.read_text(encoding="utf-8"))) for key, file in made.items()
+    }
 
 
 def read(file: Path) -> Runs:
     """The runs of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return {(run.pop("arm"), run.pop("seed")): pool.as_record(Finished, run) for run in saved}
+    return {(run.pop("arm"), run.pop("seed")): records.as_record(Finished, run) for run in saved}
 
 
 def numbers(runs: Runs) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import pool, upcycling_report
+from experiments import pool, records, upcycling_report
 from experiments.pool import Job, Run
 from experiments.upcycling_report import Finished
 from moe_jax import terminal
@@ -121,9 +121,12 @@ def planned(names: list[str], out: Path, extra: dict[str, str], seeds: Sequence[
 
 
 def call(dense: Path, data: str, on_dense: Callable[[list[Run]], list[Run]], extra: dict[str, str]) -> pool.Call:
-    """What a call compares its results with. on_dense: leaves out what a dense model's config does not have."""
+    """The settings that results must have to be compared in a call.
+
+    on_dense: leaves out what a dense model's config does not have.
+    """
     plan = lambda fields: on_dense(planned(list(ARMS), Path(), fields))
-    return pool.Call(CONFIG, f"{dense},{data}", plan, extra, compared=pool.apart_from_weights)
+    return pool.Call(CONFIG, f"{dense},{data}", plan, extra, compared=records.apart_from_weights)
 
 
 def is_measured(run: Finished | None) -> bool:
@@ -159,15 +162,12 @@ def _seeds(text: str) -> tuple[int, ...]:
 def parse() -> tuple[argparse.Namespace, list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=expanded, default=Path("runs/dense"), help="run directory of a dense model")
-    parser.add_argument("--only", default=",".join(ARMS), help="arms to run, separated by commas")
+    pool.add_arms(parser, ARMS)
     parser.add_argument("--seeds", type=_seeds, default=(), help="seeds of every arm; default: one, or three of some")
-    parser.add_argument("--known", type=expanded, default=None, metavar="FILE", help="a results.json of finished runs")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     pool.add_flags(parser, "runs/upcycling")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
-        parser.error(f"--only: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    names = pool.chosen_arms(parser, arguments, ARMS)
     return arguments, names, pool.extra_fields(parser, arguments)
 
 

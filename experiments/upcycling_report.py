@@ -15,7 +15,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import pool
+from experiments import records
 from experiments.balance_report import BLUE, ORANGE, cell, markdown
 from moe_jax import config, model
 from moe_jax.evaluate.analysis import INK
@@ -45,7 +45,7 @@ class Finished(NamedTuple):
     domains: dict[str, float]  # perplexity at the end
     unevenness: dict[int, list[float]]  # of shards, by step, by layer; {} unknown
     seconds: float  # of training steps; NaN unknown
-    settings: dict[str, Any]  # see `pool.settings_of`; of a record perhaps few
+    settings: dict[str, Any]  # see `records.settings_of`; of a record perhaps few
 
     @property
     def perplexity(self) -> float:
@@ -127,7 +127,7 @@ def load_run(folder: Path) -> Finished:
         total({row["domain"]: row["perplexity"] for row in domains}),
         {int(n): layers for n, layers in found.get("unevenness", {}).items()},
         float(np.sum(np.diff(steps, prepend=0) * np.array([row.get("step_seconds", math.nan) for row in rows]))),
-        pool.settings_in(folder),
+        records.settings_in(folder),
     )  # fmt: skip
 
 
@@ -151,7 +151,9 @@ def read(file: Path) -> Runs:
             fields["domains"] = total(run["domains"])
             fields["unevenness"] = {int(n): layers for n, layers in run.get("unevenness", {}).items()}
             fields["seconds"] = run.get("seconds") or math.nan
-            found[arm, run["seed"]] = pool.as_record(Finished, run | fields | {"parameters": tuple(run["parameters"])})
+            found[arm, run["seed"]] = records.as_record(
+                Finished, run | fields | {"parameters": tuple(run["parameters"])}
+            )
     return found
 
 

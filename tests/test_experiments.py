@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import balance_report, balance_scope, pool, routing, routing_report
+from experiments import balance_report, balance_scope, pool, records, routing, routing_report
 from moe_jax.errors import ConfigError
 from moe_jax.run import config_file
 
@@ -275,7 +275,7 @@ def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
     assert configs["routers"][1].model.moe.routers == 2 and configs["information"][1].model.moe.routers == 1
     numbers = dict.fromkeys(routing_report.COLUMNS, 1.0)
     series = {name: [1.0, 1.0] for name in routing_report.SERIES}
-    settings = {name: pool.settings_of(cfg) for name, (_, cfg) in configs.items()}
+    settings = {name: records.settings_of(cfg) for name, (_, cfg) in configs.items()}
     known = {(name, 0): routing_report.Finished(name, 0, settings[name], numbers, [1, 2], series, {"law": 2.0},
                                                 {"law": [4.0]}, [0.1]) for name in configs}  # fmt: skip
     asked = routing.call(str(domains), {})
@@ -285,8 +285,8 @@ def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
     assert not asked.select(renamed, "--known")
     # Only its further loss tells this record from one of the arm, and no such loss in the other way.
     more = {name: x for name, x in settings["information"].items() if name.startswith("loss.more.")}
-    assert len(more) > 1 and len(pool.unlike(settings["global"] | more, settings["global"], {})) == len(more)
-    assert len(pool.unlike(settings["global"] | {"loss.more": {}}, settings["global"] | more, more)) == len(more)
+    assert len(more) > 1 and len(records.unlike(settings["global"] | more, settings["global"], {})) == len(more)
+    assert len(records.unlike(settings["global"] | {"loss.more": {}}, settings["global"] | more, more)) == len(more)
     # Published records have the names of an earlier version, and each of their fields is compared.
     published = routing_report.read(Path(__file__).parents[1] / "docs/routing_runs.json")
     assert asked.select(published, "--known") == published

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import image_tokens, modalities, modalities_report, pool
+from experiments import image_tokens, modalities, modalities_report, pool, records
 from experiments.modalities_report import Finished
 from moe_jax.model.counts import flops_per_token
 
@@ -53,7 +53,7 @@ def test_arms(folders, tmp_path):
     assert (
         f"--config=configs/modalities.py:{folders},labels" in pool.training(runs[2], modalities.CONFIG, folders).command
     )
-    known = {(run.arm, 0): finished(run.arm, settings=pool.settings_of(configs[run.arm])) for run in runs}
+    known = {(run.arm, 0): finished(run.arm, settings=records.settings_of(configs[run.arm])) for run in runs}
     asked = modalities.call(folders, {"train.steps": "500"})
     assert asked.select(known, "--known") == known
     assert not asked.select({(arm, 0): one._replace(options={}) for (arm, _), one in known.items()}, "--known")

@@ -14,7 +14,7 @@ nothing else.
 prompts, and writes contrast.json and a figure (docs/switches.md).
 
 --keep_experts=100,50,25,12.5 evaluates each domain with such percentages of the experts, those that training text of
-the domain uses most, or with --keep_by=code that of code; it writes subsets.json and a figure (docs/routing.md).
+the domain uses most, or with --keep_by=code that of code; it writes subsets.json and a figure (docs/switches.md).
 
 --config.FIELD=VALUE sets a field that evaluation reads, such as data.seq_len or sample.tokens, for this evaluation.
 --figures=png,svg,pdf writes figures in several formats.
@@ -118,8 +118,7 @@ def main(argv):
     rows, tail = (corpus.num_validation_rows(LIMIT.value), corpus.num_validation_rows()), tail_of(changed)
     limited = held_out.suffix_of(LIMIT.value, rows, number, steps[-1])
     suffix = ".ema" * average + (limited or f".{number}" * bool(tail)) + tail
-    if EXPERTS.value:
-        log.check_same(workdir / f"eval{suffix}.json", number, {"experts": EXPERTS.value})
+    log.check_same(workdir / f"eval{suffix}.json", number, with_what(changed))
     if CONTRAST.value:
         log.check_same(workdir / f"contrast{suffix}.json", number, asked_of(CONTRAST.value))
     earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value, average=average)[:2]
@@ -220,6 +219,12 @@ def tail_of(changed):
     return ".changed" * differs + ".switched" * bool(EXPERTS.value)
 
 
+def with_what(changed):
+    """The fields of a file of results that say with which experts and values; of values, where its name says so."""
+    found = {"experts": EXPERTS.value} if EXPERTS.value else {}
+    return found | ({"overrides": changed} if tail_of(changed).startswith(".changed") else {})
+
+
 def asked_of(sides):
     """The fields of contrast.json that say what was compared."""
     return dict(zip(("first", "second"), sides, strict=True)) | ({"experts": EXPERTS.value} if EXPERTS.value else {})
@@ -289,6 +294,7 @@ def keep_experts(workdir, own, number, suffix, changed, formats, echo):
     """Writes the losses with a part of the experts, and evaluates nothing else. own: the run, as `subsets` takes it."""
     terminal, suffix = jax.process_index() == 0, f".by_{KEEP_BY.value}" * bool(KEEP_BY.value) + suffix
     asked = {"shares": shares(), "training_batches": KEEP_BATCHES.value, "by": KEEP_BY.value}
+    asked |= with_what(changed)
     log.check_same(workdir / f"subsets{suffix}.json", number, asked)
     use = subsets.measure_use(*own, KEEP_BATCHES.value, progress=terminal)
     found = subsets.evaluate(*own, use, shares(), KEEP_BY.value, limit=LIMIT.value, progress=terminal)
@@ -365,8 +371,7 @@ def score(workdir, cfg, mesh, changed, switched, echo):
     files = {task.name: (path_of(name), task.digest) for name, (task, _) in found.items()}
     for name in names.values():
         check_kept(workdir / name, number, files)
-        if EXPERTS.value:
-            log.check_same(workdir / name, number, {"experts": EXPERTS.value})
+        log.check_same(workdir / name, number, with_what(changed))
     params, bias, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh), step=number, average=average)
     scorer = benchmarks.scorer(cfg, mesh, params, bias, jax.process_index() == 0, switched)
     echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")

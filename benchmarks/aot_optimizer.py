@@ -1,6 +1,6 @@
 """Compiles an optimizer update for TPU pod slices without having them, and measures the compiled program.
 
-    pip install "libtpu==0.0.42.*"    # the version that the installed jax asks for in its extra "tpu"
+    pip install "jax[tpu]"    # brings the TPU compiler, libtpu, in the version that this jax asks for
     JAX_PLATFORMS=cpu python -m benchmarks.aot_optimizer --config=configs/demons_43b.py --config.optim.name=muon \\
         --topology=v5p:2x4x8 --topology=v5p:4x8x8
 

@@ -228,8 +228,9 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         mine = sorted((row for row in rows if row["part"] == part), key=lambda row: row["value"])
         x, y = ([row[name] for row in mine] for name in ("value", "ms"))
         reach = [[row["ms"] - row["low"] for row in mine], [row["high"] - row["ms"] for row in mine]]
-        axis.plot(x, [row["flops_ms"] for row in mine], color=QUIET, lw=1.2, ls="--", label="FLOPs at the first's rate")
-        axis.plot(x, [row["bytes_ms"] for row in mine], color="#c4572e", lw=1.2, ls=":", label="… and parameter bytes")
+        axis.plot(x, [row["flops_ms"] for row in mine], color=QUIET, lw=1.2, ls="--", label="if time grew like FLOPs")
+        axis.plot(x, [row["bytes_ms"] for row in mine], color="#c4572e", lw=1.2, ls=":",
+                  label="… like FLOPs and parameter bytes")  # fmt: skip
         axis.errorbar(x, y, reach, color="#2f6fb0", marker="o", ms=5, lw=1.6, capsize=3, label="measured")
         for row in mine:
             above = row["ms"] >= row["bytes_ms"]  # out of the way of the analytical lines
@@ -249,7 +250,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color=GRID, lw=0.7)
     first = figure.axes[0]
-    first.set_ylabel("ms a step", fontsize=9)
+    first.set_ylabel("ms a step (log scale)", fontsize=9)
     first.legend(fontsize=8, frameon=False, loc="upper left")
     figure.suptitle("Cost of a training step", fontsize=10, color=INK)
     return figure

@@ -5,7 +5,11 @@
 
 It runs a few steps under JAX's profiler and adds up the time of each kernel on the device. A kernel has the name of an
 instruction of the compiled program, which has the `jax.named_scope` in which it was traced; it is forward, recomputed,
-or backward if differentiation made it. It prints two tables, in milliseconds a step, and the longest kernels.
+or backward if differentiation made it. It prints two tables, in milliseconds a step, and the longest kernels. On
+several GPUs it also says for how long collectives ran on the first one, and how much of that beside other kernels:
+
+    python -m benchmarks.profile_step --config=configs/olmoe_8l_bench.py --config.mesh.data=1 --config.mesh.expert=2 \\
+        '--config.model.layers=4*(late dense)' --config.model.unroll=4
 """
 
 import collections
@@ -33,10 +37,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_c
 
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_name=\"([^\"]*)\"", re.M)
 KINDS = (  # of a kernel's name, the first that fits
-    ("grouped matmul", "mosaic|_rows_block|_weights_block|ragged"),
+    ("grouped matmul", "mosaic|_rows_block|_weights_block|ragged(?![-_]all)"),
     ("attention", "flash|fmha|cudnn|splash"),
     ("matmul", "gemm|cutlass|nvjet|xmma|cublas|dot|triton_gemm"),
-    ("collective", "nccl|all-reduce|all-gather|reduce-scatter|all-to-all|all_reduce|all_gather|permute"),
+    ("collective", "nccl|all[-_]reduce|all[-_]gather|reduce[-_]scatter|all[-_]to[-_]all|permute"),
     ("sort", "sort|radix|onesweep|histogram"),
     ("gather or scatter", "gather|scatter"),
     ("reduction", "reduce"),
@@ -76,8 +80,17 @@ def origins(program: str) -> dict[str, str]:
     return dict(INSTRUCTION.findall(program))
 
 
-def kernels(folder: Path) -> list[tuple[str, str, float]]:
-    """(kernel, instruction it belongs to, milliseconds) of everything that ran on device 0."""
+class Event(NamedTuple):
+    """A kernel that ran, with the instruction that it belongs to."""
+
+    name: str
+    instruction: str
+    start: float  # in milliseconds
+    milliseconds: float
+
+
+def kernels(folder: Path) -> list[Event]:
+    """Everything that ran on device 0."""
     (file,) = folder.rglob("*.xplane.pb")
     found = []
     planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
@@ -89,8 +102,25 @@ def kernels(folder: Path) -> list[tuple[str, str, float]]:
             for event in line.events:
                 stats = {k: v for k, v in event.stats if k in ("hlo_op", "hlo_module")}
                 if "hlo_op" in stats and not str(stats["hlo_op"]).startswith(("while", "call", "conditional")):
-                    found.append((event.name, str(stats["hlo_op"]), event.duration_ns / 1e6))
+                    found.append(Event(event.name, str(stats["hlo_op"]), event.start_ns / 1e6, event.duration_ns / 1e6))
     return found
+
+
+def beside(events: list[tuple[bool, float, float]]) -> tuple[float, float]:
+    """For how long collectives run, and for how much of that other kernels run too.
+
+    events: (whether it is a collective, start, duration).
+    """
+    changes = []  # time, and by how much the numbers of collectives and of other kernels change
+    for collective, start, took in events:
+        for at, by in ((start, 1), (start + took, -1)):
+            changes.append((at, by * collective, by * (not collective)))
+    running, others, last, alone, both = 0, 0, 0.0, 0.0, 0.0
+    for at, more, more_others in sorted(changes):
+        if running:
+            both, alone = (both + at - last, alone) if others else (both, alone + at - last)
+        running, others, last = running + more, others + more_others, at
+    return alone + both, both
 
 
 def table(times: dict[tuple[str, str], float], columns: list[str], total: float) -> str:
@@ -104,8 +134,8 @@ def table(times: dict[tuple[str, str], float], columns: list[str], total: float)
     return "\n".join(lines)
 
 
-def measure(cfg: config.RunConfig, mesh: Any) -> tuple[list[tuple[Kernel, float]], str]:
-    """Milliseconds a step of every kernel, and the compiled program."""
+def measure(cfg: config.RunConfig, mesh: Any) -> tuple[list[tuple[Kernel, float]], tuple[float, float]]:
+    """Milliseconds a step of every kernel, and those of collectives and of other kernels beside them."""
     batch = put_batch(random_rows(cfg, process_rows(mesh, cfg.data.batch_size)), mesh, cfg)
     state = init_state(cfg, mesh)
     with jax.set_mesh(mesh):
@@ -121,12 +151,15 @@ def measure(cfg: config.RunConfig, mesh: Any) -> tuple[list[tuple[Kernel, float]
             jax.block_until_ready(state)
         raw = kernels(Path(folder))
     known = origins(program)
-    found = []
-    for name, instruction, milliseconds in raw:
+    found, timeline = [], []
+    for name, instruction, start, milliseconds in raw:
         part, phase = place(known.get(instruction, ""))
         kind = kind_of(f"{name} {instruction} {known.get(instruction, '').rsplit('/', 1)[-1]}")
         found.append((Kernel(f"{instruction} [{name[:60]}]", part, phase, kind), milliseconds / STEPS.value))
-    return found, program
+        sends = re.search(dict(KINDS)["collective"], f"{name} {instruction}", re.I)  # whatever its result is for
+        timeline.append((sends is not None, start, milliseconds))
+    collectives, both = beside(timeline)
+    return found, (collectives / STEPS.value, both / STEPS.value)
 
 
 def main(_):
@@ -134,9 +167,12 @@ def main(_):
     device = jax.devices()[0]
     mesh = sharding.make_mesh(config.check_devices(cfg, jax.device_count(), device.platform, device.device_kind))
     print(choose_program(cfg, mesh).why, flush=True)
-    found, _ = measure(cfg, mesh)
+    found, (collectives, both) = measure(cfg, mesh)
     total = sum(milliseconds for _, milliseconds in found)
     print(f"{total:.2f} ms of kernels a step, {device.device_kind}, jax {jax.__version__}, mean of {STEPS.value} steps")
+    if collectives and device.platform != "cpu":  # whose devices are threads of one line
+        print(f"collectives run for {collectives:.2f} ms a step, {both:.2f} ms of it beside other kernels "
+              f"({both / collectives:.0%})")  # fmt: skip
     phases = ["forward", "recomputed", "backward", "update"]
     by_part, by_kind, by_kernel = (collections.Counter() for _ in range(3))
     for kernel, milliseconds in found:

@@ -1,7 +1,7 @@
 """Reads the memory of a training step from the compiled program, for each policy of recomputation (`model.remat`).
 
     python -m benchmarks.remat --config=configs/olmoe_8l_bench.py                        # for the devices at hand
-    pip install "libtpu==0.0.42.*"    # the version that the installed jax asks for in its extra "tpu"
+    pip install "jax[tpu]"    # brings the TPU compiler, libtpu, in the version that this jax asks for
     JAX_PLATFORMS=cpu python -m benchmarks.remat --config=configs/olmoe_8l_bench.py --topology=v5p:2x2x1
 
 Nothing is run, so a topology needs no TPU. It prints one row a policy, for one device: bytes a token kept between the

@@ -5,12 +5,11 @@
 Hardware: one GPU of 80 GB; parameters, gradients and AdamW states are float32, and the peak is 62.7 GiB
 Time: 2 minutes for the 20 steps, most of it start-up, compilation and the final checkpoint
 Parameters: 3,562,573,824 total, 744,001,536 active (537,956,352 without embedding and head)
-Expect: on one NVIDIA H200, jax 0.11.2, `python -m benchmarks.train_step --config=configs/olmoe_8l_bench.py` gave
-    171.6 ms a step, 95,454 tokens/s, 406 model TFLOP/s (41.0 % of 989). With --config.model.param_dtype=bfloat16, the
-    precision of the peer's weights and states: 164.1 ms, 99,821 tokens/s, 36.7 GiB; at batch 8 300.0 ms, 109,220
-    tokens/s, 52.4 GiB. Maximum expert load 2.1 to 3.1, 0 dropped (the router's own choices on random tokens).
-    transformers' OLMoE, torch 2.11, compiled, in the same run: 213.6 ms, 76,707 tokens/s, 43.9 GiB; at batch 8
-    402.0 ms, 81,521 tokens/s, 67.8 GiB.
+Expect: docs/performance.md has the newest numbers. On one H100, jax 0.11.2, `python -m benchmarks.train_step
+    --config=configs/olmoe_8l_bench.py` gave 89,838 tokens/s with float32 weights; with
+    --config.model.param_dtype=bfloat16, the precision of the peer's weights and states, 98,491, and at batch 8
+    108,914 (46.8 % MFU). 0 dropped (the router's own choices on random tokens). transformers' OLMoE, torch 2.11,
+    compiled, in the same run: 72,892 and at batch 8 77,655.
 
 Layers, batch (4 × 4096 tokens) and optimizer are those of the PyTorch peer, transformers' OLMoE. The peer has 30,720
 parameters more: its query and key norms have one weight for each of the projection's 2048 channels, ours have one for

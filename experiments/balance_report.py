@@ -225,7 +225,7 @@ def as_json(arms: dict[str, Arm]) -> dict[str, Any]:
 def _labelled_lines(axis: Axes, lines: list[tuple[str, float, str]]) -> None:
     """Draws horizontal dashed lines with names at the right edge, moved apart where they would overlap.
 
-    Of a line outside the axis' limits only the name and the value are drawn.
+    A thin line leads from each to its name. Of a line outside the axis' limits only the name and the value are drawn.
     """
     low, high = axis.get_ylim()
     gap = 0.1 * (high - low)
@@ -239,8 +239,15 @@ def _labelled_lines(axis: Axes, lines: list[tuple[str, float, str]]) -> None:
             axis.axhline(value, color=colour, lw=1.2, ls=(0, (5, 3)), zorder=1)
         else:
             text += f"\n{'↑' if value > high else '↓'} {value:.4g}"
-        axis.annotate(text, (1.0, place), xycoords=("axes fraction", "data"), xytext=(5, 0),
-                      textcoords="offset points", va="center", fontsize=8, color=colour)  # fmt: skip
+        axis.annotate(
+            text, (1.0, np.clip(value, low, high)), xytext=(1.035, (place - low) / (high - low)),
+            xycoords=("axes fraction", "data"), textcoords="axes fraction", va="center", fontsize=8, color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0},
+        )  # fmt: skip
+
+
+def _seeds(seeds: set[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, sorted(seeds)))}"
 
 
 def plot_scope(arms: dict[str, Arm]) -> Figure:
@@ -279,7 +286,9 @@ def plot_scope(arms: dict[str, Arm]) -> Figure:
         axis.set_title(title, fontsize=10, color=INK, loc="left")
         axis.set_xlabel("sequences balanced together", fontsize=9, color=INK)
         if seeds:
-            which = f"lines: seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
+            which = f"lines: {_seeds(seeds)}"
+            if more := set().union(*(arm.seeds for arm in scoped)) - seeds:
+                which += f"; other dots: {_seeds(more)}"
             axis.set_title(which, fontsize=8, color=QUIET, loc="right")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)

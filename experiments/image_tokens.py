@@ -1,6 +1,6 @@
 """Makes a corpus of images as tokens: emoji in patches, of which each is the nearest entry of a codebook.
 
-    pip install resvg-py scikit-learn          # and npm, which fetches the icons
+    pip install resvg-py==0.5.0 pillow==13.0.0 scikit-learn==1.9.1     # and npm, which fetches the icons
     python -m experiments.multi_domain_text data/domains --local=FOLDER
     python -m experiments.image_tokens data/images --text=data/domains
 
@@ -12,16 +12,21 @@ digits of scikit-learn, 8×8 pixels, which need no download.
 One code is one character, of a private-use plane of Unicode, and one token: an image is a document of a begin-of-image
 character and a character for each patch, row by row. `tokenizer.json` is a byte-level BPE of the text, with a token for
 each of these characters behind it, so that text has the tokens that it would have without images. Text with such a
-character is refused.
+character is refused. Another version of a package may give other pixels or other codes, and so another corpus:
+sources.json has the versions and the SHA-256 of train.parquet.
 
 Whole images are held out. All drawings of one character, in every package, are on the same side, and a held-out image
-is dropped if it, mirrored or turned, resembles an emoji that is trained on. OUT has train.parquet, held_out.parquet,
-tokenizer.json, codebook.npy, sources.json with packages, licences and counts, and reconstructions.png: held-out
-originals beside what their tokens say. `configs/modalities.py` trains on this folder and on the text.
+is dropped if it, mirrored or turned, resembles an emoji that is trained on. Near copies remain: sources.json says which
+share of the held-out images have how much of their drawing in common with one image that is trained on.
+
+OUT has train.parquet, held_out.parquet, tokenizer.json, codebook.npy, sources.json with packages, licences and counts,
+and reconstructions.png: held-out originals beside what their tokens say. Whoever publishes that picture credits the
+sets with the licence CC-BY-4.0 beside it. `configs/modalities.py` trains on this folder and on the text.
 """
 
 import argparse
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -50,12 +55,16 @@ from moe_jax.errors import UserError
 from moe_jax.evaluate.drawing import save
 
 VOCABULARY = 16_384  # tokens of text and images together
+FEWEST = 512  # of text, of which 256 are bytes
 TEXT_CONFIG = "configs/balance_scope.py"  # names the sources of a folder of text
 TEXT_BYTES = 40_000_000  # of text that the tokenizer is trained on
 BEGIN = 0xF0000  # the character before an image; code i is the character BEGIN + 1 + i
 CODES = re.compile(f"[{chr(BEGIN)}-{chr(BEGIN + 0xFFFD)}]")  # that plane of Unicode
 HELD_OUT = 0.1  # of the characters that are drawn
 SAMPLE = 200_000  # different patches that k-means sees
+MADE_WITH = ("numpy", "pillow", "resvg-py", "scikit-learn")  # what decides pixels and codes
+INSTALL = "pip install resvg-py==0.5.0 pillow==13.0.0 scikit-learn==1.9.1"
+IN_COMMON = (0.5, 0.66, 0.8)  # shares of the tokens of a drawing, for the count of near copies
 RESEMBLES = 0.1  # root mean square difference of colours, 0 to 1, under which an emoji counts as a variant of another
 
 # Package of npm: version, licence, SHA-256 of the file that `npm pack` fetches.
@@ -87,13 +96,20 @@ class Images(NamedTuple):
 
 
 def fetched(folder: Path) -> dict[str, Path]:
-    """The files of `PACKAGES` in a folder, fetched where missing. Raises UserError for another content."""
+    """The files of `PACKAGES` in a folder, fetched where missing. Raises UserError for another content, and where they
+    cannot be fetched."""
     files = {}
+    if not folder.is_dir():
+        raise UserError(f"--packages={folder}: no such folder")
     for name, (version, _, digest) in PACKAGES.items():
         files[name] = path = folder / f"iconify-json-{name}-{version}.tgz"
         if not path.is_file():
             command = ["npm", "pack", "--silent", f"@iconify-json/{name}@{version}"]
-            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            try:
+                subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            except (OSError, subprocess.CalledProcessError) as error:
+                hint = f"{folder} lacks {path.name}; fetch it elsewhere and name its folder with --packages"
+                raise UserError(f"{' '.join(command)}: {error}; {hint}") from None
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise UserError(f"{path}: is not @iconify-json/{name}@{version}, whose SHA-256 is {digest}")
     return files
@@ -277,6 +293,17 @@ def resembling(
     return best
 
 
+def most_in_common(one: Int[np.ndarray, "N P"], others: Int[np.ndarray, "M P"], white: int) -> Float[np.ndarray, " N"]:
+    """The share of each image's tokens that are not white that some image of `others` has too, place by place; the
+    largest over these images."""
+    found = np.zeros(len(one))
+    for i, codes in enumerate(one):
+        drawn = np.flatnonzero(codes != white)
+        if len(drawn):
+            found[i] = (others[:, drawn] == codes[drawn]).mean(1).max()
+    return found
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +352,7 @@ def build(out: Path, text: str, images: Images, side: int, codes: int, resembles
         write(out / f"{name}.parquet", images.where(which).names, numbers[which])
     shown = np.flatnonzero(kept)[:16]
     save(comparison(images.pixels[shown], made[shown]), out / "reconstructions", ("png",))
+    copies = most_in_common(numbers[kept], numbers[~held], int(np.argmax((means == 1).all(-1))))
     error = (made[kept].astype(float) - images.pixels[kept]) ** 2
     tokens = numbers.shape[1] + 1
     return {
@@ -333,6 +361,7 @@ def build(out: Path, text: str, images: Images, side: int, codes: int, resembles
         "held_out_images": int(kept.sum()),
         "held_out_tokens": int(kept.sum()) * tokens,
         "held_out_dropped": int((held & ~kept).sum()),
+        "held_out_near_copies": {str(share): float((copies > share).mean()) for share in IN_COMMON},
         "tokens_per_image": tokens,
         "codes": len(means),
         "codes_used": len(np.unique(numbers[~held])),
@@ -348,26 +377,36 @@ def main() -> None:
     parser.add_argument("--text", type=os.path.expanduser, required=True, help="folder of the domains of text")
     parser.add_argument("--packages", type=os.path.expanduser, help="folder of the packages; default: OUT")
     parser.add_argument("--digits", action="store_true", help="the digits of scikit-learn in place of emoji")
-    parser.add_argument("--size", type=int, default=60, help="pixels of a side of an emoji (default %(default)s)")
+    parser.add_argument("--size", type=int, default=None, help="pixels of a side of an emoji; default: 60")
     parser.add_argument("--patch", type=int, default=None, help="pixels of a side of a patch; default: 3, of digits 2")
     parser.add_argument("--codes", type=int, default=None, help="size of the codebook; default: 1024, of digits 64")
     given = parser.parse_args()
-    side = given.patch or (2 if given.digits else 3)
-    if not given.digits and given.size % side:
-        parser.error(f"--size={given.size}: must be a multiple of --patch={side}")
+    for flag in ("size", "packages") if given.digits else ():
+        if (value := getattr(given, flag)) is not None:
+            parser.error(f"--{flag}={value}: has no effect with --digits")
+    usual = {"size": 8, "patch": 2, "codes": 64} if given.digits else {"size": 60, "patch": 3, "codes": 1024}
+    size, side, codes = (usual[name] if getattr(given, name) is None else getattr(given, name) for name in usual)
+    if size < 1 or side < 1 or size % side:
+        parser.error(f"--patch={side}: must be ≥ 1 and divide the {size} pixels of a side")
+    most = VOCABULARY - FEWEST - 1
+    if not 1 <= codes <= most:
+        parser.error(f"--codes={codes}: must be ≥ 1 and ≤ {most}, which leaves text {FEWEST} tokens")
     given.out.mkdir(parents=True, exist_ok=True)
     try:
+        needed = ("numpy", "scikit-learn") if given.digits else MADE_WITH
+        versions = {name: importlib.metadata.version(name) for name in needed}
         if given.digits:  # different digits resemble each other: only equal ones are dropped
-            made = build(given.out, given.text, digits(), side, given.codes or 64, 1e-6)
+            made = build(given.out, given.text, digits(), side, codes, 1e-6)
         else:
-            images = emoji(Path(given.packages or given.out), given.size)
-            made = build(given.out, given.text, images, side, given.codes or 1024, RESEMBLES)
+            images = emoji(given.out if given.packages is None else Path(given.packages), size)
+            made = build(given.out, given.text, images, side, codes, RESEMBLES)
     except (UserError, ValueError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
-        sys.exit(f"error: {error}; pip install resvg-py scikit-learn")
+        sys.exit(f"error: {error}; {INSTALL}")
     packages = {f"@iconify-json/{name}": dict(zip(("version", "licence", "sha256"), row, strict=True))
                 for name, row in PACKAGES.items()}  # fmt: skip
+    made["made_with"] = versions
     made["from"] = {"scikit-learn": "load_digits"} if given.digits else packages
     (given.out / "sources.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     for name, value in made.items():

@@ -293,6 +293,7 @@ def main() -> int:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
     comparison = muon_report.Comparison(finished)
+    out.mkdir(parents=True, exist_ok=True)
     muon_report.write(out, comparison)
     muon_figures.write(out, comparison, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))

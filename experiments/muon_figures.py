@@ -67,22 +67,26 @@ def loss(c: Comparison) -> Figure:
             colour = COLOURS[name]
             for curve, style in ((run.held_out, {"marker": "o", "ms": 3.5}), (run.train, {"alpha": PALE})):
                 x = getattr(curve, field) / unit
-                late = x >= x[-1] / 3
+                late = curve.tokens >= curve.tokens[-1] / 3  # of time too, so that both panels have the same points
                 shown.append(curve.loss[late])
                 axis.plot(x[late], curve.loss[late], color=colour, lw=1.6, **style)
         _style(axis, f"loss against {'tokens' if field == 'tokens' else 'time'}", label)
     for run in c.shorter[:-1]:
         axes[0].plot(run.tokens / 1e6, run.losses[1], "D", ms=6, color=ORANGE, mec="white", zorder=3)
         axes[0].plot(run.tokens / 1e6, run.losses[0], "D", ms=6, color=ORANGE, mec="white", alpha=PALE, zorder=3)
+    ends = {"color": BLUE, "lw": 0.9, "ls": (0, (5, 3))}
     if base := c.best.get("adamw"):
         for end, alpha in zip(base.losses, (PALE, 1.0), strict=True):
-            axes[0].axhline(end, color=BLUE, lw=0.9, ls=(0, (5, 3)), alpha=alpha, zorder=1)
+            for axis in axes:
+                axis.axhline(end, **ends, alpha=alpha, zorder=1)
     handles = [axes[0].plot([], [], color=COLOURS[n], lw=1.6, marker="o", ms=3.5, label=f"{NAMES[n]}, held-out")[0]
                for n in c.best]  # fmt: skip
     handles += [axes[0].plot([], [], color=COLOURS[n], lw=1.6, alpha=PALE, label=f"{NAMES[n]}, training")[0]
                 for n in c.best]  # fmt: skip
+    if base:
+        handles += axes[0].plot([], [], **ends, label="AdamW's loss at the end")
     if len(c.shorter) > 1:
-        label = "Muon, runs of their own"
+        label = "Muon, a whole schedule on fewer tokens"
         handles += axes[0].plot([], [], "D", ms=6, color=ORANGE, mec="white", label=label)
     axes[1].legend(handles=handles, fontsize=8, frameon=False)
     axes[0].set_ylabel("nats per token", fontsize=9, color=INK)

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from experiments import records
-from moe_jax import config, data, terminal
+from moe_jax import cli, config, data, terminal
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.evaluate import held_out, subsets
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--use_batches", type=int, default=32)
     arguments = parser.parse_args()
     numbers = lambda text, kind: [kind(part) for part in text.split(",")]
+    cli.keep_compiled(data.cache_folder() / "compiled")  # the other models have the same programs
     try:
         found = measure(arguments.folder, numbers(arguments.keep, float), numbers(arguments.sizes, int),
                         arguments.prefix, arguments.use_batches)  # fmt: skip

@@ -6,7 +6,9 @@
 Every arm of `ARMS` is `configs/balance_scope.py` with the scope of its load-balancing loss changed. After training,
 tokens of each expert are counted on training text, each layer keeps the experts with the most (`upcycle.Prune`), and
 held-out perplexity is measured, also with experts that are kept at random. Then the model, whole and pruned, is trained
-for a few more steps at a constant low rate. Each GPU runs `--per_gpu` jobs at a time. Run the same command to resume.
+for a few more steps at a constant low rate. Each GPU runs `--per_gpu` jobs at a time. `--runs=FOLDER` names a folder of
+finished runs, such as another experiment's; one that was trained as an arm is pruned in place of a new one. Run the
+same command to resume.
 `--known=FILE` names a results.json, whose arms are compared with the others and not run again, if they were trained and
 pruned as in this call; what is left out is printed. The comparison is OUT/table.md, OUT/results.json and
 OUT/pruning.png. `--report_only` writes only these, of all that is there.
@@ -21,6 +23,7 @@ import jax
 from experiments import pool, pruning_report, records
 from experiments.pool import Job, Run
 from moe_jax import terminal
+from moe_jax.cli import expanded
 
 CONFIG = "configs/balance_scope.py"
 ARMS = {"global": "balanced over the global batch", "sequence": "balanced in each sequence"}
@@ -36,14 +39,15 @@ def trained(out: Path, arm: str, seed: int, extra: dict[str, str]) -> Run:
     return Run(arm, seed, out / arm / f"seed{seed}", fields)
 
 
-def continued(run: Run, experts: int, whole: int, steps: int, batches: int) -> Run:
+def continued(run: Run, source: Path, experts: int, whole: int, steps: int, batches: int) -> Run:
     """The run that goes on with the model of `run` with so many experts. whole: the number that it has.
 
-    batches: of text that experts were counted on, which decides those that are kept.
+    source: the run directory with its weights. batches: of text that experts were counted on, which decides those that
+    are kept.
     """
-    source = run.folder if experts == whole else run.folder / "pruned" / str(experts)
     fields = {
-        "init_from": source, "model.moe.num_experts": experts, "train.steps": steps, "optim.lr": RATE,
+        "init_from": source if experts == whole else run.folder / "pruned" / str(experts),
+        "model.moe.num_experts": experts, "train.steps": steps, "optim.lr": RATE,
         "optim.schedule": "constant", "optim.warmup_steps": min(5, steps - 1), "train.checkpoint_every": steps,
         "seed": 1000 + run.seed,  # another order of the text than in the training before
     }  # fmt: skip
@@ -51,18 +55,24 @@ def continued(run: Run, experts: int, whole: int, steps: int, batches: int) -> R
     return Run(f"{run.arm}, {experts} experts", run.seed, folder, run.overrides | fields)
 
 
-def jobs(runs: list[Run], experts: list[int], whole: int, steps: int, batches: int, folder: str) -> list[Job]:
-    """The jobs that can be run now: trainings, then counts and pruning, then what follows these."""
-    found = [pool.training(run, CONFIG, folder) for run in runs]
-    for run in runs:
-        if not run.done:
+def jobs(
+    runs: list[tuple[Run, Path]], experts: list[int], whole: int, steps: int, batches: int, folder: str
+) -> list[Job]:
+    """The jobs that can be run now: trainings, then counts and pruning, then what follows these.
+
+    runs: each with the folder of its weights.
+    """
+    found = [pool.training(run, CONFIG, folder) for run, source in runs if source == run.folder]
+    for run, source in runs:
+        if not (source / "eval.json").is_file():
             continue
         options = {"experts": experts, "batches": batches}
-        command = ["-m", "experiments.pruning_measure", str(run.folder), *records.as_flags(options)]
-        measured = Job(f"pruning of {run.arm}, seed {run.seed}", run.folder, command, "pruned.json", options)
+        command = ["-m", "experiments.pruning_measure", str(source), f"--out={run.folder}", *records.as_flags(options)]
+        settings = records.settings_in(source)
+        measured = Job(f"pruning of {run.arm}, seed {run.seed}", run.folder, command, "pruned.json", options, settings)
         found.append(measured)
         if measured.done:
-            after = [continued(run, n, whole, steps, batches) for n in (whole, *experts)]
+            after = [continued(run, source, n, whole, steps, batches) for n in (whole, *experts)]
             pool.give_tokenizer(run.folder.parents[1], after)
             found += [pool.training(one, CONFIG, folder) for one in after]
     return found
@@ -77,6 +87,7 @@ def parse() -> tuple[argparse.Namespace, list[str], list[int], dict[str, str]]:
     parser.add_argument("--experts", default="24,16", help="numbers of experts that a layer keeps")
     parser.add_argument("--after_steps", type=int, default=50, help="steps of training after pruning")
     parser.add_argument("--count_batches", type=int, default=32, help="batches of training text that are counted")
+    parser.add_argument("--runs", type=expanded, default=None, metavar="FOLDER", help="finished runs to look in first")
     pool.add_flags(parser, "runs/pruning")
     arguments = parser.parse_args()
     names = pool.chosen_arms(parser, arguments, ARMS)
@@ -109,11 +120,16 @@ def main() -> int:
         runs = [run for run in runs if (run.arm, run.seed) not in known or not known[run.arm, run.seed].complete]
         if asked.refuses(runs):
             return 2
+        find = lambda arm: pool.find_trained(arguments.runs.resolve(), configs[arm])
+        found = {run.arm: find(run.arm) for run in runs if arguments.runs}
+        for arm, source in found.items():
+            print(f"{arm}: {f'trained already, {source}' if source else f'no finished run in {arguments.runs}'}")
+        sources = [(run, found.get(run.arm) or run.folder) for run in runs]
         if runs:  # else all of it is known
             jax.config.update("jax_platforms", "cpu")  # of this process only
             pool.prepare(configs[runs[0].arm], out)
             pool.give_tokenizer(out, runs)
-            plan = lambda: jobs(runs, experts, whole, arguments.after_steps, arguments.count_batches, folder)
+            plan = lambda: jobs(sources, experts, whole, arguments.after_steps, arguments.count_batches, folder)
             failed = pool.run_all(plan, arguments.gpus, arguments.per_gpu)
     there = pruning_report.load(out, None if arguments.report_only else arguments.after_steps)
     finished = known | (there if arguments.report_only else asked.select(there, out))

@@ -1,10 +1,10 @@
 """Counts the tokens of each expert of a finished run on training text, prunes its model, and evaluates what is left.
 
-    python -m experiments.pruning_measure RUN_DIRECTORY --experts=24,16 --batches=32
+    python -m experiments.pruning_measure RUN_DIRECTORY --out=FOLDER --experts=24,16 --batches=32
 
-The counts are in RUN_DIRECTORY/counts.json, in the form of an eval.json, pruned weights in RUN_DIRECTORY/pruned/N, and
-held-out losses by domain in RUN_DIRECTORY/pruned.json: of the whole model, of those with the most used experts, and of
-those with experts that are kept at random.
+The counts are in FOLDER/counts.json, in the form of an eval.json, pruned weights in FOLDER/pruned/N, and held-out
+losses by domain in FOLDER/pruned.json: of the whole model, of those with the most used experts, and of those with
+experts that are kept at random.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import config, data, terminal, upcycle
+from experiments import records
+from moe_jax import cli, config, data, terminal, upcycle
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.evaluate import held_out
@@ -43,7 +44,7 @@ def count(cfg: RunConfig, mesh, params: dict, bias: dict, corpus, batches: int) 
     return [np.asarray(stats.tokens_per_expert) for stats in layers]
 
 
-def measure(folder: Path, experts: list[int], batches: int) -> dict:
+def measure(folder: Path, out: Path, experts: list[int], batches: int) -> dict:
     cfg, shape = config.for_evaluation(config_file.load_config(folder), jax.device_count())
     mesh = sharding.make_mesh(shape)
     corpus = data.prepare(cfg.data, workdir=folder, seed=cfg.seed, progress=False)
@@ -52,7 +53,8 @@ def measure(folder: Path, experts: list[int], batches: int) -> dict:
     params, bias, _ = weights.load_weights(folder, *abstract_weights(cfg.model, mesh), step=number)
     counts = count(cfg, mesh, params, bias, corpus, batches)
     body = {"step": number, "batches": batches, "tokens_per_expert": [c.astype(int).tolist() for c in counts]}
-    write_text(folder / "counts.json", json.dumps(body) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "counts.json", json.dumps(body) + "\n")
     used = [np.sort(c.sum(0))[::-1] for c in counts]
 
     def losses(model, params, bias) -> dict[str, float]:
@@ -64,10 +66,10 @@ def measure(folder: Path, experts: list[int], batches: int) -> dict:
     found = {"used": {str(whole): losses(cfg.model, params, bias)}, "random": {}}
     found |= {"kept": {str(n): float(np.mean([c[:n].sum() / c.sum() for c in used])) for n in (whole, *experts)}}
     for n in experts:
-        made = folder / "pruned" / str(n)
+        made = out / "pruned" / str(n)
         shutil.rmtree(made, ignore_errors=True)  # of an attempt that did not end
         chain = [upcycle.Prune(n)]
-        report = upcycle.convert([str(folder)], made, chain, scores=folder / "counts.json", check=False)
+        report = upcycle.convert([str(folder)], made, chain, scores=out / "counts.json", check=False)
         abstract = abstract_weights(report.cfg.model, mesh)
         found["used"][str(n)] = losses(report.cfg.model, *weights.load_weights(made, *abstract)[:2])
         rng = np.random.default_rng(n)
@@ -75,20 +77,24 @@ def measure(folder: Path, experts: list[int], batches: int) -> dict:
         with jax.set_mesh(mesh):
             model, kept = upcycle.apply(chain, cfg.model, join(params, bias), scores=scores)
         found["random"][str(n)] = losses(model, *split(kept, lambda path: path.endswith("/router_bias"))[::-1])
-    return {"options": {"experts": experts, "batches": batches}, "whole": whole, "steps": number} | found
+    options = {"experts": experts, "batches": batches}
+    return {"settings": records.settings_in(folder), "options": options, "whole": whole, "steps": number} | found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--experts", required=True)
     parser.add_argument("--batches", type=int, default=32)
     arguments = parser.parse_args()
+    cli.keep_compiled(data.cache_folder() / "compiled")  # each evaluation traces the same program again
+    experts = [int(n) for n in arguments.experts.split(",")]
     try:
-        found = measure(arguments.folder, [int(n) for n in arguments.experts.split(",")], arguments.batches)
+        found = measure(arguments.folder, arguments.out, experts, arguments.batches)
     except UserError as error:
         sys.exit(f"error: {error}")
-    write_text(arguments.folder / "pruned.json", json.dumps(found, indent=1) + "\n")
+    write_text(arguments.out / "pruned.json", json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Makes a table, numbers and a figure from the finished runs of `experiments/pruning.py`.
 
-A finished run is a run directory OUT/<arm>/seed<n> of train.py with pruned.json. What of the runs after pruning,
+A finished run is OUT/<arm>/seed<n>/pruned.json. What of the runs after pruning beside it,
 after/<steps>_steps_<batches>_batches/<experts>/eval.json, is missing is left empty.
 """
 
@@ -78,8 +78,9 @@ def load_run(folder: Path, steps: int | None = None) -> Finished:
     done = sorted(folder.glob(f"after/{steps}_steps_{batches}_batches/*/eval.json"))
     after = {file.parent.name: {row["domain"]: row["xent"] for row in read_eval(file.parent)["domains"]}
              for file in done if file.parent.name in found["used"]}  # fmt: skip
+    settings = found.get("settings") or records.settings_in(folder)  # of a file of an earlier version
     random = {str(found["whole"]): found["used"][str(found["whole"])]} | found["random"]
-    return Finished(records.settings_in(folder), options | {"after_steps": steps}, found["whole"], found["kept"],
+    return Finished(settings, options | {"after_steps": steps}, found["whole"], found["kept"],
                     found["used"], random, after)  # fmt: skip
 
 

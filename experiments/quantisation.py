@@ -4,9 +4,9 @@
     python -m experiments.quantisation --data=data/domains --out=runs/quantisation
 
 Every arm of `ARMS` is `configs/balance_scope.py` with the scope of its load-balancing loss changed. After training, the
-weights of its experts are rounded to 2, 2.5, 3 and 4 bits on average, by GPTQ and to nearest, with the same number for
-all experts, with more for those that are used most, and by MC-MoE's least cost (`python -m moe_jax.quant`); 2.5 and 3
-bits with three seeds of calibration. Held-out perplexity is measured by domain.
+weights of its experts are rounded to 2, 2.5, 3 and 4 bits on average, by GPTQ and to nearest: with the same number for
+all experts, with its two neighbours by turns, with more for those that are used most, and by MC-MoE's least cost
+(`python -m moe_jax.quant`); 2.5 and 3 bits with three seeds of calibration. Held-out perplexity is measured by domain.
 
 `--runs=FOLDER` takes finished runs FOLDER/<name>/seed0, such as another experiment's, that were trained as the arms, in
 place of training. `--run=RUN` takes one finished run of any model, without arms. Each GPU runs `--per_gpu` jobs at a

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import records
-from moe_jax import config, data, terminal
+from moe_jax import cli, config, data, terminal
 from moe_jax.errors import UserError
 from moe_jax.evaluate import held_out
 from moe_jax.parallel import sharding
@@ -31,7 +31,7 @@ from moe_jax.train.state import abstract_weights
 
 PRODUCT = "quantised.json"
 PART = "quantised.rows{rows}.group{group}.part.json"
-ALLOCATIONS = ("uniform", "frequency", "mc")
+ALLOCATIONS = ("uniform", "turns", "frequency", "mc")
 MEASURED = (1, 2, 3, 4, 5)  # bits that experts are measured at, for all means at once
 
 
@@ -40,31 +40,38 @@ class Way(NamedTuple):
 
     method: str
     bits: float
-    allocate: str  # one of ALLOCATIONS; at a mean that is no whole number "uniform" takes both neighbours by turns
+    allocate: str  # one of ALLOCATIONS; "turns" takes both neighbours of the mean, whatever the experts do
     seed: int  # of calibration
 
     @property
     def choices(self) -> tuple[int, ...]:
-        """Three numbers of bits around the mean: 1, 2, 3 for 2 and 2.5, as MC-MoE has them."""
+        """Three numbers of bits around the mean: 1, 2, 3 for 2 and 2.5, as MC-MoE has them; of "turns" the neighbours,
+        which are those of "frequency": half of the experts have one bit less than a whole mean, half have one more."""
         middle = max(int(self.bits), 2)
+        if self.allocate == "turns":
+            return (middle - 1, middle + 1) if self.bits == middle else (middle, middle + 1)
         return (middle - 1, middle, middle + 1)
 
     def settings(self, group: int, rows: int) -> Settings:
-        allocate = self.allocate
-        if allocate == "uniform" and self.bits != int(self.bits):
-            allocate = "turns"
-        choices = () if allocate == "uniform" else self.choices
-        return Settings(self.method, self.bits, choices, allocate, group=group, rows=rows, seed=self.seed)
+        choices = () if self.allocate == "uniform" else self.choices
+        return Settings(self.method, self.bits, choices, self.allocate, group=group, rows=rows, seed=self.seed)
 
 
 def ways(bits: list[float], seeds: int) -> list[Way]:
     """All that is measured: GPTQ with several seeds of calibration near three bits, else one; rounding to nearest once.
 
-    Ways with one seed and method follow each other, since they share what is measured.
+    A mean that is no whole number has no "uniform". Ways with one seed and method follow each other, since they share
+    what is measured.
     """
-    found = [Way("gptq", b, allocate, seed) for seed in range(seeds) for b in bits for allocate in ALLOCATIONS
-             if seed == 0 or 2 < b <= 3]  # fmt: skip
-    return found + [Way("rtn", b, allocate, 0) for b in bits for allocate in ALLOCATIONS]
+    pairs = [(b, allocate) for b in bits for allocate in ALLOCATIONS if allocate != "uniform" or b == int(b)]
+    found = [Way("gptq", b, a, seed) for seed in range(seeds) for b, a in pairs if seed == 0 or 2 < b <= 3]
+    return found + [Way("rtn", b, a, 0) for b, a in pairs]
+
+
+def renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of results, with the name of today: earlier ones call "uniform" what is by turns at means like 2.5."""
+    earlier = row["allocate"] == "uniform" and row["bits"] != int(row["bits"])
+    return row | {"allocate": "turns"} if earlier else row
 
 
 def of_choices(stats: list[LayerStats], choices: tuple[int, ...]) -> list[LayerStats]:
@@ -92,6 +99,7 @@ def measure(folder: Path, to: Path, bits: list[float], seeds: int, rows: int, gr
     body = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if {name: body.get(name) for name in facts} != facts:  # of another training, or the first time
         body = facts | {"whole": losses(params), "ways": []}
+    body["ways"] = [renamed(row) for row in body["ways"]]
     done = {Way(**{name: row[name] for name in Way._fields}) for row in body["ways"]}
     text: dict[int, dict] = {}
     known: tuple[tuple[str, int] | None, list[LayerStats]] = (None, [])
@@ -132,6 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
     bits = [float(b) for b in arguments.bits.split(",")]
+    cli.keep_compiled(data.cache_folder() / "compiled")  # the other model has the same programs
     try:
         found = measure(arguments.folder, arguments.to, bits, arguments.seeds, arguments.rows, arguments.group)
     except (UserError, ValueError) as error:

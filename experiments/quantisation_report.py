@@ -14,23 +14,24 @@ from matplotlib.figure import Figure
 
 from experiments import records
 from experiments.balance_report import BLUE, ORANGE, markdown
-from experiments.quantisation_measure import ALLOCATIONS, PRODUCT, Way
+from experiments.quantisation_measure import ALLOCATIONS, PRODUCT, Way, renamed
 from moe_jax.evaluate.analysis import INK
 from moe_jax.evaluate.drawing import GRID, save
 from moe_jax.evaluate.held_out import TOTAL
 from moe_jax.run.log import write_text
 
-COLOURS = dict(zip(ALLOCATIONS, (INK, ORANGE, BLUE), strict=True))
-LABELS = {"uniform": "all alike", "frequency": "by use", "mc": "MC-MoE"}
+COLOURS = dict(zip(ALLOCATIONS, (INK, "#3c8d53", ORANGE, BLUE), strict=True))
+LABELS = {"uniform": "all alike", "turns": "by turns", "frequency": "by use", "mc": "MC-MoE"}
 METHODS = {"gptq": "GPTQ", "rtn": "to nearest"}
 DETAIL = 2.5  # mean bits at which domains are compared, where they were measured
 NOTES = """\
 Held-out perplexity of all domains together, and how much larger it is than that of the model as it is; of several seeds
 of calibration the mean, and in brackets the least and the most. *bits*: mean bits of the weights of experts;
 *with scales*: what a group's scale and zero add. Attention and dense layers have 4 bits throughout; embeddings, routers
-and norms are as they are. *all alike* has the same bits for every expert at whole means, and at 2.5 half of the experts
-with 2 and half with 3, by turns; *by use* has half with one bit less than a whole mean and half with one more, so that
-its difference there is also that of unequal bits. {sizes}.
+and norms are as they are. *all alike* has the same bits for every expert, which a mean of 2.5 cannot have. *by turns*
+has half of the experts with one bit less than a whole mean and half with one more, at 2.5 half with 2 and half with 3,
+whatever they do. *by use* has as many of each, and chooses them: against *by turns* it shows what the choice is worth.
+{sizes}.
 """
 SIZES = "groups of {group} weights and {rows} rows of calibration text"
 
@@ -67,26 +68,36 @@ class Finished(NamedTuple):
 Models = dict[str, Finished]
 
 
+def _finished(saved: dict[str, Any]) -> Finished:
+    return records.as_record(Finished, saved | {"ways": [renamed(row) for row in saved["ways"]]})
+
+
 def load(out: Path) -> Models:
     """The finished models of OUT."""
     files = sorted(out.glob(f"*/rounded/{PRODUCT}"))
-    return {
-        file.parents[1].name: records.as_record(Finished, json.loads(file.read_text(encoding="utf-8")))
-        for file in files
-    }
+    return {file.parents[1].name: _finished(json.loads(file.read_text(encoding="utf-8"))) for file in files}
 
 
 def read(file: Path) -> Models:
     """The models of a results.json that `write` wrote."""
     saved = json.loads(file.read_text(encoding="utf-8"))
-    return {one.pop("name"): records.as_record(Finished, one) for one in saved}
+    return {one.pop("name"): _finished(one) for one in saved}
 
 
 def table(models: Models, labels: dict[str, str]) -> str:
     head = ["model", "bits", "with scales", "", *(LABELS[a] for a in ALLOCATIONS)]
     rows = []
     for name, one in models.items():
-        rows.append([labels.get(name, name), "", "", "as it is", f"{math.exp(one.whole[TOTAL]):.2f}", "", ""])
+        rows.append(
+            [
+                labels.get(name, name),
+                "",
+                "",
+                "as it is",
+                f"{math.exp(one.whole[TOTAL]):.2f}",
+                *[""] * (len(ALLOCATIONS) - 1),
+            ]
+        )
         for bits in one.bits:
             for method, shown in METHODS.items():
                 made = [row for a in ALLOCATIONS for row in one.rows_of(method, bits, a)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import config as config_lib
+from moe_jax.config.labels import without_zeros
 from moe_jax.errors import UserError
 from moe_jax.run import config_file
 from moe_jax.tree import flatten_config
@@ -25,7 +26,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
             return False
         return name == "train.steps" or not config_lib.may_change(name)
 
-    found = {name: value for name, value in values.items() if decides(name)}
+    found = {name: value for name, value in without_zeros(values).items() if decides(name)}
     for name, kind in (("init_from", bool), ("loss.balance_batch", str)):  # a number, or the same as text
         if name in found:
             found[name] = kind(found[name])
@@ -57,6 +58,7 @@ def unlike(record: dict[str, Any], wanted: dict[str, Any], usual: dict[str, Any]
     usual: the settings of the arm without --set. A record of few settings had these for the others, but not entries of
     a group of which it has others, or has none.
     """
+    record, wanted, usual = without_zeros(record), without_zeros(wanted), without_zeros(usual)
     groups = {group for group in ENTRIES for name in record if f"{name}.".startswith(group)}
 
     def had(name: str) -> Any:
@@ -109,9 +111,10 @@ def select(results: dict[Any, Any], why: Callable[[Any, Any], list[str]], source
 
 
 def apart_from_weights(name: str) -> bool:
-    """Whether a setting is another's than the weights that a run begins with, for experiments on upcycled weights."""
-    return (
-        name == "model.segment_mask"
-        or name.startswith("model.lora.")
-        or not name.startswith(("model.", "optim.groups."))
-    )
+    """Whether a setting is another's than the weights that a run begins with, for experiments on upcycled weights.
+
+    Upcycling leaves out layers of multi-token prediction; it keeps the other fields that say how weights are used.
+    """
+    if name.startswith("model.") and name != "model.mtp_layers":
+        return config_lib.is_machine(name) or name.startswith("model.lora.")
+    return not name.startswith(("model.", "optim.groups."))

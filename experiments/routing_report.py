@@ -264,7 +264,7 @@ def loads(arms: dict[str, list[Finished]], labels: dict[str, str]) -> Figure:
     return figure
 
 
-def experts_by_domain(run: Finished, label: str) -> Figure:
+def experts_by_domain(run: Finished) -> Figure:
     """A figure of the experts that a held-out token uses, a row a domain: a pale dot for each layer, and their mean."""
     found: dict[str, Float[np.ndarray, " L"]] = {name: np.array(own) for name, own in run.experts_by_domain.items()}
     ordered = sorted(found, key=lambda name: found[name].mean())
@@ -283,7 +283,8 @@ def experts_by_domain(run: Finished, label: str) -> Figure:
                       fontsize=7, color=INK)  # fmt: skip
     axis.set_yticks(range(len(ordered)), [plain(name) for name in ordered], fontsize=8)
     axis.set_ylim(-0.7, len(ordered) - 0.2)
-    _style(axis, f"Experts a held-out token: {plain(label)}", "pale: each layer; full: mean over layers", "x")
+    label = "experts per token (pale: each layer; full: mean over layers)"
+    _style(axis, "Real experts per token, by domain of the held-out text", label, "x")
     return figure
 
 
@@ -299,5 +300,5 @@ def write(
     write_text(out / "table.md", table(arms, labels))
     write_text(out / "results.json", as_text([run for runs in arms.values() for run in runs]))
     save(loads(arms, labels), out / "loads", formats)
-    for name, runs in list(with_choice(arms).items())[:1]:
-        save(experts_by_domain(runs[0], labels[name]), out / "experts_by_domain", formats)
+    for runs in list(with_choice(arms).values())[:1]:
+        save(experts_by_domain(runs[0]), out / "experts_by_domain", formats)

@@ -26,12 +26,19 @@ while line := sys.stdin.readline():
     job = json.loads(line)
     child = os.fork()
     if child == 0:
-        signal.alarm(120)
+        signal.alarm(300)
+        os.environ.update(job["env"])
+        if job["devices"]:
+            jax.config.update("jax_num_cpu_devices", job["devices"])
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT, 0o644), number)
-        sys.argv, sys.path[0] = job["argv"], os.path.dirname(os.path.abspath(job["argv"][0]))
         try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            if job["argv"][0] == "-m":
+                sys.argv, sys.path[0] = job["argv"][1:], os.getcwd()
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv, sys.path[0] = job["argv"], os.path.dirname(os.path.abspath(job["argv"][0]))
+                runpy.run_path(sys.argv[0], run_name="__main__")
             status = 0
         except SystemExit as e:
             status = e.code
@@ -59,11 +66,14 @@ class Server:
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def __call__(self, *argv: str) -> tuple[int, str, str, str]:
-        """Exit status, stdout, stderr, and a line for every compilation."""
+    def __call__(self, *argv: str, devices: int = 0, **env: str) -> tuple[int, str, str, str]:
+        """Exit status, stdout, stderr, and a line for every compilation.
+
+        devices: of the CPU; 0: as many as the environment of the process says.
+        """
         self.count += 1
         paths = {name: self.folder / f"{self.count}.{name}" for name in ("stdout", "stderr", "compiled")}
-        job = {"argv": list(argv)} | {name: str(path) for name, path in paths.items()}
+        job = {"argv": list(argv), "devices": devices, "env": env} | {name: str(path) for name, path in paths.items()}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         status = int(self.process.stdout.readline())

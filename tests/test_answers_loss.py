@@ -11,13 +11,14 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_train import rows, run, start
+from test_train import rows, start
 
 from moe_jax import config, data
 from moe_jax.data.rows import padding_row
 from moe_jax.parallel import sharding
 from moe_jax.train.gradients import make_gradients
 from moe_jax.train.state import abstract_state, put_batch
+from tests import programs
 
 S, V = 48, 264
 ROWS = {"packed": 16, "alone": 24}  # of a batch, the last of them padding; multiples of 8 devices
@@ -190,7 +191,7 @@ def test_a_run_learns_answers_and_not_the_noise_of_prompts(tmp_path):
         file.writelines(json.dumps({"q": letters(), "a": "an answer"}) + "\n" for _ in range(300))
     (tmp_path / "config.py").write_text(RUN.replace("@", str(tmp_path)), encoding="utf-8")
     flag = f"--config={tmp_path / 'config.py'}"
-    done = run(tmp_path, "train.py", flag)
+    done = programs.run(tmp_path, "train.py", flag)
     found = r"alone, ([\d,]+) of ([\d,]+) tokens are learned, ([\d,]+) of ([\d,]+) held-out tokens are evaluated"
     learned, seen, held, all_held = (int(n.replace(",", "")) for n in re.search(found, done.stdout).groups())
     assert (learned + held, seen + all_held) == (3000, 23 * 300)
@@ -205,7 +206,7 @@ def test_a_run_learns_answers_and_not_the_noise_of_prompts(tmp_path):
     assert 30 < documents < 90 and domain["tokens"] == 10 * documents == total["tokens"]
     assert total["bits_per_byte"] == pytest.approx(total["xent"] / np.log(2) * 10 / 9)
     assert np.sum(held["tokens_per_layer_and_domain"][0]) == 23 * documents  # prompts are routed too
-    again = run(tmp_path, "eval.py")
+    again = programs.run(tmp_path, "eval.py")
     assert "compressors see them without their prompts" in again.stdout and "an answer" in again.stdout
     changed = start(tmp_path, "train.py", flag, "--config.data.sources.qa.prompt={q} =")
     _, said = changed.communicate(timeout=300)

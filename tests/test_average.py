@@ -18,8 +18,9 @@ from moe_jax.train import average
 from moe_jax.train.state import abstract_state, abstract_weights, join_parts, parts_of
 from moe_jax.tree import flatten
 from tests import test_guard
+from tests.programs import run
 from tests.test_guard import leaves, poisoned, rows_of
-from tests.test_train import rows, run, write_text
+from tests.test_train import rows, write_text
 
 DECAY = 0.75
 

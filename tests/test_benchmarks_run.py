@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command_server import Server
 
 import moe_jax
 from moe_jax import config, model
@@ -20,6 +19,8 @@ from moe_jax.data import tokenizers
 from moe_jax.evaluate import loglikelihood
 from moe_jax.parallel import sharding
 from moe_jax.run import log, weights
+from tests import programs
+from tests.command_server import Server
 
 REPO = Path(__file__).parents[1]
 WORDS = "the cat sat on a mat and ate two fish; then it slept, and so did I.".split()
@@ -72,6 +73,7 @@ def root(tmp_path_factory):
 def environment(root, devices=2) -> dict[str, str]:
     env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "MOE_JAX_CACHE": str(root / "cache")}
     env |= {"PATH": "/usr/bin:/bin", "HOME": str(root), "MPLBACKEND": "agg"}
+    env |= programs.environment()
     return env | {"XLA_FLAGS": os.environ["XLA_FLAGS"], "PYTHONPATH": str(REPO)}  # which compile fast
 
 
@@ -123,6 +125,8 @@ def test_command(root):
     few = json.loads((root / "run" / "eval.0.6documents.changed.json").read_text(encoding="utf-8"))["tasks"]["mine"]
     assert (few["documents"], few["of_documents"], few["limit"], few["length"]) == (6, 24, 6, 64)
     assert few["overrides"] == {"data.seq_len": 64} and log.read_eval(root / "run") == body
+    error = evaluate(root, f"--tasks={root}/mine.jsonl", "--documents=6", "--config.data.seq_len=48", status=2)
+    assert "has results of overrides {'data.seq_len': 64}, not of {'data.seq_len': 48}; rename it first" in error
     (root / "other").mkdir()
     row = {"doc_id": 0, "context": "a", "continuation": " b", "label": 0}
     (root / "other" / "mine.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -258,5 +262,5 @@ def test_lm_eval_is_named_if_it_is_missing(monkeypatch):
     for name in [n for n in sys.modules if n.startswith("lm_eval") or n.endswith("evaluate.harness")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"needs lm-eval .*pip install 'moe_jax\[lm-eval\]'"):
+    with pytest.raises(ImportError, match=r"needs lm-eval .*pip install -e '.\[lm-eval\]'"):
         importlib.import_module("moe_jax.evaluate.harness")

@@ -5,6 +5,7 @@ its first line on, with its real exit status and stderr, without the seconds of 
 run as users run them.
 """
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -398,6 +399,8 @@ def test_first_step_without_rounds(server):
 def test_step_that_does_not_exist(server, root):
     """A checkpoint of step 3, written here: eval.py names the steps there are."""
     cfg = config_file.load_config(root / "run")
+    small = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **small))
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     with checkpoint.Checkpoints(root / "run", keep=1) as checkpoints:
         checkpoints.save(3, init_state(cfg, mesh), {"batches": {"batches": 3}, "tokens": 0.0})

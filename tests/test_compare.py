@@ -173,6 +173,8 @@ def test_benchmarks(tmp_path):
     assert "benchmarks of other documents or requests, not comparable: arc" in list(tables.notes(found))
     labels = [text.get_text() for text in curves.benchmarks(found).axes[0].get_yticklabels()]
     assert labels == ["arc, accuracy", "arc, accuracy per character"]
+    names = ["piqa/rc_0shot, accuracy", "arc/rc_0shot, accuracy", "arc/rc_5shot, accuracy"]
+    assert list(curves._task_names(names).values()) == ["piqa, accuracy", *names[1:]]
 
 
 def test_a_wide_table_goes_on_below():

@@ -23,6 +23,7 @@ from moe_jax.evaluate.contrast import Contrast
 from moe_jax.moe.stats import ChoiceSums, RouterStats
 from moe_jax.parallel import sharding
 from moe_jax.run import weights
+from tests import programs
 
 REPO = Path(__file__).parents[1]
 
@@ -121,6 +122,7 @@ def planted(tmp_path_factory):
 def evaluate(root: Path, *arguments: str, devices: int = 2) -> str:
     env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "MOE_JAX_CACHE": str(root / "cache")}
     env |= {"PATH": "/usr/bin:/bin", "HOME": str(root), "MPLBACKEND": "agg", "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    env |= programs.environment()
     command = [sys.executable, REPO / "eval.py", f"--workdir={root}/planted", *arguments]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env | {"PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr

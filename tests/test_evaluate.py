@@ -43,6 +43,7 @@ def test_results_of_another_question_are_not_overwritten(tmp_path):
         log.check_same(path, 4, {"experts": "off:0/2"})
     log.write_text(path, json.dumps({"step": 4, "shares": [1.0, 0.5], "by": ""}))
     log.check_same(path, 4, {"shares": [1.0, 0.5], "training_batches": 8, "by": ""})
+    log.check_same(path, 4, {"by": "", "shares": (1.0, 0.5)})  # as it is written
     with pytest.raises(UserError, match=r"has results of shares \[1.0, 0.5\], not of \[1.0, 0.25\]"):
         log.check_same(path, 4, {"shares": [1.0, 0.25]})
 

@@ -47,6 +47,15 @@ def test_mixture():
     assert little["b"] == pytest.approx(3 * little["a"])
 
 
+def test_a_folder_may_have_a_comma(domains):
+    folder = domains.rename(domains.parent / "law,prose")
+    load = lambda argument: balance_scope.load_config(argument, {})
+    assert list(load(str(folder)).data.sources) == ["law", "prose"] and not load(str(folder)).data.labels
+    assert load(f"{folder},labels").data.labels == {"law": 0, "prose": 1}
+    with pytest.raises(ConfigError, match=r"law,prose,label': is no folder, and ends neither in ,labels nor in ,route"):
+        load(f"{folder},label")
+
+
 @pytest.mark.parametrize(
     ("folder", "says"), [("nowhere", "'{d}/nowhere': is not a folder"), ("", "'{d}': holds no file of .txt")]
 )
@@ -287,6 +296,11 @@ def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
     more = {name: x for name, x in settings["information"].items() if name.startswith("loss.more.")}
     assert len(more) > 1 and len(records.unlike(settings["global"] | more, settings["global"], {})) == len(more)
     assert len(records.unlike(settings["global"] | {"loss.more": {}}, settings["global"] | more, more)) == len(more)
+    # A domain with the label 0 has what a domain without a name has.
+    named, fewer = settings["information"], dict(settings["information"])
+    assert "data.labels.law" not in named
+    assert records.unlike(named | {"data.labels.law": 0}, fewer, {}) == []
+    assert len(records.unlike(named | {"data.labels.law": 1}, fewer, {})) == 1
     # Published records have the names of an earlier version, and each of their fields is compared.
     published = routing_report.read(Path(__file__).parents[1] / "docs/routing_runs.json")
     assert asked.select(published, "--known") == published

@@ -340,7 +340,7 @@ def test_configurations():
 
 @pytest.mark.slow
 def test_configurations_thousands():
-    check_config(4000)
+    check_config(2000)
 
 
 @of_count(200)

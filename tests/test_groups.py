@@ -181,7 +181,8 @@ FAST = (ONE, 1, "none")
 SLOW = [(MESH, 2, "full"), ((8, 1, 1), 1, "selective"), ((1, 2, 4), 1, "none")]
 
 
-@pytest.mark.parametrize(("shape", "micro", "remat"), [FAST, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "micro", "remat"), [FAST, *SLOW])
 def test_gradients_of_the_others_do_not_change(shape, micro, remat):
     cfg = run_config(FROZEN, micro, remat)
     got, want = gradients_of(cfg, shape), whole()

@@ -1,6 +1,10 @@
 """experiments/image_tokens.py and the config that trains on its corpus: codes, tokens, and what is held out."""
 
+import hashlib
+import io
 import json
+import sys
+import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -98,6 +102,63 @@ def test_held_out_images_are_new(corpus):
     for turned in (np.rot90(images.pixels[:1], 1, (1, 2)), images.pixels[:1, ::-1]):
         assert image_tokens.resembling(one, image_tokens.patches(turned, 2), 2)[0] < 1e-3
     assert image_tokens.resembling(one, image_tokens.patches(images.pixels[2:3], 2), 2)[0] > 0.1
+
+
+def packed(folder, name, icons, characters):
+    """A package of icons as npm packs it, and its entry of PACKAGES."""
+    path = folder / f"iconify-json-{name}-1.0.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for file, body in (("icons.json", {"icons": icons, "width": 4}), ("chars.json", characters)):
+            member, data = tarfile.TarInfo(f"package/{file}"), json.dumps(body).encode()
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return {name: ("1.0", "MIT", hashlib.sha256(path.read_bytes()).hexdigest())}
+
+
+def test_icons_of_packages(tmp_path, monkeypatch, capsys):
+    """Drawings of a character in all packages are one group; tones, hidden icons and drawings of nothing are left out;
+    files are those that were meant."""
+    icon = lambda body, **more: {"body": body, **more}
+    icons = {"cook": icon("c"), "cook-dark": icon("d"), "logo": icon("l"), "old": icon("o", hidden=True)}
+    codes = {"1f468-200d-1f373": "cook", "1f468-1f3ff-200d-1f373": "cook-dark", "e001": "logo", "2764": "old"}
+    one = packed(tmp_path, "one", icons, codes)
+    two = packed(tmp_path, "two", {"man": icon("m"), "cook": icon("k"), "flag": icon("f")},
+                 {"1f468": "man", "1f1e9-1f1ea": "flag"})  # fmt: skip
+    monkeypatch.setattr(image_tokens, "PACKAGES", one | two)
+    monkeypatch.setattr(image_tokens, "drawn", lambda svg, size: np.full((size, size, 3), len(svg), np.uint8))
+    found = image_tokens.emoji(tmp_path, 4)
+    groups = {"one:cook": "1f468", "two:man": "1f468", "two:cook": "1f468", "two:flag": "1f1e9-1f1ea"}
+    assert dict(zip(found.names, found.groups, strict=True)) == groups and found.pixels.shape == (4, 4, 4, 3)
+    names = image_tokens.characters([tmp_path / f"iconify-json-{name}-1.0.tgz" for name in ("one", "two")])
+    assert names["cook"] == "1f468-200d-1f373" and "logo" not in names
+    with open(tmp_path / "iconify-json-two-1.0.tgz", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"two-1\.0\.tgz: is not @iconify-json/two@1\.0, whose SHA-256 is"):
+        image_tokens.emoji(tmp_path, 4)
+    (tmp_path / "iconify-json-two-1.0.tgz").unlink()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"npm pack --silent @iconify-json/two@1\.0: .*lacks iconify-json-two"):
+        image_tokens.emoji(tmp_path, 4)
+    with pytest.raises(UserError, match=r"--packages=.*nowhere: no such folder"):
+        image_tokens.emoji(tmp_path / "nowhere", 4)
+    for flags, says in (
+        ("--codes=0", "--codes=0: must be ≥ 1 and ≤ 15871, which leaves text 512 tokens"),
+        ("--patch=0", "--patch=0: must be ≥ 1 and divide the 60 pixels of a side"),
+        ("--digits --patch=3", "--patch=3: must be ≥ 1 and divide the 8 pixels of a side"),
+        ("--digits --size=8", "--size=8: has no effect with --digits"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["image_tokens", f"{tmp_path}/out", "--text=text", *flags.split()])
+        with pytest.raises(SystemExit):
+            image_tokens.main()
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_near_copies():
+    """Of the tokens that are not white, the most that one other image has at the same places."""
+    others = np.array([[9, 1, 2, 3], [9, 1, 0, 0], [1, 9, 9, 9]])
+    one = np.array([[9, 1, 2, 9], [9, 1, 3, 2], [9, 9, 9, 9]])
+    np.testing.assert_allclose(image_tokens.most_in_common(one, others, white=9), [1, 1 / 3, 0])
 
 
 def test_groups_of_emoji():

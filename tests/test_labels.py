@@ -233,9 +233,14 @@ def normal(*shape, seed=0) -> np.ndarray:
 def routed(logits, identity=0, **fields):
     """The routing and the probabilities of logits `[T, C]` with groups by label."""
     cfg = MoEConfig(num_experts=E, label_groups=M, identity_experts=identity, **fields)
-    allowed = allowed_by_label(jnp.asarray(LABEL), E + identity, cfg)
-    facts = Facts(jnp.asarray(COUNTED), sequences=2, pool=allowed, label=jnp.asarray(LABEL))
-    return jax.device_get(route(jnp.where(allowed, logits, -jnp.inf), None, facts, cfg))
+
+    @jax.jit
+    def run(logits):
+        allowed = allowed_by_label(jnp.asarray(LABEL), E + identity, cfg)
+        facts = Facts(jnp.asarray(COUNTED), sequences=2, pool=allowed, label=jnp.asarray(LABEL))
+        return route(jnp.where(allowed, logits, -jnp.inf), None, facts, cfg)
+
+    return jax.device_get(run(logits))
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -249,10 +254,10 @@ def test_no_token_in_a_foreign_group(score):
     own = (routing.experts == E) | (routing.experts // (E // M) == LABEL[:, None])
     assert own.all() and (routing.experts == E).any()
     plain = MoEConfig(num_experts=E // M, top_k=3, score=score, identity_experts=1)
+    alone = jax.jit(lambda logits, counted: route(logits, None, Facts(counted), plain))
     for t in range(T):
         columns = np.r_[np.arange(E // M) + LABEL[t] * (E // M), E]
-        facts = Facts(jnp.asarray(COUNTED[t : t + 1]))
-        want, shares = jax.device_get(route(jnp.asarray(logits[t : t + 1, columns]), None, facts, plain))
+        want, shares = jax.device_get(alone(logits[t : t + 1, columns], COUNTED[t : t + 1]))
         np.testing.assert_array_equal(routing.experts[t], columns[want.experts[0]])
         np.testing.assert_allclose(routing.weights[t], want.weights[0], rtol=1e-6)
         np.testing.assert_allclose(probs[t, columns], shares[0], rtol=1e-6)
@@ -281,15 +286,16 @@ def test_experts_choose_among_tokens_of_their_label():
 def test_a_router_by_label():
     x, w, cotangent = normal(T, 6), normal(M, 6, E, seed=1), normal(T, E, seed=2)
     value = lambda x, w: jnp.sum(linear_by_label(w, x, jnp.asarray(LABEL)) * cotangent)
-    logits = linear_by_label(w, x, jnp.asarray(LABEL))
-    dx, dw = jax.grad(value, (0, 1))(x, w)
+    by_label = jax.jit(linear_by_label)
+    logits = by_label(w, x, LABEL)
+    dx, dw = jax.device_get(jax.jit(jax.grad(value, (0, 1)))(x, w))
     np.testing.assert_allclose(logits, np.einsum("td,tdc->tc", x, w[LABEL]), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dx, np.einsum("tc,tdc->td", cotangent, w[LABEL]), rtol=1e-5, atol=1e-5)
     for m in range(M):
         own = LABEL == m
         np.testing.assert_allclose(dw[m], x[own].T @ cotangent[own], rtol=1e-5, atol=1e-5)
     same = np.stack([w[0]] * M)
-    np.testing.assert_array_equal(linear_by_label(same, x, jnp.asarray(LABEL)), linear_by_label(same, x, 0 * LABEL))
+    np.testing.assert_array_equal(by_label(same, x, LABEL), by_label(same, x, 0 * LABEL))
 
 
 def test_switches_keep_to_groups():
@@ -329,7 +335,7 @@ def test_products_of_untied_weights(backend):
         y = jnp.einsum("bsd,bsdf->bsf", x * scale[label], w[label], precision="highest")
         return jnp.sum(y * cotangent), y
 
-    one, other = (jax.value_and_grad(f, (0, 1, 2), has_aux=True)(x, w, scale) for f in (fast, slow))
+    one, other = (jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(x, w, scale) for f in (fast, slow))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other)
     assert not np.asarray(one[1][1][2]).any()  # a label without a token
 
@@ -339,15 +345,16 @@ def test_information_of_labels_and_columns():
     1e-4 inside the logarithm, and gives +7e-4 and −1.3855)."""
     label, counted = np.arange(T) % 4, np.ones(T, bool)
 
+    @jax.jit
     def of(probs):
         none = np.zeros((T, 1), np.int32)
         routing = route(jnp.log(probs + 1e-30), None, Facts(jnp.asarray(counted)), MoEConfig(num_experts=4, top_k=1))[0]
         stats = router_stats(probs, probs, routing, routing.valid, counted, none[:, 0], 1, label=label, labels=4)
         return label_information(stats)
 
-    np.testing.assert_allclose(of(jnp.full((T, 4), 0.25)), 0.0, atol=1e-6)
-    np.testing.assert_allclose(of(jnp.asarray(np.tile(np.float32([0.7, 0.1, 0.1, 0.1]), (T, 1)))), 0.0, atol=1e-6)
-    np.testing.assert_allclose(of(jax.nn.one_hot(3 - label, 4)), -np.log(4), rtol=1e-6)
+    np.testing.assert_allclose(of(np.full((T, 4), 0.25, np.float32)), 0.0, atol=1e-6)
+    np.testing.assert_allclose(of(np.tile(np.float32([0.7, 0.1, 0.1, 0.1]), (T, 1))), 0.0, atol=1e-6)
+    np.testing.assert_allclose(of(np.eye(4, dtype=np.float32)[3 - label]), -np.log(4), rtol=1e-6)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -432,6 +439,9 @@ def test_a_run_with_labels(tmp_path):
     other = dataclasses.replace(cfg, init_from=str(tmp_path), data=dataclasses.replace(cfg.data, labels={"code": 1}))
     line = f'config.data.labels: {{"prose": 1}} in {tmp_path}, {{"code": 1}} now'
     assert weights.check_same_model(other) == [line]
+    spelt = dataclasses.replace(other, data=dataclasses.replace(cfg.data, labels={"code": 0, "prose": 1}), init_from="")
+    assert config_file.resume(tmp_path, spelt) == (spelt, [])  # a domain without a name has the label 0
+    assert weights.check_same_model(dataclasses.replace(spelt, init_from=str(tmp_path))) == []
     corpus.check_labels()
     said = re.compile(r"labels: 0 = code \([\d,]+ tokens\), 1 = prose \([\d,]+ tokens\)")
     assert any(map(said.fullmatch, corpus.notes()))

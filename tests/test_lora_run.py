@@ -7,7 +7,7 @@ import socket
 import jax
 import numpy as np
 import pytest
-from test_train import finish, rows, run, start, write_text
+from test_train import finish, rows, start, write_text
 
 from experiments import muon_matrices, upcycling_measure
 from moe_jax.errors import UserError
@@ -17,6 +17,7 @@ from moe_jax.run import base, config_file
 from moe_jax.run.checkpoint import Checkpoints
 from moe_jax.train.state import abstract_state
 from moe_jax.tree import flatten
+from tests.programs import run
 
 STEPS = 4
 

@@ -23,9 +23,12 @@ from moe_jax.train.losses import BatchSums, total_loss
 
 def stats_of(load_GE, prob_GE, top_k):
     """Statistics of one layer from sums by group and expert."""
-    load_GE, prob_GE = jnp.asarray(load_GE, jnp.float32), jnp.asarray(prob_GE, jnp.float32)
-    tokens_G = load_GE.sum(-1) / top_k
-    return RouterStats(tokens_G, load_GE, prob_GE, jnp.zeros_like(tokens_G), jnp.zeros_like(tokens_G))
+    load_GE, prob_GE = np.float32(load_GE), np.float32(prob_GE)
+    tokens_G = load_GE.sum(-1) / np.float32(top_k)
+    return RouterStats(tokens_G, load_GE, prob_GE, np.zeros_like(tokens_G), np.zeros_like(tokens_G))
+
+
+balancing = jax.jit(load_balancing_loss)
 
 
 @functools.partial(jax.jit, static_argnames=("num_groups", "cfg"))
@@ -47,10 +50,10 @@ def softmax(x):
 @pytest.mark.parametrize(("experts", "k"), [(2, 1), (4, 1), (8, 2), (6, 6), (64, 8)])
 def test_one_at_uniform_and_e_over_k_at_collapse(experts, k):
     uniform = stats_of(np.full((1, experts), 3.0 * k), np.full((1, experts), 3.0), k)
-    assert float(load_balancing_loss(uniform)) == pytest.approx(1.0, rel=1e-6)
+    assert float(balancing(uniform)) == pytest.approx(1.0, rel=1e-6)
     few = np.zeros((1, experts))
     few[:, :k] = 12.0
-    assert float(load_balancing_loss(stats_of(few, few / k, k))) == pytest.approx(experts / k, rel=1e-6)
+    assert float(balancing(stats_of(few, few / k, k))) == pytest.approx(experts / k, rel=1e-6)
 
 
 def test_domain_pure_groups_pay_where_the_whole_batch_does_not():
@@ -58,8 +61,8 @@ def test_domain_pure_groups_pay_where_the_whole_batch_does_not():
     half = np.float32([[6, 6, 0, 0], [0, 0, 6, 6]])
     apart = stats_of(half, half / 2, top_k=2)
     together = stats_of(half.sum(0, keepdims=True), half.sum(0, keepdims=True) / 2, top_k=2)
-    assert float(load_balancing_loss(apart)) == pytest.approx(2.0, rel=1e-6)
-    assert float(load_balancing_loss(together)) == pytest.approx(1.0, rel=1e-6)
+    assert float(balancing(apart)) == pytest.approx(2.0, rel=1e-6)
+    assert float(balancing(together)) == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
@@ -93,7 +96,7 @@ def test_load_balancing_of_added_batches_is_that_of_the_whole(num_groups):
 def test_gradient_goes_through_probabilities_only():
     rng = np.random.default_rng(1)
     stats = stats_of(rng.integers(1, 9, (2, 4)) * 2.0, rng.random((2, 4)), top_k=2)
-    grad = jax.grad(load_balancing_loss)(stats)
+    grad = jax.device_get(jax.jit(jax.grad(load_balancing_loss))(stats))
     assert not np.any(grad.tokens_per_expert)
     tokens, f = stats.tokens[:, None], stats.tokens_per_expert / (2 * stats.tokens[:, None])
     np.testing.assert_allclose(grad.prob_per_expert, 4 * f / tokens / 2, rtol=1e-6)
@@ -102,8 +105,8 @@ def test_gradient_goes_through_probabilities_only():
 def test_layers_do_not_mix():
     rng = np.random.default_rng(2)
     layers = [stats_of(rng.integers(1, 9, (2, 4)) * 2.0, rng.random((2, 4)), top_k=2) for _ in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    np.testing.assert_allclose(load_balancing_loss(stacked), [load_balancing_loss(s) for s in layers], rtol=1e-6)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *layers)
+    np.testing.assert_allclose(balancing(stacked), [balancing(s) for s in layers], rtol=1e-6)
 
 
 # --- router z-loss ---------------------------------------------------------------------------------------------------
@@ -124,7 +127,7 @@ def test_router_z_loss():
         return total_loss(BatchSums(0.0, 0.0, {"layers": one_layer}), LossConfig())[1].raw["router_z_raw"]
 
     for c in (0.0, -3.0, 2.5):
-        np.testing.assert_allclose(loss(jnp.full((5, 6), c)), (c + np.log(6)) ** 2, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(loss)(np.full((5, 6), c, np.float32)), (c + np.log(6)) ** 2, rtol=1e-6)
     logits = np.random.default_rng(3).normal(size=(5, 6)).astype(np.float32)
     z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
     value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
@@ -222,38 +225,44 @@ def test_summed_nll_on_a_mesh(monkeypatch):
 def sums_of(logits, cfg):
     """A batch of 6 tokens, two layers of the same router on scaled logits, weights that sum to 4."""
     stats = [route(logits * s, np.int32([0, 0, 0, 1, 1, 1]), 2, cfg) for s in (1.0, 2.0)]
-    return BatchSums(jnp.float32(10.0), jnp.float32(4.0), {"layers": jax.tree.map(lambda *x: jnp.stack(x), *stats)})
+    stack = np.stack if isinstance(logits, np.ndarray) else jnp.stack
+    return BatchSums(np.float32(10.0), np.float32(4.0), {"layers": jax.tree.map(lambda *x: stack(x), *stats)})
+
+
+def total(sums, cfg, *args):
+    """`total_loss`, with its results on the host."""
+    return jax.device_get(jax.jit(lambda sums: total_loss(sums, cfg, *args))(sums))
 
 
 def test_logged_parts_add_up_to_the_loss():
     moe, cfg = MoEConfig(num_experts=4, top_k=2), LossConfig(load_balance_coef=0.3, router_z_coef=0.07, balance_batch=1)
-    sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
-    loss, parts = total_loss(sums, cfg)
+    sums = sums_of(np.float32(np.random.default_rng(4).normal(size=(6, 4))), moe)
+    loss, parts = total(sums, cfg)
     named = parts.scalars()
     np.testing.assert_allclose(loss, sum(named.values()), rtol=1e-7)
     np.testing.assert_allclose(named["xent"], 2.5, rtol=1e-7)
-    balance = np.mean(load_balancing_loss(sums.router["layers"]))
+    balance = np.mean(balancing(sums.router["layers"]))
     np.testing.assert_allclose(named["load_balance"], 0.3 * balance, rtol=1e-6)
     np.testing.assert_allclose(named["router_z"], 0.07 * router_z(sums.router["layers"]), rtol=1e-6)
     assert all(float(p) > 0.05 for p in named.values())
-    summed, _ = total_loss(sums, dataclasses.replace(cfg, router_loss_layers="sum"), moe.top_k)
+    summed, _ = total(sums, dataclasses.replace(cfg, router_loss_layers="sum"), moe.top_k)
     np.testing.assert_allclose(summed - named["xent"], 2 * (loss - named["xent"]), rtol=1e-6)  # two layers
 
 
 def test_raw_values_do_not_depend_on_the_coefficients():
     """What two runs with other coefficients, steps or none at all can be compared by: each term before its factor."""
     moe = MoEConfig(num_experts=4, top_k=2)
-    sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
+    sums = sums_of(np.float32(np.random.default_rng(4).normal(size=(6, 4))), moe)
     merged = jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router["layers"])
     want = {
-        "load_balance_raw": np.mean(load_balancing_loss(sums.router["layers"])),
-        "load_balance_raw/then": np.mean(load_balancing_loss(merged)),
+        "load_balance_raw": np.mean(balancing(sums.router["layers"])),
+        "load_balance_raw/then": np.mean(balancing(merged)),
         "router_z_raw": router_z(sums.router["layers"]),
     }
     for coef, z, more, stop in ((0.3, 0.07, 0.2, 0), (0.0, 0.0, 0.0, 0), (0.1, 0.001, 0.0, 3)):
         later = {"then": RouterLossConfig("load_balance", more, "global", start_step=5)}
         cfg = LossConfig(coef, 1, stop, router_z_coef=z, more=later)
-        loss, parts = total_loss(sums, cfg, 4)
+        loss, parts = total(sums, cfg, 4)
         assert parts.raw.keys() == want.keys()
         for name, value in want.items():
             np.testing.assert_allclose(parts.raw[name], value, rtol=1e-6, err_msg=name)
@@ -268,10 +277,10 @@ def test_losses_of_several_scopes_come_and_go_with_their_steps():
     }
     cfg = LossConfig(load_balance_coef=0.3, balance_batch=1, load_balance_stop=3, more=more)
     moe = MoEConfig(num_experts=4, top_k=2)
-    sums = sums_of(jnp.asarray(np.random.default_rng(4).normal(size=(6, 4)), jnp.float32), moe)
-    each = 0.3 * np.mean(load_balancing_loss(sums.router["layers"]))
+    sums = sums_of(np.float32(np.random.default_rng(4).normal(size=(6, 4))), moe)
+    each = 0.3 * np.mean(balancing(sums.router["layers"]))
     merged = jax.tree.map(lambda x: x.sum(1, keepdims=True), sums.router["layers"])
-    whole = 0.3 * np.mean(load_balancing_loss(merged))
+    whole = 0.3 * np.mean(balancing(merged))
     assert abs(each / whole - 1) > 1e-3
     want = {0: (each, 0, 0), 2: (each, 0, 0), 3: (0, whole, 0), 4: (0, whole, 0), 5: (0, whole, each / 100)}
     parts_at = jax.jit(lambda step: total_loss(sums, cfg, step)[1].router)

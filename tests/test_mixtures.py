@@ -167,10 +167,10 @@ def test_process_of_two_costs_with_an_offset():
 
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightgbm", None)
-    with pytest.raises(UserError, match=r"--surrogate=lightgbm needs LightGBM .*pip install 'moe_jax\[mixtures\]'"):
+    with pytest.raises(UserError, match=r"--surrogate=lightgbm needs LightGBM .*pip install -e '.\[mixtures\]'"):
         surrogates.boosted(drawn(8), planted(drawn(8)))
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(UserError, match=r"cluster needs scikit-learn .*pip install 'moe_jax\[mixtures\]'"):
+    with pytest.raises(UserError, match=r"cluster needs scikit-learn .*pip install -e '.\[mixtures\]'"):
         clusters.cluster(["a b", "c d"], 2, 2, 0)
 
 

@@ -13,6 +13,7 @@ from moe_jax.mixtures import design, measured
 from moe_jax.mixtures.design import Mixture
 from moe_jax.mixtures.measured import Measured
 from moe_jax.run import config_file
+from tests import programs
 
 TINY = {
     "train.steps": 3, "data.batch_size": 8, "data.seq_len": 32, "data.num_workers": 0, "data.tokenizer.kind": "bytes",
@@ -111,6 +112,7 @@ def test_mistakes(root, monkeypatch, capsys):
 @pytest.mark.slow
 def test_toy_experiment(root, monkeypatch, capsys):
     """Two runs, also of a mixture without one of the sources; a second call runs nothing; a fit reads the folder."""
+    programs.fork_jobs(monkeypatch)
     fields = TINY | {"data.cache_dir": root / "cache"}
     command = ["mixtures", f"--mixtures={root}/mix.jsonl", f"--data={root}/domains", f"--out={root}/out", "--gpus=0"]
     monkeypatch.setattr(sys, "argv", command + [x for n, v in fields.items() for x in ("--set", f"{n}={v}")])

@@ -9,6 +9,8 @@ import pytest
 from experiments import image_tokens, modalities, modalities_report, pool, records
 from experiments.modalities_report import Finished
 from moe_jax.model.counts import flops_per_token
+from moe_jax.run import config_file
+from tests import programs
 
 LABELS = {name: arm.label for name, arm in modalities.ARMS.items()}
 
@@ -90,6 +92,27 @@ def test_comparison(tmp_path):
     assert "| groups of experts (1) |  |  |  |  | 3.000 |" in table
 
 
+def test_a_run_is_read(folders, tmp_path):
+    """The loss of text is a mean over tokens, not over domains, and time is without the compilation of two starts."""
+    run = modalities.planned(tmp_path, ["dense"], {})[0]
+    config_file.save_config(run.folder, pool.load_config(modalities.CONFIG, folders, run.overrides))
+    domains = [
+        {"domain": name, "tokens": tokens, "xent": xent}
+        for name, tokens, xent in (("law", 1, 5.0), ("images", 90, 3.0), ("prose", 9, 1.0), ("total", 100, 2.8))
+    ]
+    (run.folder / "eval.json").write_text(json.dumps({"step": 9, "domains": domains}), encoding="utf-8")
+    (run.folder / modalities_report.MARK).write_text('{"data": "f00"}', encoding="utf-8")
+    rows = [{"kind": "train", "step": step, "step_seconds": 60.0 if step in (1, 6) else 0.5} for step in range(1, 10)]
+    for step, text in ((3, 8.0), (9, 5.0)):
+        losses = {"law/xent": text, "images/xent": 3.0, "prose/xent": 1.0 if step == 9 else None}
+        rows.append({"kind": "eval", "step": step} | losses)
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    read = modalities_report.load(tmp_path, ["dense"], [0])["dense", 0]
+    assert read.steps == [3, 9] and read.seconds == [1.5, 4.5] and read.numbers["step_ms"] == 500
+    assert math.isnan(read.loss["text"][0]) and read.loss["text"][1] == 1.4 and read.loss["images"] == [3.0, 3.0]
+    assert read.domains == {"law": 5.0, "images": 3.0, "prose": 1.0} and read.options == {"data": "f00"}
+
+
 def test_mistakes(folders, tmp_path, monkeypatch, capsys):
     command = ["modalities", f"--data={folders}", f"--out={tmp_path}/out"]
     monkeypatch.setattr(sys, "argv", [*command, "--only=sparse"])
@@ -108,6 +131,7 @@ def test_mistakes(folders, tmp_path, monkeypatch, capsys):
 def test_toy_experiment(folders, tmp_path, monkeypatch, capsys):
     """Digits and text up to the figure: labels are those of the domains, both modalities learn, and a second call with
     the results runs nothing."""
+    programs.fork_jobs(monkeypatch)
     text = folders.split(",")[0]
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
     made = image_tokens.build(tmp_path / "images", text, image_tokens.digits(), 2, 32, 1e-6)

@@ -177,7 +177,7 @@ def test_scales_of_inputs_and_outputs():
     """√max(1, out/in) of x @ W; with heads, of one head."""
     g = jnp.asarray(gaussian((12, 36)))
     of = lambda heads, **more: scale_by_muon(dtype=jnp.float32, matrices=lambda path, x: Matrices(heads=heads), **more)
-    update = lambda tx, g: np.asarray(tx.update(g, tx.init(g))[0])
+    update = lambda tx, g: np.asarray(jax.jit(lambda g: tx.update(g, tx.init(g))[0])(g))
     o = np.asarray(exact(g))
     np.testing.assert_allclose(update(of(None, scale="spectral"), g), 3**0.5 * o, atol=1e-5)
     np.testing.assert_allclose(update(of(None, scale="spectral"), g.T), o.T, atol=1e-5)
@@ -192,7 +192,7 @@ def test_matrix_axes_may_lie_anywhere():
     """Axes 0 and 2 of [m, L, n]: the update is that of [L, m, n], moved back."""
     g = jnp.asarray(gaussian((8, 3, 12)))
     make = lambda axes: muon(1.0, weight_decay=0.0, dtype=jnp.float32, matrices=lambda path, leaf: Matrices(axes))
-    update = lambda tx, g: tx.update(g, tx.init(g), g)[0]
+    update = lambda tx, g: jax.jit(lambda g: tx.update(g, tx.init(g), g)[0])(g)
     moved = update(make((-2, -1)), jnp.moveaxis(g, 0, 1))
     np.testing.assert_allclose(update(make((0, 2)), g), jnp.moveaxis(moved, 1, 0), atol=1e-6)
 

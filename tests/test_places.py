@@ -69,7 +69,7 @@ UPCYCLED = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "some" else ()) for n in UPCYCLED])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "pyramid" else pytest.mark.slow) for n in UPCYCLED])
 def test_upcycled_anywhere_it_is_the_dense_function(name):
     chain = [deep(), VirtualGroups(4, 2, 2, router_std=STD, layers=UPCYCLED[name])]
     grown, params = apply(chain[:1])

@@ -8,6 +8,7 @@ import pytest
 from test_pruning_experiment import TINY
 
 from experiments import pool, pools, pools_report
+from tests import programs
 
 
 def test_mistakes(monkeypatch, capsys):
@@ -40,6 +41,7 @@ def test_rows_of_other_options(tmp_path):
 @pytest.mark.slow
 def test_toy_experiment(tmp_path, monkeypatch, capsys):
     """One arm up to the figure; its run serves another call, and its record a third, which runs nothing."""
+    programs.fork_jobs(monkeypatch)
     for name, word in (("law", "whereas"), ("prose", "a fine day")):
         (tmp_path / "domains" / name).mkdir(parents=True)
         for i in range(20):

@@ -4,6 +4,7 @@ micro-batches; a run that goes on; what is refused; files of Hugging Face."""
 import dataclasses
 import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from moe_jax.nn.layers import weight
 from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint
 from moe_jax.run import weights as run_weights
-from moe_jax.train import step
+from moe_jax.train import losses, prediction, step
 from moe_jax.train.gradients import forward, make_gradients
 from moe_jax.train.state import Batch, abstract_state, abstract_weights, init_state, put_batch
 from moe_jax.tree import flatten, nest
@@ -211,6 +212,22 @@ def test_loss_and_gradients(mesh, micro, remat, compute, dense):
         stats = found["sums"].router[MTP_BLOCK]
         np.testing.assert_array_equal(stats.tokens[:, 0], there["there"][1:].sum((1, 2)))
         np.testing.assert_allclose(stats.tokens_per_expert.sum((1, 2)), 2 * stats.tokens[:, 0])
+
+
+@pytest.mark.slow
+def test_a_loss_of_each_sequence_takes_one_pass(monkeypatch):
+    """… over micro-batches. The decoder and each layer have their own number of sequences with a counted token."""
+    made = rows()
+    for row, tokens in enumerate((0, 1, 2)):
+        made["segment_ids"][row] = np.arange(S) < tokens
+        made["weights"][row, tokens:] = 0.0
+    monkeypatch.setattr(sys.modules[__name__], "rows", lambda: made)
+    of = lambda micro: setting(micro, balance_batch=1)
+    assert losses.balances_sequences(of(4).loss) and not losses.needs_whole_batch(of(4).loss)
+    counted = put_batch(made, mesh_of(1, 1, 1), of(1))
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        np.testing.assert_array_equal(prediction.sequences(counted, 2), [B - 1, B - 2, B - 3])
+    assert_same(gradients(of(4)), gradients(of(1)))
 
 
 # --- a run, and what is refused ---------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from experiments import pruning, pruning_report
+from experiments import pruning, pruning_report, records
 from experiments.pruning_report import Finished
+from tests import programs
 
 TINY = {
     "train.steps": 4, "data.batch_size": 8, "data.seq_len": 32, "data.num_workers": 0, "data.tokenizer.kind": "bytes",
@@ -24,22 +25,36 @@ def finished(**fields) -> Finished:
     return Finished(**usual | fields)
 
 
-def test_order(tmp_path):
-    """Training, then counts and pruned weights, then what goes on with each model, from its own weights."""
+def test_order(tmp_path, monkeypatch):
+    """Training, then counts and pruned weights, then what goes on with each model, from its own weights.
+
+    A run of another folder is not trained, and nothing is written into it.
+    """
     run = pruning.trained(tmp_path, "sequence", 0, {"train.steps": "900"})
     assert run.overrides["loss.balance_batch"] == "1"
-    names = lambda: [job.name for job in pruning.jobs([run], [24, 16], 32, 50, 8, "domains") if not job.done]
+    monkeypatch.setattr(records, "settings_in", lambda folder: {"train.steps": 900})
+    jobs = lambda source=run.folder: pruning.jobs([(run, source)], [24, 16], 32, 50, 8, "domains")
+    names = lambda *source: [job.name for job in jobs(*source) if not job.done]
     assert names() == ["sequence, seed 0"]
-    run.folder.mkdir(parents=True)
-    (run.folder / "eval.json").write_text("{}", encoding="utf-8")
-    assert names() == ["pruning of sequence, seed 0"]
-    for options in ({"experts": [24, 16], "batches": 9}, {"experts": [24], "batches": 8}):  # of another call
-        (run.folder / "pruned.json").write_text(json.dumps({"options": options}), encoding="utf-8")
+    other = tmp_path / "other" / "scope_1" / "seed0"
+    for folder in (other, run.folder):
+        folder.mkdir(parents=True)
+        (folder / "eval.json").write_text("{}", encoding="utf-8")
+    assert names() == names(other) == ["pruning of sequence, seed 0"]
+    assert jobs(other)[0].command[2:4] == [str(other), f"--out={run.folder}"]
+    made = {"options": {"experts": [24, 16], "batches": 8}, "settings": {"train.steps": 900}}
+    for wrong in (
+        {"options": {"experts": [24, 16], "batches": 9}},
+        {"options": {"experts": [24], "batches": 8}},
+        {"settings": {"train.steps": 450}},
+    ):  # of another call, or of another training
+        (run.folder / "pruned.json").write_text(json.dumps(made | wrong), encoding="utf-8")
         assert names() == ["pruning of sequence, seed 0"]
-    (run.folder / "pruned.json").write_text('{"options": {"experts": [24, 16], "batches": 8}}', encoding="utf-8")
-    assert names() == [f"sequence, {n} experts, seed 0" for n in (32, 24, 16)]
-    whole, pruned = (pruning.continued(run, n, 32, 50, 8) for n in (32, 16))
-    assert whole.overrides["init_from"] == run.folder and pruned.overrides["init_from"] == run.folder / "pruned" / "16"
+    (run.folder / "pruned.json").write_text(json.dumps(made), encoding="utf-8")
+    assert names() == names(other) == [f"sequence, {n} experts, seed 0" for n in (32, 24, 16)]
+    whole, pruned = (pruning.continued(run, other, n, 32, 50, 8) for n in (32, 16))
+    assert whole.overrides["init_from"] == other and pruned.overrides["init_from"] == run.folder / "pruned" / "16"
+    assert whole.folder.is_relative_to(run.folder)
     assert pruned.overrides["model.moe.num_experts"] == 16 and pruned.overrides["train.steps"] == 50
     assert pruned.overrides["loss.balance_batch"] == "1" and pruned.overrides["seed"] != run.seed
 
@@ -78,6 +93,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_toy_experiment(tmp_path, monkeypatch, capsys):
     """The experiment runs up to its figure; experts without tokens cost nothing; a second call runs nothing."""
+    programs.fork_jobs(monkeypatch)
     for name, word in (("law", "whereas"), ("prose", "a fine day")):
         (tmp_path / "domains" / name).mkdir(parents=True)
         for i in range(20):

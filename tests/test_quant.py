@@ -38,6 +38,7 @@ from moe_jax.quant.walk import walk
 from moe_jax.run import config_file, weights
 from moe_jax.tree import flatten, split
 from moe_jax.upcycle.chain import is_fixed
+from tests import programs
 from tests.command_server import REPO, Server
 from tests.test_opened import config_of, write_run
 from tests.upcycle_source import PLAIN, bank, mesh_of
@@ -467,7 +468,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_command(folder):
     """It writes a run directory that eval.py reads. Its weights are those in memory, and quant.json describes them."""
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"} | programs.environment()
     (folder / "out").mkdir()
     server, made = Server(folder / "out", environ), folder / "made"
     options = ["--bits=2", "--group=16", "--rows=4", "--seed=3", "--gated"]

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 from test_pruning_experiment import TINY
 
@@ -11,14 +12,17 @@ from experiments import pool, quantisation, quantisation_report
 from experiments.quantisation_measure import PART as PART_NAME
 from experiments.quantisation_measure import Way, ways
 from experiments.quantisation_report import Finished
+from moe_jax.quant.allocate import allocate
+from moe_jax.quant.round import LayerStats
 from moe_jax.run import config_file
+from tests import programs
 
 PART = PART_NAME.format(rows=8, group=8)
 
 
 def finished(shift=1.0) -> Finished:
     """Losses that grow as bits fall, least with MC-MoE; in two domains."""
-    worse = {"uniform": 3.0, "frequency": 2.0, "mc": 1.0}
+    worse = {"uniform": 3.0, "turns": 4.0, "frequency": 2.0, "mc": 1.0}
     rows = []
     for way in ways([2.0, 2.5], 3):
         more = shift * (3 - way.bits) * worse[way.allocate] * (2 if way.method == "rtn" else 1) * (1 + way.seed / 10)
@@ -27,12 +31,24 @@ def finished(shift=1.0) -> Finished:
 
 
 def test_ways():
-    """Three seeds of calibration near three bits; the same mean for all; neighbours by turns where it is no number."""
+    """Three seeds of calibration near three bits; the same mean for all, or neighbours by turns; the choice alone tells
+    experts by their use from experts by turns."""
     found = ways([2.0, 2.5, 3.0, 4.0], 3)
-    assert len(found) == 4 * 3 + 2 * 2 * 3 + 4 * 3 and len(set(found)) == len(found)
+    assert len(found) == 15 + 2 * 7 + 15 and len(set(found)) == len(found)
     assert {w.bits for w in found if w.seed} == {2.5, 3.0} and {w.seed for w in found if w.method == "rtn"} == {0}
     made = {w: w.settings(64, 8) for w in found}
-    assert made[Way("gptq", 2.5, "uniform", 1)].allocate == "turns" and made[found[0]].choices == ()
+    assert Way("gptq", 2.5, "uniform", 1) not in made and made[Way("gptq", 2.0, "uniform", 0)].choices == ()
+    stats = [LayerStats(**dict.fromkeys(LayerStats._fields) | {"counts": np.arange(8.0)})]
+    for way, asked in made.items():
+        if way.allocate == "turns":
+            turns, by_use = (
+                allocate(name, stats, choices, way.bits).bits[0]
+                for name, choices in (
+                    ("turns", asked.choices),
+                    ("frequency", made[way._replace(allocate="frequency")].choices),
+                )
+            )
+            assert sorted(turns) == sorted(by_use) and len({*turns}) == 2 and turns.mean() == way.bits, way
     assert made[Way("gptq", 2.0, "mc", 0)].choices == made[Way("gptq", 2.5, "mc", 2)].choices == (1, 2, 3)
     assert made[Way("rtn", 4.0, "frequency", 0)].choices == (3, 4, 5)
     assert {(s.group, s.rows) for s in made.values()} == {(64, 8)}
@@ -68,13 +84,19 @@ def test_comparison(tmp_path):
     models = {"global": one, "sequence": fewer}
     quantisation_report.write(tmp_path, models, quantisation.ARMS)
     assert quantisation_report.read(tmp_path / "results.json") == models
+    rows = [
+        row | {"allocate": "uniform"} if row["allocate"] == "turns" and row["bits"] == 2.5 else row for row in one.ways
+    ]
+    earlier = [{"name": "global"} | one._replace(ways=rows)._asdict()]
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier), encoding="utf-8")
+    assert quantisation_report.read(tmp_path / "earlier.json") == {"global": one}
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert (
         f"{mean:.2f} [{math.exp(losses[0]):.2f}, {math.exp(losses[2]):.2f}] ({mean / math.exp(2.5) - 1:+.1%})" in table
     )
     assert "| balanced in each sequence |  |  | as it is | 12.18 |" in table
     assert (
-        "| growth at 2.5 bits, GPTQ | global, all alike | global, by use | global, MC-MoE | sequence, all alike |"
+        "| growth at 2.5 bits, GPTQ | global, by turns | global, by use | global, MC-MoE | sequence, by turns |"
         in table
     )
     assert (tmp_path / "quantisation.png").stat().st_size > 10_000
@@ -129,6 +151,7 @@ def test_a_finished_measurement_goes_on(tmp_path):
 @pytest.mark.slow
 def test_toy_experiment(tmp_path, monkeypatch, capsys):
     """Trains an arm, rounds it in a few ways up to the figure; takes it by its folder; a second call runs nothing."""
+    programs.fork_jobs(monkeypatch)
     for name, word in (("law", "whereas"), ("prose", "a fine day")):
         (tmp_path / "domains" / name).mkdir(parents=True)
         for i in range(20):

@@ -1,6 +1,7 @@
 """Resuming: a run that was killed, again and again, ends as if nothing had happened, bit for bit."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from moe_jax.parallel import sharding
 from moe_jax.run import checkpoint, config_file, log
 from moe_jax.train import step
 from moe_jax.train.state import abstract_state, init_state, process_rows, put_batch
+from tests import programs
 
 REPO = Path(__file__).parents[1]
 TIMES = ("tokens_per_second", "mfu", "step_seconds")  # all else of a training row is decided by the configuration
@@ -56,6 +58,13 @@ def run_config(root: Path) -> config.RunConfig:
     return config.build(c)
 
 
+@functools.cache
+def _train_step(text: str, shape: tuple[int, int, int]):
+    """The step of a configuration, from its text: runs that go on have the program of the run before."""
+    cfg = config.build(json.loads(text))
+    return step.make_train_step(cfg, sharding.make_mesh(shape))
+
+
 class Run:
     """What train.py's loop does, with every batch and every result kept."""
 
@@ -63,7 +72,7 @@ class Run:
         self.cfg, self.mesh = cfg, sharding.make_mesh(shape)
         corpus = data.prepare(cfg.data, workdir=root / "run", seed=cfg.seed, progress=False)
         self.batches = corpus.train_iterator(process_rows(self.mesh, BATCH))
-        self.train_step = step.make_train_step(cfg, self.mesh)
+        self.train_step = _train_step(json.dumps(config.to_dict(cfg)), shape)
         self.state, self.tokens, self.losses, self.seen = None, 0.0, [], []
 
     def start(self) -> "Run":
@@ -170,6 +179,7 @@ def get_config():
 def launch(root: Path, name: str, *flags: str) -> subprocess.Popen:
     (root / "debug.py").write_text(DEBUG.replace("@", str(root)), encoding="utf-8")
     env = os.environ | {"JAX_PLATFORMS": "cpu", "MOE_JAX_CACHE": str(root / "cache")}
+    env |= programs.environment(root / "compiled")
     command = [sys.executable, "train.py", f"--config={root}/debug.py", f"--workdir={root}/{name}", *flags]
     with open(root / f"{name}.log", "ab") as log:
         return subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log, start_new_session=True)

@@ -76,14 +76,15 @@ def test_logits_and_gradients_are_those_of_numpy(name, by_hand):
     """Gradients by central differences of the float64 loop, of every weight, the tokens and the state before."""
     w = {key: normal(*shape, seed=i) for i, (key, shape) in enumerate(SHAPES[name].items())}
     x, state, cotangent = normal(T, D), normal(T, R, seed=1), normal(T, C, seed=2)
-    logits, after = routers.ROUTERS[name].logits(w, x, state)
+    logits, after = jax.jit(routers.ROUTERS[name].logits)(w, x, state)
     exact = jax.tree.map(np.float64, (w, x, state))
     want, want_after = by_hand(*exact)
     np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(after, want_after, rtol=1e-5, atol=1e-5)
 
     value = lambda fn, *args: sum((c * out).sum() for c, out in zip((cotangent, state), fn(*args), strict=True))
-    grads = jax.grad(functools.partial(value, routers.ROUTERS[name].logits), (0, 1, 2))(w, x, state)
+    grads = jax.jit(jax.grad(functools.partial(value, routers.ROUTERS[name].logits), (0, 1, 2)))(w, x, state)
+    grads = jax.device_get(grads)
     leaves, tree = jax.tree.flatten(exact)
     for i, grad in enumerate(jax.tree.leaves(grads)):
         for at in list(np.ndindex(leaves[i].shape))[:6]:
@@ -120,9 +121,14 @@ def test_a_table_names_distinct_experts_equally_often(vocab, experts, top_k):
 # --- what is done with them -------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames=("sequences", "cfg"))
+def route(logits, bias, facts, knobs, sequences, cfg):
+    return routing.route(logits, bias, facts._replace(sequences=sequences), cfg, knobs)
+
+
 def routed(logits, cfg, facts=None, knobs=None, bias=None):
-    facts = facts or Facts(jnp.ones(len(logits), bool), jnp.arange(len(logits)))
-    plan, probs = routing.route(jnp.asarray(logits, jnp.float32), bias, facts, cfg, knobs)
+    facts = facts or Facts(np.ones(len(logits), bool), np.arange(len(logits)))
+    plan, probs = route(np.float32(logits), bias, facts._replace(sequences=None), knobs, facts.sequences, cfg)
     return Routing(*(None if a is None else np.asarray(a) for a in plan)), np.asarray(probs)
 
 
@@ -262,6 +268,9 @@ def test_a_table_chooses_and_scores_weigh():
 # --- overflow under capacity ------------------------------------------------------------------------------------------
 
 
+computed_of = jax.jit(lambda x, plan, w, cfg: capacity(x, plan, w, ExpertCompute(cfg))[1], static_argnums=3)
+
+
 def dropped(overflow, weights=None, key=None):
     """Which slots of 256 tokens, all of one choice, are not computed."""
     cfg = MoEConfig(num_experts=2, top_k=1, compute="capacity", capacity_factor=1.0, overflow=overflow)
@@ -271,8 +280,8 @@ def dropped(overflow, weights=None, key=None):
     knobs = None if key is None else Knobs(jax.random.key(key))
     order = routing.prioritise(jnp.asarray(weights), facts, cfg, knobs)
     plan = Routing(jnp.zeros((t, 1), jnp.int32), jnp.asarray(weights), jnp.ones((t, 1), bool), order)
-    w = ExpertWeights(*(jnp.ones(s) for s in ((2, 3, 4), (2, 3, 4), (2, 4, 3))))
-    _, computed = capacity(jnp.ones((t, 3)), plan, w, ExpertCompute(cfg))
+    w = ExpertWeights(*(np.ones(s, np.float32) for s in ((2, 3, 4), (2, 3, 4), (2, 4, 3))))
+    computed = computed_of(np.ones((t, 3), np.float32), plan, w, cfg)
     assert computed.sum() == capacity_rows(ExpertCompute(cfg), t) == t // 2
     return ~np.asarray(computed)[:, 0]
 
@@ -377,7 +386,7 @@ CASES = [
     ((1, 2, 4), 4, "selective", "grouped", "all_to_all"),
     ((8, 1, 1), 1, "none", "grouped", "ring"),
 ]
-FAST = [("mlp", 0)]
+FAST = [("shards", 0)]
 # Every model on the first mesh and, by turns, on one of the others.
 TURNS = [(name, i) for n, name in enumerate(MODELS) for i in (0, 1 + n % 2)]
 

@@ -85,22 +85,27 @@ def draw(name, seed):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def run(logits, bias, counted, kept, group, cfg):
+def _run(logits, bias, counted, kept, group, cfg):
     plan, probs = routing.route(logits, bias, Facts(counted), cfg)
     return plan, probs, router_stats(logits, probs, plan, kept, counted, group, GROUPS)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def gradients(logits, bias, counted, kept, group, cotangents, cfg):
+def _gradients(logits, bias, counted, kept, group, cotangents, cfg):
     """Of Σ cotangent · output for weights, probabilities and each statistic by itself: (d logits, d bias) by name."""
 
     def outputs(logits, bias):
-        plan, probs, stats = run(logits, bias, counted, kept, group, cfg)
+        plan, probs, stats = _run(logits, bias, counted, kept, group, cfg)
         return {"weights": plan.weights, "probs": probs, **dict(zip(FIELDS, jax.tree.leaves(stats), strict=True))}
 
     values, vjp = jax.vjp(outputs, logits, bias)
     zeros = jax.tree.map(jnp.zeros_like, values)
     return {name: vjp({**zeros, name: cotangent}) for name, cotangent in cotangents.items()}
+
+
+# In NumPy, so that comparing them compiles nothing.
+run = lambda **given: jax.device_get(_run(**given))
+gradients = lambda **given: jax.device_get(_gradients(**given))
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -174,7 +179,8 @@ def by_hand(inputs, cfg, logits=None, experts=None):
 
 @prop
 def test_equals_a_loop_over_tokens(name, seed):
-    """Experts, weights, probabilities and every statistic, and the gradient of each by finite differences."""
+    """Experts, weights, probabilities and every statistic, and the gradient of each by finite differences, which are
+    taken at every third logit: another third in other examples."""
     cfg, inputs, rng = draw(name, seed)
     plan, probs, stats = run(**inputs, cfg=cfg)
     want = by_hand(inputs, cfg)
@@ -191,14 +197,16 @@ def test_equals_a_loop_over_tokens(name, seed):
     grads = gradients(**inputs, cotangents=cotangents, cfg=cfg)
     trained = ("weights", "probs", "prob_per_expert", "z_sq")
     numeric = {key: np.zeros(inputs["logits"].shape) for key in trained}
-    for at in np.ndindex(inputs["logits"].shape):
+    some = list(np.ndindex(inputs["logits"].shape))[seed % 3 :: 3]
+    for at in some:
         step = np.zeros(inputs["logits"].shape)
         step[at] = 1e-5
         above, below = (by_hand(inputs, cfg, inputs["logits"] + d, want["experts"]) for d in (step, -step))
         for key in trained:
             numeric[key][at] = np.sum((above[key] - below[key]) * cotangents[key]) / 2e-5
+    at = tuple(np.transpose(some))
     for key in trained:
-        np.testing.assert_allclose(grads[key][0], numeric[key], rtol=1e-4, atol=3e-6, err_msg=key)
+        np.testing.assert_allclose(grads[key][0][at], numeric[key][at], rtol=1e-4, atol=3e-6, err_msg=key)
     for key in ("tokens", "tokens_per_expert", "dropped"):  # counts
         assert not np.any(grads[key][0]), key
     for key in grads:  # the selection bias is never trained
@@ -353,11 +361,12 @@ def test_renormalized_weights_sum_to_the_scale(name):
 
 def test_ties_go_to_the_lower_id():
     logits = jnp.asarray([[0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0], [0, 0, 1, 2, 1, 1]], jnp.float32)
-    route = lambda **kw: np.asarray(
-        routing.route(jnp.asarray(logits), None, Facts(jnp.ones(3, bool)), MoEConfig(num_experts=6, top_k=3, **kw))[
-            0
-        ].experts
-    ).tolist()
+
+    def route(**kw):
+        cfg = MoEConfig(num_experts=6, top_k=3, **kw)
+        plan, _ = jax.jit(lambda logits: routing.route(logits, None, Facts(jnp.ones(3, bool)), cfg))(logits)
+        return np.asarray(plan.experts).tolist()
+
     want = [[0, 1, 2], [0, 2, 4], [3, 2, 4]]
     assert route() == want
     assert route(score="sigmoid") == want

@@ -54,7 +54,8 @@ MODELS = {
     "mixed": ("2*(late moe:8) dense", 5, [*([(A, i, "late"), (B, i, "moe")] for i in (0, 1)),
                                           [("dense_layers", 0, "dense")]]),
 }  # fmt: skip
-EACH = [pytest.param(name, marks=[] if name == "mixed" else pytest.mark.slow) for name in MODELS]
+# Two stacks, and two numbers of experts, the fast part has in test_places.py and in the rows of test_systems.py.
+EACH = [pytest.param(name, marks=[] if name == "late" else pytest.mark.slow) for name in MODELS]
 
 
 def with_layers(cfg: ModelConfig, name: str) -> ModelConfig:

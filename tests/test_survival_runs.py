@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax.run.log import read_metrics
+from tests import programs
 from tests.test_resume import REPO, TIMES, write_text
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,7 @@ def start(root: Path, name: str, *flags: str, devices: int = 1, program=("train.
     """One process; its output goes to `name`.log."""
     xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "MOE_JAX_CACHE": str(root / "cache"), "PYTHONPATH": str(REPO)}
+    own |= programs.environment(root / "compiled")
     command = [sys.executable, *program, f"--config={root}/config.py", f"--workdir={root}/{name}", *flags]
     with open(root / f"{name}.log", "ab") as log:
         return subprocess.Popen(command, cwd=REPO, env=os.environ | own | env, stdout=log, stderr=log)

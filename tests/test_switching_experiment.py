@@ -12,6 +12,7 @@ from experiments import balance_scope, pool, switching, switching_measure, switc
 from experiments.switching_report import Finished
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.evaluate import contrast
+from tests import programs
 
 MODEL = ModelConfig(num_layers=2, moe=MoEConfig(num_experts=8, top_k=2))
 
@@ -52,6 +53,7 @@ def test_comparison(tmp_path):
 @pytest.mark.slow
 def test_toy_experiment(tmp_path, monkeypatch, capsys):
     """A run that another experiment has trained is measured; its experts are chosen on training text."""
+    programs.fork_jobs(monkeypatch)
     for name, word in (("law", "whereas"), ("prose", "a fine day")):
         (tmp_path / "domains" / name).mkdir(parents=True)
         for i in range(20):

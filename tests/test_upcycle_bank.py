@@ -73,6 +73,7 @@ def test_anywhere_it_is_the_same_function():
     assert cfg.layers == "2*(moe dense moe:24)"
 
 
+@pytest.mark.slow
 def test_what_is_grown_is_pruned_again():
     """Bit for bit, on a mesh; and no device ever has an array larger than its part of a bank."""
     wide = dataclasses.replace(PLAIN, moe=dataclasses.replace(BANK.moe, d_expert=256), vocab_size=16)
@@ -224,7 +225,8 @@ def test_biases_of_a_softmax_of_equal_models():
         path = next(path for path in new if path.endswith("/router_bias"))
         logits, given = np.random.default_rng(0).normal(0, 2, (500, 4)).astype(np.float32), []
         for moe, z, bias in ((cfg.moe, logits, 3 * old[path]), (final.moe, np.tile(logits, 2), 3 * new[path])):
-            plan = route(jnp.asarray(z), jnp.asarray(bias[0]), Facts(jnp.ones(500, bool)), moe)[0]
+            run = jax.jit(lambda z, bias, moe=moe: route(z, bias, Facts(jnp.ones(500, bool)), moe)[0])
+            plan = run(z, bias[0])
             weights = np.zeros((500, 4))
             np.add.at(weights, (np.arange(500)[:, None], np.asarray(plan.experts) % 4), np.asarray(plan.weights))
             given.append(weights)

@@ -17,7 +17,7 @@ from moe_jax.run.log import read_metrics
 from moe_jax.train.state import TrainState, abstract_weights
 from moe_jax.upcycle import Depth, Drop, Grow, Noise, Prune, Quantize, VirtualGroups, Width
 from moe_jax.upcycle.convert import _new_config
-from tests import two_processes
+from tests import programs, two_processes
 from tests.test_cli import REPO, Server, check
 from tests.upcycle_source import SOFTMAX_TOPK, SOURCE, STD, TOKENS, chain_of, dense, dense_logits, mesh_of
 
@@ -62,7 +62,7 @@ def root(tmp_path_factory):
 def server(root):
     changes = {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}  # and the XLA_FLAGS of conftest.py
     (root / "out").mkdir()
-    made = Server(root / "out", os.environ | changes)
+    made = Server(root / "out", os.environ | changes | programs.environment())
     yield made
     made.process.stdin.close()
     made.process.stdout.close()

@@ -17,6 +17,7 @@ from moe_jax.evaluate import spectra
 from moe_jax.moe.stats import ChoiceSums, RouterStats
 from moe_jax.parallel import sharding
 from moe_jax.run import config_file, weights
+from tests import programs
 
 TINY = config.ModelConfig(vocab_size=257, d_model=16, num_layers=2, num_dense_layers=2, d_ff=32, num_heads=2,
                           num_kv_heads=2, head_dim=8, compute_dtype="float32")  # fmt: skip
@@ -106,7 +107,8 @@ def test_published_runs_are_of_their_command(root, capsys):
     page = {"train.steps": "300", "data.batch_size": "64", "model.segment_mask": "false", "train.eval_every": "50"}
     ask = lambda fields: upcycling.call(root / "dense", str(root / "domains"), lambda runs: runs, fields)
     assert ask(page).select(some, "--known") == some and capsys.readouterr().out == ""
-    for other in (page | {"model.segment_mask": "true"}, {"model.segment_mask": "false"}):
+    used_otherwise = ({"model.segment_mask": "true"}, {"model.moe.min_ratio": "0.3"}, {"model.moe.compute": "capacity"})
+    for other in (*(page | fields for fields in used_otherwise), {"model.segment_mask": "false"}):
         assert not ask(other).select(some, "--known")
     assert "exact, seed 0, is left out: config.data.batch_size: 64 in the run, 128 now" in capsys.readouterr().out
 
@@ -213,6 +215,7 @@ def test_comparison(tmp_path):
 @pytest.mark.slow
 def test_toy_experiment(root, tmp_path, monkeypatch, capsys):
     """Dense and two upcycled models from conversion to figures: both exact ones begin at the dense model's loss."""
+    programs.fork_jobs(monkeypatch)
     fields = {"train.steps": 8, "data.batch_size": 8, "optim.warmup_steps": 1, "data.num_workers": 0,
               "data.cache_dir": root / "cache"}  # fmt: skip
     command = ["upcycling", f"--run={root}/dense", f"--data={root}/domains", f"--out={tmp_path}", "--gpus=0",

@@ -1,5 +1,6 @@
 """Draws runs beside one another: losses and loads over training, benchmarks, layers and domains."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from moe_jax.compare.runs import Run
 from moe_jax.compare.tables import ACCURACIES, UNITS, metric, scores
@@ -223,11 +224,19 @@ def domains(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def _task_names(names: Sequence[str]) -> dict[str, str]:
+    """Names of scores without the variant of a task, as "piqa, accuracy", where that names one of them alone."""
+    short = {name: re.sub(r"/\w+shot(?=,)", "", name) for name in names}
+    return {name: one if list(short.values()).count(one) == 1 else name for name, one in short.items()}
+
+
 def benchmarks(runs: Sequence[Run]) -> Figure:
     """A figure of the accuracy in each task, with its standard error."""
     found = [scores(run, ACCURACIES) for run in runs]
-    names = list(dict.fromkeys(task for one in found for task in one))
-    figure = _dots(runs, names, found, "accuracy ± standard error; higher is better")
+    short = _task_names(list(dict.fromkeys(name for one in found for name in one)))
+    found = [{short[name]: score for name, score in one.items()} for one in found]
+    figure = _dots(runs, list(short.values()), found, "accuracy ± standard error; higher is better")
+    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1.0))
     figure.suptitle("Benchmarks", fontsize=11, color=INK)
     return figure
 

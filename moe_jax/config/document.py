@@ -50,7 +50,11 @@ COLUMNS = ("| field | values | default | on resume | meaning |", "|---|---|---|-
 
 def page() -> str:
     """The text of docs/config.md. Raises ValueError for a field or a component without a description."""
-    return "\n".join([HEAD, *_sections(RunConfig, "")])
+    sections = list(_sections(RunConfig, ""))
+    names = [section.partition("\n")[0].removeprefix("## ") for section in sections]
+    links = [f"[{name}](#{re.sub(r'[^a-z0-9_]', '', name.lower())})" for name in names]
+    contents = textwrap.fill(f"Groups of fields: {', '.join(links)}.", 120, break_long_words=False)
+    return "\n".join([HEAD, contents, "", *sections])
 
 
 def _sections(component: type[Checked], name: str, note: str = "") -> typing.Iterator[str]:

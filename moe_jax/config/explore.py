@@ -42,7 +42,8 @@ class ExploreConfig(Checked, resume=FIXED):
     # 1 to 0.
     random: RampConfig = field(default_factory=lambda: RampConfig(0.0, 0.0))
     noise: float = number(0.0, 0.0)  # factor of Gumbel noise that is added to logits for the selection; EvoMoE: 1
-    # Of a token's chosen experts the first, and those whose score exceeds this, do something. 0: all of them.
+    # A token's first expert always computes; its other experts compute only if their score is above this number. 0: all
+    # compute.
     threshold: float = number(0.0, 0.0, 1.0)
     # Divisor of the logits whose scores the threshold sees.
     temperature: RampConfig = field(default_factory=lambda: RampConfig(1.0, 1.0))

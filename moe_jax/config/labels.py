@@ -118,6 +118,18 @@ def check_label(model: Any, label: int | None, names: dict[str, int] | None = No
     return label
 
 
+def same_labels(one: dict[str, int], other: dict[str, int]) -> bool:
+    """Whether tokens have the same labels by two values of `data.labels`: a domain without a name has the label 0."""
+    named = lambda labels: {name: label for name, label in labels.items() if label}
+    return named(one) == named(other)
+
+
+def without_zeros(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name without the labels of 0 in `data.labels`, which name what is so without them."""
+    is_zero = lambda name, value: name.startswith("data.labels.") and value == 0
+    return {name: value for name, value in settings.items() if not is_zero(name, value)}
+
+
 def _names_of(label: int, names: dict[str, int]) -> str:
     named = [name for name, its in names.items() if its == label]
     named += ["all other text"] * (label == 0)

@@ -4,6 +4,7 @@ Letters: L MoE layers, G domains, E experts, K experts per token.
 """
 
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,8 +122,16 @@ def _bar(figure: Figure, image, axes: np.ndarray, ticks: dict[float, str]) -> No
 
 
 def _frequency_bar(figure: Figure, image, axes: np.ndarray, norm: TwoSlopeNorm) -> None:
-    ticks = {0.0: "0", norm.vcenter: f"{norm.vcenter:.3g} uniform", norm.vmax: f"≥{norm.vmax:.2g}"}
+    ticks = {0.0: "0%", norm.vcenter: f"{100 * norm.vcenter:.3g}% uniform", norm.vmax: f"≥{100 * norm.vmax:.2g}%"}
     _bar(figure, image, axes, ticks)
+
+
+def _sums(found: Analysis) -> str:
+    """A second line of a title, on what a row of frequencies adds up to; "" if not all tokens have K experts."""
+    sums = found.selection_frequency[:, _seen(found)].sum(-1)
+    if not np.allclose(sums, found.top_k, rtol=1e-3):
+        return ""
+    return f"\n{found.top_k} per token, so that a row adds up to {100 * found.top_k}%"
 
 
 def _panel(experts: int, domains: int) -> tuple[float, float]:
@@ -151,7 +160,9 @@ def expert_domain(found: Analysis, layers: list[int] | None = None) -> Figure:
         if i + columns >= len(layers):
             axis.set_xlabel("expert", fontsize=8, color=QUIET)
     _frequency_bar(figure, image, axes, norm)
-    figure.suptitle("Share of a domain's tokens sent to each expert (held-out text)", fontsize=11, color=INK)
+    title = "Share of a domain's tokens that choose each expert (held-out text)"
+    title = textwrap.fill(title, int(11 * figure.get_figwidth()))  # 11 letters an inch: one panel alone is narrow
+    figure.suptitle(title + _sums(found), fontsize=11, color=INK)
     if missing := [name for name, tokens in zip(found.domains, found.tokens, strict=True) if not tokens > 0]:
         figure.supxlabel(f"not evaluated here: {plain(', '.join(missing))}", fontsize=8, color=QUIET)
     return figure
@@ -177,7 +188,9 @@ def compare(runs: dict[str, Analysis], layer: int) -> Figure:
     _frequency_bar(figure, image, axes, norm)
     number = number_of(next(iter(runs.values())), layer)
     figure.suptitle(
-        f"Share of a domain's tokens sent to each expert of layer {number} (held-out text)", fontsize=11, color=INK
+        f"Share of a domain's tokens that choose each expert of layer {number} (held-out text)",
+        fontsize=11,
+        color=INK,
     )
     return figure
 

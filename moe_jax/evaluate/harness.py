@@ -21,7 +21,9 @@ from moe_jax.evaluate.opened import OpenedRun
 try:
     from lm_eval.api.model import TemplateLM
 except ImportError as error:
-    raise ImportError(f"moe_jax.evaluate.harness needs lm-eval ({error}): pip install 'moe_jax[lm-eval]'") from None
+    raise ImportError(
+        f"moe_jax.evaluate.harness needs lm-eval ({error}): pip install -e '.[lm-eval]' in the repository"
+    ) from None
 
 MAX_GEN_TOKS = 256  # tokens to generate if a task does not say; lm-eval's own default
 PROMPTS = 16  # of one batch of generation

@@ -74,7 +74,7 @@ SURROGATES = {"ridge": ridge, "lightgbm": boosted, "gp": process}
 
 def missing(what: str, package: str, error: Exception) -> UserError:
     """The error for a package of the extra `mixtures` that cannot be imported."""
-    return UserError(f"{what} needs {package} ({error}): pip install 'moe_jax[mixtures]'")
+    return UserError(f"{what} needs {package} ({error}): pip install -e '.[mixtures]' in the repository")
 
 
 # --- how well it predicts --------------------------------------------------------------------------------------------

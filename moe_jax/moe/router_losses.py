@@ -32,6 +32,9 @@ class RouterLoss(NamedTuple):
     # The function is a sum over tokens, linear in the statistics, and the loss the mean over tokens. Micro-batches add
     # up to it, so it needs no first pass. It has no scope: it gets the finest groups.
     linear: bool = False
+    # The function is a mean, over the balance groups with a counted token, of a function of the group's own sums, which
+    # is 0 for sums of 0. No micro-batch splits a sequence, so with groups of one it needs no first pass.
+    apart: bool = False
     targets: bool = False  # it takes `targets` and `identity`, as `load_balancing_loss` does: `over` has a meaning
     compares_groups: bool = False  # it is 0 for a single balance group
     by_label: bool = False  # it reads `RouterStats.by_label`, and has no scope: it is taken over the whole batch
@@ -145,7 +148,7 @@ def _minus_information(sums: Float[Array, "*L G C"]) -> Float[Array, "*L"]:
 
 
 LOSSES = {
-    "load_balance": RouterLoss(load_balancing_loss, targets=True),
+    "load_balance": RouterLoss(load_balancing_loss, apart=True, targets=True),
     "router_z": RouterLoss(router_z, linear=True),
     "mutual_information": RouterLoss(mutual_information, compares_groups=True),
     "label_information": RouterLoss(label_information, by_label=True),

@@ -94,8 +94,8 @@ def scale_by_muon(
         momentum: μ in [0, 1), in sum form.
         coefficients: a name in `newton_schulz.SETS`, or Coefficients.
         scale: "match_rms" is update_rms·√max(m, n): every matrix gets an update RMS of about `update_rms`, like that of
-            AdamW, so AdamW's η and λ carry over. "spectral" is √max(1, n/m) for m inputs and n outputs. They are
-            those of one head where `matrices` cuts heads.
+            AdamW, so one η and one λ serve both optimizers. "spectral" is √max(1, n/m) for m inputs and n outputs. They
+            are those of one head where `matrices` cuts heads.
         dtype: of the iteration, and of the matrices that move between devices; "auto" is float16 on GPUs, bfloat16 on
             TPUs and float32 on CPUs (`newton_schulz.iteration_dtype`). The momentum has the parameter's dtype.
         matrices: a rule that gives the axes of a leaf that form its matrices, and raises ValueError for a leaf that it

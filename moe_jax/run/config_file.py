@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from moe_jax import config
+from moe_jax.config.labels import without_zeros
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.tree import flatten_config
 
@@ -88,9 +89,9 @@ def differences(workdir: str | os.PathLike, cfg: config.RunConfig) -> dict[str, 
     """A dict of the fields of `cfg` that differ from the run's: (in the run, now), None for a field that one lacks.
 
     A group of parameters that only one of them has, and that does nothing to them, is left out: a config file may name
-    it for the command line to change.
+    it for the command line to change. So is a label of 0, which domains without a name have too.
     """
-    old, new = values(workdir), flatten_config(_plain(cfg))
+    old, new = without_zeros(values(workdir)), without_zeros(flatten_config(_plain(cfg)))
     old, new = _without_idle_groups(old, new), _without_idle_groups(new, old)
     names = [*old, *(name for name in new if name not in old)]
     return {n: (old.get(n), new.get(n)) for n in names if _shown(old, n) != _shown(new, n)}

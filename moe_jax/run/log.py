@@ -209,7 +209,7 @@ def check_same(path: str | os.PathLike, step: int, asked: dict[str, Any]) -> Non
     """
     body = _read_object(Path(path))
     parts = [body, *(row for kind in BENCHMARKS for row in (body.get(kind) or {}).values())]
-    for name, value in asked.items():
+    for name, value in json.loads(json.dumps(asked)).items():  # tuples become lists, as in a file
         for old in (part[name] for part in parts if name in part and body.get("step") == step):
             if old != value:
                 raise UserError(f"{path}: has results of {name} {shown(old)}, not of {shown(value)}; rename it first")

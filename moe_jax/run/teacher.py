@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from moe_jax import model
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.fields import nearest_divisor, require
+from moe_jax.config.labels import same_labels
 from moe_jax.data import tokenizers
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.moe import router_losses
@@ -109,8 +110,7 @@ def _check_labels(cfg: RunConfig, whole: RunConfig) -> None:
     read = cfg.model.labels or whole.model.labels or router_losses.counted_labels(cfg)
     rule = f"has no effect: neither the model, nor a loss, nor distill.teacher={where!r} reads labels (docs/labels.md)"
     require(read or not labels, "data.labels", labels, rule, "nearest valid: {}")
-    named = lambda labels: {name: label for name, label in labels.items() if label}  # the others have 0 in any case
-    same = not whole.model.labels or named(labels) == named(theirs)
+    same = not whole.model.labels or same_labels(labels, theirs)
     rule = f"must be the labels of the run of distill.teacher={where!r}, which depends on them"
     require(same, "data.labels", labels, rule, f"nearest valid: {theirs}")
 

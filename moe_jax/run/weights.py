@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from moe_jax import config, model
 from moe_jax.config.fields import require
+from moe_jax.config.labels import same_labels
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.nn import lora
 from moe_jax.run import base
@@ -365,7 +366,7 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
     if refused and not _same_function(cfg.model, load_config(path).model):
         raise CheckpointError(f"config.init_from={cfg.init_from!r} has another model ({'; '.join(refused[:5])})")
     labels = [c.data.labels for c in (load_config(path), cfg)]
-    moved = cfg.model.labels and labels[0] != labels[1]
+    moved = cfg.model.labels and not same_labels(*labels)
     told = f"config.data.labels: {json.dumps(labels[0])} in {cfg.init_from}, {json.dumps(labels[1])} now"
     return [*lines.values(), *([told] if moved else []), *_about_rounded(cfg, path)]
 

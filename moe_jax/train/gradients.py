@@ -4,7 +4,9 @@ The loss is a function of the sums of the optimizer batch, and need not be linea
 do not change it. A first pass through the layers sums the router statistics of all micro-batches, and the slopes of the
 loss, its derivatives by each sum, are taken there. A second pass adds up, over micro-batches, the gradient of
 Σ slope · the micro-batch's own sum. By the chain rule that is the gradient of the whole batch, for any loss and any
-number of micro-batches. A loss that is linear in the sums has the same slopes everywhere, and needs no first pass.
+number of micro-batches. Losses say of themselves whether they need that (`losses.needs_whole_batch`). One that is
+linear in the sums has the same slopes everywhere, and one that balances each sequence needs the sums of a sequence
+alone, which one micro-batch has.
 """
 
 import dataclasses
@@ -92,8 +94,15 @@ def make_gradients(
             stats_of = functools.partial(_router_stats, count_graph, params, bias, moving)
             terms = {name: jnp.zeros(()) for name in cfg.distill.factors} if of_teacher else None
             first_pass = cfg.model.num_moe_layers > 0 and losses.needs_whole_batch(cfg.loss)
+            sequences = losses.balances_sequences(cfg.loss)
             total = _exact(
-                gradients_of, total_loss, micro, stats_of if first_pass else None, terms, cfg.model.mtp_layers
+                gradients_of,
+                total_loss,
+                micro,
+                stats_of if first_pass else None,
+                terms,
+                cfg.model.mtp_layers,
+                sequences,
             )
         return total._replace(grads=jax.tree.map(lambda g, p: g.astype(p.dtype), total.grads, trained))
 
@@ -217,12 +226,14 @@ def _cast_gradients(part: Gradients) -> Gradients:
 
 def _exact(
     gradients_of: Callable, total_loss: Callable, micro: Batch, stats_of: Callable | None, terms: dict | None,
-    mtp_layers: int,
+    mtp_layers: int, by_sequence: bool,
 ) -> Gradients:  # fmt: skip
     """Sums the gradients of micro-batches, each with the slopes of the loss at the sums of the whole batch.
 
-    stats_of: the first pass of a micro-batch, which computes no logits and no gradients; None if the loss is linear.
+    stats_of: the first pass of a micro-batch, which computes no logits and no gradients; None where the slopes do not
+        depend on other micro-batches.
     terms: zeros in place of the terms of a teacher, if there is one.
+    by_sequence: `losses.balances_sequences`.
     """
     weights, ahead = jnp.sum(micro.weights), prediction.without_nll(micro, mtp_layers)
     if stats_of:
@@ -231,9 +242,10 @@ def _exact(
         slopes = jax.grad(lambda sums: total_loss(sums)[0], allow_int=True)(whole)
         loss_of = lambda sums: (losses.dot(slopes, sums), None)
     else:
-        tokens = _counted(micro)
+        whole = {"tokens": _counted(micro)}
+        whole |= {"sequences": prediction.sequences(micro, mtp_layers)} if by_sequence else {}
         of_batch = lambda sums: sums._replace(weights=weights, mtp=_of_batch(sums.mtp, ahead))
-        loss_of = lambda sums: (total_loss(of_batch(sums), tokens=tokens)[0], None)
+        loss_of = lambda sums: (total_loss(of_batch(sums), **whole)[0], None)
     only_sums = lambda part: _cast_gradients(gradients_of(part, loss_of))._replace(loss=None, parts=None)
     total = _sum_over(lambda _, part: only_sums(part), micro)
     loss, parts = total_loss(total.sums)

@@ -1,5 +1,6 @@
 """The training loss: `total_loss` is the one place that joins coefficients to losses."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ def total_loss(
     model: ModelConfig | None = None,
     *,
     tokens: Float[Array, ""] | None = None,
+    sequences: Float[Array, " heads"] | None = None,
     share: float = 1.0,
     distill: DistillConfig | None = None,
 ) -> tuple[Float[Array, ""], LossParts]:
@@ -65,6 +67,9 @@ def total_loss(
     model: decides which blocks have a router, and which of its columns are experts; None: all of them. Blocks whose
         experts a table names have no balance to gain, so that only losses that are linear see their routers.
     tokens: counted tokens that a linear router loss is a mean over; None: those of `sums`.
+    sequences: those of the whole batch with a counted token, for the decoder and each layer of multi-token prediction,
+        if `sums` are of a micro-batch and the other router losses balance each sequence (`balances_sequences`). Then
+        these are the micro-batch's share of the mean over sequences. None: `sums` are of all that a loss is taken over.
     share: weight of the other router losses.
     distill: the factors of the terms of a teacher, if `sums` has any.
     """
@@ -82,7 +87,11 @@ def total_loss(
     router, raw, mtp, weight = {}, {}, {}, prediction.coef(cfg, step)
     of_each = None if sums.mtp is None else jnp.maximum(sums.mtp.tokens, 1.0)
     for name, term in cfg.router_losses.items():
-        nonlinear = lambda stats, term=term: share * _of_bank(stats, cfg, term, model and model.moe)
+
+        def nonlinear(stats, term=term, heads=slice(1)):
+            value = share * _of_bank(stats, cfg, term, model and model.moe)
+            return value if sequences is None else value * _share_of_sequences(stats, sequences[heads])
+
         linear = LOSSES[term.kind].linear
         if linear:
             value = join(LOSSES[term.kind].of, weighed) / jnp.maximum(tokens, 1.0)
@@ -92,7 +101,8 @@ def total_loss(
         router[name] = weighted(value)
         raw[name.replace(term.kind, f"{term.kind}_raw", 1)] = value
         if MTP_BLOCK in sums.router:
-            of_head = (lambda stats, term=term: LOSSES[term.kind].of(stats) / of_each) if linear else nonlinear
+            ahead = functools.partial(nonlinear, heads=slice(1, None))
+            of_head = (lambda stats, term=term: LOSSES[term.kind].of(stats) / of_each) if linear else ahead
             value = join(of_head, [sums.router[MTP_BLOCK]])
             mtp[f"mtp/{name}"], raw[f"mtp_raw/{name}"] = weight * weighted(value), value
     weights, teacher = jnp.maximum(sums.weights, 1.0), {}
@@ -124,6 +134,11 @@ def _of_bank(stats: RouterStats, cfg: LossConfig, term: RouterLossConfig, moe: M
     return row.of(stats, column_targets(columns, identity, term.over, budget), identity)
 
 
+def _share_of_sequences(stats: RouterStats, whole: Float[Array, " heads"]) -> Float[Array, " L"]:
+    """The share of the sequences with a counted token that are in these statistics, whose groups are sequences."""
+    return jnp.sum((stats.tokens > 0).astype(jnp.float32), axis=-1) / jnp.maximum(whole, 1.0)
+
+
 def _coef(term: RouterLossConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
     """The coefficient of a term at a step, counted from 0."""
     if term.start_step == term.stop_step == 0:
@@ -132,9 +147,20 @@ def _coef(term: RouterLossConfig, step: Int[Array, ""] | int) -> Float[Array, ""
     return jnp.where(on, term.coef, 0.0)
 
 
+def _nonlinear(cfg: LossConfig) -> list[RouterLossConfig]:
+    """The router losses that are on and not linear in the sums of the batch."""
+    return [term for term in cfg.router_losses.values() if term.coef and not LOSSES[term.kind].linear]
+
+
 def needs_whole_batch(cfg: LossConfig) -> bool:
     """Whether the gradient of a micro-batch depends on the statistics of the others."""
-    return any(term.coef and not LOSSES[term.kind].linear for term in cfg.router_losses.values())
+    by_sequence = lambda term: LOSSES[term.kind].apart and term.balance_batch == 1 and not cfg.shuffle_tokens
+    return not all(map(by_sequence, _nonlinear(cfg)))
+
+
+def balances_sequences(cfg: LossConfig) -> bool:
+    """Whether the router losses that are not linear are means over sequences, each of which one micro-batch has."""
+    return bool(_nonlinear(cfg)) and not needs_whole_batch(cfg)
 
 
 def dot(slopes: BatchSums, sums: BatchSums) -> Float[Array, ""]:
@@ -159,7 +185,7 @@ def describe(cfg: LossConfig, micro_batches: int) -> str:
     on = [t for t in cfg.router_losses.values() if t.coef]
     if not on:
         return "router losses: none"
-    running = cfg.accumulation == "running" and micro_batches > 1 and needs_whole_batch(cfg)
+    running = cfg.accumulation == "running" and micro_batches > 1 and bool(_nonlinear(cfg))
     how = "running counts, an approximation (arXiv:2501.11873, algorithm 1)" if running else "exact"
     terms = " + ".join(f"{t.coef:g} {t.kind}{of(t)}{scope(t)}{when(t)}" for t in on)
     return f"router losses, {cfg.router_loss_layers} over layers, {how}: {terms}"

@@ -57,6 +57,14 @@ def without_nll(batch: Batch, layers: int) -> PredictionSums | None:
     return PredictionSums(jnp.zeros(layers), jnp.stack(weights), jnp.stack(tokens))
 
 
+def sequences(batch: Batch, layers: int) -> Float[Array, " heads"]:
+    """The number of sequences with a token that is counted: by the decoder, and by each layer.
+
+    batch: one, or several with a leading axis.
+    """
+    return jnp.stack([jnp.sum(jnp.any(_counted(batch, k), axis=-1), dtype=jnp.float32) for k in range(layers + 1)])
+
+
 def sums(hidden: Float[Array, "K B S D"], output: Float[Array, "V D"], batch: Batch) -> PredictionSums:
     """All sums. hidden: `Output.ahead`. output: maps it to logits, of which only those of a chunk exist at a time."""
     layers = hidden.shape[0]

@@ -2,7 +2,7 @@
 
 A transform is a function of (config, parameters), sharded under `jit`.
 
-    chain = [Depth(24), VirtualGroups(expansion=8, granularity=8, top_k=8), Drop(0.5)]
+    chain = [Depth(24), VirtualGroups(expansion=8, granularity=8, top_k=8, choice="shards"), Drop(0.5)]
     cfg, params = apply(chain, cfg, params, seed=0)
 
 docs/upcycling.md explains each transform, and which of them keep the model's function. The command is

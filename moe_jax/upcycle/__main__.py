@@ -1,6 +1,7 @@
 """Makes a Mixture of Experts from a dense model, or from another Mixture of Experts.
 
-    python -m moe_jax.upcycle --from=runs/dense --workdir=runs/moe --expansion=8 --granularity=8 --top_k=8
+    python -m moe_jax.upcycle --from=runs/dense --workdir=runs/moe --expansion=8 --granularity=8 --top_k=8 \\
+        --choice=shards
     python -m moe_jax.upcycle --from=runs/moe --workdir=runs/small --prune=32
 
 The new run directory holds weights and their origin. Train them with `--config.init_from=runs/moe`. By default the new

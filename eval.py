@@ -120,7 +120,7 @@ def main(argv):
     suffix = ".ema" * average + (limited or f".{number}" * bool(tail)) + tail
     log.check_same(workdir / f"eval{suffix}.json", number, with_what(changed))
     if CONTRAST.value:
-        log.check_same(workdir / f"contrast{suffix}.json", number, asked_of(CONTRAST.value))
+        log.check_same(workdir / f"contrast{suffix}.json", number, asked_of(CONTRAST.value) | with_what(changed))
     earlier = EARLIER.value and weights.load_weights(workdir, *abstract, step=EARLIER.value, average=average)[:2]
     for line in [*corpus.notes(), *data.record.since(before, checkpoint.gather_json(corpus.record()))]:
         echo(line)
@@ -155,7 +155,7 @@ def main(argv):
     compared = contrast.of_domains(found, *CONTRAST.value, cfg.model.moe.identity_experts) if CONTRAST.value else None
     off = contrast.off_line(compared, cfg.model) if compared else ""
     if compared:
-        text = contrast.to_json(compared, number, off, EXPERTS.value)
+        text = contrast.to_json(compared, number, off, EXPERTS.value, overrides=changed)
         keep(f"contrast{suffix}.json", lambda path: log.write_text(path, text))
 
     # --- samples ------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def with_what(changed):
 
 def asked_of(sides):
     """The fields of contrast.json that say what was compared."""
-    return dict(zip(("first", "second"), sides, strict=True)) | ({"experts": EXPERTS.value} if EXPERTS.value else {})
+    return dict(zip(("first", "second"), sides, strict=True))
 
 
 def save_figures(workdir, drawn, formats):
@@ -334,13 +334,14 @@ def compare_prompts(workdir, cfg, mesh, changed, formats, echo):
     names, label = contrast.titles(CONTRAST.value), None
     if cfg.model.labels:
         run, label = run.labelled(cfg.sample.label), cfg.sample.label
-    log.check_same(workdir / f"contrast{suffix}.json", run.step, asked_of(names) | {"label": label})
+    asked = asked_of(names) | with_what(changed) | {"label": label}
+    log.check_same(workdir / f"contrast{suffix}.json", run.step, asked)
     for path, texts in prompts.items():
         contrast.check_prompts(run, path, texts)
     found = contrast.of_prompts(run.switched(EXPERTS.value), *prompts.values(), names)
     line = contrast.off_line(found, run.model)
     if jax.process_index() == 0:
-        text = contrast.to_json(found, run.step, line, EXPERTS.value, label)
+        text = contrast.to_json(found, run.step, line, EXPERTS.value, label, changed)
         log.write_text(workdir / f"contrast{suffix}.json", text)
         save_figures(workdir, [(f"contrast{suffix}", contrast.figure(found, line))], formats)
     echo(f"\n{contrast.table(found, line)}\n\nwritten in {workdir}: contrast{suffix}.json, figures/: contrast{suffix}")
@@ -369,9 +370,10 @@ def score(workdir, cfg, mesh, changed, switched, echo):
     at = lambda tail: f".{number}" if tail or number != newest else ""
     names = {kind: f"eval{'.ema' * average}{at(tail)}{tail}.json" for kind, tail in tails.items()}
     files = {task.name: (path_of(name), task.digest) for name, (task, _) in found.items()}
-    for name in names.values():
-        check_kept(workdir / name, number, files)
-        log.check_same(workdir / name, number, with_what(changed))
+    for kind, asked in (("tasks", TASKS.value), ("texts", TEXT.value)):
+        if asked:  # else the file, which may be another evaluation's, is not written
+            check_kept(workdir / names[kind], number, files if kind == "tasks" else {})
+            log.check_same(workdir / names[kind], number, with_what(changed))
     params, bias, _ = weights.load_weights(workdir, *abstract_weights(cfg.model, mesh), step=number, average=average)
     scorer = benchmarks.scorer(cfg, mesh, params, bias, jax.process_index() == 0, switched)
     echo(f"{'average of the weights in the ' if average else ''}checkpoint of step {number}, mesh {dict(mesh.shape)}")

@@ -14,42 +14,41 @@ device alone that this is; bytes that a device sends to experts of other devices
 a gradient norm, which are equal on meshes of the same size if they compute the same. `padded` is the all-to-all of full
 blocks, which CPU always uses, for comparison on other devices.
 
---kinds compares models that send or wait for less, of equal FLOPs by pairs: `plain` is the config's, `latent` has four
-times the experts and choices at a quarter of the width; `pairs` has experts in every second block and a feed-forward
+--kinds compares models that send or wait for less: `plain` is the config's, `latent` has four times the experts and
+choices at a quarter of the width, and some FLOPs more, for two more products a token and a router of four times the
+columns. `pairs` and `late` have equal FLOPs: `pairs` has experts in every second block and a feed-forward
 layer of their active width in the others, `late` has half of that width in all blocks and its experts beside a whole
 block, so that their exchange may run beside it (`benchmarks.profile_step` says whether it does).
 
-After each round rows are appended to --rows, and --figure draws the last ones of that file: tokens/s of all devices
-against their number. With --rounds=0 nothing is timed.
+After each round a row of each variant, of all its `turns` so far, is appended to --rows, and --figure draws the last
+ones of that file: tokens/s of all devices against their number. With --rounds=0 nothing is timed.
 """
 
 import functools
 import gc
 import json
-import math
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
-from matplotlib.figure import Figure
 
+from benchmarks.meshes import OF_TRAINING, Variant, change, draw, read, variants
 from benchmarks.rows import Timed, milliseconds, moe_layer, seconds, training_step, where
 from moe_jax import cli, config
 from moe_jax.errors import UserError
-from moe_jax.evaluate.analysis import INK, QUIET
-from moe_jax.evaluate.drawing import GRID
+from moe_jax.model.counts import flops_per_token
 from moe_jax.moe import exchange
 from moe_jax.moe.stats import by_depth
 from moe_jax.parallel import sharding
 from moe_jax.train import metrics
 
 CONFIG = cli.define_config()
-ROUNDS = flags.DEFINE_integer("rounds", 3, "times that every variant has its turn", 0)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "times that every variant has its turn; 0: only draw --rows", 0)
 STEPS = flags.DEFINE_integer("steps", 10, "calls of a turn", 1)
 CHUNKS = flags.DEFINE_list("chunks", ["1", "2", "4"], "values of model.moe.exchange_chunks")
 DEVICES = flags.DEFINE_integer("devices", 0, "use this many devices; 0: all", 0)
@@ -59,62 +58,6 @@ TRAIN = flags.DEFINE_bool("train", False, "a whole training step instead of one 
 KINDS = flags.DEFINE_list("kinds", ["plain"], "plain, latent, pairs or late")
 ROWS = cli.define_path("rows", None, "file that rows are appended to, one JSON object each")
 FIGURE = cli.define_path("figure", None, "figure of the rows of --rows")
-
-OF_TRAINING = ("pairs", "late")  # kinds that order blocks, of which one layer has none
-COLOURS = ("#2f6fb0", "#c4572e", "#3c8d53", "#8a5fa8", "#b08a2f", "#4aa3a3", "#a84a6f", "#6f6f6f")
-
-
-class Variant(NamedTuple):
-    mesh: tuple[int, int, int]
-    exchange: str = "ring"
-    chunks: int = 1
-    padded: bool = False
-    kind: str = "plain"
-
-    @property
-    def devices(self) -> int:
-        return math.prod(self.mesh)
-
-    @property
-    def name(self) -> str:
-        _, fsdp, expert = self.mesh
-        return self._titled(f"fsdp={fsdp}", f"expert={expert}") if self.devices > 1 else self._titled("1 device")
-
-    @property
-    def line(self) -> str:
-        """Its name without the number of devices that grows from machine to machine."""
-        _, fsdp, expert = self.mesh
-        return self._titled("fsdp", "expert" if fsdp == 1 else f"expert={expert}")
-
-    def _titled(self, sharded: str, by_expert: str = "") -> str:
-        _, fsdp, expert = self.mesh
-        axes = [sharded] * (fsdp > 1 or self.devices == 1) + [by_expert] * (expert > 1)
-        how = f", {'padded ' * self.padded}{self.exchange}" + f", {self.chunks} chunks" * (self.chunks > 1)
-        return f"{self.kind}, " * (self.kind != "plain") + " ".join(axes) + how * (expert > 1)
-
-
-def variants(n: int) -> list[Variant]:
-    """n: devices."""
-    found = [Variant((1, 1, 1))]
-    if n > 1:
-        found += [Variant((1, n, 1))]
-        pads = (False, True) if PADDED.value and jax.default_backend() != "cpu" else (False,)  # CPU always pads
-        ways = [("ring", False), *(("all_to_all", padded) for padded in pads)]
-        found += [Variant((1, 1, n), name, int(chunks), pad) for name, pad in ways for chunks in CHUNKS.value]
-        both = [(1, n // expert, expert) for expert in range(2, n) if n % expert == 0]
-        found += [Variant(mesh, name) for mesh in both for name in ("ring", "all_to_all")]
-    found = [v._replace(kind=kind) for kind in KINDS.value for v in found]
-    return [v for v in found if any(part in v.name for part in ONLY.value)]
-
-
-def change(c: Any, kind: str) -> None:
-    """Makes the config's model one of a kind, in place."""
-    m, width = c.model, c.model.moe.top_k * c.model.moe.d_expert
-    if kind == "latent":
-        m.moe.update(latent=m.d_model // 4, num_experts=4 * m.moe.num_experts, top_k=4 * m.moe.top_k)
-    elif kind in OF_TRAINING:
-        first, m.d_ff = ("moe", width) if kind == "pairs" else ("late", width // 2)
-        m.layers, m.unroll = f"{m.num_layers // 2}*({first} dense)", max(1, min(m.unroll, m.num_layers // 2))
 
 
 # --- what is timed ---------------------------------------------------------------------------------------------------
@@ -162,6 +105,7 @@ class Row:
 
     def __init__(self, variant: Variant, devices: list[jax.Device]):
         self.variant, self.turns, self.note, self.cfg = variant, [], "", build(variant)
+        self.where = where(len(devices))
         self.mesh = sharding.make_mesh(variant.mesh, devices[: variant.devices])
         config.check_devices(self.cfg, variant.devices, devices[0].platform, devices[0].device_kind)
         padded = lambda *args, pieces=1: exchange._swap_padded(*args)
@@ -179,7 +123,7 @@ class Row:
                      f"value {float(out[-1]['value']):.6g}, gradient {float(out[-1]['norm']):.6g}")  # fmt: skip
 
     def numbers(self) -> dict[str, Any]:
-        """What --rows keeps, but for the share of one device."""
+        """The numbers that --rows keeps, but for the share of one device."""
         cfg, median = self.cfg, statistics.median(self.turns)
         once = cfg.data.batch_size * cfg.data.seq_len // (self.variant.devices * cfg.train.micro_batches)
         tokens = once * (cfg.train.micro_batches if TRAIN.value else 1)
@@ -200,13 +144,16 @@ class Row:
             "sent": sent[self.variant.exchange],
             "temporaries": self.timed.temporaries,
             "note": self.note,
-            "where": where(),
+            "turns": len(self.turns),  # whose median it is; a row with more of them is of these too
+            "flops_per_token": flops_per_token(cfg.model, cfg.data.seq_len),  # of the whole model in training
+            "where": self.where,
         }
 
     def __str__(self) -> str:
         row = self.numbers()
         return (f"{row['name']:<40} {milliseconds(self.turns)}, "
                 f"{row['tokens_per_second']:9.0f} tokens/s a device, {row['sent'] / 1e6:8.1f} MB sent, "
+                f"{row['flops_per_token'] / 1e9:.3g} GFLOP a token of the model, "
                 f"temporaries {row['temporaries'] / 2**30:.2f} GiB, {row['note']}")  # fmt: skip
 
 
@@ -214,7 +161,7 @@ class Row:
 
 
 def what() -> str:
-    """What is timed, with what decides its work: rows of different kinds of this line are no comparison."""
+    """Describes what is timed by all that decides its work. Rows with another description are not to be compared."""
     cfg, moe = config.build(CONFIG.value), CONFIG.value.model.moe
     return (f"{'training step' if TRAIN.value else 'MoE layer, forward and backward'}: E={moe.num_experts}, "
             f"K={moe.top_k}, D={cfg.model.d_model}, F={moe.d_expert}, {cfg.model.num_layers} layers, "
@@ -226,7 +173,9 @@ def measure(devices: list[jax.Device]) -> list[dict[str, Any]]:
     """Times the variants in turns and prints them. One that cannot run here says why."""
     print(f"{what()}, {len(devices)} × {devices[0].device_kind}, jax {jax.__version__}", flush=True)
     rows = []
-    for variant in variants(len(devices)):
+    pads = (False, True) if PADDED.value and jax.default_backend() != "cpu" else (False,)  # CPU always pads
+    named = lambda variant: any(part in variant.name for part in ONLY.value)
+    for variant in filter(named, variants(len(devices), KINDS.value, CHUNKS.value, pads)):
         try:
             rows.append(Row(variant, devices))
             rows[-1].turn()
@@ -258,40 +207,9 @@ def keep(rows: list[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Tokens/s of all devices against their number, a line for each way to spread the model, one panel a kind of rows.
-
-    Of rows of the same line and number the last one counts. Grey: as many times one device.
-    """
-    panels = {(row["what"], row["kind"]): [] for row in rows}
-    for row in {(row["what"], row["name"], row["devices"]): row for row in rows}.values():
-        panels[row["what"], row["kind"]].append(row)
-    figure = Figure((4.6 * len(panels) + 0.4, 4.0), layout="constrained")
-    for axis, ((_, kind), mine) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        counts = sorted({row["devices"] for row in mine})
-        total = lambda row: row["devices"] * row["tokens_per_second"]
-        alone = [(1, total(row)) for row in mine if row["devices"] == 1]
-        if alone:
-            axis.plot(counts, [n * alone[0][1] for n in counts], color=QUIET, lw=1.2, ls="--", label="one × devices")
-        lines = dict.fromkeys(row["line"] for row in mine if row["devices"] > 1)
-        for line, colour in zip(lines, COLOURS * (1 + len(lines) // len(COLOURS)), strict=False):
-            points = sorted(alone + [(row["devices"], total(row)) for row in mine if row["line"] == line])
-            axis.plot(*zip(*points, strict=True), color=colour, marker="o", ms=4, lw=1.6, label=line)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(counts, [str(n) for n in counts])
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("devices", fontsize=9)
-        axis.set_title(kind, fontsize=9, color=INK)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color=GRID, lw=0.7)
-        axis.legend(fontsize=7, frameon=False, loc="upper left")
-    figure.axes[0].set_ylabel("tokens/s", fontsize=9)
-    kinds = dict.fromkeys(row["where"].partition(" × ")[2] for row in rows)
-    figure.suptitle(f"{next(iter(panels))[0].partition(':')[0]}, {', '.join(kinds)}", fontsize=10, color=INK)
-    return figure
-
-
 def main(_):
+    if not ROUNDS.value and not (ROWS.value and FIGURE.value):
+        raise UserError("--rounds=0: times nothing; needs --rows, a file that is there, and --figure")
     if unknown := [kind for kind in KINDS.value if kind not in ("plain", "latent", *OF_TRAINING)]:
         raise UserError(f"--kinds={unknown[0]}: must be among plain, latent, {', '.join(OF_TRAINING)}")
     layers = CONFIG.value.model.num_layers
@@ -301,8 +219,9 @@ def main(_):
         raise UserError(f"--kinds={order[0]}: needs an even model.num_layers ≥ 4, not {layers}")
     found = measure(jax.devices()[: DEVICES.value or None]) if ROUNDS.value else []
     if FIGURE.value:
-        if ROWS.value:
-            found = [json.loads(line) for line in Path(ROWS.value).read_text(encoding="utf-8").splitlines()]
+        found = read(ROWS.value) if ROWS.value else found
+        if not found:
+            raise UserError(f"--figure={FIGURE.value}: there is no row to draw: no variant could run")
         draw(found).savefig(FIGURE.value, dpi=160)
 
 

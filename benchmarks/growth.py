@@ -168,7 +168,7 @@ class Row:
         self.max_load = router["max_load"]
 
     def numbers(self, first: "Row", rate: float) -> dict[str, Any]:
-        """What --rows keeps. rate: bytes a second."""
+        """The numbers that --rows keeps. rate: bytes a second."""
         seconds, reference, c = statistics.median(self.turns), statistics.median(first.turns), self.cfg
         of_bytes = lambda row: parameter_bytes(row.cfg) / rate
         of_flops = lambda row: step_flops(row.cfg) + optimizer_flops(row.cfg)

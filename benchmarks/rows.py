@@ -56,9 +56,9 @@ def milliseconds(turns: list[float]) -> str:
     return f"{1e3 * statistics.median(turns):9.2f} ms{reach}"
 
 
-def where() -> str:
-    """The devices and the version that every row or table names."""
-    return f"{jax.device_count()} × {jax.devices()[0].device_kind}, jax {jax.__version__}"
+def where(used: int | None = None) -> str:
+    """The devices and the version that every row or table names. used: how many of them; None: all."""
+    return f"{used or jax.device_count()} × {jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
 # --- what is timed ---------------------------------------------------------------------------------------------------

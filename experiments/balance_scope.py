@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import balance_report, pool
+from experiments import balance_report, pool, records
 from experiments.pool import Run
 from moe_jax import terminal
 from moe_jax.cli import expanded
@@ -137,6 +137,8 @@ def main() -> int:
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
+    if records.unequal(found, lambda run: run.domains):
+        return 2
     balance_report.write(out, finished, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0

@@ -293,12 +293,12 @@ def resembling(
     return best
 
 
-def most_in_common(one: Int[np.ndarray, "N P"], others: Int[np.ndarray, "M P"], white: int) -> Float[np.ndarray, " N"]:
-    """The share of each image's tokens that are not white that some image of `others` has too, place by place; the
+def most_in_common(one: Int[np.ndarray, "N P"], others: Int[np.ndarray, "M P"], paper: int) -> Float[np.ndarray, " N"]:
+    """The share of each image's tokens that are not `paper` that some image of `others` has too, place by place; the
     largest over these images."""
     found = np.zeros(len(one))
     for i, codes in enumerate(one):
-        drawn = np.flatnonzero(codes != white)
+        drawn = np.flatnonzero(codes != paper)
         if len(drawn):
             found[i] = (others[:, drawn] == codes[drawn]).mean(1).max()
     return found
@@ -352,7 +352,9 @@ def build(out: Path, text: str, images: Images, side: int, codes: int, resembles
         write(out / f"{name}.parquet", images.where(which).names, numbers[which])
     shown = np.flatnonzero(kept)[:16]
     save(comparison(images.pixels[shown], made[shown]), out / "reconstructions", ("png",))
-    copies = most_in_common(numbers[kept], numbers[~held], int(np.argmax((means == 1).all(-1))))
+    counts = np.bincount(numbers[~held].ravel())
+    paper = int(counts.argmax())  # white around emoji, black around digits
+    copies = most_in_common(numbers[kept], numbers[~held], paper)
     error = (made[kept].astype(float) - images.pixels[kept]) ** 2
     tokens = numbers.shape[1] + 1
     return {
@@ -365,7 +367,7 @@ def build(out: Path, text: str, images: Images, side: int, codes: int, resembles
         "tokens_per_image": tokens,
         "codes": len(means),
         "codes_used": len(np.unique(numbers[~held])),
-        "commonest_code": float(np.bincount(numbers[~held].ravel()).max() / numbers[~held].size),
+        "commonest_code": float(counts[paper] / numbers[~held].size),
         "held_out_psnr_db": float(10 * np.log10(255**2 / error.mean())),
         "train_sha256": hashlib.sha256((out / "train.parquet").read_bytes()).hexdigest(),
     }

@@ -161,6 +161,8 @@ def main() -> int:
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
+    if records.unequal(finished, lambda run: run.domains):
+        return 2
     modalities_report.write(out, finished, {name: arm.label for name, arm in ARMS.items()}, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0

@@ -293,6 +293,8 @@ def main() -> int:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
     comparison = muon_report.Comparison(finished)
+    if records.unequal(muon_report.measured(comparison), muon_report.kinds_of, "matrices"):
+        return 2
     out.mkdir(parents=True, exist_ok=True)
     muon_report.write(out, comparison)
     muon_figures.write(out, comparison, arguments.figures)

@@ -276,6 +276,11 @@ def measured(c: Comparison) -> dict[str, Finished]:
     return {name: run for name, run in c.best.items() if run.matrices}
 
 
+def kinds_of(run: Finished) -> list[str]:
+    """The kinds of matrices that were measured, with their layers."""
+    return [f"{kind} of {len(layers)} layers" for kind, layers in run.matrices["svd_entropy"].items()]
+
+
 def _entropy_table(c: Comparison) -> str:
     runs = measured(c)
     rows = []

@@ -127,6 +127,8 @@ def main() -> int:
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
+    if records.unequal(finished, lambda run: run.kept[run.percentages[0]]):
+        return 2
     labels = {name: arm.label for name, arm in ARMS.items()}
     pools_report.write(out, finished, labels, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))

@@ -136,6 +136,8 @@ def main() -> int:
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
+    if records.unequal(finished, lambda run: run.used[str(run.whole)]):
+        return 2
     pruning_report.write(out, finished, ARMS, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0

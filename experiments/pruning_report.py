@@ -116,7 +116,7 @@ def table(runs: Runs, labels: dict[str, str]) -> str:
     parts = [markdown(head, rows), NOTES.format(steps=steps)]
     for name, losses in (("before", "used"), (f"after {steps} more steps", "after")):
         columns = [(key, run, n) for key, run in sorted(runs.items()) for n in run.experts]
-        domains = list(next(iter(runs.values())).used[str(columns[0][2])])
+        domains = list(columns[0][1].used[str(columns[0][2])])
         body = [[domain or "all", *(f"{run.perplexity(getattr(run, losses), n, domain):.2f}" for _, run, n in columns)]
                 for domain in domains]  # fmt: skip
         parts.append(markdown([f"perplexity, {name}", *(f"{key[0]}, {n}" for key, _, n in columns)], body))

@@ -4,7 +4,8 @@ Every experiment compares by these functions. `pool.Call` has what a call asks f
 """
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ PLACES = ("path", "data_dir")  # of text, which lies elsewhere on another machin
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a flat configuration that decide what is trained, without the seed and the places of files."""
+    """The fields of a flat configuration that decide what is trained, without the seed and the places of files.
+
+    A group of `ENTRIES` that has none is named too, so that a record without entries tells from one that lacks them.
+    """
 
     def decides(name: str) -> bool:
         if name == "seed" or (name.startswith("data.") and name.rpartition(".")[2] in PLACES):
@@ -30,6 +34,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     for name, kind in (("init_from", bool), ("loss.balance_batch", str)):  # a number, or the same as text
         if name in found:
             found[name] = kind(found[name])
+    found |= {group[:-1]: {} for group in ENTRIES if not any(name.startswith(group) for name in found)}
     return json.loads(json.dumps(found))  # tuples become lists, as in a file
 
 
@@ -56,10 +61,10 @@ def unlike(record: dict[str, Any], wanted: dict[str, Any], usual: dict[str, Any]
     """Lines about the settings of a record that are not those wanted.
 
     usual: the settings of the arm without --set. A record of few settings had these for the others, but not entries of
-    a group of which it has others, or has none.
+    a group that it names: of which it has others, labels of 0 included, or none (see `_settings`).
     """
-    record, wanted, usual = without_zeros(record), without_zeros(wanted), without_zeros(usual)
     groups = {group for group in ENTRIES for name in record if f"{name}.".startswith(group)}
+    record, wanted, usual = without_zeros(record), without_zeros(wanted), without_zeros(usual)
 
     def had(name: str) -> Any:
         group = next((group for group in groups if name.startswith(group)), None)
@@ -69,7 +74,8 @@ def unlike(record: dict[str, Any], wanted: dict[str, Any], usual: dict[str, Any]
                 return None
         return record.get(name, usual.get(name))
 
-    names = [*wanted, *(name for name in record if name not in wanted and name.startswith(ENTRIES))]
+    names = [name for name in wanted if f"{name}." not in ENTRIES]
+    names += [name for name in record if name not in wanted and name.startswith(ENTRIES)]
     return config_file.describe({n: (had(n), wanted.get(n)) for n in names if had(n) != wanted.get(n)})
 
 
@@ -108,6 +114,30 @@ def select(results: dict[Any, Any], why: Callable[[Any, Any], list[str]], source
         else:
             kept[key] = one
     return kept
+
+
+def unequal(results: dict[Any, Any], on: Callable[[Any], Iterable[Any]], what: str = "domains") -> bool:
+    """Whether results by key were not measured on the same, which is then printed: they have no common table.
+
+    on: of a result, what it was measured on; nothing where that is not known. what: the plural of its name.
+    """
+    called = lambda key: key if isinstance(key, str) else f"{key[0]}, seed {key[1]}"
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+    known = {key: [str(x) or "all" for x in on(one)] for key, one in results.items()}
+    known = {key: names for key, names in known.items() if names}
+    first, *others = known or [None]
+    for key in others:
+        lacks = [name for name in known[first] if name not in known[key]]
+        more = [name for name in known[key] if name not in known[first]]
+        if lacks or more:
+            differs = [f"{word} {some(names)}" for word, names in (("without", lacks), ("with", more)) if names]
+            print(f"error: {called(key)}: was measured on other {what} than {called(first)}: {', '.join(differs)}; "
+                  "compare them apart, without --known or in another --out", file=sys.stderr)  # fmt: skip
+            return True
+    return False
 
 
 def apart_from_weights(name: str) -> bool:

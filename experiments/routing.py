@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import pool, routing_report
+from experiments import pool, records, routing_report
 from experiments.pool import Run
 from moe_jax import terminal
 
@@ -127,6 +127,8 @@ def main() -> int:
     if not finished:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
+    if records.unequal(finished, lambda run: run.domains):
+        return 2
     routing_report.write(out, finished, {name: arm.label for name, arm in ARMS.items()}, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0

@@ -206,6 +206,8 @@ def main() -> int:
     if not arms:
         print(f"error: {out} holds no finished run", file=sys.stderr)
         return 1
+    if upcycling_report.unequal(finished):
+        return 2
     out.mkdir(parents=True, exist_ok=True)
     upcycling_report.write(out, arms, arguments.figures)
     print((out / "table.md").read_text(encoding="utf-8"))

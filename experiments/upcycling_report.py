@@ -163,6 +163,18 @@ def arms_of(runs: Runs, labels: dict[str, str]) -> dict[str, Arm]:
     return {name: Arm(label, of(name)) for name, label in labels.items() if of(name)}
 
 
+def unequal(runs: Runs) -> bool:
+    """Whether runs are of other domains, or those of an arm at other points, which is then printed."""
+    by_name = {name: {key: run for key, run in runs.items() if key[0] == name} for name, _ in runs}
+    points = (
+        (lambda run: (f"{n / 1e6:.4g}M" for n in run.tokens), "numbers of tokens"),
+        (lambda run: run.apart(), "steps of its experts"),
+    )
+    return records.unequal(runs, lambda run: run.domains) or any(
+        records.unequal(its, on, what) for its in by_name.values() for on, what in points
+    )
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def _server() -> Server:
 def run(
     root: Path, program: str, *flags: str, devices: int = 1, workdir: str = "run"
 ) -> subprocess.CompletedProcess[str]:
-    """As `run` of test_train.py, in a fork of a process with all imports."""
+    """Runs a program as `run` of test_train.py does, but in a fork of a process with all imports."""
     argv = [program, f"--workdir={root / workdir}", *flags]
     done = subprocess.CompletedProcess(argv, *_server()(*argv, devices=devices, MOE_JAX_CACHE=str(root / "cache"))[:3])
     assert done.returncode == 0, done.stderr

@@ -121,12 +121,17 @@ def test_command(root):
     asked = loglikelihood.encode_text(run.tokenizer, (root / "text.txt").read_text(encoding="utf-8"))
     (alone,) = loglikelihood.score(run.cfg, run.mesh, run.params, run.router_bias, [asked])
     assert text["bits_per_byte"] == pytest.approx(-alone.logprob / math.log(2) / text["bytes"], rel=1e-5)
+    text_of = root / "run" / "eval.0.changed.json"  # of held-out text, with other values: not written here
+    text_of.write_text(json.dumps({"step": 0, "overrides": {"data.seq_len": 32}}), encoding="utf-8")
     evaluate(root, f"--tasks={root}/mine.jsonl", "--documents=6", "--config.data.seq_len=64")
+    assert json.loads(text_of.read_text(encoding="utf-8"))["overrides"] == {"data.seq_len": 32}
     few = json.loads((root / "run" / "eval.0.6documents.changed.json").read_text(encoding="utf-8"))["tasks"]["mine"]
     assert (few["documents"], few["of_documents"], few["limit"], few["length"]) == (6, 24, 6, 64)
     assert few["overrides"] == {"data.seq_len": 64} and log.read_eval(root / "run") == body
     error = evaluate(root, f"--tasks={root}/mine.jsonl", "--documents=6", "--config.data.seq_len=48", status=2)
-    assert "has results of overrides {'data.seq_len': 64}, not of {'data.seq_len': 48}; rename it first" in error
+    what = "has results of overrides {'data.seq_len': 64}, not of {'data.seq_len': 48}"
+    assert error.endswith(f"eval.0.6documents.changed.json: {what}; rename it first\n")
+    text_of.unlink()
     (root / "other").mkdir()
     row = {"doc_id": 0, "context": "a", "continuation": " b", "label": 0}
     (root / "other" / "mine.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")

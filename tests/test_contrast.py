@@ -65,7 +65,8 @@ def test_a_planted_expert_is_found():
     assert all(used[tuple(map(int, item[4:].split("/")))] > 0 for item in off)
     said = contrast.table(found, line)
     assert re.search(r"1/5 +60.0% +0.0% +\+60.0%", said) and f'--experts="{line}"' in said
-    body = json.loads(contrast.to_json(found, 30, line))
+    body = json.loads(contrast.to_json(found, 30, line, overrides={"seed": 1}))
+    assert body["overrides"] == {"seed": 1} and "overrides" not in json.loads(contrast.to_json(found, 30, line))
     assert body["ranked"][0] == {"layer": 1, "expert": 5, "first": 0.6, "second": 0.0, "difference": 0.6}
 
 

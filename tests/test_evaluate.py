@@ -39,8 +39,23 @@ def test_results_of_another_question_are_not_overwritten(tmp_path):
     log.add_eval(path, 4, "tasks", {"a": {"acc": 0.5, "experts": "off:0/1"}})
     log.check_same(path, 4, {"experts": "off:0/1"})
     log.check_same(path, 5, {"experts": "off:0/2"})
-    with pytest.raises(UserError, match=r"switched.json: has results of experts 'off:0/1', not of 'off:0/2'; rename"):
+    with pytest.raises(UserError, match=r"4.switched.json: has results of experts 'off:0/1', not of 'off:0/2'; rename "
+                       "it first$"):  # fmt: skip
         log.check_same(path, 4, {"experts": "off:0/2"})
+    # Files that would be lost with it are named, and no others.
+    (tmp_path / "figures").mkdir()
+    lost = ("analysis.4.switched.npz", "analysis.8.4.switched.npz", "figures/overlap.4.switched.png")
+    others = ("subsets.4.switched.json", "analysis.14.switched.npz", "sample.ema.4.switched.txt", "sample.4.txt")
+    for name in (*lost, *others, "figures/loss.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"; rename it first, and with it {', '.join(lost)}$"):
+        log.check_same(path, 4, {"experts": "off:0/2"})
+    (tmp_path / "contrast.4.switched.json").write_text(
+        json.dumps({"step": 4, "overrides": {"seed": 1}}), encoding="utf-8"
+    )
+    (tmp_path / "figures" / "contrast.4.switched.svg").touch()
+    with pytest.raises(UserError, match=r"rename it first, and with it figures/contrast.4.switched.svg$"):
+        log.check_same(tmp_path / "contrast.4.switched.json", 4, {"overrides": {"seed": 2}})
     log.write_text(path, json.dumps({"step": 4, "shares": [1.0, 0.5], "by": ""}))
     log.check_same(path, 4, {"shares": [1.0, 0.5], "training_batches": 8, "by": ""})
     log.check_same(path, 4, {"by": "", "shares": (1.0, 0.5)})  # as it is written

@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import balance_report, balance_scope, pool, records, routing, routing_report
+from experiments import (
+    balance_report,
+    balance_scope,
+    pool,
+    records,
+    routing,
+    routing_report,
+    upcycling,
+    upcycling_report,
+)
 from moe_jax.errors import ConfigError
 from moe_jax.run import config_file
 
@@ -295,12 +304,21 @@ def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
     # Only its further loss tells this record from one of the arm, and no such loss in the other way.
     more = {name: x for name, x in settings["information"].items() if name.startswith("loss.more.")}
     assert len(more) > 1 and len(records.unlike(settings["global"] | more, settings["global"], {})) == len(more)
-    assert len(records.unlike(settings["global"] | {"loss.more": {}}, settings["global"] | more, more)) == len(more)
+    arm = settings["global"] | more
+    assert settings["global"]["loss.more"] == {} and len(records.unlike(settings["global"], arm, arm)) == len(more)
+    with_more = known["global", 0]._replace(settings=settings["global"])
+    assert not asked.select({("information", 0): with_more._replace(arm="information")}, "--known")
     # A domain with the label 0 has what a domain without a name has.
     named, fewer = settings["information"], dict(settings["information"])
     assert "data.labels.law" not in named
     assert records.unlike(named | {"data.labels.law": 0}, fewer, {}) == []
     assert len(records.unlike(named | {"data.labels.law": 1}, fewer, {})) == 1
+    # Labels that are all 0 are known to be so: the arm's are not taken for them, but for those of a record without any.
+    without = {name: x for name, x in named.items() if not f"{name}.".startswith("data.labels.")}
+    for zeros in ({"data.labels.law": 0}, {"data.labels": {}}):
+        assert len(records.unlike(without | zeros, named, named)) == 1
+        assert records.unlike(without | zeros, without | {"data.labels": {}}, named) == []
+    assert records.unlike(without, named, named) == []
     # Published records have the names of an earlier version, and each of their fields is compared.
     published = routing_report.read(Path(__file__).parents[1] / "docs/routing_runs.json")
     assert asked.select(published, "--known") == published
@@ -316,3 +334,34 @@ def test_known_runs_are_not_run_again(domains, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "run_all", lambda *_: pytest.fail("nothing is to be run"))
     assert routing.main() == 0
     assert "| bias, quantile (1) | 1.00 |" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("experiment", [routing, upcycling, balance_scope])
+def test_runs_of_other_text_have_no_table(experiment, tmp_path, monkeypatch, capsys):
+    """One line that names the run and the domains, and no file."""
+    docs, name = Path(__file__).parents[1] / "docs", experiment.__name__.rpartition(".")[2]
+    report = {routing: routing_report, upcycling: upcycling_report, balance_scope: balance_report}[experiment]
+    file, (arm, first, other) = docs / f"{name}_runs.json", {
+        routing: ("sign", "sign, seed 0", {"law": 2.0, "python": 3.0}),
+        upcycling: ("exact", "dense, seed 0", {"law": 2.0, "python": 3.0, "": 2.5}),
+        balance_scope: ("scope_2", "global, seed 0", {"law": 2.0, "python": 3.0}),
+    }[experiment]  # fmt: skip
+    known = report.read(file)
+    mine = known[arm, 0]._replace(domains=other)
+    if experiment is balance_scope:  # the published records have no domains
+        known = {("global", 0): known[arm, 0]._replace(domains=dict.fromkeys("abcdef", 1.0) | {"python": 3.0})}
+        monkeypatch.setattr(report, "read", lambda file: known)
+    monkeypatch.setattr(report, "load", lambda *_: {(arm, 1): mine._replace(seed=1)})
+    monkeypatch.setattr(sys, "argv", [name, f"--out={tmp_path / 'out'}", f"--known={file}", "--report_only"])
+    assert experiment.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {arm}, seed 1: was measured on other domains than {first}: without ")
+    assert " more, with law; compare them apart" in said and said.count("\n") == 1
+    assert not list(tmp_path.rglob("*.md"))
+    if experiment is upcycling:  # of the same domains, with other points of the curve
+        more = mine._replace(domains=known[arm, 0].domains, tokens=mine.tokens[:-1], loss=mine.loss[:-1])
+        monkeypatch.setattr(report, "load", lambda *_: {(arm, 1): more})
+        assert experiment.main() == 2
+        assert "exact, seed 1: was measured on other numbers of tokens than exact, seed 0: without 9.83M;" in (
+            capsys.readouterr().err
+        )

@@ -98,6 +98,13 @@ def test_held_out_images_are_new(corpus):
     split = [pair for pair in pairs if (pair[0] in train) != (pair[1] in train)]
     assert split and not any(name in held for pair in split for name in pair)
     assert made["held_out_dropped"] >= len(split)
+    trained, kept = (np.stack([image_tokens.codes_of(text) for text in side.values()]) for side in (train, held))
+    black = image_tokens.nearest_codes(np.zeros((1, 1, 12), np.float32), np.load(folder / "codebook.npy")).item()
+    common = image_tokens.most_in_common(kept, trained, black)  # around digits; white is the ink
+    near = {str(share): np.mean(common > share) for share in image_tokens.IN_COMMON}
+    assert made["held_out_near_copies"] == pytest.approx(near)
+    white = int((np.load(folder / "codebook.npy") == 1).all(-1).argmax())
+    assert not np.allclose(image_tokens.most_in_common(kept, trained, white), common)
     one = image_tokens.patches(images.pixels[:1], 2)
     for turned in (np.rot90(images.pixels[:1], 1, (1, 2)), images.pixels[:1, ::-1]):
         assert image_tokens.resembling(one, image_tokens.patches(turned, 2), 2)[0] < 1e-3
@@ -155,10 +162,10 @@ def test_icons_of_packages(tmp_path, monkeypatch, capsys):
 
 
 def test_near_copies():
-    """Of the tokens that are not white, the most that one other image has at the same places."""
+    """Of the tokens that are not paper, the most that one other image has at the same places."""
     others = np.array([[9, 1, 2, 3], [9, 1, 0, 0], [1, 9, 9, 9]])
     one = np.array([[9, 1, 2, 9], [9, 1, 3, 2], [9, 9, 9, 9]])
-    np.testing.assert_allclose(image_tokens.most_in_common(one, others, white=9), [1, 1 / 3, 0])
+    np.testing.assert_allclose(image_tokens.most_in_common(one, others, paper=9), [1, 1 / 3, 0])
 
 
 def test_groups_of_emoji():

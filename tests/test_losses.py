@@ -327,6 +327,8 @@ def test_describe_names_every_loss_and_the_approximation():
     assert losses.describe(cfg, 1) == f"router losses, mean over layers, exact: {text}"
     running = losses.describe(dataclasses.replace(cfg, accumulation="running", shuffle_tokens=True), 2)
     assert "an approximation" in running and "0.1 load_balance over each sequence at random, token by token" in running
+    each = LossConfig(balance_batch=1, accumulation="running")  # no count of another micro-batch is used
+    assert "each sequence" in losses.describe(each, 2) and "an approximation" not in losses.describe(each, 2)
     only_z = LossConfig(load_balance_coef=0.0, accumulation="running")
     assert losses.describe(only_z, 2) == "router losses, mean over layers, exact: 0.001 router_z"
     assert losses.describe(dataclasses.replace(only_z, router_z_coef=0.0), 1) == "router losses: none"

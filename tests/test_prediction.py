@@ -14,7 +14,7 @@ from test_invariance import B, S, assert_same, batch_rows, run_config
 
 from moe_jax import config, model
 from moe_jax import hf as hf_import
-from moe_jax.config import RunConfig
+from moe_jax.config import RouterLossConfig, RunConfig
 from moe_jax.config.layers import MTP_BLOCK
 from moe_jax.errors import ConfigError, FormatError
 from moe_jax.hf import safetensors as files
@@ -216,18 +216,19 @@ def test_loss_and_gradients(mesh, micro, remat, compute, dense):
 
 @pytest.mark.slow
 def test_a_loss_of_each_sequence_takes_one_pass(monkeypatch):
-    """… over micro-batches. The decoder and each layer have their own number of sequences with a counted token."""
+    """… over micro-batches, on a mesh. The decoder and each layer have their own number of sequences with a token."""
     made = rows()
     for row, tokens in enumerate((0, 1, 2)):
         made["segment_ids"][row] = np.arange(S) < tokens
         made["weights"][row, tokens:] = 0.0
     monkeypatch.setattr(sys.modules[__name__], "rows", lambda: made)
-    of = lambda micro: setting(micro, balance_batch=1)
+    more = {"pairs": RouterLossConfig("load_balance", 0.3, 1, over=2)}
+    of = lambda micro: setting(micro, balance_batch=1, router_loss_layers="sum", more=more)
     assert losses.balances_sequences(of(4).loss) and not losses.needs_whole_batch(of(4).loss)
     counted = put_batch(made, mesh_of(1, 1, 1), of(1))
     with jax.set_mesh(mesh_of(1, 1, 1)):
         np.testing.assert_array_equal(prediction.sequences(counted, 2), [B - 1, B - 2, B - 3])
-    assert_same(gradients(of(4)), gradients(of(1)))
+    assert_same(gradients(of(4), (2, 2, 2)), gradients(of(1)))
 
 
 # --- a run, and what is refused ---------------------------------------------------------------------------------------

@@ -17,7 +17,13 @@ from moe_jax import config
 from moe_jax.config import LossConfig, ModelConfig, MoEConfig, RouterLossConfig
 from moe_jax.errors import ConfigError
 from moe_jax.moe import router_losses
-from moe_jax.moe.router_losses import RouterLoss, column_targets, load_balancing_loss, mutual_information
+from moe_jax.moe.router_losses import (
+    RouterLoss,
+    column_targets,
+    load_balancing_loss,
+    mean_over_groups,
+    mutual_information,
+)
 from moe_jax.moe.stats import RouterStats
 from moe_jax.parallel import sharding
 from moe_jax.train import gradients, losses
@@ -101,7 +107,7 @@ def test_identity_columns_of_the_model_are_a_group(budget, share):
     raw = jax.jit(lambda sums: total_loss(sums, loss, model=model_of)[1].raw)(sums)
     for name, over in (("load_balance_raw", 4), ("load_balance_raw/devices", 2)):
         targets = (share / over,) * over + (1 - share,)
-        want = value_of(lambda stats: load_balancing_loss(stats, targets, identity=2), stats)  # noqa: B023
+        want = value_of(lambda stats, targets=targets: load_balancing_loss(stats, targets, identity=2), stats)
         np.testing.assert_allclose(raw[name], np.mean(want), rtol=1e-6)
 
 
@@ -150,6 +156,11 @@ def entropy(stats: RouterStats) -> Float[Array, " L"]:
     return jnp.mean(jnp.sum(p * jnp.log(p), axis=-1), axis=-1)
 
 
+def spread(stats: RouterStats) -> Float[Array, " L"]:
+    """Standard deviation of the mean router probabilities, which has no gradient where they are alike."""
+    return jnp.mean(jnp.std(stats.prob_per_expert / stats.tokens[..., None], axis=-1), axis=-1)
+
+
 MORE = {"even": ("variation", 0.6, "global"), "flat": ("entropy", 0.4, "16")}
 
 
@@ -157,6 +168,7 @@ MORE = {"even": ("variation", 0.6, "global"), "flat": ("entropy", 0.4, "16")}
 def added(monkeypatch):
     monkeypatch.setitem(router_losses.LOSSES, "variation", RouterLoss(variation))
     monkeypatch.setitem(router_losses.LOSSES, "entropy", RouterLoss(entropy))
+    monkeypatch.setitem(router_losses.LOSSES, "alone", RouterLoss(entropy, each_group=True))
 
 
 def run_config(micro: int, remat: str = "none", coef: float = 0.0, z: float = 0.0, **more) -> config.RunConfig:
@@ -189,11 +201,12 @@ def by_hand(z: float, added: bool) -> tuple[dict, dict]:
     return values(params), reference.gradients(lambda p: sum(values(p).values()), params)
 
 
-ADDED = [((1, 1, 1), 4, "none")]  # the losses of the model of test_balance_exact.py are on a mesh in the fast part
-LATER = [((1, 1, 1), 1, "none"), ((2, 2, 2), 2, "full"), ((8, 1, 1), 8, "full"), ((1, 2, 4), 4, "none")]
-ADDED += [pytest.param(*case, marks=pytest.mark.slow) for case in LATER]
+# In the fast part test_balance_exact.py has losses that are not linear in two passes, and the one below in one pass.
+ADDED = [((1, 1, 1), 4, "none"), ((1, 1, 1), 1, "none"), ((2, 2, 2), 2, "full"), ((8, 1, 1), 8, "full"),
+         ((1, 2, 4), 4, "none")]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "micro", "remat"), ADDED)
 def test_a_loss_in_three_lines_is_exact(added, mesh, micro, remat):
     """Neither is linear in the sums: equal to the whole batch's in one micro-batch or more, and on a mesh."""
@@ -205,6 +218,58 @@ def test_a_loss_in_three_lines_is_exact(added, mesh, micro, remat):
 def test_a_linear_loss_is_exact_without_a_first_pass():
     run = model.programs((1, 1, 1), run_config(4, z=0.05))
     model.compare((1, 1, 1), run, True, by_hand(0.05, False))
+
+
+def test_the_mean_over_groups_is_that_of_filled_ones_alone():
+    """Value and gradient of a loss that divides by sums of 0; another layer has other groups, and one none."""
+    rng, filled = np.random.default_rng(4), np.array([[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]])
+    load, prob = (made * filled[..., None] for made in (rng.integers(1, 9, (3, 4, 6)) * 2.0, rng.random((3, 4, 6))))
+    stats = stats_of(load, prob)._replace(histogram=np.zeros((3, 6, 7), np.int32), by_label=np.ones((3, 2, 6)))
+    for loss in (entropy, spread, load_balancing_loss):
+        value, slope = np.zeros(3), np.zeros(prob.shape)
+        for layer, group in np.argwhere(filled):
+            one, at = stats_of(*(x[layer, group][None, None] for x in (load, prob))), (layer, group)
+            value[layer] += value_of(loss, one)[0] / filled[layer].sum()
+            slope[at] = by_prob(loss, one)[0, 0] / filled[layer].sum()
+        of = lambda stats, loss=loss: mean_over_groups(loss, stats)
+        np.testing.assert_allclose(value_of(of, stats), value, rtol=1e-5)
+        np.testing.assert_allclose(by_prob(of, stats), slope, rtol=1e-4, atol=1e-6)
+
+
+def test_a_micro_batch_of_one_empty_sequence_has_no_gradient(added):
+    cfg = run_config(4, own=("alone", 0.4, "1")).loss
+    stats = stats_of(np.zeros((2, 1, 6)), np.zeros((2, 1, 6)))
+
+    def of(prob):
+        sums = BatchSums(0.0, 0.0, {"layers": stats._replace(prob_per_expert=prob)})
+        return total_loss(sums, cfg, tokens=1.0, sequences=np.ones(1, np.float32))[0]
+
+    value, slope = jax.jit(jax.value_and_grad(of))(stats.prob_per_expert)
+    assert value == 0 and np.all(np.asarray(slope) == 0)
+
+
+def test_losses_of_each_sequence_are_exact_in_one_pass(added):
+    """On a mesh, in micro-batches with unlike numbers of sequences that have a token."""
+    name = "load_balance/each"
+    cfg = run_config(4, z=0.05, each=("load_balance", model.COEFS[name], "1"), own=("alone", 0.4, "1"))
+    assert losses.balances_sequences(cfg.loss)
+    rows = model.batch_rows(True)
+    counted = rows["segment_ids"] > 0
+    assert set(counted.any(1).reshape(-1, 4).sum(0)) == {12, 16}
+    values, grads = (dict(x) for x in by_hand(0.05, False))
+    params = {n: x.astype(np.float64) for n, x in model.flatten(model.initial_params()).items() if n in model.LEAVES}
+
+    def own(p):
+        prob = reference.router_probabilities(p, rows["tokens"], rows["positions"], rows["segment_ids"], model.HEAD)
+        means = [mine[there].mean(0) for mine, there in zip(prob, counted, strict=True) if there.any()]
+        return 0.4 * np.mean([(m * np.log(m)).sum() for m in means])
+
+    each, of_each = model.expected(True, (name,))
+    values |= each | {"alone/own": own(params)}
+    more = (of_each, reference.gradients(own, params))
+    want = {n: g + sum(other[n] for other in more) for n, g in grads.items()}
+    mesh = (2, 2, 2)
+    model.compare(mesh, model.programs(mesh, cfg), True, (values, want))
 
 
 def passes(cfg: config.RunConfig) -> int:
@@ -231,10 +296,12 @@ def test_a_first_pass_only_for_what_needs_it(added):
     assert passes(dataclasses.replace(alone, model=dataclasses.replace(alone.model, moe=biased))) == 1
     each = run_config(4, z=0.1, each=("load_balance", 0.1, "1"))
     assert passes(each) == 1
+    assert passes(dataclasses.replace(each, loss=dataclasses.replace(each.loss, accumulation="running"))) == 1
     shuffled = dataclasses.replace(each.loss, shuffle_tokens=True)
     assert passes(dataclasses.replace(each, loss=shuffled)) == 2
     assert passes(run_config(4, each=("load_balance", 0.1, "1"), all=("load_balance", 0.1, "global"))) == 2
     assert passes(run_config(4, each=("variation", 0.1, "1"))) == 2  # which says nothing of itself
+    assert passes(run_config(4, each=("alone", 0.1, "1"))) == 1
 
 
 def test_a_coefficient_of_zero_is_no_gradient_of_any_loss(monkeypatch):
@@ -299,6 +366,17 @@ def test_a_loss_that_cannot_be_is_refused_before_anything_is_compiled(name):
         make_gradients(cfg, None)
     assert f"config.loss.more.x.{says}" in str(e.value)
     assert name != "kind" or "nearest valid: 'load_balance'" in str(e.value)
+
+
+@pytest.mark.parametrize("words", [
+    ("linear", "each_group"), ("linear", "compares_groups"), ("linear", "targets"), ("by_label", "each_group"),
+    ("by_label", "compares_groups"), ("by_label", "targets"), ("compares_groups", "each_group"),
+])  # fmt: skip
+def test_a_row_that_contradicts_itself_is_refused(monkeypatch, words):
+    monkeypatch.setitem(router_losses.LOSSES, "odd", RouterLoss(variation, **dict.fromkeys(words, True)))
+    rule = rf"config\.loss\.more\.x\.kind='odd': is a row of LOSSES with {words[0]}=True, {words[1]}=True; a loss"
+    with pytest.raises(ConfigError, match=rule):
+        router_losses.check(run_config(1, x=("odd", 0.1, "global")))
 
 
 def test_over_divides_the_experts_of_every_layer():

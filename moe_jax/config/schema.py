@@ -64,7 +64,8 @@ class LossConfig(Checked, resume=FIXED):
     # Ablation (arXiv:2501.11873, §5): tokens are assigned at random to groups as large as balance_batch sequences.
     shuffle_tokens: bool = False
     # "exact": any number of micro-batches gives the loss of the optimizer batch. "running": a micro-batch sees the
-    # expert counts so far (arXiv:2501.11873, algorithm 1), an approximation that saves a forward pass.
+    # expert counts so far (arXiv:2501.11873, algorithm 1), an approximation that saves a forward pass. Where no
+    # loss needs the counts of other micro-batches, as with balance_batch=1, both are the same.
     accumulation: Literal["exact", "running"] = "exact"
     router_z_coef: float = number(0.001, 0.0)  # weight of the router z-loss; 0: off
     # Whether router losses, load-balancing and z, are averaged or added up over MoE layers, those of multi-token

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -174,17 +174,24 @@ def _prompt_of(place: str, row: dict) -> str:
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def to_json(found: Contrast, step: int | None, line: str, experts: str | None = None, label: int | None = None) -> str:
+def to_json(
+    found: Contrast,
+    step: int | None,
+    line: str,
+    experts: str | None = None,
+    label: int | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> str:
     """The text of contrast.json: every expert with its use on both sides, the most specific to the first side first.
 
     line: `off_line`. experts: those that were switched when the use was measured, if any. label: that of prompts, for a
-    model that depends on it.
+    model that depends on it. overrides: fields of the run's configuration that had other values, if any.
     """
     first, second = found.names
     rows = [row._asdict() | {"difference": row.difference} for row in ranked(found)]
     body = {"step": step, "first": first, "second": second, "tokens": list(found.tokens), "off": line,
             **({"experts": experts} if experts else {}), **({} if label is None else {"label": label}),
-            "ranked": rows}  # fmt: skip
+            **({"overrides": overrides} if overrides else {}), "ranked": rows}  # fmt: skip
     return json.dumps(body, indent=1, allow_nan=False) + "\n"
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.config import RunConfig, nearest_divisor
@@ -32,12 +33,12 @@ class RouterLoss(NamedTuple):
     # The function is a sum over tokens, linear in the statistics, and the loss the mean over tokens. Micro-batches add
     # up to it, so it needs no first pass. It has no scope: it gets the finest groups.
     linear: bool = False
-    # The function is a mean, over the balance groups with a counted token, of a function of the group's own sums, which
-    # is 0 for sums of 0. No micro-batch splits a sequence, so with groups of one it needs no first pass.
-    apart: bool = False
     targets: bool = False  # it takes `targets` and `identity`, as `load_balancing_loss` does: `over` has a meaning
     compares_groups: bool = False  # it is 0 for a single balance group
     by_label: bool = False  # it reads `RouterStats.by_label`, and has no scope: it is taken over the whole batch
+    # The function sees one balance group at a time, and the loss is its mean over the groups (`mean_over_groups`). No
+    # micro-batch splits a sequence, so with groups of one sequence it needs no first pass.
+    each_group: bool = False
 
 
 # --- the losses ------------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def _minus_information(sums: Float[Array, "*L G C"]) -> Float[Array, "*L"]:
 
 
 LOSSES = {
-    "load_balance": RouterLoss(load_balancing_loss, apart=True, targets=True),
+    "load_balance": RouterLoss(load_balancing_loss, targets=True, each_group=True),
     "router_z": RouterLoss(router_z, linear=True),
     "mutual_information": RouterLoss(mutual_information, compares_groups=True),
     "label_information": RouterLoss(label_information, by_label=True),
@@ -156,6 +157,26 @@ LOSSES = {
 
 
 # --- how they are used -----------------------------------------------------------------------------------------------
+
+
+def mean_over_groups(of: Callable[[RouterStats], Float[Array, " L"]], stats: RouterStats) -> Float[Array, " L"]:
+    """The mean of a loss of one balance group, over the groups with a counted token; 0 if no group has any.
+
+    of: sees one group at a time, `[L, 1, C]`, without `by_label` and `histogram`, which have no groups. In place of a
+        group without a token it sees one made token, so that a function which divides by sums of 0 has a gradient.
+    """
+    filled = stats.tokens > 0
+
+    def or_made(x: Float[Array, "L G *C"]) -> Float[Array, "L G *C"]:
+        shares = np.arange(1, x.shape[-1] + 1, dtype=np.float32)  # unlike: a standard deviation of 0 has no slope
+        made = shares / shares.sum() if x.ndim > filled.ndim else 1.0
+        return jnp.where(jnp.expand_dims(filled, tuple(range(filled.ndim, x.ndim))), x, made)
+
+    of_one = lambda group: of(jax.tree.map(lambda x: x[:, None], group))
+    own = jax.tree.map(or_made, stats._replace(by_label=None, histogram=None))
+    counts = filled.astype(jnp.float32)
+    total = jnp.sum(jax.vmap(of_one, in_axes=1, out_axes=1)(own) * counts, axis=-1)
+    return total / jnp.maximum(jnp.sum(counts, axis=-1), 1.0)
 
 
 def merge_groups(stats: RouterStats, groups: int) -> RouterStats:
@@ -187,6 +208,7 @@ def check(cfg: RunConfig) -> None:
         close = difflib.get_close_matches(kind, LOSSES, 1, 0.0)[0]
         require(kind in LOSSES, f"{at}kind", kind, f"must be one of {', '.join(LOSSES)}", f"nearest valid: {close!r}")
         row, unused = LOSSES[kind], f"has no effect on kind={kind!r}"
+        _check_row(row, f"{at}kind", kind)
         require(row.targets or not term.over, f"{at}over", term.over, unused, "nearest valid: 0")
         rule = f"{unused}, a mean over tokens"
         require(not row.linear or scope == "global", f"{at}balance_batch", scope, rule, "nearest valid: 'global'")
@@ -202,6 +224,17 @@ def check(cfg: RunConfig) -> None:
         compares = row.compares_groups or row.by_label
         require(not compares or cfg.loss.accumulation == "exact", "loss.accumulation",
                 cfg.loss.accumulation, rule, "nearest valid: 'exact'")  # fmt: skip
+
+
+def _check_row(row: RouterLoss, name: str, kind: str) -> None:
+    """Raises ConfigError for a row of which one word leaves another without effect."""
+    said = lambda *words: [f"{word}=True" for word in words if getattr(row, word)]
+    whole, scoped = said("linear", "by_label"), said("compares_groups", "each_group", "targets")
+    rule = f"is a row of LOSSES with {', '.join(whole + scoped)}"
+    hint = "a loss that is linear or by_label has no groups and no targets; leave out one of the two sorts"
+    require(not (whole and scoped), name, kind, rule, hint)
+    hint = "a loss sees each group alone or compares them; leave out one of the two"
+    require(not (row.compares_groups and row.each_group), name, kind, rule, hint)
 
 
 def _check_by_label(cfg: RunConfig, name: str, kind: str) -> None:

@@ -205,14 +205,34 @@ def add_eval(path: str | os.PathLike, step: int, kind: str, rows: dict[str, dict
 def check_same(path: str | os.PathLike, step: int, asked: dict[str, Any]) -> None:
     """Raises UserError if a file has results of the same step that were asked for otherwise, and would be lost.
 
-    asked: fields of the file, or of its tasks and texts, with the values that they will have.
+    asked: fields of the file, or of its tasks and texts, with the values that they will have. The other files of the
+    evaluation that wrote it are named too, since they would be lost with it.
     """
     body = _read_object(Path(path))
     parts = [body, *(row for kind in BENCHMARKS for row in (body.get(kind) or {}).values())]
     for name, value in json.loads(json.dumps(asked)).items():  # tuples become lists, as in a file
         for old in (part[name] for part in parts if name in part and body.get("step") == step):
             if old != value:
-                raise UserError(f"{path}: has results of {name} {shown(old)}, not of {shown(value)}; rename it first")
+                what = f"has results of {name} {shown(old)}, not of {shown(value)}"
+                also = "".join(f", {file}" for file in _written_with(Path(path)))
+                raise UserError(f"{path}: {what}; rename it first{also and f', and with it{also[1:]}'}")
+
+
+def _written_with(path: Path) -> list[str]:
+    """The other files, as paths in its folder, of the evaluation that wrote a file: their names end alike.
+
+    An evaluation of held-out text writes files of many names beside eval.json; others write one, and its figure.
+    """
+    kind, _, end = path.stem.partition(".")
+    average = ".ema." in path.name
+
+    def alike(file: Path) -> bool:
+        if kind == "eval" and end and not file.name.startswith("subsets."):
+            return file.stem.endswith(f".{end}") and (".ema." in file.name) == average
+        return file.stem == path.stem
+
+    found = [*path.parent.glob("*.*"), *path.parent.glob("figures/*.*")]
+    return sorted(file.relative_to(path.parent).as_posix() for file in found if alike(file) and file != path)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

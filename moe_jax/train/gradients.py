@@ -88,12 +88,12 @@ def make_gradients(
         if count == 1:
             return gradients_of(batch, total_loss)
         micro = split_micro_batches(batch, count)
-        if cfg.loss.accumulation == "running":
+        first_pass = cfg.model.num_moe_layers > 0 and losses.needs_whole_batch(cfg.loss)
+        if first_pass and cfg.loss.accumulation == "running":
             total = _running(gradients_of, total_loss, micro, count, cfg.model.mtp_layers)
         else:
             stats_of = functools.partial(_router_stats, count_graph, params, bias, moving)
             terms = {name: jnp.zeros(()) for name in cfg.distill.factors} if of_teacher else None
-            first_pass = cfg.model.num_moe_layers > 0 and losses.needs_whole_batch(cfg.loss)
             sequences = losses.balances_sequences(cfg.loss)
             total = _exact(
                 gradients_of,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.config import DistillConfig, LossConfig, ModelConfig, MoEConfig, RouterLossConfig
 from moe_jax.config.layers import MTP_BLOCK
-from moe_jax.moe.router_losses import LOSSES, column_targets, merge_groups
+from moe_jax.moe.router_losses import LOSSES, column_targets, mean_over_groups, merge_groups
 from moe_jax.moe.stats import RouterStats
 from moe_jax.nn.qk_clip import Maxima
 from moe_jax.train import prediction
@@ -123,15 +123,21 @@ def _of_bank(stats: RouterStats, cfg: LossConfig, term: RouterLossConfig, moe: M
     if row.by_label:
         return row.of(stats)
     groups = 1 if term.balance_batch == "global" else fine * cfg.balance_unit // term.balance_batch
-    stats = merge_groups(stats, groups)
-    if not row.targets:
-        return row.of(stats)
+    stats, of = merge_groups(stats, groups), row.of
+    if row.targets:
+        of = functools.partial(of, **_targets(stats, term, moe))
+    of_groups = row.each_group and term.balance_batch != "global"  # perhaps of one, which may be empty in a micro-batch
+    return mean_over_groups(of, stats) if of_groups else of(stats)
+
+
+def _targets(stats: RouterStats, term: RouterLossConfig, moe: MoEConfig | None) -> dict:
+    """The shares of columns that a loss with targets takes."""
     identity, budget = (moe.identity_experts, moe.expert_budget / moe.top_k) if moe else (0, 0.0)
     columns = stats.prob_per_expert.shape[-1]
     if identity and moe.label_groups > 1:  # a token chooses from a group of the experts, and from all of these
         own = (columns - identity) / moe.label_groups
         budget = own / (own + identity)
-    return row.of(stats, column_targets(columns, identity, term.over, budget), identity)
+    return {"targets": column_targets(columns, identity, term.over, budget), "identity": identity}
 
 
 def _share_of_sequences(stats: RouterStats, whole: Float[Array, " heads"]) -> Float[Array, " L"]:
@@ -154,7 +160,7 @@ def _nonlinear(cfg: LossConfig) -> list[RouterLossConfig]:
 
 def needs_whole_batch(cfg: LossConfig) -> bool:
     """Whether the gradient of a micro-batch depends on the statistics of the others."""
-    by_sequence = lambda term: LOSSES[term.kind].apart and term.balance_batch == 1 and not cfg.shuffle_tokens
+    by_sequence = lambda term: LOSSES[term.kind].each_group and term.balance_batch == 1 and not cfg.shuffle_tokens
     return not all(map(by_sequence, _nonlinear(cfg)))
 
 
@@ -185,7 +191,7 @@ def describe(cfg: LossConfig, micro_batches: int) -> str:
     on = [t for t in cfg.router_losses.values() if t.coef]
     if not on:
         return "router losses: none"
-    running = cfg.accumulation == "running" and micro_batches > 1 and bool(_nonlinear(cfg))
+    running = cfg.accumulation == "running" and micro_batches > 1 and needs_whole_batch(cfg)
     how = "running counts, an approximation (arXiv:2501.11873, algorithm 1)" if running else "exact"
     terms = " + ".join(f"{t.coef:g} {t.kind}{of(t)}{scope(t)}{when(t)}" for t in on)
     return f"router losses, {cfg.router_loss_layers} over layers, {how}: {terms}"

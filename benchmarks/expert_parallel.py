@@ -1,4 +1,4 @@
-"""Times expert parallelism at a config's shape: the exchanges and their chunks, beside `fsdp`, both, and one device.
+"""Times expert parallelism at a config's shape: exchanges and their chunks, beside `fsdp`, both axes, and one device.
 
     python -m benchmarks.expert_parallel --config=configs/olmoe_8l_bench.py
     python -m benchmarks.expert_parallel --config=configs/olmoe_8l_bench.py --train --rows=rows.jsonl --figure=rows.png

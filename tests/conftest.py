@@ -33,9 +33,10 @@ jax.config.update("jax_traceback_in_locations_limit", 0)  # whoever calls a prog
 # Files with tests that take longest, fast ones and slow ones: the end of a run waits for no test that began late.
 LONGEST = (
     "test_notebooks.py", "test_lora_run.py", "test_upcycling_experiment.py", "test_survival_runs.py",
-    "test_systems.py", "test_train.py", "test_compile_only.py", "test_muon_mesh.py", "test_invariance.py",
-    "test_golden.py", "test_resume.py", "test_stacks.py", "test_hf_gguf.py", "test_distillation.py", "test_labels.py",
-    "test_pools.py", "test_lora.py", "test_prediction.py", "test_windows.py", "test_routers.py",
+    "test_systems_files.py", "test_systems.py", "test_systems_mixed.py", "test_train.py", "test_compile_only.py",
+    "test_muon_mesh.py", "test_invariance.py", "test_golden.py", "test_resume.py", "test_stacks.py", "test_hf_gguf.py",
+    "test_hf_gguf_export.py", "test_distillation.py", "test_labels.py", "test_labels_texts.py", "test_pools.py",
+    "test_lora.py", "test_prediction.py", "test_windows.py", "test_routers_models.py", "test_routers.py",
 )  # fmt: skip
 
 

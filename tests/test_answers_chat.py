@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from test_answers import CHAT, PLAIN, TAGGED, documents, prepare, refused, tokenizer_folder, turns
 
 from moe_jax import data
 from moe_jax.data import chat
+from tests.conversations import CHAT, PLAIN, TAGGED, documents, prepare, refused, tokenizer_folder, turns
 
 assert tokenizer_folder  # a fixture
 HEADER = (

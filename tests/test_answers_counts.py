@@ -4,12 +4,23 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_answers import CHAT, CONVERSATIONS, PAIR, PLAIN, TAGGED, documents, lines, prepare, tokenizer_folder, turns
 
 from moe_jax import data
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.errors import ConfigError
 from moe_jax.evaluate import held_out
+from tests.conversations import (
+    CHAT,
+    CONVERSATIONS,
+    PAIR,
+    PLAIN,
+    TAGGED,
+    documents,
+    lines,
+    prepare,
+    tokenizer_folder,
+    turns,
+)
 
 assert tokenizer_folder  # a fixture
 WORDS = "naïve café 数学 🙂 and so on "

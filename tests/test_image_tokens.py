@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from threadpoolctl import threadpool_limits
 
-from experiments import image_tokens, pool
-from experiments.image_tokens import BEGIN, Images
+from experiments import emoji, image_tokens, pool
+from experiments.emoji import Images
+from experiments.image_tokens import BEGIN
 from moe_jax.data.tokenizers import train_bpe
 from moe_jax.data.vocabularies import JsonTokenizer
 from moe_jax.errors import ConfigError, UserError
@@ -36,7 +37,7 @@ def corpus(text, tmp_path_factory):
 
     Every fifth digit is mirrored in the next one.
     """
-    out, found = tmp_path_factory.mktemp("images"), image_tokens.digits()
+    out, found = tmp_path_factory.mktemp("images"), emoji.digits()
     images = Images(found.names[:200], found.names[:200], found.pixels[:200].copy())
     images.pixels[1::5] = images.pixels[0::5][:, :, ::-1]
     seen, codebook = [], image_tokens.codebook
@@ -131,23 +132,23 @@ def test_icons_of_packages(tmp_path, monkeypatch, capsys):
     one = packed(tmp_path, "one", icons, codes)
     two = packed(tmp_path, "two", {"man": icon("m"), "cook": icon("k"), "flag": icon("f")},
                  {"1f468": "man", "1f1e9-1f1ea": "flag"})  # fmt: skip
-    monkeypatch.setattr(image_tokens, "PACKAGES", one | two)
-    monkeypatch.setattr(image_tokens, "drawn", lambda svg, size: np.full((size, size, 3), len(svg), np.uint8))
-    found = image_tokens.emoji(tmp_path, 4)
+    monkeypatch.setattr(emoji, "PACKAGES", one | two)
+    monkeypatch.setattr(emoji, "drawn", lambda svg, size: np.full((size, size, 3), len(svg), np.uint8))
+    found = emoji.emoji(tmp_path, 4)
     groups = {"one:cook": "1f468", "two:man": "1f468", "two:cook": "1f468", "two:flag": "1f1e9-1f1ea"}
     assert dict(zip(found.names, found.groups, strict=True)) == groups and found.pixels.shape == (4, 4, 4, 3)
-    names = image_tokens.characters([tmp_path / f"iconify-json-{name}-1.0.tgz" for name in ("one", "two")])
+    names = emoji.characters([tmp_path / f"iconify-json-{name}-1.0.tgz" for name in ("one", "two")])
     assert names["cook"] == "1f468-200d-1f373" and "logo" not in names
     with open(tmp_path / "iconify-json-two-1.0.tgz", "ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"two-1\.0\.tgz: is not @iconify-json/two@1\.0, whose SHA-256 is"):
-        image_tokens.emoji(tmp_path, 4)
+        emoji.emoji(tmp_path, 4)
     (tmp_path / "iconify-json-two-1.0.tgz").unlink()
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"npm pack --silent @iconify-json/two@1\.0: .*lacks iconify-json-two"):
-        image_tokens.emoji(tmp_path, 4)
+        emoji.emoji(tmp_path, 4)
     with pytest.raises(UserError, match=r"--packages=.*nowhere: no such folder"):
-        image_tokens.emoji(tmp_path / "nowhere", 4)
+        emoji.emoji(tmp_path / "nowhere", 4)
     for flags, says in (
         ("--codes=0", "--codes=0: must be ≥ 1 and ≤ 15871, which leaves text 512 tokens"),
         ("--patch=0", "--patch=0: must be ≥ 1 and divide the 60 pixels of a side"),
@@ -178,8 +179,8 @@ def test_groups_of_emoji():
         "1f1e9-1f1f0",
         "2764-fe0f-200d-1f525",
     )
-    assert [image_tokens.group_of(code) for code in codes] == ["1f468"] * 3 + ["1f1e9-1f1ea", "1f1e9-1f1f0", "2764"]
-    svg = image_tokens.svg_of({"body": "<path/>", "left": 2, "width": 20}, {"width": 16, "height": 12})
+    assert [emoji.group_of(code) for code in codes] == ["1f468"] * 3 + ["1f1e9-1f1ea", "1f1e9-1f1f0", "2764"]
+    svg = emoji.svg_of({"body": "<path/>", "left": 2, "width": 20}, {"width": 16, "height": 12})
     assert 'viewBox="2 0 20 12"><path/></svg>' in svg
 
 

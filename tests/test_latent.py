@@ -1,7 +1,7 @@
 """Latent experts, the gate of shared experts, and biases of queries, keys and values.
 
-The layer is compared with a loop over its experts, values and gradients; whole models are in test_routers.py (meshes),
-test_systems.py (systems of the literature) and test_hf.py (Qwen2).
+The layer is compared with a loop over its experts, values and gradients; whole models are in
+test_routers_models.py (meshes), test_systems.py (systems of the literature) and test_hf.py (Qwen2).
 """
 
 import contextlib

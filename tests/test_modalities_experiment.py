@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import image_tokens, modalities, modalities_report, pool, records
+from experiments import emoji, image_tokens, modalities, modalities_report, pool, records
 from experiments.modalities_report import Finished
 from moe_jax.model.counts import flops_per_token
 from moe_jax.run import config_file
@@ -134,7 +134,7 @@ def test_toy_experiment(folders, tmp_path, monkeypatch, capsys):
     programs.fork_jobs(monkeypatch)
     text = folders.split(",")[0]
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
-    made = image_tokens.build(tmp_path / "images", text, image_tokens.digits(), 2, 32, 1e-6)
+    made = image_tokens.build(tmp_path / "images", text, emoji.digits(), 2, 32, 1e-6)
     (tmp_path / "images" / "sources.json").write_text(json.dumps(made), encoding="utf-8")
     fields = {"train.steps": 12, "train.eval_every": 6, "train.checkpoint_every": 12, "data.batch_size": 8,
               "data.seq_len": 64, **{f"data.sources.{name}.weight": 1.0 for name in ("images", "law", "prose")},

@@ -54,7 +54,7 @@ MODELS = {
     "mixed": ("2*(late moe:8) dense", 5, [*([(A, i, "late"), (B, i, "moe")] for i in (0, 1)),
                                           [("dense_layers", 0, "dense")]]),
 }  # fmt: skip
-# Two stacks, and two numbers of experts, the fast part has in test_places.py and in the rows of test_systems.py.
+# Two stacks, and two numbers of experts, the fast part has in test_places.py and in the rows of test_systems_files.py.
 EACH = [pytest.param(name, marks=[] if name == "late" else pytest.mark.slow) for name in MODELS]
 
 
@@ -280,7 +280,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        pytest.param(name, case, marks=pytest.mark.slow)  # test_routers.py has an order of blocks in the fast part
+        pytest.param(name, case, marks=pytest.mark.slow)  # test_routers_models.py has a fast order of blocks
         for n, name in enumerate(MODELS)
         for case in (CASES[0], CASES[1 + n % 2])  # by turns on one of the other meshes
     ],

@@ -1,226 +1,31 @@
-"""Every file of configs/systems: what its docstring promises, that it traces on a mesh, a step, and its exact oracle.
-
-The folder is the list: a new file is tested as soon as it is there. Its own oracle comes below, unless another test has
-it.
-"""
+"""Exact oracles of the systems in configs/systems: routes by hand, and hidden states as loops over the blocks."""
 
 import dataclasses
 import functools
-import importlib
-import json
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_resume
-import two_processes
 from scipy import special, stats
 from test_model import forward, init, inputs_of, plain_attention, plain_glu, plain_norm, under_mesh
 from test_residual import block_of, plain_blocks
-from test_resume import write_text
 
-from moe_jax import config, model, optim, upcycle
-from moe_jax.config import ExploreConfig, ModelConfig, RampConfig, RunConfig
+from moe_jax import model
 from moe_jax.config.layers import Place
 from moe_jax.data import phases
 from moe_jax.data.phases import Phase
-from moe_jax.errors import FormatError
-from moe_jax.evaluate.generate import generate
-from moe_jax.hf.architectures import write_config
 from moe_jax.mixtures.online import Stages
 from moe_jax.moe import pools
 from moe_jax.moe.experts import ExpertCompute, ExpertWeights, capacity
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.moe.routing import Facts, Routing, route
 from moe_jax.moe.stats import by_depth
-from moe_jax.parallel import sharding
-from moe_jax.run import checkpoint, config_file, weights
 from moe_jax.train import knobs, metrics, step
 from moe_jax.train.gradients import make_gradients
-from moe_jax.train.state import abstract_batch, abstract_state, abstract_weights, init_state, process_rows, put_batch
+from moe_jax.train.state import abstract_batch, abstract_state, init_state, put_batch
 from moe_jax.tree import flatten, nest
-from moe_jax.upcycle import Beside, Cluster, Depth, Drop, Grow, Mask, Quantize, Transform, VirtualGroups, Width
-from tests.upcycle_source import chain_of
-
-REPO = Path(__file__).parents[1]
-NAMES = sorted(path.stem for path in (REPO / "configs" / "systems").glob("*.py"))
-SOURCE = "base"  # the dense model that upcycling starts from
-# What the first command of an upcycled system does to it.
-CHAINS: dict[str, list[Transform]] = {
-    "aquila": [Width(256, 512, 4, aki=True), Depth(6), VirtualGroups(8, 1, 2)],
-    "cpm2": [VirtualGroups(8, 1, 1)],
-    "drop_upcycling": [VirtualGroups(8, 1, 2), Drop(0.5)],
-    "emoe": [Cluster(16, 4, dense_layers=2)],
-    "evomoe": [VirtualGroups(8, 1, 1, "none", score_order="score_topk", dense_layers=2), Mask(0.2)],
-    "llama3_meets_moe": [VirtualGroups(8, 1, 2)],
-    "mixda": [Beside(16, 64, moe={"score": "softmax", "score_order": "topk_score", "renormalize": False,
-                                  "routed_scaling": 1.0})],
-    "mixture_growth": [VirtualGroups(8, 1, 2, score_order="score_topk", renormalize=True), Drop(0.5), Grow(16)],
-    "mote": [Beside(4, top_k=1, init="copy", moe={"score": "softmax", "score_order": "score_topk",
-                                                 "renormalize": False, "routed_scaling": 1.0}), Quantize()],
-}  # fmt: skip
-TEACHERS = {"runs/dense": "base", "runs/pr_moe": "pr_moe"}  # by the directory that a file names
-MESH = (2, 2, 2)
-# Files that are traced in the fast part: a pyramid, identity experts in pairs of blocks, a router with a state, knobs.
-TRACED_FAST = ("pr_moe", "longcat", "zaya1", "evomoe")
-TRAIN = r"^    (python train\.py --config=configs/systems/(\w+)\.py(?: --config\.init_from=(\S+))? --workdir=(\S+))$"
-UPCYCLE = r"^    python -m moe_jax\.upcycle --from=(\S+) --workdir=(\S+) (.+)$"
-
-
-@functools.cache
-def load(name: str) -> tuple[str, RunConfig]:
-    """The docstring and the built config."""
-    module = importlib.import_module(f"configs.systems.{name}")
-    return module.__doc__, config.build(module.get_config())
-
-
-def toy(name: str) -> RunConfig:
-    """The system on little text of a small vocabulary."""
-    cfg = load(name)[1]
-    small = dataclasses.replace(cfg.model, vocab_size=512)
-    data = dataclasses.replace(cfg.data, batch_size=8, seq_len=16, tokenizer=config.TokenizerConfig())
-    return dataclasses.replace(cfg, model=small, data=data)
-
-
-def teacher_of(cfg: RunConfig) -> ModelConfig | None:
-    """The model of a system's teacher; None if it has none."""
-    return toy(TEACHERS[cfg.distill.teacher]).model if cfg.distill.teacher else None
-
-
-@functools.cache
-def mesh_of(*shape):
-    return sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
-
-
-def of_shapes(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-
-def batch_rows(cfg: RunConfig) -> dict[str, np.ndarray]:
-    """Random tokens, each sequence one document."""
-    b, s = cfg.data.batch_size, cfg.data.seq_len
-    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (b, s + 1)).astype(np.int32)
-    ones, positions = np.ones((b, s), np.int32), np.tile(np.arange(s, dtype=np.int32), (b, 1))
-    labels = {"label": np.arange(b, dtype=np.int32)[:, None] % 2 * ones} if cfg.data.labels else {}
-    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones.astype(np.float32),
-            "segment_ids": ones, "positions": positions, "sequence_ids": np.arange(b, dtype=np.int32)}  # fmt: skip
-    return rows | labels
-
-
-# --- every file ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_docstring(name):
-    """One command that trains, before it one that upcycles where weights are needed; the paper; true counts."""
-    doc, cfg = load(name)
-    ((_, file, init_from, workdir),) = re.findall(TRAIN, doc, re.MULTILINE)
-    assert file == name and bool(init_from) == (name in CHAINS)
-    made = re.findall(UPCYCLE, doc, re.MULTILINE)
-    assert [(start, folder) for start, folder, _ in made] == ([("runs/dense", init_from)] if init_from else [])
-    assert [chain_of(options) for *_, options in made] == ([CHAINS[name]] if init_from else [])
-    counts = model.count_parameters(cfg.model)
-    assert f"\nParameters: {counts.total:,} total, {counts.active:,} active\n" in doc
-    if name == SOURCE:
-        assert workdir == "runs/dense"
-        return
-    for key in ("Paper: .*\\barXiv:\\d{4}\\.\\d{5}$", "Exact: ", "Not reproduced: "):
-        assert len(re.findall(f"^{key}", doc.replace("\n    ", " "), re.MULTILINE)) == 1, key
-    assert all((REPO / file).is_file() for file in re.findall(r"tests/\w+\.py", doc))
-    assert f"configs/systems/{name}.py" in (REPO / "docs" / "systems.md").read_text(encoding="utf-8")
-
-
-def check_router_sums(cfg: RunConfig, router: dict) -> None:
-    """Every bank has sums, with a column for each expert and each identity expert."""
-    identity = cfg.model.moe.identity_experts
-    columns = {place.path: place.kind.experts + identity for place in cfg.model.places if place.kind.experts}
-    assert {path: sums.tokens_per_expert.shape[-1] for path, sums in router.items()} == columns
-
-
-@pytest.mark.parametrize("name", TRACED_FAST)
-def test_traced_on_a_mesh(name):
-    """The others are in `test_a_step`, which runs what it traces."""
-    cfg, mesh = toy(name), mesh_of(*MESH)
-    state, taught = abstract_state(cfg, mesh), teacher_of(cfg)
-    arguments = state, abstract_batch(cfg, mesh), None, abstract_weights(taught, mesh) if taught else None
-    with jax.set_mesh(mesh):
-        new, report = jax.eval_shape(step.make_train_step(cfg, mesh, None, taught).__wrapped__, *arguments)
-    assert of_shapes(new) == of_shapes(state)
-    check_router_sums(cfg, report.router)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_step(name):
-    """Changes every parameter that is not frozen, routes every token, and ends with finite numbers."""
-    cfg, mesh = toy(name), mesh_of(*MESH)
-    state, taught = init_state(cfg, mesh), teacher_of(cfg)
-    before, shapes = jax.device_get(state.params), of_shapes(state)
-    with jax.set_mesh(mesh):
-        lesson = model.init(taught, jax.random.key(1)) if taught else None
-    run = step.make_train_step(cfg, mesh, None, taught)
-    after, report = run(state, put_batch(batch_rows(cfg), mesh, cfg), None, lesson)
-    assert {"distill", "distill_raw"} <= set(report.terms) or not taught
-    assert np.isfinite(report.loss) and report.grad_norm > 0
-    assert of_shapes(after) == shapes
-    check_router_sums(cfg, report.router)
-    moe, tokens = cfg.trained.moe, 8 * 16
-    for path, sums in report.router.items():
-        made = np.sum(sums.tokens_per_expert, (1, 2))
-        least = 1 if cfg.explore.threshold else moe.top_k
-        assert (made >= least * tokens).all() and (made <= moe.top_k * tokens).all(), path
-        assert moe.compute == "capacity" or not np.any(sums.dropped), path
-    frozen = optim.frozen_paths(cfg.optim, flatten(before))
-    for path, w in flatten(jax.device_get(after.params)).items():
-        assert np.isfinite(w).all() and (w != flatten(before)[path]).any() == (path not in frozen), path
-
-
-# --- upcycled systems ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_the_model_is_the_one_that_the_command_makes(name):
-    """The same function of the same weights, so that `config.init_from` takes them."""
-    made = upcycle.final_config(CHAINS[name], load(SOURCE)[1].model)
-    assert config.plain(load(name)[1].model) == config.plain(made)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with the weights of the dense model, as its command would leave them."""
-    folder = tmp_path_factory.mktemp("runs")
-    cfg = toy(SOURCE)
-    params, _ = init(cfg.model)
-    weights.save_weights(folder / "dense", cfg, params, {}, [], {})
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHAINS)
-def test_the_upcycling_command(name, runs):
-    """It is the chain above, and the training command takes what it makes. Copies and zeros are the dense function."""
-    ((start, folder, options),) = re.findall(UPCYCLE, load(name)[0], re.MULTILINE)
-    made = runs / Path(folder).name
-    command = [sys.executable, "-m", "moe_jax.upcycle", f"--from={runs / Path(start).name}", f"--workdir={made}"]
-    ran = subprocess.run([*command, *options.split()], cwd=REPO, capture_output=True, encoding="utf-8", check=False)
-    assert ran.returncode == 0, ran.stderr
-    cfg = config_file.load_config(made)
-    assert config.plain(cfg.model) == config.plain(toy(name).model)
-    assert weights.check_same_model(dataclasses.replace(toy(name), init_from=str(made))) == []
-    with jax.set_mesh(mesh_of(1, 1, 1)):
-        *_, origin = weights.load_weights(made, *abstract_weights(cfg.model, mesh_of(1, 1, 1)))
-    assert origin[-1]["chain"] == json.loads(json.dumps(upcycle.describe(CHAINS[name])))
-    error = float(re.search(r"relative error of the logits on random tokens: (\S+)", ran.stdout)[1])
-    exact = name in ("cpm2", "llama3_meets_moe", "mixda")
-    assert (error < 1e-5) == exact == ("function: the same as that of the dense model" in ran.stdout)
-
-
-# --- exact oracles ---------------------------------------------------------------------------------------------------
+from tests.systems import MESH, batch_rows, load, mesh_of, toy
 
 
 def routed(name: str, logits, step_number: int | None = None, table=None) -> Routing:
@@ -573,108 +378,3 @@ def test_quantile_makes_loads_equal():
     assert worst[0] > 1.5 > 1.2 > worst[1] >= worst[-1], worst
     for bias in jax.tree.leaves(state.router_bias):
         np.testing.assert_allclose(np.mean(bias, -1), 0, atol=1e-6)
-
-
-# --- what they do with the rest of the library; more of it in test_stacks.py, test_places.py and test_routers.py ------
-
-PLAIN = ModelConfig(
-    vocab_size=512, d_model=16, num_layers=4, num_dense_layers=1, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
-    qk_norm=True, compute_dtype="float32", moe=config.MoEConfig(num_experts=4, top_k=2, d_expert=8, renormalize=True),
-)  # fmt: skip
-# Late blocks, two numbers of experts, a table, and a router whose state passes all of them; latent experts with a norm,
-# a gate of the shared ones, and biases of queries, keys and values.
-MIXED = dataclasses.replace(
-    PLAIN, num_layers=7, num_dense_layers=0, layers="2*(late dense moe:8) table", qkv_bias=True,
-    moe=dataclasses.replace(PLAIN.moe, selection_bias=True, router="mlp", router_width=8, latent=12, latent_norm=True,
-                            num_shared_experts=1, shared_gate="softmax"),
-)  # fmt: skip
-# A memory, post-norm, scales of the residual stream, fixed multipliers, NormHead.
-BANKS = dataclasses.replace(
-    PLAIN, num_dense_layers=0, layers="2*(memory moe)", memory=config.MemoryConfig(8, 2, 3, 6), norm="post",
-    residual_scale=True, norm_head=True, qkv_bias=True, embedding_multiplier=2.0, attention_multiplier=0.2,
-    residual_multiplier=0.5, logits_divisor=2.0,
-    moe=dataclasses.replace(PLAIN.moe, latent=12, latent_norm=True, num_shared_experts=1, shared_gate="sigmoid"),
-)  # fmt: skip
-EXPLORE = ExploreConfig(RampConfig(0.5, 0.0, 3), noise=0.5, threshold=0.1)
-
-NOT_WRITTEN = [
-    ("moe.latent", 8), ("qkv_bias", True),
-    ("layers", "dense moe dense moe:8"), ("layers", "2*(late dense)"), ("layers", "table 3*moe"),
-    ("moe.router", "mlp"), ("moe.router", "cosine"), ("moe.choice", "expert"), ("moe.identity_experts", 2),
-    ("moe.score", "sqrt_softplus"), ("moe.label_groups", 2), ("moe.routers", 2), ("untie", 2), ("layers", "4*table"),
-]  # fmt: skip
-
-
-BY_LABEL = config.MoEConfig(num_experts=2, top_k=1, d_expert=8, combine="one", table="label")
-
-
-@pytest.mark.parametrize(("field", "value"), NOT_WRITTEN)
-def test_export_refuses(field, value):
-    """Export names the field that it cannot write, before it writes anything."""
-    if field.startswith("moe."):
-        cfg = dataclasses.replace(PLAIN, moe=dataclasses.replace(PLAIN.moe, **{field.removeprefix("moe."): value}))
-    else:
-        moe = BY_LABEL if value == "4*table" else PLAIN.moe
-        cfg = dataclasses.replace(PLAIN, num_dense_layers=0 if field == "layers" else 1, moe=moe, **{field: value})
-    with pytest.raises(FormatError, match=rf"differs in {field} \({re.escape(str(value))} here"):
-        write_config(cfg, 16)
-
-
-@pytest.mark.slow
-def test_generation_with_a_cache():
-    """Greedy samples are the argmax of the full forward pass over them: no route depends on later tokens."""
-    params, bias = init(MIXED)
-    out = generate(MIXED, mesh_of(1, 1, 1), params, bias, [[5], [3, 9, 14]], 4)
-    for tokens, prompt in zip(out, (1, 3), strict=True):
-        with jax.set_mesh(mesh_of(1, 1, 1)):
-            hidden = model.abstract(MIXED).bind(params, bias)(inputs_of([tokens])).hidden
-        logits = np.asarray(hidden[0] @ params["head"].T)
-        assert tokens[prompt:] == logits.argmax(-1)[prompt - 1 : -1].tolist()
-
-
-def saved_run(model_name: str, root: Path) -> RunConfig:
-    return dataclasses.replace(test_resume.run_config(root), model=globals()[model_name], explore=EXPLORE)
-
-
-def one_step(model_name: str) -> list[float]:
-    """Numbers after a step on (2, 2, 2): loss, gradient, weights, and the load of each expert.
-
-    The step is that of `test_resumed`, for which it is compiled already.
-    """
-    cfg, mesh = saved_run(model_name, REPO), mesh_of(*MESH)
-    mine = process_rows(mesh, cfg.data.batch_size)
-    rows = {name: values[mine] for name, values in batch_rows(cfg).items()}
-    state, report = step.make_train_step(cfg, mesh)(init_state(cfg, mesh), put_batch(rows, mesh, cfg))
-    with jax.set_mesh(mesh):
-        size = jax.jit(lambda params: sum(jnp.sum(jnp.square(w)) for w in jax.tree.leaves(params)))(state.params)
-    loads = [np.asarray(sums.tokens_per_expert).ravel() for _, sums in sorted(report.router.items())]
-    return [float(report.loss), float(report.grad_norm), float(size), *np.concatenate(loads).tolist()]
-
-
-@pytest.mark.slow
-def test_two_processes():
-    numbers = {model_name: one_step(model_name) for model_name in ("MIXED", "BANKS")}
-    code = f"""
-import sys
-sys.path.insert(0, "tests")
-import numpy as np
-import test_systems
-for name, numbers in {numbers}.items():
-    np.testing.assert_allclose(test_systems.one_step(name), numbers, rtol=1e-5, err_msg=name)
-"""
-    two_processes.run(code)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_name", ["MIXED", "BANKS"])
-def test_resumed(model_name, tmp_path):
-    """Two steps, and two of a run that was saved after them, are four, bit for bit."""
-    write_text(tmp_path)
-    cfg = saved_run(model_name, tmp_path)
-    straight = test_resume.Run(tmp_path, cfg, MESH).start().go(2)
-    with checkpoint.Checkpoints(tmp_path / "run", keep=2) as checkpoints:
-        straight.save(checkpoints)
-        straight.go(2)
-        resumed = test_resume.Run(tmp_path, cfg, MESH).restore(checkpoints, 2).go(2)
-    assert resumed.losses == straight.losses[2:]
-    test_resume.assert_same_bits(test_resume.leaves(resumed.state), test_resume.leaves(straight.state))

@@ -66,7 +66,7 @@ def found(shape, cfg):
         return jax.device_get(jax.jit(make_gradients(cfg, mesh))(state.params, state.router_bias, batch, 0))
 
 
-@pytest.mark.slow  # test_routers.py has a router that leaves slots unused in the fast part
+@pytest.mark.slow  # test_routers_models.py has a router that leaves slots unused in the fast part
 def test_the_batch_is_the_same_on_a_mesh_and_f_is_a_share(trial):
     """… with half of the rows computed at first, and fewer than the router uses in the first pass."""
     trial(1.0)

@@ -369,7 +369,7 @@ CASES = [
 ]
 
 
-@pytest.mark.slow  # the fast part has units of blocks in test_routers.py
+@pytest.mark.slow  # the fast part has units of blocks in test_routers_models.py
 @pytest.mark.parametrize("case", CASES)
 def test_invariance(case):
     shape, micro, remat, compute, exchange = case

@@ -11,7 +11,7 @@ Paper: EMO, arXiv:2605.06663
 Parameters: 2,991,232 total, 1,713,280 active
 Exact: weights, losses and gradients of a loop over documents; no token leaves its document's pool; a packed document
     has the pool that it has alone, if both are of the same size; the same on every mesh, in micro-batches and with
-    recomputation (tests/test_pools.py); sizes of pools by hand (tests/test_systems.py)
+    recomputation (tests/test_pools_layer.py, tests/test_pools.py); sizes of pools by hand (tests/test_systems.py)
 Not reproduced: its sizes and data; its form of the load-balancing loss, which sees one micro-batch; OLMo-core's form of
     pools, whose scores and losses are those of all experts; its fine-tuning of parts; the layer by layer choice of
     parts; its percentages of parts, which count the shared expert

@@ -7,7 +7,7 @@ configs/systems/base.py trains runs/dense. Each device makes its own experts fro
 
 Paper: Llama 3 Meets MoE: Efficient Upcycling, arXiv:2412.09952
 Parameters: 4,462,208 total, 2,102,912 active
-Exact: before the first step the dense model's logits, to rounding (tests/test_systems.py)
+Exact: before the first step the dense model's logits, to rounding (tests/test_systems_files.py)
 Not reproduced: Llama 3, its size, data and benchmarks
 """
 

@@ -9,7 +9,7 @@ attention, norms and embeddings: a group of parameters says so. The new experts 
 Paper: Mixture-of-Domain-Adapters: Decoupling and Injecting Domain Knowledge, arXiv:2306.05406
 Parameters: 3,286,656 total, 1,910,400 active
 Exact: before the first step the dense model's logits, bit for bit; the frozen bits after training
-    (tests/test_upcycle_bank.py, tests/test_systems.py)
+    (tests/test_upcycle_bank.py, tests/test_systems_files.py)
 Not reproduced: its knowledge and tasks, its stages, and its attention over the layer and its adapters, in whose place a
     router is; its adapters have no gate
 """

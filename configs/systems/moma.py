@@ -10,7 +10,7 @@ Paper: MoMa, arXiv:2407.21770
 Parameters: 4,462,208 total, 1,709,696 active
 Exact: no token in a foreign group; each expert takes the best ⌈n/4⌉ of n tokens of its label; weights and probabilities
     of a router of the group alone; the leak of later tokens is shown, and sampling refused; the same on every mesh, in
-    micro-batches and with recomputation (tests/test_labels.py)
+    micro-batches and with recomputation (tests/test_labels.py, tests/test_labels_texts.py)
 Not reproduced: its sizes and data, images among them: labels are kinds of text here; experts choose in a sequence, not
     in the batch; its auxiliary routers for causal inference, mixture of depths, and upcycling with Gumbel noise
 """

@@ -9,7 +9,7 @@ experts begin as copies of them, of which each matrix has three values; they and
 Paper: MoTE: Mixture of Ternary Experts for Memory-efficient Large Multimodal Models, arXiv:2506.14435
 Parameters: 3,280,512 total, 2,100,864 active
 Exact: three values a matrix; loss and gradients those of float experts that were rounded before, on a mesh
-    (tests/test_ternary.py); bits of the frozen layers after training (tests/test_systems.py)
+    (tests/test_ternary.py); bits of the frozen layers after training (tests/test_systems_files.py)
 Not reproduced: its images and their encoder, sizes and data; packed weights and integer products, since rounded numbers
     are kept and multiplied as floats. One of 4 experts a token and int8 inputs are our reading of the paper.
 """  # noqa: E501

@@ -1,7 +1,7 @@
 """Defaults of the keys that a config.json lacks: those of transformers' config classes.
 
-The classes have different defaults, and files of the hub rely on them. `tests/test_hf.py` compares every key with the
-installed transformers.
+The classes have different defaults, and files of the hub rely on them. `tests/test_hf_defaults.py` compares every key
+with the installed transformers.
 """
 
 from typing import Any

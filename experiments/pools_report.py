@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from experiments import records
 from experiments.balance_report import BLUE, ORANGE, OTHERS, markdown
@@ -19,7 +20,7 @@ from moe_jax.evaluate.drawing import GRID, save
 from moe_jax.evaluate.held_out import TOTAL
 from moe_jax.run.log import write_text
 
-COLOURS = (ORANGE, BLUE, *OTHERS)
+COLOURS = (OTHERS[0], BLUE, ORANGE)  # by the place among the labels
 NOTES = """\
 Held-out perplexity, mean over the domains, each with the experts of each layer that training text of the same domain
 uses most, by mean router probability; and how much larger it is than with all experts.
@@ -117,7 +118,7 @@ def table(runs: Runs, labels: dict[str, str]) -> str:
 
 
 def figure(runs: Runs, labels: dict[str, str]) -> Figure:
-    """Left: growth of the mean perplexity as experts are left out. Right: by domain, with the fewest experts."""
+    """Left: the mean perplexity as experts are left out, over that with all. Right: by domain, with the fewest."""
     drawn = Figure(figsize=(10.5, 3.8), layout="constrained")
     left, right = drawn.subplots(1, 2, width_ratios=(1, 1.4))
     width = 0.8 / max(len(runs), 1)
@@ -125,23 +126,26 @@ def figure(runs: Runs, labels: dict[str, str]) -> Figure:
     fewest, domains = first.percentages[-1], [d for d in first.kept[first.percentages[0]] if d != TOTAL]
     for i, ((arm, seed), run) in enumerate(runs.items()):
         label = labels.get(arm, arm) + (f", seed {seed}" if seed else "")
-        style = {"color": COLOURS[i % len(COLOURS)], "label": label}
-        left.plot([float(k) for k in run.percentages], [100 * run.growth(k) for k in run.percentages], "-o",
+        place = list(labels).index(arm) if arm in labels else i
+        style = {"color": COLOURS[place % len(COLOURS)], "label": label}
+        left.plot([float(k) for k in run.percentages], [1 + run.growth(k) for k in run.percentages], "-o",
                   markersize=4, **style)  # fmt: skip
-        values = [100 * run.growth(fewest, domain) if domain in run.kept.get(fewest, {}) else math.nan
-                  for domain in domains]  # fmt: skip
-        right.bar(np.arange(len(domains)) + i * width, values, width, **style)
+        values = [run.growth(fewest, domain) if domain in run.kept.get(fewest, {}) else math.nan for domain in domains]
+        right.bar(np.arange(len(domains)) + i * width, values, width, bottom=1.0, **style)
     left.set_xscale("log", base=2)
     ticks = [float(key) for key in first.percentages]
     left.set_xticks(ticks, [f"{x:g} %" for x in ticks])
-    left.minorticks_off()
     left.invert_xaxis()
     left.set_xlabel("experts of a layer that are kept", color=INK)
-    left.set_ylabel("growth of held-out perplexity, %", color=INK)
+    left.set_ylabel("times the perplexity with all experts", color=INK)
     right.set_xticks(np.arange(len(domains)) + width * (len(runs) - 1) / 2, domains, rotation=30, ha="right")
-    right.set_ylabel(f"growth with {fewest} % of the experts, %", color=INK)
+    right.set_ylabel(f"times, with {fewest} % of the experts", color=INK)
     left.legend(fontsize=8, frameon=False)
     for axis in (left, right):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.grid(axis="y", color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8)

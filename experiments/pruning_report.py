@@ -142,13 +142,15 @@ def figure(runs: Runs, labels: dict[str, str]) -> Figure:
     left.set_ylabel("growth of held-out perplexity, %")
     left.set_xticks(sorted({n for run in runs.values() for n in run.experts}))
     left.invert_xaxis()
-    right.set_xticks(np.arange(len(domains)) + width * (len(runs) - 1) / 2, [domain or "all" for domain in domains])
+    names = [domain or "all" for domain in domains]
+    right.set_xticks(np.arange(len(domains)) + width * (len(runs) - 1) / 2, names, rotation=30, ha="right", fontsize=8)
     right.set_ylabel("growth without more training, %")
     for axis in (left, right):
         axis.grid(color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)
-        axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=7, frameon=False, handlelength=3)
+    right.legend(fontsize=7, frameon=False, ncols=len(runs), loc="lower right", bbox_to_anchor=(1.0, 1.0))
     return drawn
 
 

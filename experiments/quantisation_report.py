@@ -148,9 +148,9 @@ def figure(models: Models, labels: dict[str, str]) -> Figure:
         panel.set_xlabel("mean bits of the weights of experts")
     panels[0].set_ylabel("held-out perplexity")
     axis = below.subplots()
-    bars = [(name, one, a) for name, one in models.items() for a in ALLOCATIONS]
     all_bits = sorted({b for one in models.values() for b in one.bits})
     bits = DETAIL if DETAIL in all_bits else all_bits[0]
+    bars = [(name, one, a) for name, one in models.items() for a in ALLOCATIONS if one.rows_of("gptq", bits, a)]
     domains = sorted({d for one in models.values() for d in one.whole}, key=lambda d: (d == TOTAL, d))
     for i, (name, one, allocate) in enumerate(bars):
         values = [100 * one.growth("gptq", bits, allocate, d) if d in one.whole else math.nan for d in domains]
@@ -165,7 +165,9 @@ def figure(models: Models, labels: dict[str, str]) -> Figure:
         one.grid(color=GRID, linewidth=0.6)
         one.set_axisbelow(True)
         one.spines[["top", "right"]].set_visible(False)
+    for one in panels:
         one.legend(fontsize=7, frameon=False, handlelength=3)
+    axis.legend(fontsize=7, frameon=False, ncols=len(bars), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return drawn
 
 

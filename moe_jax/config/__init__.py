@@ -6,7 +6,7 @@ value, the rule and the nearest valid choice.
 """
 
 from moe_jax.config.balance import check_trained
-from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
+from moe_jax.config.classes import complete, is_machine, is_new_default, may_change, same_value
 from moe_jax.config.convert import build, build_model, default_config, parameter_group, router_loss, source, to_dict
 from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.config.distill import DistillConfig
@@ -81,6 +81,7 @@ __all__ = [
     "plain",
     "plain_routing",
     "router_loss",
+    "same_value",
     "source",
     "to_dict",
 ]

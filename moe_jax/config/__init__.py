@@ -24,7 +24,7 @@ from moe_jax.config.machine import (
     for_evaluation,
 )
 from moe_jax.config.memory import MemoryConfig
-from moe_jax.config.mixture import MixtureConfig
+from moe_jax.config.mixture import MixtureConfig, shares
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
@@ -82,6 +82,7 @@ __all__ = [
     "plain_routing",
     "router_loss",
     "same_value",
+    "shares",
     "source",
     "to_dict",
 ]

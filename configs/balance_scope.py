@@ -62,14 +62,17 @@ def find_domains(folder: Path) -> dict[str, tuple[str, int]]:
 
 
 def mixture(sizes: dict[str, int], tokens: float) -> dict[str, float]:
-    """Shares of training, proportional to √bytes. No domain is repeated more than `MAX_EPOCHS` times in `tokens`."""
+    """Shares of training, proportional to √bytes. No domain is repeated more than `MAX_EPOCHS` times in `tokens`.
+
+    They are written in a run's config, so totals are exactly rounded: `sum` of floats is another in Python 3.12.
+    """
     largest = {name: MAX_EPOCHS * size / BYTES_PER_TOKEN / tokens for name, size in sizes.items()}
-    if sum(largest.values()) <= 1.0:  # too little text: all domains are repeated equally often
+    if math.fsum(largest.values()) <= 1.0:  # too little text: all domains are repeated equally often
         return largest
     capped: dict[str, float] = {}
     while True:
         free = {name: math.sqrt(size) for name, size in sizes.items() if name not in capped}
-        scale = (1.0 - sum(capped.values())) / sum(free.values())
+        scale = (1.0 - math.fsum(capped.values())) / math.fsum(free.values())
         over = {name: largest[name] for name, root in free.items() if scale * root > largest[name]}
         if not over:
             return {name: capped.get(name, scale * free.get(name, 0.0)) for name in sizes}

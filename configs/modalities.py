@@ -14,6 +14,7 @@ images the label 1 and those of text the label 0, for models that need them (doc
 """
 
 import json
+import math
 from pathlib import Path
 
 from configs import balance_scope
@@ -44,7 +45,7 @@ def get_config(data: str = "data/domains,data/images"):
     sources = balance_scope.sources(Path(text).expanduser(), (1 - share) * total)
     if DOMAIN in sources:
         raise ConfigError("data.sources", text, f"has a domain of text named {DOMAIN!r}", "rename it")
-    weights = sum(source.weight for source in sources.values())
+    weights = math.fsum(source.weight for source in sources.values())
     # Held-out images are a source that is never trained on, since all drawings of a character lie on one side.
     of = lambda file: {"kind": "files", "path": str(images / file), "domain": DOMAIN}
     sources["images"] = config_lib.source(

@@ -73,8 +73,7 @@ def same(a: Measured, b: Measured) -> bool:
 
 def wanted(run: Run, cfg: config_lib.RunConfig) -> Measured:
     """Returns the entry of a planned run in results.json, without losses."""
-    total = sum(source.weight for source in cfg.data.sources.values())
-    shares = {name: source.weight / total for name, source in cfg.data.sources.items()}
+    shares = config_lib.shares({name: source.weight for name, source in cfg.data.sources.items()})
     return Measured(f"{run.arm}/seed{run.seed}", shares, {}, measured.cost_of(cfg))
 
 

@@ -90,7 +90,7 @@ def mistake(configs: dict[str, config_lib.RunConfig], tokens: int) -> str:
         return (f"{ARMS[most].label} would take {flops[most] / flops[least]:.2f} times the FLOPs a token of "
                 f"{ARMS[least].label}; --set changes what all arms share, not what makes them equal")  # fmt: skip
     for cfg in configs.values():
-        share = cfg.data.sources["images"].weight / sum(source.weight for source in cfg.data.sources.values())
+        share = config_lib.shares({name: source.weight for name, source in cfg.data.sources.items()})["images"]
         epochs = share * cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len / tokens
         if epochs > MAX_EPOCHS:
             return f"images would be read {epochs:.1f} times; must be ≤ {MAX_EPOCHS}: fewer steps, or a smaller weight"

@@ -5,6 +5,7 @@ held-out images and of all held-out text together.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def load_run(arm: str, folder: Path) -> Finished:
     for modality in MODALITIES:
         mine = {name: n for name, n in tokens.items() if (name == IMAGES) == (modality == IMAGES)}
         known = lambda x: np.nan if x is None else x  # a loss that was not finite
-        sums = [sum(n * known(row[f"{name}/xent"]) for name, n in mine.items()) for row in evaluations]
+        sums = [math.fsum(n * known(row[f"{name}/xent"]) for name, n in mine.items()) for row in evaluations]
         loss[modality] = [float(f"{total / sum(mine.values()):.5f}") for total in sums]
     counts = model.count_parameters(cfg.model)
     numbers = {

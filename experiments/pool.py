@@ -188,7 +188,7 @@ def find_trained(folder: Path, cfg: config_lib.RunConfig) -> Path | None:
         if (
             done
             and config_file.values(run).get("seed") == cfg.seed
-            and records.settings_in(run) == records.settings_of(cfg)
+            and config_lib.same_value(records.settings_in(run), records.settings_of(cfg))
         ):
             return run
     return None

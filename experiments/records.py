@@ -76,12 +76,14 @@ def unlike(record: dict[str, Any], wanted: dict[str, Any], usual: dict[str, Any]
 
     names = [name for name in wanted if f"{name}." not in ENTRIES]
     names += [name for name in record if name not in wanted and name.startswith(ENTRIES)]
-    return config_file.describe({n: (had(n), wanted.get(n)) for n in names if had(n) != wanted.get(n)})
+    pairs = {name: (had(name), wanted.get(name)) for name in names}
+    return config_file.describe({name: pair for name, pair in pairs.items() if not config_lib.same_value(*pair)})
 
 
 def unlike_options(record: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Lines about the options of a measurement that are not those wanted."""
-    return [f"--{n}: {record.get(n, 'not known')} then, {x} now" for n, x in wanted.items() if record.get(n) != x]
+    differ = {name: x for name, x in wanted.items() if not config_lib.same_value(record.get(name), x)}
+    return [f"--{name}: {record.get(name, 'not known')} then, {x} now" for name, x in differ.items()]
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:

@@ -242,6 +242,35 @@ def test_a_change_is_in_the_file_and_what_was_is_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "config_history.jsonl"]
 
 
+def test_a_run_keeps_its_rounding_of_a_number(tmp_path):
+    """A computed weight may have another last digit in another version of Python: no change, and no line about it."""
+    of = lambda weight, steps=40: having(data__sources__stdlib__weight=weight, train__steps=steps)
+    run, now = 0.12031188618991842, 0.12031188618991841
+    begin(tmp_path, of(run), 1)
+    assert of(run) != of(now) and resume(tmp_path, of(now)) == (of(run), [])
+    cfg, lines = resume(tmp_path, of(now, steps=62))
+    assert cfg == of(run, steps=62) and lines == [
+        "changed since the run began: config.train.steps: 40 in the run, 62 now"
+    ]
+    begin(tmp_path, cfg, 41)
+    assert load_config(tmp_path) == cfg and history(tmp_path) == [
+        {"from_step": 41, "changed": {"train.steps": [40, 62]}}
+    ]
+    with pytest.raises(
+        CheckpointError, match=r"config\.data\.sources\.stdlib\.weight: 0\.1203\d+ in the run, 0\.12031 now"
+    ):
+        resume(tmp_path, of(0.12031))
+
+
+def test_values_that_are_the_same():
+    third = 0.1 + 0.2
+    for a, b in ((third, 0.3), ([1, (third,)], (1, [0.3])), ({"a": third}, {"a": 0.3}), (1, 1.0), (None, None)):
+        assert config.same_value(a, b) and config.same_value(b, a), (a, b)
+    for a, b in ((1.0, 1 + 1e-9), (2**60, 2**60 + 1), (True, 1), (False, 0.0), (0.0, 1e-300), ([0.3], [0.3, 0.3]),
+                 ({"a": 1}, {"b": 1}), (None, 0), ("0.3", 0.3)):  # fmt: skip
+        assert not config.same_value(a, b) and not config.same_value(b, a), (a, b)
+
+
 def test_killed_between_the_two_files(tmp_path, monkeypatch):
     """The history is written first, so no value is lost, and the same start again does not write it twice."""
     begin(tmp_path, having(train__steps=40), 1)

@@ -1,8 +1,10 @@
 """experiments/: the config that finds its domains, the arms, and the comparison of finished runs."""
 
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from experiments import (
     upcycling,
     upcycling_report,
 )
+from moe_jax import config
 from moe_jax.errors import ConfigError
 from moe_jax.run import config_file
 
@@ -54,6 +57,18 @@ def test_mixture():
     assert shares["four"] == pytest.approx(2 * shares["one"])
     little = module.mixture({"a": 100, "b": 300}, tokens)
     assert little["b"] == pytest.approx(3 * little["a"])
+
+
+def test_a_mixture_is_the_same_in_every_python(monkeypatch):
+    """`sum` adds floats one after another up to Python 3.11, and makes up for their rounding since 3.12."""
+    module, made = balance_scope.config_module(), []
+    for total in (lambda numbers: float(np.cumsum([0.0, *numbers])[-1]), math.fsum):
+        monkeypatch.setattr(module, "sum", total, raising=False)
+        sizes = {f"domain{i}": 100_000 * i**2 + 7 for i in range(1, 13)}
+        made.append(module.mixture(sizes, 5e7))  # with three domains at their limit
+    assert made[0] == made[1] and math.fsum(made[0].values()) == pytest.approx(1.0)
+    assert set(config.shares(dict.fromkeys("abcdefghij", 0.1)).values()) == {0.1}  # 0.1 added up ten times is below 1
+    assert config.shares({"a": 1e308, "b": 1e308}) == {"a": 0.5, "b": 0.5}
 
 
 def test_a_folder_may_have_a_comma(domains):
@@ -225,6 +240,23 @@ def test_a_folder_of_another_configuration_is_refused(domains, tmp_path, monkeyp
     (tmp_path / "found.json").write_text(json.dumps(found | {"settings": {"train.steps": 500}}), encoding="utf-8")
     assert job._replace(settings={"train.steps": 500}).done  # of another training it is made again
     assert job._replace(settings={"train.steps": 600}).stale == ["config.train.steps: 500 in the run, 600 now"]
+
+
+def test_a_run_of_another_rounding_is_known(domains, tmp_path, capsys):
+    """Weights that another version of Python computed, or other floats of options, differ in their last digit."""
+    next_to = lambda x: math.nextafter(x, 2)
+    name, asked = "data.sources.law.weight", balance_scope.call(str(domains), {})
+    settings = asked.settings("none", {})
+    known = {("none", 0): SimpleNamespace(settings=settings | {name: next_to(settings[name])})}
+    assert asked.select(known, "--known") == known and capsys.readouterr().out == ""
+    assert not asked.select({("none", 0): SimpleNamespace(settings=settings | {name: 0.25})}, "--known")
+    cfg = balance_scope.load_config(str(domains), {})
+    folder = tmp_path / "none" / "seed0"
+    config_file.save_config(folder, balance_scope.load_config(str(domains), {name: next_to(settings[name])}))
+    (folder / "checkpoints").mkdir()
+    (folder / "eval.json").touch()
+    assert pool.find_trained(tmp_path, cfg) == folder
+    assert not records.unlike_options({"keep": [0.1 + 0.2]}, {"keep": [0.3]})
 
 
 # --- routers and balance ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax import config
 from moe_jax.compare.runs import AXES, MEASURES, Curve, Run
 
 LAST = 0.05  # share of a run, at its end, over which training metrics are averaged
@@ -63,7 +64,7 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
         lacking = next((part for part in _parts(name) if part not in shared), "")
         names[lacking.rpartition(".")[0] or name] = None
     values = {name: [_setting(run, name) for run in runs] for name in names}
-    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
+    return {name: row for name, row in values.items() if not all(config.same_value(value, row[0]) for value in row)}
 
 
 def _parts(name: str) -> list[str]:

@@ -6,7 +6,7 @@ value, the rule and the nearest valid choice.
 """
 
 from moe_jax.config.balance import check_trained
-from moe_jax.config.classes import complete, is_machine, is_new_default, may_change
+from moe_jax.config.classes import complete, is_machine, is_new_default, may_change, same_value
 from moe_jax.config.convert import build, build_model, default_config, parameter_group, router_loss, source, to_dict
 from moe_jax.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe_jax.config.distill import DistillConfig
@@ -24,7 +24,7 @@ from moe_jax.config.machine import (
     for_evaluation,
 )
 from moe_jax.config.memory import MemoryConfig
-from moe_jax.config.mixture import MixtureConfig
+from moe_jax.config.mixture import MixtureConfig, shares
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe_jax.config.plain import plain, plain_routing
 from moe_jax.config.schema import (
@@ -81,6 +81,8 @@ __all__ = [
     "plain",
     "plain_routing",
     "router_loss",
+    "same_value",
+    "shares",
     "source",
     "to_dict",
 ]

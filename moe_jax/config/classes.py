@@ -1,12 +1,15 @@
 """The metadata of a field, found by the field's name in a config, such as "data.sources.stdlib.path"."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.config.fields import MACHINE, MAY_CHANGE
 from moe_jax.config.schema import RunConfig
+
+ROUNDING = 1e-12  # relative: more than rounding makes of a number, and less than anyone means by another value
 
 
 def _find(name: str, root: type) -> tuple[type, str] | None:
@@ -84,3 +87,17 @@ def is_new_default(name: str, old: Any, new: Any) -> bool:
     found = _find(name, RunConfig)
     f = found and found[0].__dataclass_fields__[found[1]]
     return bool(f) and "was" in f.metadata and (old, new) == (f.metadata["was"], f.default)
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two values of a field are equal. Floats are if only rounding tells them apart, in lists and dicts too.
+
+    The last digit of a computed value, such as the weight of a source, may differ between versions of Python.
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=ROUNDING)
+    return a == b and isinstance(a, bool) == isinstance(b, bool)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from moe_jax.config.fields import FIXED, Checked, number, require
@@ -67,6 +69,15 @@ class MixtureConfig(Checked, resume=FIXED):
                     "must be one or more rising steps, from 1", "nearest valid: (1,)")  # fmt: skip
         require(self.ema < 1, "ema", self.ema, "must be < 1: an average with it would never move",
                 "nearest valid: 0.9")  # fmt: skip
+
+
+def shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """The share of each source in the sum of all weights, which must not all be 0.
+
+    Exact but for one rounding each, so the same everywhere: `sum` adds floats in another way since Python 3.12.
+    """
+    total = sum(map(Fraction, weights.values()))
+    return {name: float(Fraction(weight) / total) for name, weight in weights.items()}
 
 
 def check_mixture(cfg: Any) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from moe_jax.config.classes import same_value
 from moe_jax.config.layers import spell
 from moe_jax.config.memory import MemoryConfig
 from moe_jax.config.model import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
@@ -22,7 +23,7 @@ def plain(model: ModelConfig) -> ModelConfig:
         changes["memory"] = MemoryConfig()
     if not model.mla.kv_rank:
         changes["mla"] = MLAConfig()
-    if model.attention_multiplier == model.head_dim**-0.5:
+    if same_value(model.attention_multiplier, model.head_dim**-0.5):
         changes["attention_multiplier"] = 0.0
     if model.rope_size == model.head_dim:
         changes["rope_dim"] = 0

@@ -11,12 +11,14 @@ optimizer batch; with `data.labels` also `label` [n, S] int32. `n`: rows of this
 
 import itertools
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
+from moe_jax import config
 from moe_jax.config import DataConfig, MixtureConfig
 from moe_jax.config.data import GAP_TOKENS
 from moe_jax.data import chat, labels, record, tokenizers
@@ -92,11 +94,11 @@ def _training_text(cfg: DataConfig, sources: dict[str, Source]) -> Iterator[str]
 
     Each source has a share in proportion to its weight. The sources after a small one share what it does not use.
     """
-    left, weight_left = cfg.tokenizer.train_bytes, sum(s.weight for s in cfg.sources.values())
+    left, weight_left = cfg.tokenizer.train_bytes, sum(Fraction(s.weight) for s in cfg.sources.values())
     for name, source in cfg.sources.items():
         if source.weight == 0:
             continue
-        share = budget = round(left * source.weight / weight_left)
+        share = budget = round(left * Fraction(source.weight) / weight_left)
         documents = sources[name].documents("train")
         for index in permutation(len(documents), "tokenizer", name):
             if share <= 0:
@@ -104,7 +106,7 @@ def _training_text(cfg: DataConfig, sources: dict[str, Source]) -> Iterator[str]
             raw = documents[int(index)]["text"].encode("utf-8")
             yield raw[:share].decode("utf-8", "ignore")
             share -= len(raw[:share])
-        left, weight_left = left - (budget - share), weight_left - source.weight
+        left, weight_left = left - (budget - share), weight_left - Fraction(source.weight)
 
 
 # --- the corpus ------------------------------------------------------------------------------------------------------
@@ -222,8 +224,8 @@ class Corpus:
         borders = (0, *(min(stage, steps) for stage in stages), steps)
         for stage, (begin, end) in enumerate(itertools.pairwise(borders)):
             weights = {name: self._cfg.sources[name].weight_in(stage) for name in shares}
-            for name, weight in weights.items():
-                shares[name] += (end - begin) / steps * weight / sum(weights.values())
+            for name, share in config.shares(weights).items():
+                shares[name] += (end - begin) / steps * share
         drawn = steps * self._cfg.batch_size
         return {name: (shares[name], shares[name] * drawn / len(rows)) for name, rows in self._train.items()}
 

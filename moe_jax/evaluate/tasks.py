@@ -72,7 +72,7 @@ def find(name: str) -> tuple[str, Path]:
     if variant and variant not in have:
         raise UserError(f"--tasks={name}: {task} has no such variant; {nearest(variant, have)}")
     chosen = variant or next(v for v in (*VARIANTS, *have) if v in have)
-    return f"{task}/{chosen}", next((folder / task / chosen).glob("requests.jsonl*"))
+    return f"{task}/{chosen}", min((folder / task / chosen).glob("requests.jsonl*"))
 
 
 def _package() -> Path | None:

@@ -320,7 +320,8 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
         x, y = (getattr(m, group) if group else m for m in (a, b))
         for f in dataclasses.fields(x):
             one, two, name = getattr(x, f.name), getattr(y, f.name), f"{group}.{f.name}".removeprefix(".")
-            if one != two and not dataclasses.is_dataclass(one) and not config.is_machine(f"model.{name}"):
+            same = dataclasses.is_dataclass(one) or config.same_value(one, two)
+            if not (same or config.is_machine(f"model.{name}")):
                 out.append(f"{name} ({one} here, {two} there)")
     return out
 

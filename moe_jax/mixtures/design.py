@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from moe_jax.config import shares
 from moe_jax.errors import FileError, UserError, nearest, shown
 
 TEMPERATURE = 0.5  # power of the prior's shares
@@ -235,7 +236,6 @@ def normal(weights: dict, where: str) -> dict[str, float]:
         if number is None or number < 0:
             raise FileError(f"{where}: weight {shown(value)} of {shown(name)} must be a number ≥ 0")
         made[name] = number
-    total = sum(made.values())
-    if not (0 < total < math.inf):
+    if not any(made.values()):
         raise FileError(f"{where}: weights must not all be 0")
-    return {name: value / total for name, value in made.items()}
+    return shares(made)

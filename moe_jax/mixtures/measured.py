@@ -179,7 +179,7 @@ def make_fit(runs: list[Measured], surrogate: str, target: Sequence[str] | None,
     if len(made.levels) > 1 and surrogate != "gp":
         costs = ", ".join(f"{cost:.3g}" for cost in made.levels)
         raise UserError(f"--surrogate={surrogate}: runs of several costs ({costs} FLOPs) need --surrogate=gp")
-    if not np.ptp(made.weights, axis=0).any():
+    if np.ptp(made.weights, axis=0).max() < 1e-9:  # but for rounding
         raise UserError("--runs: all runs have the same mixture")
     return made
 

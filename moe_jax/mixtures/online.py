@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from moe_jax import config
 from moe_jax.config import MixtureConfig, RunConfig
 from moe_jax.data import Corpus
 from moe_jax.data.phases import MixedIterator
@@ -63,15 +64,14 @@ class Stages:
 def _start(cfg: RunConfig) -> dict[str, float]:
     """The shares of the configuration."""
     weights = {name: source.weight for name, source in cfg.data.sources.items() if source.is_trained}
-    return {name: weight / sum(weights.values()) for name, weight in sorted(weights.items())}
+    return config.shares(dict(sorted(weights.items())))
 
 
 def _reweighed(shares: Mapping[str, float], scores: Mapping[str, float], cfg: MixtureConfig) -> dict[str, float]:
     """p · exp(rate · score), normalised, with at least `floor` / number of sources for each."""
     logs = {name: math.log(max(p, _LEAST)) + cfg.rate * scores[name] for name, p in shares.items()}
     raised = {name: math.exp(log - max(logs.values())) for name, log in logs.items()}
-    total = sum(raised.values())
-    return {name: (1 - cfg.floor) * p / total + cfg.floor / len(raised) for name, p in raised.items()}
+    return {name: (1 - cfg.floor) * p + cfg.floor / len(raised) for name, p in config.shares(raised).items()}
 
 
 class Alignment:
@@ -225,7 +225,7 @@ class Mixer:
             what = f"what the mixture's controller observes is not finite, {_MOST_UNSEEN} times in a row"
             raise BadNumbers(f"step {steps}: {what}: {dict(seen)}")
         self._batches.begin([weights[name] for name in self._sources], length)
-        shares = {name: weights[name] / sum(weights.values()) for name in self._sources}
+        shares = config.shares({name: weights[name] for name in self._sources})
         row = {f"weight/{name}": share for name, share in shares.items()}
         row |= {f"rows/{name}": n for name, n in zip(self._sources, self._batches.cursors, strict=True)}
         row |= {f"observed/{name}": float(value) for name, value in seen.items()}

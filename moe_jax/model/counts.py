@@ -47,7 +47,7 @@ def count_parameters(cfg: ModelConfig) -> Counts:
     """Counts the parameters of a model, without allocating any."""
     leaves = list(_leaves(cfg))
     tables = sum(size for _, names, size, _ in leaves if "vocab" in names)
-    total, active = sum(size for _, _, size, _ in leaves), round(sum(used for *_, used in leaves))
+    total, active = sum(size for _, _, size, _ in leaves), round(math.fsum(used for *_, used in leaves))
     return Counts(total, active, active - tables)
 
 

@@ -57,7 +57,7 @@ def even_out(groups: Sequence[Work], sizes: dict[str, int]) -> list[Shares | Non
     devices = math.prod(sizes.values())
     alone = [-(-work.count // math.prod(sizes[name] for name in work.axes)) for work in groups]
     plain = sum(n * work.flops for n, work in zip(alone, groups, strict=True))
-    share = sum(
+    share = math.fsum(
         work.flops * (n if work.fixed else work.count / math.prod(sizes[name] for name in work.axes))
         for n, work in zip(alone, groups, strict=True)
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_jax import data
+from moe_jax import config, data
 from moe_jax.config import RunConfig, SourceConfig
 from moe_jax.data import phases
 from moe_jax.errors import ConfigError, nearest
@@ -76,8 +76,8 @@ def _shares(cfg: RunConfig) -> dict[str, float]:
     borders = (0, *(min(stage, steps) for stage in cfg.mixture.stages), steps)
     for stage, (begin, end) in enumerate(itertools.pairwise(borders)):
         weights = {name: source.weight_in(stage) for name, source in cfg.data.sources.items()}
-        for name, weight in weights.items():
-            shares[name] += (end - begin) / steps * weight / sum(weights.values())
+        for name, share in config.shares(weights).items():
+            shares[name] += (end - begin) / steps * share
     return {name: share for name, share in shares.items() if share > 0}
 
 

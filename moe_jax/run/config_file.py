@@ -89,12 +89,14 @@ def differences(workdir: str | os.PathLike, cfg: config.RunConfig) -> dict[str, 
     """A dict of the fields of `cfg` that differ from the run's: (in the run, now), None for a field that one lacks.
 
     A group of parameters that only one of them has, and that does nothing to them, is left out: a config file may name
-    it for the command line to change. So is a label of 0, which domains without a name have too.
+    it for the command line to change. So is a label of 0, which domains without a name have too, and a number that
+    differs by its rounding alone.
     """
     old, new = without_zeros(values(workdir)), without_zeros(flatten_config(_plain(cfg)))
     old, new = _without_idle_groups(old, new), _without_idle_groups(new, old)
-    names = [*old, *(name for name in new if name not in old)]
-    return {n: (old.get(n), new.get(n)) for n in names if _shown(old, n) != _shown(new, n)}
+    pairs = {name: (old.get(name), new.get(name)) for name in (*old, *new)}
+    differs = lambda name: (name in old) != (name in new) or not config.same_value(*pairs[name])
+    return {name: pair for name, pair in pairs.items() if differs(name)}
 
 
 def _without_idle_groups(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +105,6 @@ def _without_idle_groups(values: dict[str, Any], others: dict[str, Any]) -> dict
     alone = {prefix for prefix in prefixes if f"{prefix}match" not in others}
     idle = tuple(prefix for prefix in alone if all(values.get(prefix + name) == x for name, x in neutral.items()))
     return {name: value for name, value in values.items() if not name.startswith(idle)}
-
-
-def _shown(values: dict[str, Any], name: str) -> str:
-    return json.dumps(values[name], ensure_ascii=False) if name in values else "absent"
 
 
 def describe(changes: dict[str, tuple[Any, Any]]) -> list[str]:
@@ -119,7 +117,8 @@ def resume(workdir: str | os.PathLike, cfg: config.RunConfig) -> tuple[config.Ru
     """The configuration with which the run in a directory resumes, if there is one, and lines about what changed.
 
     It is `cfg`, whose fields may differ from the run's if their class allows it (`config.may_change`). The run's value
-    stays if `cfg` has the default and the field is newer than the run or its default has changed.
+    stays if `cfg` has the default and the field is newer than the run or its default has changed, and, without a line,
+    if they differ by rounding alone.
     Raises CheckpointError that names the first fields that may not change. Nothing is written.
     """
     if not (Path(workdir) / NAME).exists():
@@ -136,7 +135,14 @@ def resume(workdir: str | os.PathLike, cfg: config.RunConfig) -> tuple[config.Ru
     why = "the value of the run; the field is newer than the run, or its default has changed"
     lines = [f"config.{name} stays {json.dumps(value, ensure_ascii=False)}, {why}" for name, value in stays.items()]
     lines += [f"changed since the run began: {line}" for line in describe(changes)]
-    return _with(cfg, stays), lines
+    return _with(cfg, _rounded_otherwise(Path(workdir), cfg) | stays), lines
+
+
+def _rounded_otherwise(workdir: Path, cfg: config.RunConfig) -> dict[str, Any]:
+    """The run's values of fields where `cfg` has another rounding of the same number."""
+    new = flatten_config(_plain(cfg))
+    same = lambda name, value: name in new and new[name] != value and config.same_value(new[name], value)
+    return {name: value for name, value in values(workdir).items() if same(name, value)}
 
 
 def _check_no_checkpoint(workdir: Path) -> None:

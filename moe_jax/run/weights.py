@@ -360,7 +360,7 @@ def check_same_model(cfg: config.RunConfig) -> list[str]:
     lines = {
         name: f"config.{name}: {json.dumps(old[name])} in {cfg.init_from}, {json.dumps(new[name])} now"
         for name in new
-        if new[name] != old[name]
+        if not config.same_value(new[name], old[name])
     }
     refused = [line for name, line in lines.items() if not config.is_machine(name)]
     if refused and not _same_function(cfg.model, load_config(path).model):
@@ -385,4 +385,4 @@ def _about_rounded(cfg: config.RunConfig, path: Path) -> list[str]:
 
 def _same_function(a: config.ModelConfig, b: config.ModelConfig) -> bool:
     one, other = (flatten_config({"model": config.to_dict(config.plain(x))}) for x in (a, b))
-    return not any(one[name] != other[name] for name in one if not config.is_machine(name))
+    return all(config.same_value(one[name], other[name]) for name in one if not config.is_machine(name))

@@ -304,7 +304,7 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     require(len(weights) == count, "weights", weights, f"must be {count} numbers, one for each model", hint)
     good = all(math.isfinite(w) and w >= 0 for w in weights) and 0 < sum(weights) < math.inf
     require(good, "weights", weights, "must be ≥ 0, and not all 0", hint)
-    return [w / sum(weights) for w in weights]
+    return [w / math.fsum(weights) for w in weights]
 
 
 def average(several: Iterable[dict], count: int, weights: Sequence[float] | None = None) -> dict:

@@ -61,7 +61,8 @@ def require_dense(cfg: ModelConfig) -> None:
     """Raises ConfigError if the model has MoE layers, or a memory."""
     layers, routed = cfg.num_layers, cfg.num_moe_layers
     rule = f"the model is a Mixture of Experts already, in {routed} of its {layers} layers"
-    require(not routed, "from", f"num_moe_layers={routed}", rule, "nearest valid: a model without MoE layers")
+    hint = "nearest valid: a model without MoE layers, or --method=none for what needs no dense one"
+    require(not routed, "from", f"num_moe_layers={routed}", rule, hint)
     memory = any(place.kind.name == "memory" for place in cfg.places)
     require(not memory, "from", f"layers={cfg.layers!r}", "the model has memory blocks, for which there is no rule",
             "nearest valid: a model of dense blocks")  # fmt: skip

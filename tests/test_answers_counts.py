@@ -140,3 +140,5 @@ def test_a_domain_whose_held_out_answers_are_too_far_is_named(tmp_path):
         assert bool(made.num_validation_batches()) is rows and bool(made.not_held_out()) is not rows
     held = held_out.EvalResult(("a", "b"), np.ones(2), np.array([1.0, 0.0]), np.array([1.0, np.nan]), (), {}, None)
     assert held_out.table(held, {}).endswith("not evaluated here: b") and "nan" not in held_out.table(held, {})
+    part = held_out.table(held._replace(sequences=(2, 5)), {"gzip -9": {}})
+    assert part.endswith("2 of 5 sequences are scored here; compressors have all text")

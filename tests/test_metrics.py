@@ -15,8 +15,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax import chips
 from moe_jax.chips import peak_flops
-from moe_jax.run import log
-from moe_jax.train import metrics
+from moe_jax.config import build, default_config
+from moe_jax.run import log, recorder
+from moe_jax.train import guard, metrics
 from moe_jax.train.metrics import OneBehind, StepMetrics, Throughput, router_metrics
 
 ROW = ["step", "loss", "xent", "load_balance", "router_z", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu"]
@@ -149,6 +150,25 @@ def test_throughput_leaves_compilation_and_pauses_out(monkeypatch):
     now[0] += 50
     only_one.add(10)
     assert only_one.read() == {"tokens": 10.0, "tokens_per_second": 0.2, "step_seconds": 50.0}
+
+
+def test_a_cpu_records_a_step_before_it_computes_the_next(monkeypatch):
+    """Every second of a step is in its own line, also where a checkpoint or the end makes the recorder read."""
+    now, rows = [0.0], []
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    cfg = default_config()
+    cfg.train.log_every = 1
+    cfg = build(cfg)
+    writer = types.SimpleNamespace(write=lambda step, row, **_: rows.append((step, row["step_seconds"])))
+    progress, watch = types.SimpleNamespace(update=lambda *_, **__: None), guard.Watch(cfg.train)
+    kept = recorder.Recorder(cfg, writer, progress, watch, Throughput(), flops_per_token=1.0, peak=1.0)
+    for step, seconds in enumerate((50, 2, 3, 4, 5), 1):
+        now[0] += seconds  # the call computes the step
+        kept.push(step, StepMetrics(jnp.zeros(()).block_until_ready(), 1.0, {"xent": 1.0}, tokens=8.0))
+        if step == 3:
+            kept.flush()
+    kept.flush()
+    assert rows == [(1, 50), (2, 2), (3, 3), (4, 4), (5, 5)]
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_pruning_keeps_what_has_the_most_tokens():
     """In their order, with their columns and biases; other parameters are the same bits."""
     counts = [[5, 1, 7, 7], [0, 3, 9, 1, 2, 8, 8, 0]]
     scores = upcycle.scores_by_block(BANK, counts)
-    cfg, params = made([Prune(2)], bank(), scores=scores)
+    cfg, params = upcycle.apply([Prune(2)], *bank(), scores=scores)  # on the mesh of the parameters: none is in use
     assert cfg.layers == "moe dense moe:4" and cfg.moe.num_experts == 2
     old, new = arrays(bank()), arrays((cfg, params))
     places = [place for place in BANK.places if place.kind.experts]

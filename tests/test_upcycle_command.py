@@ -250,6 +250,9 @@ def test_everything_at_once(server, root):
     np.testing.assert_allclose(params["embed"], 15 * dense()[1]["embed"], rtol=1e-6)
     steps = [event["steps"] for o in origin[0]["origins"] for event in o]
     assert origin[0]["event"] == "average" and steps == [10, 20]
+    sources = f"--from={root}/trained@10,{root}/trained"
+    status, stdout, stderr, _ = server(PROGRAM, sources, f"--workdir={root}/mean", "--method=none", "--nocheck")
+    assert status == 0 and "function: the same as that of the average of 2 models\n" in stdout, stderr
 
 
 @pytest.mark.slow

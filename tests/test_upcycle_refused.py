@@ -26,6 +26,7 @@ MEMORY = dataclasses.replace(SOURCE, num_dense_layers=0, layers="dense memory")
 LATE = dataclasses.replace(BANK, num_layers=6, layers="3*(late dense)")
 WINDOWS = dataclasses.replace(BANK, num_layers=6, layers="3*(dense moe)", window=4, attention_layers="window 2*full")
 PYRAMID = moe_of(num_experts=32, layers="moe dense moe:8")
+POOLS = moe_of(pool_min=2, pool_max=4, pool_from="all", selection_bias=False)
 SKIPS = moe_of(identity_experts=1)
 TOPK = moe_of(score="softmax", score_order="topk_score", renormalize=False)
 REFUSED = [
@@ -35,6 +36,7 @@ REFUSED = [
     (Prune(2), SOURCE, "it has no experts"),
     (Prune(2), TABLES, "the model has layers='2*(dense table)': tables name experts"),
     (Prune(2), moe_of(num_groups=2), "the model has moe.num_groups=2: groups of experts"),
+    (Prune(2), POOLS, "upcycle.prune=2: makes a model with pool_max=4, which must be from pool_min=2 to num_experts=2"),
     (Prune(4), PYRAMID, "upcycle.prune=4: must be in [8, 32]"),
     (Prune(2), moe_of(choice="expert", selection_bias=False), "moe.choice='expert': experts that choose tokens"),
     (Grow(3), BANK, "upcycle.grow=3: must be ≥ the model's num_experts=4"),

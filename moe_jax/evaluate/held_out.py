@@ -164,6 +164,9 @@ def table(result: EvalResult, baselines: dict[str, dict[str, float]]) -> str:
         lines.append(line + "".join(f" {b.get(r['domain'], math.nan):>8.3f}" for b in baselines.values()))
     if missing := result.unseen():
         lines.append(f"not evaluated here: {', '.join(missing)}")
+    scored, rows = result.sequences
+    if baselines and scored < rows:
+        lines.append(f"{scored:,} of {rows:,} sequences are scored here; compressors have all text")
     if shares := result.left_out_shares():
         names = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
         lines.append(f"the first tokens of documents (pool_prefix) are not scored: {names}; compressors have all text")

@@ -71,7 +71,8 @@ class OpenedRun:
 
         An expert that is off is used by no token, one that is on by every token, with the weight that its router gives
         it. Layers are numbered as in `routing(…).experts`: those with experts, from 0. `off:3/0-7` are eight experts,
-        `off:*/17` one of every layer. An empty line switches all back. The weights are shared, not copied.
+        `off:*/17` one of every layer. What this run itself has switched is switched back, so an empty line switches all
+        back. The weights are shared, not copied.
         Raises ValueError for experts that do not exist, or if too few of a layer are left for a token.
         """
         made = copy.copy(self)

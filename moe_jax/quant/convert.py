@@ -273,7 +273,8 @@ def _source_config(folder: Path) -> RunConfig:
     cfg = config_file.load_config(folder)
     if cfg.model.lora.rank:
         rule = f"--from={folder}: has adapters (model.lora.rank={cfg.model.lora.rank}), which are not rounded"
-        raise CheckpointError(f"{rule}; merge them first: python -m moe_jax.upcycle --from={folder} --method=none")
+        merge = f"python -m moe_jax.upcycle --method=none --from={folder} --workdir=MERGED"
+        raise CheckpointError(f"{rule}; merge them first: {merge}")
     rule, hint = "has no layer with experts (model.num_moe_layers is 0)", "name a run of a Mixture of Experts"
     require(cfg.model.num_moe_layers > 0, "from", str(folder), rule, hint)
     ternary = cfg.model.moe.expert_weights == "ternary"

@@ -71,7 +71,10 @@ def _resized(cfg: ModelConfig, name: str, experts: int, **fields: Any) -> ModelC
         moe = dataclasses.replace(cfg.moe, num_experts=experts, **fields)
         return dataclasses.replace(cfg, layers=spell(units, experts) if cfg.layers else "", moe=moe)
     except ConfigError as e:
-        raise (e if e.name.startswith("upcycle.") else e.inside("upcycle")) from None
+        if e.name.startswith("upcycle.") or e.name in fields:
+            raise (e if e.name.startswith("upcycle.") else e.inside("upcycle")) from None
+        rule = f"makes a model with {e.name}={e.value!r}, which {e.rule}"  # a field of the model, and no option
+        raise ConfigError(f"upcycle.{name}", experts, rule, f"of {e.name}, {e.hint}" if e.hint else "") from None
 
 
 # --- fewer -----------------------------------------------------------------------------------------------------------

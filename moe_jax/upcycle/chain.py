@@ -1,5 +1,6 @@
 """Applies a chain of transforms to parameters, which are sharded by the model's spec table before and after."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -60,7 +61,8 @@ def require_dense(cfg: ModelConfig) -> None:
     """Raises ConfigError if the model has MoE layers, or a memory."""
     layers, routed = cfg.num_layers, cfg.num_moe_layers
     rule = f"the model is a Mixture of Experts already, in {routed} of its {layers} layers"
-    require(not routed, "from", f"num_moe_layers={routed}", rule, "nearest valid: a model without MoE layers")
+    hint = "nearest valid: a model without MoE layers, or --method=none for what needs no dense one"
+    require(not routed, "from", f"num_moe_layers={routed}", rule, hint)
     memory = any(place.kind.name == "memory" for place in cfg.places)
     require(not memory, "from", f"layers={cfg.layers!r}", "the model has memory blocks, for which there is no rule",
             "nearest valid: a model of dense blocks")  # fmt: skip
@@ -276,7 +278,7 @@ def apply(
     seed: int = 0,
     scores: Scores | None = None,
 ) -> tuple[ModelConfig, dict]:
-    """The config and parameters that a chain makes of a model, on the mesh in use (`jax.set_mesh`), if any.
+    """The config and parameters that a chain makes of a model, on the mesh in use (`jax.set_mesh`), else `params`' own.
 
     params: with selection biases and tables among them (`tree.join(params, router_bias)`), as they are in the result.
         Biases that are not there are 0. A tuple for a chain that begins with `Merge`.
@@ -286,7 +288,16 @@ def apply(
     final = final_config(chain, cfg)
     _check_sources(chain, len(params) if isinstance(params, tuple) else 1)
     check_scores(chain, cfg, scores)
-    return final, traced(chain, cfg)(params, jax.random.key(seed), *([scores] if scores is not None else []))
+    given = [scores] if scores is not None else []
+    mesh = None if sharding.current_sizes() else _mesh_of(params)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():  # parameters of an opened run need one
+        return final, traced(chain, cfg)(params, jax.random.key(seed), *given)
+
+
+def _mesh_of(params: dict | tuple[dict, ...]) -> Mesh | None:
+    """The mesh that parameters are sharded over; None if they are not."""
+    found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    return next((one.mesh for one in found if isinstance(one, NamedSharding)), None)
 
 
 @jax.jit

@@ -131,10 +131,11 @@ def convert(
     if check:
         error = logits_error((before, first), (after, made), mesh)
         deviation = _deviation(chain, (before, first), (after, made), mesh)
-    unchanged = "the same as before" if before.num_moe_layers else "the same as that of the dense model"
+    source = f"the average of {len(runs)} models" if of_each and len(runs) > 1 else "the dense model"
+    unchanged = "the same as before" if before.num_moe_layers and len(runs) == 1 else f"the same as that of {source}"
     echo(f"function: {'changed: ' + '; '.join(changes) if changes else unchanged}")
     if error is not None:
-        to = ", to those of the first model" if merges else ""
+        to = ", to those of the first model" if merges else f", to those of {source}" if len(runs) > 1 else ""
         echo(f"relative error of the logits on random tokens{to}: {error:.2g}")
     for std, value in deviation.items():
         echo(f"  with router_std={std:g}: {value:.2g}")

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_jax import config
 from moe_jax.errors import ConfigError, FileError, UserError, shown
 
 BENCHMARKS = ("tasks", "texts")  # parts of an evaluation file that have results by name
@@ -213,7 +212,7 @@ def check_same(path: str | os.PathLike, step: int, asked: dict[str, Any]) -> Non
     parts = [body, *(row for kind in BENCHMARKS for row in (body.get(kind) or {}).values())]
     for name, value in json.loads(json.dumps(asked)).items():  # tuples become lists, as in a file
         for old in (part[name] for part in parts if name in part and body.get("step") == step):
-            if not config.same_value(old, value):
+            if old != value:
                 what = f"has results of {name} {shown(old)}, not of {shown(value)}"
                 also = "".join(f", {file}" for file in _written_with(Path(path)))
                 raise UserError(f"{path}: {what}; rename it first{also and f', and with it{also[1:]}'}")

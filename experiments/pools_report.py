@@ -22,8 +22,8 @@ from moe_jax.run.log import write_text
 
 COLOURS = (OTHERS[0], BLUE, ORANGE)  # by the place among the labels
 NOTES = """\
-Held-out perplexity, mean over the domains, each with the experts of each layer that training text of the same domain
-uses most, by mean router probability; and how much larger it is than with all experts.
+Held-out perplexity, geometric mean over the domains with equal weights, each with the experts of each layer that
+training text of the same domain uses most, by mean router probability; and how much larger it is than with all experts.
 """
 POOL_NOTES = """\
 Held-out perplexity of all domains together, of the tokens after the first {prefix} of each document. *prefix*: a
@@ -48,8 +48,8 @@ class Finished(NamedTuple):
         return sorted(self.kept, key=float, reverse=True)
 
     def mean(self, kept: str) -> float:
-        """The mean of the domains' perplexities."""
-        return float(np.mean([math.exp(x) for name, x in self.kept[kept].items() if name != TOTAL]))
+        """The geometric mean of the domains' perplexities: one domain of a high perplexity does not decide it."""
+        return math.exp(np.mean([x for name, x in self.kept[kept].items() if name != TOTAL]))
 
     def growth(self, kept: str, domain: str = "") -> float:
         """The growth of the mean perplexity, or of that of a domain, from all experts to a part of them."""
@@ -137,9 +137,9 @@ def figure(runs: Runs, labels: dict[str, str]) -> Figure:
     left.set_xticks(ticks, [f"{x:g} %" for x in ticks])
     left.invert_xaxis()
     left.set_xlabel("experts of a layer that are kept", color=INK)
-    left.set_ylabel("times the perplexity with all experts", color=INK)
+    left.set_ylabel("times the perplexity with all experts (log)", color=INK)
     right.set_xticks(np.arange(len(domains)) + width * (len(runs) - 1) / 2, domains, rotation=30, ha="right")
-    right.set_ylabel(f"times, with {fewest} % of the experts", color=INK)
+    right.set_ylabel(f"times, with {fewest} % of the experts (log)", color=INK)
     left.legend(fontsize=8, frameon=False)
     for axis in (left, right):
         axis.set_yscale("log")

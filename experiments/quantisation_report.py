@@ -13,14 +13,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import records
-from experiments.balance_report import BLUE, ORANGE, markdown
+from experiments.balance_report import OTHERS, markdown
 from experiments.quantisation_measure import ALLOCATIONS, PRODUCT, Way, renamed
 from moe_jax.evaluate.analysis import INK
 from moe_jax.evaluate.drawing import GRID, save
 from moe_jax.evaluate.held_out import TOTAL
 from moe_jax.run.log import write_text
 
-COLOURS = dict(zip(ALLOCATIONS, (INK, "#3c8d53", ORANGE, BLUE), strict=True))
+COLOURS = dict(zip(ALLOCATIONS, (INK, *OTHERS[:3]), strict=True))
 LABELS = {"uniform": "all alike", "turns": "by turns", "frequency": "by use", "mc": "MC-MoE"}
 METHODS = {"gptq": "GPTQ", "rtn": "to nearest"}
 DETAIL = 2.5  # mean bits at which domains are compared, where they were measured
@@ -146,7 +146,7 @@ def figure(models: Models, labels: dict[str, str]) -> Figure:
         panel.set_xticks(one.bits)
         panel.set_title(labels.get(name, name), fontsize=9)
         panel.set_xlabel("mean bits of the weights of experts")
-    panels[0].set_ylabel("held-out perplexity")
+    panels[0].set_ylabel("held-out perplexity (log)")
     axis = below.subplots()
     all_bits = sorted({b for one in models.values() for b in one.bits})
     bits = DETAIL if DETAIL in all_bits else all_bits[0]

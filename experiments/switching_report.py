@@ -102,7 +102,7 @@ def table(runs: Runs, labels: dict[str, str]) -> str:
 def figure(runs: Runs, labels: dict[str, str]) -> Figure:
     """One panel for each domain whose experts are off: the growth of every domain's perplexity, a colour for each arm.
 
-    The domain itself is on top. A grey line goes to the growth with experts drawn at random.
+    The domain itself is on top. A short line is the growth with experts drawn at random, of each draw.
     """
     names = list(dict.fromkeys(name for run in runs.values() for name in run.off))
     every = [domain for domain in next(iter(runs.values())).whole if domain]
@@ -117,9 +117,10 @@ def figure(runs: Runs, labels: dict[str, str]) -> Figure:
             at = np.arange(len(domains)) + (i - (len(runs) - 1) / 2) * height
             axis.barh(at, [run.growth(name, d) for d in domains], height, color=COLOURS[i % len(COLOURS)],
                       label=labels.get(arm, arm))  # fmt: skip
-            chance = [np.mean([math.expm1(one[d] - run.whole[d]) for one in run.random[name]]) for d in domains]
-            label = "as many at random" if i == len(runs) - 1 else None
-            axis.scatter(chance, at, s=40, marker="|", color=INK, zorder=3, label=label)
+            for draw, one in enumerate(run.random[name]):
+                chance = [math.expm1(one[d] - run.whole[d]) for d in domains]
+                label = "as many at random, each draw" if i == len(runs) - 1 and not draw else None
+                axis.scatter(chance, at, s=30, marker="|", color=INK, linewidth=0.8, zorder=3, label=label)
         axis.set_yticks(range(len(domains)), domains, fontsize=8)
         axis.get_yticklabels()[0].set_fontweight("bold")
         axis.invert_yaxis()

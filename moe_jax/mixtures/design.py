@@ -6,13 +6,13 @@ Letters: M sources, n mixtures.
 import json
 import math
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from moe_jax.config import shares
 from moe_jax.errors import FileError, UserError, nearest, shown
 
 TEMPERATURE = 0.5  # power of the prior's shares
@@ -238,4 +238,5 @@ def normal(weights: dict, where: str) -> dict[str, float]:
         made[name] = number
     if not any(made.values()):
         raise FileError(f"{where}: weights must not all be 0")
-    return shares(made)
+    total = sum(map(Fraction, made.values()))  # exact, as in `config.shares`, which imports JAX
+    return {name: float(Fraction(value) / total) for name, value in made.items()}

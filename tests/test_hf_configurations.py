@@ -1,4 +1,4 @@
-"""Which architecture of Hugging Face a model is: found, found for an equal function, or refused. No torch needed."""
+"""A model's architecture of Hugging Face is found, found for an equal function, or refused. No torch needed."""
 
 import dataclasses
 import json

@@ -188,7 +188,7 @@ def test_a_key_that_is_missing_or_null_is_what_transformers_takes(architecture):
 
 @pytest.mark.parametrize("architecture", SAID)
 def test_every_key_of_transformers_is_known(architecture):
-    """What its class writes is printed as unknown nowhere; what must have one value here has it there by default."""
+    """No field that its class writes is printed as unknown; one that must have one value has it there by default."""
     kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
     made = kind(**NO_MODEL.get(architecture, {}))
     hf = {"architectures": [architecture]} | made.to_dict() | {"architectures": [architecture]}

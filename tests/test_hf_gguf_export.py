@@ -63,7 +63,7 @@ def slow_but(*names):
 
 @pytest.mark.parametrize("kind", slow_but("mixtral")(WRITTEN))
 def test_an_export_in_float32_comes_back_bit_for_bit(written, tmp_path, kind):
-    """And as the same model, under the name that llama.cpp has for it."""
+    """The file is the same model, under the name that llama.cpp has for it."""
     from gguf import GGUFReader
 
     said = []
@@ -166,7 +166,7 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_tokenizer_that_was_trained_here_travels(tmp_path):
-    """With ids that have no word, which no text has."""
+    """A tokenizer may have ids without a word, which no text has."""
     pytest.importorskip("gguf")
     made = train_bpe([english()[:20_000]], 290)
     cfg = config.default_config()

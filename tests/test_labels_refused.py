@@ -1,4 +1,4 @@
-"""What labels cannot be together with is refused by the name of the field."""
+"""Labels refuse each field that they do not work with, by its name."""
 
 import dataclasses
 

@@ -171,8 +171,8 @@ def test_identity_slots_cost_no_memory():
 
 @pytest.mark.slow
 def test_identity_slots_are_not_sent(monkeypatch):
-    """What the compiled all-to-all is told to send: nothing where all choices are identity experts, and rows to the
-    devices of the real ones otherwise."""
+    """The compiled all-to-all sends nothing where all choices are identity experts, else rows to the devices of the
+    real ones."""
     sent = []
     swap = exchange.swap
 

@@ -78,7 +78,7 @@ def test_router_logits_are_those_of_float32(dtype):
 
 
 def test_equal_routings_are_plainly_equal():
-    """Of every way to say it: the plain routing is the same function, and the same function is one plain routing."""
+    """Every way to say a routing has one plain routing, which is the same function."""
     logits = np.random.default_rng(0).normal(size=(30, 4))
     logits[0] = 40, 50, 45, 42  # of which a sigmoid makes ones: the score counts where only the order does
     none, group = np.zeros(30, bool), np.zeros(30, int)
